@@ -1,6 +1,50 @@
-"""MoCo v3 self-supervised pre-training for any vision backbone, native to Hugging Face transformers."""
+"""
+MoCo v3 self-supervised pre-training for any vision backbone, native to Hugging Face transformers.
+
+Importing the package registers its models, so that `AutoModel.from_pretrained` and `pipeline` know them.
+"""
+
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+)
 
 from ._version import __version__
+from .model import (
+    MoCoV3Backbone,
+    MoCoV3Config,
+    MoCoV3ForImageClassification,
+    MoCoV3ForPreTraining,
+    MoCoV3ForPreTrainingOutput,
+    MoCoV3Model,
+    MoCoV3PreTrainedModel,
+    MoCoV3ViTConfig,
+    MoCoV3ViTModel,
+    MoCoV3ViTPreTrainedModel,
+)
 
 
-__all__ = ["__version__"]
+AutoConfig.register(MoCoV3ViTConfig.model_type, MoCoV3ViTConfig, exist_ok=True)
+AutoConfig.register(MoCoV3Config.model_type, MoCoV3Config, exist_ok=True)
+AutoModel.register(MoCoV3ViTConfig, MoCoV3ViTModel, exist_ok=True)
+AutoModel.register(MoCoV3Config, MoCoV3Model, exist_ok=True)
+AutoModelForPreTraining.register(MoCoV3Config, MoCoV3ForPreTraining, exist_ok=True)
+AutoModelForImageClassification.register(MoCoV3Config, MoCoV3ForImageClassification, exist_ok=True)
+AutoBackbone.register(MoCoV3Config, MoCoV3Backbone, exist_ok=True)
+
+__all__ = [
+    "MoCoV3Backbone",
+    "MoCoV3Config",
+    "MoCoV3ForImageClassification",
+    "MoCoV3ForPreTraining",
+    "MoCoV3ForPreTrainingOutput",
+    "MoCoV3Model",
+    "MoCoV3PreTrainedModel",
+    "MoCoV3ViTConfig",
+    "MoCoV3ViTModel",
+    "MoCoV3ViTPreTrainedModel",
+    "__version__",
+]

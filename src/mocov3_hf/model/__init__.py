@@ -1,0 +1,20 @@
+"""MoCo v3's configurations and models: what a Hub repository carries as remote code."""
+
+from .configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig
+from .modeling_mocov3 import MoCoV3Backbone, MoCoV3ForImageClassification, MoCoV3Model, MoCoV3PreTrainedModel
+from .modeling_mocov3_pretraining import MoCoV3ForPreTraining, MoCoV3ForPreTrainingOutput
+from .modeling_mocov3_vit import MoCoV3ViTModel, MoCoV3ViTPreTrainedModel
+
+
+__all__ = [
+    "MoCoV3Backbone",
+    "MoCoV3Config",
+    "MoCoV3ForImageClassification",
+    "MoCoV3ForPreTraining",
+    "MoCoV3ForPreTrainingOutput",
+    "MoCoV3Model",
+    "MoCoV3PreTrainedModel",
+    "MoCoV3ViTConfig",
+    "MoCoV3ViTModel",
+    "MoCoV3ViTPreTrainedModel",
+]

@@ -1,0 +1,149 @@
+# Copyright 2026 The mocov3_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Batch normalisation whose statistics span all processes, on any device."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules._functions import SyncBatchNorm as FusedSyncBatchNorm
+
+
+def num_processes() -> int:
+    """Number of processes of the default group, 1 where none is initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class GlobalBatchNormFunction(torch.autograd.Function):
+    """
+    Normalises `(B, C, ...)` by the mean and variance over every process, each with any number of samples.
+
+    The variance takes two passes, sum and count first and centred squares second, because `E[x²] - μ²` loses the
+    digits in which the two agree. The backward pass sums over the processes too, since a sample moves the statistics
+    of all of them; the gradients of `weight` and `bias` stay local, for DDP to average.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, eps):
+        compute = hidden_states.to(weight.dtype) if weight is not None else hidden_states
+        compute = compute.float() if compute.dtype in (torch.float16, torch.bfloat16) else compute
+        dims = [dim for dim in range(compute.dim()) if dim != 1]
+        local_count = compute.numel() // compute.shape[1]
+        totals = torch.cat([compute.sum(dims), compute.new_tensor([local_count])])
+        dist.all_reduce(totals)
+        count, mean = totals[-1], totals[:-1] / totals[-1]
+
+        centred = compute - per_channel(mean, compute)
+        squares = centred.square().sum(dims)
+        dist.all_reduce(squares)
+        variance = squares / count
+
+        inverse_std = torch.rsqrt(variance + eps)
+        normalised = centred * per_channel(inverse_std, compute)
+        ctx.save_for_backward(normalised, weight, inverse_std, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        output = normalised
+        if weight is not None:
+            output = output * per_channel(weight, compute) + per_channel(bias, compute)
+        return output.to(hidden_states.dtype), mean, variance, count
+
+    @staticmethod
+    def backward(ctx, grad_output, *_):
+        normalised, weight, inverse_std, count = ctx.saved_tensors
+        grad = grad_output.to(normalised.dtype)
+        dims = [dim for dim in range(grad.dim()) if dim != 1]
+        grad_bias, grad_weight = grad.sum(dims), (grad * normalised).sum(dims)
+
+        sums = torch.stack([grad_bias, grad_weight])
+        dist.all_reduce(sums)
+        mean_grad, mean_grad_normalised = sums / count
+        grad_input = grad - per_channel(mean_grad, grad) - normalised * per_channel(mean_grad_normalised, grad)
+        scale = inverse_std if weight is None else inverse_std * weight
+        grad_input = (grad_input * per_channel(scale, grad)).to(grad_output.dtype)
+        if weight is None:
+            return grad_input, None, None, None
+        return grad_input, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None
+
+
+def per_channel(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`(C,)` shaped to broadcast over `(B, C, ...)`."""
+    return values.view(1, -1, *[1] * (like.dim() - 2))
+
+
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """
+    Base of the two classes below: batch normalisation as torch's, except that statistics in training are those of the
+    batches of all processes together, for any batch size on each. With one process, and in evaluation, it is torch's.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self.training or num_processes() == 1:
+            return super().forward(hidden_states)
+        self._check_input_dim(hidden_states)
+        if hidden_states.is_cuda:
+            return self.fused(hidden_states)
+        output, mean, variance, count = GlobalBatchNormFunction.apply(hidden_states, self.weight, self.bias, self.eps)
+        if count <= 1:
+            raise ValueError("batch normalisation needs more than one value per channel over all processes, got 1")
+        if self.track_running_stats:
+            self.update_running_statistics(mean, variance * (count / (count - 1)))
+        return output
+
+    def fused(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The same by the CUDA kernels behind `torch.nn.SyncBatchNorm`."""
+        return FusedSyncBatchNorm.apply(
+            hidden_states.contiguous(),
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.eps,
+            self.average_factor() if self.track_running_stats else 0.0,
+            dist.group.WORLD,
+            dist.get_world_size(),
+        )
+
+    @torch.no_grad()
+    def update_running_statistics(self, mean: torch.Tensor, unbiased_variance: torch.Tensor) -> None:
+        factor = self.average_factor()
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
+        self.running_var.lerp_(unbiased_variance.to(self.running_var.dtype), factor)
+
+    def average_factor(self) -> float:
+        """Weight of this batch in the running statistics, after counting it."""
+        self.num_batches_tracked.add_(1)
+        return self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+
+
+class MoCoV3BatchNorm1d(GlobalBatchNorm, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` with statistics over all processes."""
+
+
+class MoCoV3BatchNorm2d(GlobalBatchNorm, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` with statistics over all processes."""
+
+
+def use_global_statistics(module: nn.Module) -> nn.Module:
+    """
+    Give every `torch.nn.BatchNorm1d` and `BatchNorm2d` in `module` statistics over all processes, in place.
+
+    The class of the layers changes and nothing else does: parameters, buffers, keys, hooks and flags stay as they are.
+    """
+    replacements = {nn.BatchNorm1d: MoCoV3BatchNorm1d, nn.BatchNorm2d: MoCoV3BatchNorm2d}
+    for layer in module.modules():
+        if type(layer) in replacements:
+            layer.__class__ = replacements[type(layer)]
+    return module
+
+
+__all__ = ["MoCoV3BatchNorm1d", "MoCoV3BatchNorm2d", "use_global_statistics"]

@@ -1,0 +1,364 @@
+# Copyright 2026 The mocov3_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The Vision Transformer of MoCo v3: fixed sine-cosine positions, frozen patch projection or convolutional stem."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_mocov3 import MoCoV3ViTConfig, to_pair
+
+
+# Legend of dimensions: B batch, C H W image, h w patch grid, L = 1 + h·w tokens (the CLS token first), D width.
+
+
+def sincos_position_embedding(hidden_size: int, grid: tuple[int, int]) -> torch.Tensor:
+    """
+    The fixed two-dimensional position table `(1, 1 + h·w, D)` in float32; the row of the CLS token is zero.
+
+    Every patch has `sin(row·ω) cos(row·ω) sin(column·ω) cos(column·ω)`, each `D/4` wide, `ω_i = 10000^(-i / (D/4))`.
+    """
+    quarter = hidden_size // 4
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
+    rows, columns = torch.meshgrid(
+        *(torch.arange(size, dtype=torch.float64, device="cpu") for size in grid), indexing="ij"
+    )
+    angles = [torch.outer(axis.flatten(), omega) for axis in (rows, columns)]
+    patches = torch.cat([table for angle in angles for table in (angle.sin(), angle.cos())], dim=1)
+    return torch.cat([patches.new_zeros(1, hidden_size), patches])[None].float()
+
+
+class MoCoV3ViTPatchEmbeddings(nn.Module):
+    """Projects non-overlapping patches: `(B, C, H, W)` to `(B, D, h, w)`."""
+
+    def __init__(self, config: MoCoV3ViTConfig):
+        super().__init__()
+        patch_size = to_pair(config.patch_size)
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.projection(pixel_values.to(self.projection.weight.dtype))
+
+
+class MoCoV3ViTConvLayer(nn.Module):
+    """3x3 convolution of stride 2, batch normalisation, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.convolution = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1, bias=False)
+        self.normalization = nn.BatchNorm2d(out_channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.normalization(self.convolution(hidden_states)).relu()
+
+
+class MoCoV3ViTConvStem(nn.Module):
+    """Convolutional stem (paper §4.2, after Xiao et al. 2021): `(B, C, H, W)` to `(B, D, H/16, W/16)`."""
+
+    def __init__(self, config: MoCoV3ViTConfig):
+        super().__init__()
+        widths = [config.num_channels, *(config.hidden_size // divisor for divisor in (8, 4, 2, 1))]
+        self.layers = nn.ModuleList(MoCoV3ViTConvLayer(*pair) for pair in itertools.pairwise(widths))
+        self.projection = nn.Conv2d(config.hidden_size, config.hidden_size, kernel_size=1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden_states = pixel_values.to(self.projection.weight.dtype)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return self.projection(hidden_states)
+
+
+class MoCoV3ViTEmbeddings(nn.Module):
+    """Patches with the CLS token before them and the position table added: `(B, C, H, W)` to `(B, L, D)`."""
+
+    def __init__(self, config: MoCoV3ViTConfig):
+        super().__init__()
+        self.config = config
+        image_size, self.patch_size = to_pair(config.image_size), to_pair(config.patch_size)
+        self.image_size = image_size
+        self.grid = (image_size[0] // self.patch_size[0], image_size[1] // self.patch_size[1])
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        # A Parameter in both modes: counted as published, saved under one key, cast with the rest of the model.
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], config.hidden_size))
+        self.patch_embeddings = (
+            MoCoV3ViTConvStem(config) if config.stem == "conv" else MoCoV3ViTPatchEmbeddings(config)
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        _, channels, height, width = pixel_values.shape
+        if channels != self.config.num_channels:
+            raise ValueError(f"pixel_values have {channels} channels, the configuration {self.config.num_channels}")
+        if not interpolate_pos_encoding and (height, width) != self.image_size:
+            raise ValueError(
+                f"pixel_values of size {height}×{width} do not match the model's {self.image_size[0]}×"
+                f"{self.image_size[1]}: resize them, or pass interpolate_pos_encoding=True"
+            )
+        patches = self.patch_embeddings(pixel_values)
+        grid = tuple(patches.shape[-2:])
+        hidden_states = torch.cat(
+            [self.cls_token.expand(len(patches), -1, -1), patches.flatten(2).transpose(1, 2)], dim=1
+        )
+        positions = self.interpolated_positions(grid) if interpolate_pos_encoding else self.position_embeddings
+        return self.dropout(hidden_states + positions)
+
+    def interpolated_positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        """The position table for another grid of patches, `(1, 1 + h·w, D)`, by bicubic interpolation in float32."""
+        if grid == self.grid:
+            return self.position_embeddings
+        cls_position, table = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
+        table = table.unflatten(1, self.grid).permute(0, 3, 1, 2).float()
+        table = nn.functional.interpolate(table, size=grid, mode="bicubic", align_corners=False)
+        table = table.to(cls_position.dtype).flatten(2).transpose(1, 2)
+        return torch.cat([cls_position, table], dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of `(B, heads, L, D / heads)` in plain matrix products; gives the weights `(B, heads, L, L)` too."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class MoCoV3ViTAttention(nn.Module):
+    """Multi-head self-attention with separate projections, `(B, L, D)` to `(B, L, D)`."""
+
+    def __init__(self, config: MoCoV3ViTConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch_and_tokens = hidden_states.shape[:-1]
+        query, key, value = (
+            projection(hidden_states).view(*batch_and_tokens, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        context, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            None,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.o_proj(context.reshape(*batch_and_tokens, -1)), weights
+
+
+class MoCoV3ViTMLP(nn.Module):
+    def __init__(self, config: MoCoV3ViTConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.fc2(self.activation_fn(self.fc1(hidden_states))))
+
+
+class MoCoV3ViTDropPath(nn.Module):
+    """Stochastic depth per image (Huang et al. 2016): drops a residual branch, scales the kept ones up."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.rate == 0.0 or not self.training:
+            return hidden_states
+        kept = hidden_states.new_empty(len(hidden_states), 1, 1).bernoulli_(1 - self.rate)
+        return hidden_states * (kept / (1 - self.rate))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+class MoCoV3ViTLayer(GradientCheckpointingLayer):
+    """One pre-norm block, `(B, L, D)` to `(B, L, D)`."""
+
+    def __init__(self, config: MoCoV3ViTConfig, drop_path_rate: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = MoCoV3ViTAttention(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MoCoV3ViTMLP(config)
+        self.drop_path = MoCoV3ViTDropPath(drop_path_rate)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attended, _ = self.attention(self.norm1(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.drop_path(self.dropout(attended))
+        return hidden_states + self.drop_path(self.mlp(self.norm2(hidden_states)))
+
+
+@auto_docstring
+class MoCoV3ViTPreTrainedModel(PreTrainedModel):
+    config: MoCoV3ViTConfig
+    base_model_prefix = "mocov3_vit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MoCoV3ViTEmbeddings", "MoCoV3ViTLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": MoCoV3ViTLayer, "attentions": MoCoV3ViTAttention}  # noqa: RUF012
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initial values of the official code (its `vits.py`); the convolutional stem keeps torch's own defaults."""
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init_torch_default(module)
+        elif isinstance(module, MoCoV3ViTEmbeddings):
+            init.normal_(module.cls_token, std=1e-6)
+            if self.config.position_embedding == "sincos2d":
+                table = sincos_position_embedding(self.config.hidden_size, module.grid)
+                init.copy_(module.position_embeddings, table.to(module.position_embeddings))
+            else:
+                init.normal_(module.position_embeddings, std=0.02)
+            if self.config.stem == "patch":
+                projection = module.patch_embeddings.projection
+                fan_in = projection.weight[0].numel()
+                bound = math.sqrt(6.0 / (fan_in + self.config.hidden_size))
+                init.uniform_(projection.weight, -bound, bound)
+                init.zeros_(projection.bias)
+        else:
+            super()._init_weights(module)
+
+    def initialize_weights(self):
+        # Runs at construction and after every load, which makes all it loads trainable.
+        super().initialize_weights()
+        freeze_fixed_parameters(self)
+
+
+def init_torch_default(layer: nn.Linear | nn.Conv2d) -> None:
+    """The initial values that torch gives the layer itself, for parameters that were not loaded."""
+    init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+    if layer.bias is not None:
+        bound = 1 / math.sqrt(layer.weight[0].numel())
+        init.uniform_(layer.bias, -bound, bound)
+
+
+def freeze_fixed_parameters(module: nn.Module) -> None:
+    """Take the gradient off every ViT's sine-cosine table and frozen patch projection inside `module`."""
+    for embeddings in module.modules():
+        if isinstance(embeddings, MoCoV3ViTEmbeddings):
+            config = embeddings.config
+            if config.position_embedding == "sincos2d":
+                embeddings.position_embeddings.requires_grad_(False)
+            if config.stem == "patch" and config.freeze_patch_projection:
+                embeddings.patch_embeddings.requires_grad_(False)
+
+
+class MoCoV3ViTEncoder(MoCoV3ViTPreTrainedModel):
+    def __init__(self, config: MoCoV3ViTConfig):
+        super().__init__(config)
+        rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
+        self.layer = nn.ModuleList(MoCoV3ViTLayer(config, rate) for rate in rates)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+@auto_docstring(custom_intro="The bare ViT of MoCo v3; its pooled output is the CLS token after the final norm.")
+class MoCoV3ViTModel(MoCoV3ViTPreTrainedModel):
+    def __init__(self, config: MoCoV3ViTConfig):
+        super().__init__(config)
+        self.embeddings = MoCoV3ViTEmbeddings(config)
+        self.encoder = MoCoV3ViTEncoder(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        freeze_fixed_parameters(self)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.patch_embeddings = value
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        encoded: BaseModelOutput = self.encoder(hidden_states, **kwargs)
+        last_hidden_state = self.layernorm(encoded.last_hidden_state)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state,
+            pooler_output=last_hidden_state[:, 0],
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+
+__all__ = ["MoCoV3ViTModel", "MoCoV3ViTPreTrainedModel"]
