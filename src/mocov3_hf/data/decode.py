@@ -1,0 +1,148 @@
+"""Encoded images to uint8 RGB: the pixels of PIL's `ImageOps.exif_transpose(image).convert("RGB")`, sooner.
+
+Plain JPEG and plain 8-bit PNG take torchvision's decoder; everything rare (palettes, alpha, CMYK, 16 bit, animations,
+other formats) takes PIL itself, so that it cannot differ.
+"""
+
+import io
+import os
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.io import ImageReadMode, decode_jpeg, decode_png
+
+
+# Twice PIL's warning level, where PIL refuses too: 13,377 pixels square.
+MAX_PIXELS = 178_956_970
+
+
+class BadImageError(ValueError):
+    """An image that cannot be used: empty, truncated, not an image, too large, or gone."""
+
+
+def decode_rgb(data: bytes | str | os.PathLike, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+    """Decode an image.
+
+    Args:
+        data: the encoded image, or the path of a file.
+        max_pixels: larger images are refused before anything is allocated.
+
+    Returns:
+        uint8 (3, H, W). Its memory may be laid out as (H, W, 3).
+
+    Raises:
+        BadImageError: the reason in one line.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        try:
+            with open(data, "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise BadImageError(f"cannot be read: {error.strerror or error} ({os.fspath(data)})") from error
+    elif data is None:
+        raise BadImageError("has neither bytes nor a path")
+    if not data:
+        raise BadImageError("is empty (0 bytes)")
+    try:
+        if data[:2] == b"\xff\xd8":
+            return _decode_jpeg(data, max_pixels)
+        if data[:8] == b"\x89PNG\r\n\x1a\n":
+            return _decode_png(data, max_pixels)
+        return _decode_with_pil(data, max_pixels)
+    except BadImageError:
+        raise
+    except MemoryError as error:
+        raise BadImageError("does not fit in memory") from error
+    # PIL raises OSError, SyntaxError, ValueError, struct.error, ... on damaged files, torchvision RuntimeError.
+    except Exception as error:
+        raise BadImageError(
+            f"cannot be decoded: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        ) from error
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise BadImageError(f"is {width}x{height} pixels")
+    if width * height > max_pixels:
+        raise BadImageError(f"is {width}x{height} pixels, more than the {max_pixels} allowed")
+
+
+def _as_buffer(data: bytes) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # read-only memory: the decoders only read
+        return torch.frombuffer(data, dtype=torch.uint8)
+
+
+def _decode_jpeg(data: bytes, max_pixels: int) -> torch.Tensor:
+    frame = _jpeg_frame(data)
+    if frame is None:
+        return _decode_with_pil(data, max_pixels)
+    width, height, components, has_metadata = frame
+    _check_size(width, height, max_pixels)
+    if components not in (1, 3):
+        return _decode_with_pil(data, max_pixels)
+    image = decode_jpeg(_as_buffer(data), mode=ImageReadMode.RGB)
+    if has_metadata:
+        image = _orient(image, _orientation(data))
+    return image
+
+
+def _jpeg_frame(data: bytes) -> tuple[int, int, int, bool] | None:
+    """Width, height, components and whether APP1 (Exif, XMP) is there; None when the header is not understood."""
+    position, size, has_metadata = 2, len(data), False
+    while position + 9 < size and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF:
+            position += 1
+            continue
+        length = (data[position + 2] << 8) | data[position + 3]
+        if marker in (0xC0, 0xC1, 0xC2):
+            if data[position + 4] != 8:
+                return None
+            height = (data[position + 5] << 8) | data[position + 6]
+            width = (data[position + 7] << 8) | data[position + 8]
+            return width, height, data[position + 9], has_metadata
+        if marker == 0xE1:
+            has_metadata = True
+        if marker == 0xDA or (0xC3 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            return None
+        position += 2 + length
+    return None
+
+
+def _orientation(data: bytes) -> int:
+    with Image.open(io.BytesIO(data)) as image:
+        return image.getexif().get(0x0112, 1)
+
+
+def _orient(image: torch.Tensor, orientation: int) -> torch.Tensor:
+    """Undo an Exif orientation (1..8) of a (C, H, W) image, as `ImageOps.exif_transpose` does."""
+    if orientation in (5, 6, 7, 8):
+        image = image.transpose(1, 2)
+    flips = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation)
+    return image.flip(flips) if flips else image
+
+
+def _decode_png(data: bytes, max_pixels: int) -> torch.Tensor:
+    if len(data) < 33:
+        raise BadImageError(f"is truncated ({len(data)} bytes)")
+    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    _check_size(width, height, max_pixels)
+    depth, colour_type = data[24], data[25]
+    header = data[: data.find(b"IDAT")]
+    plain = depth == 8 and colour_type in (0, 2) and data[-8:-4] == b"IEND"
+    if not plain or any(chunk in header for chunk in (b"tRNS", b"eXIf", b"iTXt", b"zTXt", b"tEXt", b"acTL")):
+        return _decode_with_pil(data, max_pixels)
+    return decode_png(_as_buffer(data), mode=ImageReadMode.RGB)
+
+
+def _decode_with_pil(data: bytes, max_pixels: int) -> torch.Tensor:
+    with warnings.catch_warnings():
+        # Our own limit stands in for PIL's; other warnings are about metadata.
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data)) as image:
+            _check_size(*image.size, max_pixels)
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)

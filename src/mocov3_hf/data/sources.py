@@ -1,0 +1,217 @@
+"""Where images come from: folders, parquet, Arrow on disk, webdataset tars or the Hub, all through `datasets`.
+
+Images leave here undecoded, as bytes or paths. Labels play no part (see `labelled.py` for them).
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+from datasets.exceptions import DatasetNotFoundError
+
+
+def is_local(dataset_name: str) -> bool:
+    """Whether a name means a path of this machine (it exists, or cannot be a Hub id)."""
+    name = os.fspath(dataset_name)
+    return os.path.exists(name) or name.startswith(("/", "./", "../", "~")) or name in (".", "..")
+
+
+def open_dataset(
+    dataset_name: str,
+    config_name: str | None = None,
+    split: str = "train",
+    *,
+    streaming: bool = False,
+    revision: str | None = None,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Open one split (or several, "train+validation") of a data set, with images left undecoded.
+
+    Args:
+        dataset_name: a Hub id, or a local folder: of images (with or without class folders, at any depth, also below
+            split folders `train/`, `test/`), of parquet files, of webdataset tars, or written by
+            `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
+        config_name: configuration of a Hub data set that has several.
+        split: name of a split, or names joined by "+".
+        streaming: return an `IterableDataset`, nothing is downloaded or converted ahead.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: the folder does not exist or holds no data, the split does not exist, the data set is empty. One
+            line each, with what exists.
+    """
+    name = os.path.expanduser(os.fspath(dataset_name))
+    if is_local(name):
+        _check_folder(name)
+        saved = _load_saved(name, split)
+        if saved is not None:
+            return undecoded(saved.to_iterable_dataset() if streaming else saved)
+    builder = load_builder(name, config_name, revision)
+    parts = check_split(builder, split, name)
+    if streaming:
+        streams = [builder.as_streaming_dataset(split=part) for part in parts]
+        return undecoded(streams[0] if len(streams) == 1 else datasets.concatenate_datasets(streams))
+    builder.download_and_prepare()
+    dataset = builder.as_dataset(split=split)
+    return undecoded(_checked_not_empty(dataset, name, split))
+
+
+def load_builder(dataset_name: str, config_name: str | None = None, revision: str | None = None):
+    """`datasets.load_dataset_builder` with its many errors turned into one-line ValueErrors."""
+    try:
+        return datasets.load_dataset_builder(dataset_name, config_name, revision=revision)
+    except DatasetNotFoundError as error:
+        reason = f"data set {dataset_name!r} is neither a local folder nor on the Hub (or it is gated, or there is no "
+        raise ValueError(reason + "network): check the name, or give a folder") from error
+    except FileNotFoundError as error:  # EmptyDatasetError, DataFilesNotFoundError
+        raise ValueError(
+            f"no images, parquet files or tars found in {dataset_name!r}: {_first_line(error)}"
+        ) from error
+
+
+def check_split(builder, split: str, dataset_name: str) -> list[str]:
+    """The names in a split expression; ValueError listing the existing ones where one is missing."""
+    known = list(builder.config.data_files or builder.info.splits or ())
+    parts = [part.strip() for part in split.split("+")]
+    for part in parts:
+        if known and part.split("[")[0] not in known:
+            raise ValueError(
+                f"split {part!r} does not exist in {dataset_name!r}; it has: {', '.join(map(str, known))}"
+            )
+    return parts
+
+
+def undecoded(dataset):
+    """The same data set with every image column cast to `Image(decode=False)`."""
+    for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, datasets.Image) and feature.decode:
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    return dataset
+
+
+def find_image_column(dataset, image_column: str | None = None) -> str:
+    """Name of the column that holds images.
+
+    Args:
+        dataset: a `Dataset` or an `IterableDataset` with known features.
+        image_column: the user's choice, checked; None to find the only one.
+
+    Raises:
+        ValueError: missing, or more than one; names the columns.
+    """
+    features = dataset.features or {}
+    columns = ", ".join(features) or "none known"
+    if image_column is not None:
+        if image_column not in features:
+            raise ValueError(f"image column {image_column!r} does not exist; columns: {columns}")
+        if not _may_hold_images(features[image_column]):
+            raise ValueError(
+                f"column {image_column!r} holds {features[image_column]}, not images, encoded bytes or paths; "
+                f"columns: {columns}"
+            )
+        return image_column
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if not found:  # parquet written without the metadata of `datasets`
+        found = [name for name, feature in features.items() if _is_encoded(feature)]
+    if not found:
+        raise ValueError(f"no image column found; name it with --image_column; columns: {columns}")
+    if len(found) > 1:
+        raise ValueError(f"several image columns ({', '.join(found)}): choose one with --image_column")
+    return found[0]
+
+
+def _is_encoded(feature) -> bool:
+    if isinstance(feature, Mapping):
+        return "bytes" in feature
+    return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+
+
+def _may_hold_images(feature) -> bool:
+    is_path = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+    return isinstance(feature, datasets.Image) or _is_encoded(feature) or is_path
+
+
+def encoded_image(value) -> bytes | str | None:
+    """The image in a cell of an undecoded column: bytes, else a path, else None."""
+    if isinstance(value, Mapping):
+        data = value.get("bytes")
+        return data if data is not None else value.get("path")
+    return value
+
+
+class MapSource:
+    """Random access to the encoded images of a `Dataset`; the sample id is the row.
+
+    Args:
+        dataset: opened with images undecoded.
+        image_column: None to find the only one.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, image_column: str | None = None):
+        self.image_column = find_image_column(dataset, image_column)
+        self._rows = undecoded(dataset).select_columns([self.image_column]).with_format("arrow")
+        self.num_samples = len(dataset)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def read(self, sample_id: int) -> bytes | str | None:
+        """Bytes or path of an image; None where the row holds neither."""
+        table: pa.Table = self._rows[int(sample_id)]
+        return encoded_image(table.column(0)[0].as_py())
+
+    def neighbour(self, sample_id: int, distance: int) -> int:
+        """The id `distance` rows further, around the end: what stands in for a bad image."""
+        return (sample_id + distance) % self.num_samples
+
+
+def open_source(
+    dataset_name: str,
+    *,
+    config_name: str | None = None,
+    split: str = "train",
+    image_column: str | None = None,
+    streaming: bool = False,
+    revision: str | None = None,
+) -> MapSource:
+    """Open the images of a data set for pre-training. Arguments and errors as `open_dataset`, `find_image_column`."""
+    if streaming:
+        raise ValueError("streaming sources are not there yet")
+    return MapSource(open_dataset(dataset_name, config_name, split, revision=revision), image_column)
+
+
+def _check_folder(name: str) -> None:
+    path = Path(name)
+    if not path.exists():
+        raise ValueError(f"folder {name!r} does not exist")
+    if not path.is_dir():
+        raise ValueError(f"{name!r} is a file: give the folder that holds the data")
+
+
+def _load_saved(name: str, split: str) -> datasets.Dataset | None:
+    """A folder written by `save_to_disk`; None when it is not one."""
+    path = Path(name)
+    if not (path / "dataset_dict.json").exists() and not (path / "state.json").exists():
+        return None
+    saved = datasets.load_from_disk(name)
+    if isinstance(saved, datasets.DatasetDict):
+        parts = [part.strip() for part in split.split("+")]
+        for part in parts:
+            if part not in saved:
+                raise ValueError(f"split {part!r} does not exist in {name!r}; it has: {', '.join(saved)}")
+        chosen = [saved[part] for part in parts]
+        saved = chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
+    elif saved.split is not None and str(saved.split) != split:
+        raise ValueError(f"split {split!r} does not exist in {name!r}; it has: {saved.split}")
+    return _checked_not_empty(saved, name, split)
+
+
+def _checked_not_empty(dataset: datasets.Dataset, name: str, split: str) -> datasets.Dataset:
+    if len(dataset) == 0:
+        raise ValueError(f"split {split!r} of {name!r} is empty")
+    return dataset
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

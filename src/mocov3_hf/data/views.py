@@ -1,0 +1,191 @@
+"""The CPU half of the augmentation: draw the parameters of both views, crop and resize to uint8.
+
+REFERENCE: the asymmetric pair of BYOL as MoCo v3 uses it. The operations on colours (jitter, grayscale, blur,
+solarize), the flip and the normalisation run later, in batches, on the device: see `photometric.py`.
+
+Legend: B batch, S image size of a view, K number of parameters of a view.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from .draws import uniforms
+
+
+# Columns of a view's parameters, float32 (B, K).
+PARAMETER_NAMES = (
+    "order",  # 0..23: row of JITTER_ORDERS
+    "brightness",  # factor; 1 changes nothing
+    "contrast",  # factor
+    "saturation",  # factor
+    "hue",  # shift in turns, -0.5..0.5; 0 changes nothing
+    "grayscale",  # 1 or 0
+    "blur_sigma",  # standard deviation in pixels; 0 for no blur
+    "solarize_threshold",  # levels 0..255 at or above it are inverted; NO_SOLARIZE for none
+    "flip",  # 1 or 0
+)
+NUM_PARAMETERS = len(PARAMETER_NAMES)
+NO_SOLARIZE = 256.0
+# Operations: 0 brightness, 1 contrast, 2 saturation, 3 hue.
+JITTER_ORDERS = tuple(itertools.permutations(range(4)))
+
+_CROP_TRIES = 10
+_DRAWS = 4 * _CROP_TRIES + 16
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """How one view is made. Defaults are those both views share; `two_views` gives the asymmetric pair.
+
+    Probabilities are of the operation being applied at all. `brightness`, `contrast` and `saturation` are half-widths
+    of the factor's range around 1, `hue` is the largest shift in turns (at most 0.5), `blur_sigma` the range of the
+    standard deviation in pixels, `solarize_threshold` a level of 0..255.
+    """
+
+    image_size: int = 224
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    jitter_probability: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grayscale_probability: float = 0.2
+    blur_probability: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize_probability: float = 0.0
+    solarize_threshold: int = 128
+    flip_probability: float = 0.5
+
+    def __post_init__(self):
+        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+            # Lists come from YAML; a tuple keeps the settings hashable.
+            low, high = value = tuple(getattr(self, name))
+            object.__setattr__(self, name, value)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be a range 0 < low <= high, got {value}")
+        if self.crop_scale[1] > 1:
+            raise ValueError(f"crop_scale is a share of the image's area, at most 1, got {self.crop_scale}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+        for name in ("jitter", "grayscale", "blur", "solarize", "flip"):
+            probability = getattr(self, f"{name}_probability")
+            if not 0 <= probability <= 1:
+                raise ValueError(f"{name}_probability must be in [0, 1], got {probability}")
+        for name in ("brightness", "contrast", "saturation"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"hue must be in [0, 0.5] turns, got {self.hue}")
+        if not 0 <= self.solarize_threshold <= 256:
+            raise ValueError(f"solarize_threshold must be in [0, 256], got {self.solarize_threshold}")
+
+
+def two_views(**overrides) -> tuple[ViewSettings, ViewSettings]:
+    """The asymmetric pair: view 1 always blurred and never solarized, view 2 blurred at 0.1 and solarized at 0.2.
+
+    Keyword arguments (fields of `ViewSettings`) apply to both views, in place of these values.
+    """
+    first = {"blur_probability": 1.0, "solarize_probability": 0.0}
+    second = {"blur_probability": 0.1, "solarize_probability": 0.2}
+    return ViewSettings(**{**first, **overrides}), ViewSettings(**{**second, **overrides})
+
+
+@dataclass(frozen=True)
+class ViewDraws:
+    """The random numbers of a batch for one view.
+
+    parameters: float32 (B, K), columns as PARAMETER_NAMES.
+    crop_area, crop_ratio: float64 (B, 10): share of the image's area and width/height of each crop tried.
+    crop_place: float64 (B, 10, 2): top and left of each, as a share of the places where it fits.
+    """
+
+    parameters: torch.Tensor
+    crop_area: torch.Tensor
+    crop_ratio: torch.Tensor
+    crop_place: torch.Tensor
+
+
+def draw_view(settings: ViewSettings, seed: int, epoch: int, sample_ids: torch.Tensor, view: int) -> ViewDraws:
+    """Draw the parameters of one view (0 or 1) for int64 (B,) sample ids: a pure function of its arguments."""
+    draws = uniforms(seed, epoch, sample_ids, view, _DRAWS)
+    crops = draws[:, : 4 * _CROP_TRIES].reshape(-1, _CROP_TRIES, 4)
+    u = draws[:, 4 * _CROP_TRIES :].unbind(1)
+
+    low, high = settings.crop_scale
+    log_low, log_high = math.log(settings.crop_ratio[0]), math.log(settings.crop_ratio[1])
+    jitter = u[0] < settings.jitter_probability
+
+    def factor(uniform, width):
+        # torchvision's ColorJitter: uniform on [max(0, 1 - width), 1 + width].
+        lowest = max(0.0, 1 - width)
+        return torch.where(jitter, lowest + (1 + width - lowest) * uniform, 1.0)
+
+    sigma_low, sigma_high = settings.blur_sigma
+    columns = {
+        "order": torch.floor(u[1] * len(JITTER_ORDERS)),
+        "brightness": factor(u[2], settings.brightness),
+        "contrast": factor(u[3], settings.contrast),
+        "saturation": factor(u[4], settings.saturation),
+        "hue": torch.where(jitter, settings.hue * (2 * u[5] - 1), 0.0),
+        "grayscale": u[6] < settings.grayscale_probability,
+        "blur_sigma": torch.where(
+            u[7] < settings.blur_probability, sigma_low + (sigma_high - sigma_low) * u[8], torch.zeros_like(u[8])
+        ),
+        "solarize_threshold": torch.where(
+            u[9] < settings.solarize_probability, float(settings.solarize_threshold), NO_SOLARIZE
+        ),
+        "flip": u[10] < settings.flip_probability,
+    }
+    return ViewDraws(
+        parameters=torch.stack([columns[name].to(torch.float32) for name in PARAMETER_NAMES], dim=1),
+        crop_area=low + (high - low) * crops[:, :, 0],
+        crop_ratio=torch.exp(log_low + (log_high - log_low) * crops[:, :, 1]),
+        crop_place=crops[:, :, 2:],
+    )
+
+
+def crop_boxes(draws: ViewDraws, heights: torch.Tensor, widths: torch.Tensor, settings: ViewSettings) -> torch.Tensor:
+    """Where each image is cropped, as torchvision's RandomResizedCrop does it.
+
+    Ten tries; the first that fits is taken, else the largest centred crop within the range of ratios.
+
+    Args:
+        draws: of B samples.
+        heights, widths: int64 (B,) of the images in pixels.
+
+    Returns:
+        int64 (B, 4): top, left, height, width.
+    """
+    heights, widths = heights.to(torch.float64)[:, None], widths.to(torch.float64)[:, None]
+    area = draws.crop_area * heights * widths
+    crop_w = torch.round(torch.sqrt(area * draws.crop_ratio))
+    crop_h = torch.round(torch.sqrt(area / draws.crop_ratio))
+    fits = (crop_w > 0) & (crop_w <= widths) & (crop_h > 0) & (crop_h <= heights)
+    top = torch.floor(draws.crop_place[:, :, 0] * (heights - crop_h + 1))
+    left = torch.floor(draws.crop_place[:, :, 1] * (widths - crop_w + 1))
+    tried = torch.stack([top, left, crop_h, crop_w], dim=-1)
+    first = fits.to(torch.uint8).argmax(dim=1)
+    chosen = tried[torch.arange(len(first), device=first.device), first]
+
+    ratio = widths / heights
+    low, high = settings.crop_ratio
+    central_w = torch.where(ratio > high, torch.round(heights * high), widths)
+    central_h = torch.where(ratio < low, torch.round(widths / low), heights)
+    # A one-pixel image times a ratio below 1/2 would round to nothing.
+    central_w, central_h = central_w.clamp(min=1), central_h.clamp(min=1)
+    central = torch.cat(
+        [torch.floor((heights - central_h) / 2), torch.floor((widths - central_w) / 2), central_h, central_w], dim=1
+    )
+    return torch.where(fits.any(dim=1, keepdim=True), chosen, central).to(torch.int64)
+
+
+def crop_and_resize(image: torch.Tensor, box, size: int) -> torch.Tensor:
+    """Crop and resize with antialiasing, bilinear: uint8 (3, H, W) and (top, left, height, width) to (3, S, S)."""
+    top, left, height, width = box
+    crop = image[None, :, top : top + height, left : left + width]
+    return F.interpolate(crop, size=(size, size), mode="bilinear", antialias=True)[0]
