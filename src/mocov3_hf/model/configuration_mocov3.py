@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils import auto_docstring, logging
 
@@ -47,7 +47,7 @@ def check_unknown_keys(config: PreTrainedConfig, names: Iterable[str]) -> None:
         # `num_labels` and the like are legitimate: properties and arguments that `PreTrainedConfig` itself takes up.
         if name.startswith("_") or name in known or hasattr(type(config), name):
             continue
-        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.9):
             raise ValueError(f"{type(config).__name__} has no key {name!r}. Did you mean {close[0]!r}?")
 
 
@@ -179,12 +179,11 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
-    # Written out: the class attribute of the base class finds sub-configurations by an Auto class, which does not know
-    # `mocov3_vit` where this file travels as remote code.
-    sub_configs = {"backbone_config": PreTrainedConfig}  # noqa: RUF012
+    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012
 
     def __post_init__(self, **kwargs):
-        # `backbone_config` is set before `super()`, which hands the attention implementation down to it.
+        # Built before `super()` and here rather than by the base class, which finds sub-configurations through an Auto
+        # class: that one does not know `mocov3_vit` where this file travels as remote code.
         self.backbone_config = build_backbone_config(self.backbone_config)
         out_indices, out_features = kwargs.pop("out_indices", None), kwargs.pop("out_features", None)
         check_unknown_keys(self, kwargs)
