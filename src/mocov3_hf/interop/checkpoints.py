@@ -1,0 +1,286 @@
+"""State dicts of other codebases to models of this one, and back: exact, checked key by key."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, ResNetConfig
+
+from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
+from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
+from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
+from .architecture import infer_heads, infer_resnet, infer_vit, is_sincos_table, split_overrides
+from .errors import CheckpointError
+from .layouts import (
+    LAYOUTS,
+    Layout,
+    foreign_keys,
+    head_module_names,
+    recognise_layout,
+    resnet_module_names,
+    vit_module_names,
+)
+
+
+STAGES = ("pretrained", "linear", "finetuned")
+LISTED_KEYS = 20  # an error names so many keys of a kind and counts the rest
+
+
+@dataclass(frozen=True)
+class Converted:
+    """
+    A state dict under this package's names, with the model it belongs to.
+
+    `state_dict` shares memory with the source. `stage` is `"pretrained"`, `"linear"`, `"finetuned"`, or None for a
+    classifier that does not tell which. `sources` gives for every native key the foreign key it came from, `ignored`
+    the foreign keys that no model needs.
+    """
+
+    config: MoCoV3Config
+    model_class: type[PreTrainedModel]
+    state_dict: dict[str, torch.Tensor]
+    layout: str
+    stage: str | None
+    image_size: int
+    sources: dict[str, str] = field(repr=False)
+    ignored: tuple[str, ...] = ()
+
+    def build_model(self) -> PreTrainedModel:
+        """The model with the converted weights, in evaluation mode; it shares their memory."""
+        with torch.device("meta"):
+            model = self.model_class(self.config)
+        model.load_state_dict(self.state_dict, strict=True, assign=True)  # keeps what construction froze frozen
+        return model.eval()
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, torch.Tensor], *, layout: str | None = None, stage: str | None = None, **overrides: Any
+) -> Converted:
+    """
+    Convert a state dict of another codebase, exactly: no value changes and none is left over.
+
+    Args:
+        state_dict (`Mapping[str, torch.Tensor]`):
+            Tensors by name, with or without the prefix `module.` of a parallel wrapper.
+        layout (`str`, *optional*):
+            A name of `LAYOUTS`; recognised by the keys where left out.
+        stage (`str`, *optional*):
+            `"pretrained"`, `"linear"` or `"finetuned"`; inferred where left out: a classifier with a trained position
+            table is fine-tuned, one with the fixed table a linear probe.
+        overrides:
+            Values of `MoCoV3ViTConfig`, `ResNetConfig` or `MoCoV3Config` that shapes do not tell or tell otherwise:
+            `num_attention_heads`, `image_size`, `temperature`, `id2label`, ...
+
+    Raises:
+        CheckpointError: an unknown layout, or missing, unexpected or misshaped keys, by name.
+        TypeError: an override that no configuration knows.
+    """
+    if stage is not None and stage not in STAGES:
+        raise CheckpointError(f"stage must be one of {STAGES}, got {stage!r}")
+    state_dict = strip_parallel_prefix(check_tensors(state_dict))
+    layout, body = find_layout(state_dict, layout)
+    shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
+
+    overrides = dict(overrides)
+    processor_size = overrides.pop("image_size", 224) if body == "resnet" else None
+    of_backbone, of_composition = split_overrides(overrides, body)
+    classifier = next((name for name in layout.classifiers(body) if f"{name}.weight" in shapes), None)
+    model_class = MoCoV3ForPreTraining if layout.heads else MoCoV3ForImageClassification if classifier else MoCoV3Model
+
+    if body == "vit":
+        values = infer_vit(shapes, layout, of_backbone) | of_backbone
+        grid = [a // b for a, b in zip(to_pair(values["image_size"]), to_pair(values["patch_size"]), strict=True)]
+        fixed = is_sincos_table(state_dict.get(f"{layout.base}pos_embed", torch.empty(0)), tuple(grid))
+        stage = stage or inferred_stage(layout, classifier, fixed)
+        values.setdefault("position_embedding", "sincos2d" if fixed and stage != "finetuned" else "learned")
+        values.setdefault("freeze_patch_projection", values["position_embedding"] == "sincos2d")
+        backbone_config = MoCoV3ViTConfig(**values)
+        processor_size = max(to_pair(backbone_config.image_size))
+    else:
+        stage = stage or inferred_stage(layout, classifier, None)
+        backbone_config = ResNetConfig(**(infer_resnet(shapes, layout) | of_backbone))
+
+    composition = infer_heads(shapes, layout, body) | of_composition
+    if classifier is not None and "id2label" not in composition:
+        composition.setdefault("num_labels", shapes[f"{classifier}.weight"][0])
+    config = MoCoV3Config(backbone_config=backbone_config, **composition)
+    native, sources = rename(state_dict, config, model_class, layout, classifier)
+    return Converted(
+        config=config,
+        model_class=model_class,
+        state_dict=native,
+        layout=layout.name,
+        stage=stage,
+        image_size=processor_size,
+        sources=sources,
+        ignored=tuple(key for key in state_dict if key in layout.ignored),
+    )
+
+
+def revert_state_dict(
+    state_dict: Mapping[str, torch.Tensor], config: MoCoV3Config, *, layout: str
+) -> dict[str, torch.Tensor]:
+    """
+    The state dict of one of this package's models under another codebase's names: the inverse of the conversion.
+
+    Args:
+        state_dict (`Mapping[str, torch.Tensor]`):
+            Of a `MoCoV3ForPreTraining`, `MoCoV3ForImageClassification` or `MoCoV3Model` on a MoCo v3 ViT or a ResNet.
+        layout (`str`):
+            A name of `LAYOUTS` that holds such a model.
+
+    Raises:
+        CheckpointError: an unknown layout, or a model that it cannot hold.
+    """
+    target = named_layout(layout)
+    body = body_of(config)
+    if any(key.startswith("predictor.") for key in state_dict) != (target.heads is not None):
+        kind = "pre-training models" if target.heads else "single encoders"
+        raise CheckpointError(f"the layout {layout!r} holds {kind}, and this state dict is none")
+    classifier = target.classifiers(body)[0] if "classifier.weight" in state_dict else None
+    base = next((prefix for prefix in ("mocov3.backbone.", "backbone.") if any_starts(state_dict, prefix)), None)
+    if base is None:
+        raise CheckpointError("the state dict holds no encoder: no key begins with 'mocov3.backbone.' or 'backbone.'")
+    names = module_names(config, target, body, base, classifier)
+    return {
+        foreign: state_dict[natives[0]] if len(natives) == 1 else torch.cat([state_dict[key] for key in natives])
+        for foreign, natives in foreign_keys(state_dict, names).items()
+    }
+
+
+def check_tensors(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    for key, value in state_dict.items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                f"the entry {key!r} is a {type(value).__name__}, expected a tensor: pass the state dict itself"
+            )
+    return dict(state_dict)
+
+
+def strip_parallel_prefix(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the `module.` that `DistributedDataParallel` puts before every name."""
+    if state_dict and all(key.startswith("module.") for key in state_dict):
+        return {key.removeprefix("module."): value for key, value in state_dict.items()}
+    return state_dict
+
+
+def named_layout(name: str) -> Layout:
+    if name not in LAYOUTS:
+        raise CheckpointError(f"unknown layout {name!r}, expected one of {sorted(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
+def find_layout(state_dict: dict[str, torch.Tensor], name: str | None) -> tuple[Layout, str]:
+    recognised = recognise_layout(state_dict)
+    if recognised is None:
+        sample = ", ".join(list(state_dict)[:4]) or "no tensors"
+        own = ": this package's own naming, which from_pretrained loads" if is_native(state_dict) else ""
+        raise CheckpointError(f"none of the known layouts ({', '.join(LAYOUTS)}); the keys begin with {sample}{own}")
+    layout, body = recognised
+    if name is not None and named_layout(name) is not layout:
+        raise CheckpointError(f"the keys are those of the layout {layout.name!r}, not {name!r}: leave layout out")
+    return layout, body
+
+
+def is_native(state_dict: Mapping[str, torch.Tensor]) -> bool:
+    return any_starts(state_dict, "mocov3.") or any_starts(state_dict, "backbone.embeddings.")
+
+
+def any_starts(keys: Iterable[str], prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in keys)
+
+
+def inferred_stage(layout: Layout, classifier: str | None, fixed_positions: bool | None) -> str | None:
+    if layout.heads is not None or (classifier is None and fixed_positions is not False):
+        return "pretrained"
+    if classifier is None or fixed_positions is None:
+        return None
+    return "linear" if fixed_positions else "finetuned"
+
+
+def body_of(config: MoCoV3Config) -> str:
+    """
+    Raises:
+        CheckpointError: a backbone that no other codebase's layout can hold.
+    """
+    bodies = {"mocov3_vit": "vit", "resnet": "resnet"}
+    model_type = config.backbone_config.model_type
+    if model_type not in bodies:
+        raise CheckpointError(f"only the backbones {sorted(bodies)} have a layout elsewhere, got {model_type!r}")
+    return bodies[model_type]
+
+
+def module_names(config: MoCoV3Config, layout: Layout, body: str, base: str, classifier: str | None) -> dict[str, str]:
+    """Foreign names by native ones for all modules of a model; `base` is the native prefix of its encoder."""
+    backbone = config.backbone_config
+    if body == "vit":
+        inner = vit_module_names(layout.dialect, backbone.num_hidden_layers, backbone.stem)
+    else:
+        inner = resnet_module_names(backbone.depths, backbone.layer_type)
+    names = {f"{base}{native}": f"{layout.base}{foreign}" for native, foreign in inner.items()}
+    if classifier is not None:
+        names["classifier"] = classifier
+    if layout.heads is not None:
+        for native, foreign in inner.items():
+            names[f"momentum_encoder.encoder.backbone.{native}"] = f"{layout.momentum}{foreign}"
+        for native, foreign in layout.projectors(body).items():
+            num_layers = config.num_predictor_layers if native == "predictor" else config.num_projector_layers
+            names |= head_module_names(layout.heads, native, foreign, num_layers)
+    return names
+
+
+def rename(
+    state_dict: dict[str, torch.Tensor],
+    config: MoCoV3Config,
+    model_class: type[PreTrainedModel],
+    layout: Layout,
+    classifier: str | None,
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """
+    Native tensors by native key, and the foreign key of each.
+
+    Raises:
+        CheckpointError: the keys are not exactly those that the model needs, in its shapes.
+    """
+    with torch.device("meta"):
+        wanted = model_class(config).state_dict()
+    base = "backbone." if model_class is MoCoV3Model else "mocov3.backbone."
+    names = module_names(config, layout, body_of(config), base, classifier)
+    groups = foreign_keys(wanted, names)
+    missing = [key for key in groups if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in groups and key not in layout.ignored]
+    misshaped, mistyped = [], []
+    for foreign, natives in groups.items():
+        if foreign not in state_dict:
+            continue
+        expected, actual = list(wanted[natives[0]].shape), list(state_dict[foreign].shape)
+        if len(natives) > 1:
+            expected[0] *= len(natives)
+        if expected != actual:
+            misshaped.append(f"{foreign} has {actual}, expected {expected}")
+        elif state_dict[foreign].is_floating_point() != wanted[natives[0]].is_floating_point():
+            mistyped.append(f"{foreign} has {state_dict[foreign].dtype}, expected {wanted[natives[0]].dtype}")
+    problems = {
+        "missing keys": missing,
+        "unexpected keys": unexpected,
+        "misshaped keys": misshaped,
+        "keys of a wrong type": mistyped,
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{kind}: {enumerate_keys(keys)}" for kind, keys in problems.items() if keys)
+        raise CheckpointError(f"not a {layout.name} checkpoint of {model_class.__name__}: {found}")
+
+    native, sources = {}, {}
+    for foreign, natives in groups.items():
+        tensor = state_dict[foreign]
+        parts = tensor.chunk(len(natives)) if len(natives) > 1 else (tensor,)
+        for key, part in zip(natives, parts, strict=True):
+            native[key] = part
+            sources[key] = foreign
+    return {key: native[key] for key in wanted}, sources
+
+
+def enumerate_keys(keys: list[str]) -> str:
+    rest = len(keys) - LISTED_KEYS
+    return ", ".join(keys[:LISTED_KEYS]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,171 @@
+"""
+The names that the world's checkpoints give to the tensors of a MoCo v3 model: one bijection for both directions.
+
+A layout maps native module names to foreign ones; the tensors' own names (`weight`, `running_mean`, ...) agree
+everywhere. The only tensor that is cut is the fused `qkv` of a ViT block, `(3·D, D)`, which holds q, k and v in order.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+# Legend of dimensions: D width of the ViT.
+
+DIALECTS = {
+    # name of a ViT's parts: block, first norm, second norm, MLP layers, final norm, patch projection
+    "timm": ("blocks", "norm1", "norm2", "mlp.fc1", "mlp.fc2", "norm", "patch_embed.proj"),
+    "mmpretrain": ("layers", "ln1", "ln2", "ffn.layers.0.0", "ffn.layers.1", "ln1", "patch_embed.projection"),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    One naming of checkpoints.
+
+    `base` and `momentum` are the prefixes of the two encoders (`momentum` is None where the file holds one encoder),
+    `dialect` names the parts of a ViT, `heads` the style of projector and predictor. `ignored` are entries that belong
+    to the layout and that no model needs.
+    """
+
+    name: str
+    dialect: str
+    base: str = ""
+    momentum: str | None = None
+    heads: str | None = None
+    ignored: tuple[str, ...] = ()
+
+    def projectors(self, body: str) -> dict[str, str]:
+        """Foreign module names of the heads by native ones, for a body `"vit"` or `"resnet"`."""
+        if self.heads == "official":
+            head = "head" if body == "vit" else "fc"
+            return {
+                "projector": f"{self.base}{head}",
+                "predictor": "predictor",
+                "momentum_encoder.projector": f"{self.momentum}{head}",
+            }
+        if self.heads == "mmpretrain":
+            return {
+                "projector": "neck",
+                "predictor": "head.predictor",
+                "momentum_encoder.projector": "momentum_encoder.module.1",
+            }
+        return {}
+
+    def classifiers(self, body: str) -> tuple[str, ...]:
+        """Foreign module names under which the classification head may stand, the usual one first."""
+        if self.heads is not None:
+            return ()
+        if self.dialect == "mmpretrain":
+            return ("head.layers.head", "head.fc") if body == "vit" else ("head.fc",)
+        return ("head",) if body == "vit" else ("fc",)
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("official_pretraining", "timm", "base_encoder.", "momentum_encoder.", "official"),
+        Layout(
+            "mmpretrain_pretraining",
+            "mmpretrain",
+            "backbone.",
+            "momentum_encoder.module.0.",
+            "mmpretrain",
+            ignored=("momentum_encoder.steps", "data_preprocessor.mean", "data_preprocessor.std"),
+        ),
+        Layout(
+            "mmpretrain_classification",
+            "mmpretrain",
+            "backbone.",
+            ignored=("data_preprocessor.mean", "data_preprocessor.std"),
+        ),
+        # Official linear evaluation, DeiT files as the official code writes them, timm and torchvision backbones.
+        Layout("timm", "timm"),
+    )
+}
+
+
+def recognise_layout(keys: Iterable[str]) -> tuple[Layout, str] | None:
+    """The layout of a set of names and its body, `"vit"` or `"resnet"`; None where it is none of the known ones."""
+    keys = set(keys)
+    if any(key.startswith("base_encoder.") for key in keys):
+        layout = LAYOUTS["official_pretraining"]
+    elif any(key.startswith("backbone.") for key in keys):
+        pretraining = any(key.startswith(("neck.", "momentum_encoder.", "head.predictor.")) for key in keys)
+        layout = LAYOUTS["mmpretrain_pretraining" if pretraining else "mmpretrain_classification"]
+    else:
+        layout = LAYOUTS["timm"]
+    if f"{layout.base}cls_token" in keys or f"{layout.base}patch_embed.proj.weight" in keys:
+        return layout, "vit"
+    if f"{layout.base}conv1.weight" in keys:
+        return layout, "resnet"
+    return None
+
+
+def vit_module_names(dialect: str, num_layers: int, stem: str) -> dict[str, str]:
+    """Foreign names by native ones of the modules and lone parameters of a ViT."""
+    block, norm1, norm2, fc1, fc2, norm, patches = DIALECTS[dialect]
+    names = {
+        "embeddings.cls_token": "cls_token",
+        "embeddings.position_embeddings": "pos_embed",
+        "layernorm": norm,
+    }
+    if stem == "conv":  # a Sequential of four times convolution, normalisation, ReLU, and the last convolution
+        for index in range(4):
+            layer = f"embeddings.patch_embeddings.layers.{index}"
+            names[f"{layer}.convolution"] = f"{patches}.{3 * index}"
+            names[f"{layer}.normalization"] = f"{patches}.{3 * index + 1}"
+        names["embeddings.patch_embeddings.projection"] = f"{patches}.12"
+    else:
+        names["embeddings.patch_embeddings.projection"] = patches
+    for index in range(num_layers):
+        native, foreign = f"encoder.layer.{index}", f"{block}.{index}"
+        names |= {f"{native}.attention.{part}_proj": f"{foreign}.attn.qkv" for part in "qkv"}
+        names |= {
+            f"{native}.attention.o_proj": f"{foreign}.attn.proj",
+            f"{native}.norm1": f"{foreign}.{norm1}",
+            f"{native}.norm2": f"{foreign}.{norm2}",
+            f"{native}.mlp.fc1": f"{foreign}.{fc1}",
+            f"{native}.mlp.fc2": f"{foreign}.{fc2}",
+        }
+    return names
+
+
+def resnet_module_names(depths: list[int], layer_type: str) -> dict[str, str]:
+    """Foreign names by native ones of a ResNet's modules: torchvision's names, which timm and mmpretrain share."""
+    names = {"embedder.embedder.convolution": "conv1", "embedder.embedder.normalization": "bn1"}
+    for stage, depth in enumerate(depths):
+        for block in range(depth):
+            native, foreign = f"encoder.stages.{stage}.layers.{block}", f"layer{stage + 1}.{block}"
+            names[f"{native}.shortcut.convolution"] = f"{foreign}.downsample.0"
+            names[f"{native}.shortcut.normalization"] = f"{foreign}.downsample.1"
+            for index in range(3 if layer_type == "bottleneck" else 2):
+                names[f"{native}.layer.{index}.convolution"] = f"{foreign}.conv{index + 1}"
+                names[f"{native}.layer.{index}.normalization"] = f"{foreign}.bn{index + 1}"
+    return names
+
+
+def head_module_names(style: str, native: str, foreign: str, num_layers: int) -> dict[str, str]:
+    """Foreign names by native ones of the layers of a projector or predictor."""
+    names = {}
+    for index in range(num_layers):
+        # official: a Sequential of linear, normalisation, ReLU
+        linear, norm = (3 * index, 3 * index + 1) if style == "official" else (f"fc{index}", f"bn{index}")
+        names[f"{native}.layers.{index}.dense"] = f"{foreign}.{linear}"
+        names[f"{native}.layers.{index}.norm"] = f"{foreign}.{norm}"
+    return names
+
+
+def foreign_keys(native_keys: Iterable[str], names: dict[str, str]) -> dict[str, list[str]]:
+    """
+    Native keys by foreign ones: one each, or q, k and v in order where the foreign tensor fuses them.
+
+    Raises:
+        KeyError: a native key that `names` does not cover.
+    """
+    keys = {}
+    for key in native_keys:
+        module, _, tensor = key.rpartition(".")
+        foreign = names[key] if key in names else f"{names[module]}.{tensor}"
+        keys.setdefault(foreign, []).append(key)
+    return keys
