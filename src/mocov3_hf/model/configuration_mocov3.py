@@ -198,6 +198,11 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
         super().__post_init__(**kwargs)
 
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of hidden states after the stem's, as tools for backbones ask for it."""
+        return len(self.stage_names) - 1
+
 
 def build_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
     """
@@ -220,8 +225,7 @@ def build_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrainedC
         close = difflib.get_close_matches(model_type, [MoCoV3ViTConfig.model_type, *CONFIG_MAPPING.keys()], n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"transformers knows no model type {model_type!r} for backbone_config.{hint}")
-    # From a dictionary as saved, so that keys of other versions are met the way the library meets them.
-    return CONFIG_MAPPING[model_type].from_dict(values)
+    return CONFIG_MAPPING[model_type](**values)
 
 
 def stage_names_of(backbone_config: PreTrainedConfig) -> list[str]:

@@ -311,7 +311,8 @@ def freeze_fixed_parameters(module: nn.Module) -> None:
 class MoCoV3ViTEncoder(MoCoV3ViTPreTrainedModel):
     def __init__(self, config: MoCoV3ViTConfig):
         super().__init__(config)
-        rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
+        steps = max(config.num_hidden_layers - 1, 1)
+        rates = [config.drop_path_rate * index / steps for index in range(config.num_hidden_layers)]
         self.layer = nn.ModuleList(MoCoV3ViTLayer(config, rate) for rate in rates)
         self.gradient_checkpointing = False
         self.post_init()

@@ -1,0 +1,7 @@
+"""Pre-train with MoCo v3: `accelerate launch scripts/pretrain.py --recipe NAME --output_dir DIR`; see --help."""
+
+from mocov3_hf.pretraining.loop import main
+
+
+if __name__ == "__main__":
+    main()

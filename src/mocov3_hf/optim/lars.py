@@ -1,0 +1,95 @@
+"""LARS (You et al. 2017) in the form MoCo v3 trains its ResNets with."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.optim import Optimizer
+
+
+class LARS(Optimizer):
+    """
+    SGD with momentum whose step is scaled, per tensor, by the ratio of the norms of weights and update.
+
+    For a tensor `p` of two or more dimensions with gradient `g`:
+
+        d = g + weight_decay · p
+        d = d · trust_coefficient · ‖p‖ / ‖d‖    (unscaled where either norm is 0)
+        μ = momentum · μ + d
+        p = p - lr · μ
+
+    Tensors of at most one dimension (biases, norms) have neither weight decay nor scaling. All tensors of a group are
+    updated together (multi-tensor).
+
+    Args:
+        params: Parameters, or groups of them as torch's optimizers take them.
+        lr: Learning rate.
+        momentum: Factor of the momentum buffer, in [0, 1).
+        weight_decay: L2 penalty on tensors of two or more dimensions.
+        trust_coefficient: Learning rate of a layer relative to its norm.
+
+    Raises:
+        ValueError: a hyperparameter out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+    ):
+        if lr < 0.0:
+            raise ValueError(f"lr must not be negative, got {lr}")
+        if not 0.0 <= momentum < 1.0:
+            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
+        if weight_decay < 0.0:
+            raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+        if trust_coefficient <= 0.0:
+            raise ValueError(f"trust_coefficient must be positive, got {trust_coefficient}")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        """Update all parameters that have a gradient; `closure` evaluates the loss again, if given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+            vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+            if matrices:
+                self.descend(matrices, adapted_updates(matrices, group), group)
+            if vectors:
+                self.descend(vectors, [parameter.grad for parameter in vectors], group)
+        return loss
+
+    def descend(self, parameters: list[torch.Tensor], updates: list[torch.Tensor], group: dict) -> None:
+        """Add the updates to the momentum buffers and the buffers to the parameters."""
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, updates)
+        torch._foreach_add_(parameters, buffers, alpha=-group["lr"])
+
+
+def adapted_updates(parameters: list[torch.Tensor], group: dict) -> list[torch.Tensor]:
+    """Gradients with weight decay, each scaled by its trust ratio."""
+    gradients = [parameter.grad for parameter in parameters]
+    updates = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+    parameter_norms = torch.stack(torch._foreach_norm(parameters))
+    update_norms = torch.stack(torch._foreach_norm(updates))
+    ratios = group["trust_coefficient"] * parameter_norms / update_norms
+    ratios = torch.where((parameter_norms > 0) & (update_norms > 0), ratios, 1.0)
+    torch._foreach_mul_(updates, list(ratios.unbind()))
+    return updates

@@ -1,0 +1,238 @@
+"""From a recipe to the parts of a run: accelerator, data, model, optimizer. Refuses what cannot work, before it starts."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import ProjectConfiguration
+from torch import nn
+from transformers import CONFIG_MAPPING
+
+from ..data.loader import TwoViewLoader
+from ..data.sources import open_source
+from ..data.views import ViewSettings, two_views
+from ..model.batchnorm_mocov3 import GlobalBatchNorm
+from ..model.configuration_mocov3 import MoCoV3Config
+from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
+from ..optim import LARS, parameter_groups
+from ..recipe import Plan, Recipe, RecipeError
+
+
+# Base learning rates (per 256 images) between which each optimizer is known to work with MoCo v3: the paper has
+# 1e-4 to 1.5e-4 for AdamW and 0.3 to 0.6 for LARS.
+LARGEST_ADAMW_BASE_LEARNING_RATE = 0.01
+SMALLEST_LARS_BASE_LEARNING_RATE = 0.03
+
+
+def build_accelerator(recipe: Recipe) -> Accelerator:
+    """
+    The processes, the precision and the trackers of a run.
+
+    Raises:
+        RecipeError: a launch that asked for several processes and got one, fp16 without a GPU, a tracker that is not
+            installed.
+    """
+    check_launch(os.environ)
+    trackers = check_trackers(recipe.run.report_to)
+    if recipe.run.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise RecipeError("--mixed_precision fp16 needs a GPU: use bf16 or no on this machine")
+    return Accelerator(
+        mixed_precision=recipe.run.mixed_precision,
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(project_dir=recipe.run.output_dir, logging_dir=recipe.run.output_dir),
+        # Running statistics are already those of all processes: there is nothing to broadcast.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+
+def check_launch(environment: dict[str, str]) -> None:
+    """
+    `accelerate launch` names a meeting point whenever several processes are asked for, but on CPUs without MPI it
+    starts a single one and does not say so.
+
+    Raises:
+        RecipeError: such a launch.
+    """
+    asked_for_several = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
+    is_alone = not any(name in environment for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+    if asked_for_several and is_alone:
+        raise RecipeError(
+            "accelerate launch was asked for several processes and started one, as it does on CPUs: start them with"
+            " 'torchrun --nproc_per_node N scripts/pretrain.py ...', or pass --num_processes 1"
+        )
+
+
+def check_trackers(names: list[str]) -> list[str]:
+    """
+    Names of the trackers, without "none".
+
+    Raises:
+        RecipeError: an unknown one, or one that is not installed.
+    """
+    names = [name for name in names if name != "none"]
+    available = [str(tracker.value) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise RecipeError(
+                f"--report_to {name}: known trackers are {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}, none"
+            )
+        if name not in available:
+            raise RecipeError(f"--report_to {name} needs a package that is not installed: pip install {name}")
+    return names
+
+
+def build_config(recipe: Recipe) -> MoCoV3Config:
+    """
+    Configuration of the model; the backbone gets the image size of the views where it knows one.
+
+    Raises:
+        RecipeError: an unknown model type, or values that do not fit together.
+    """
+    values = dict(recipe.model.backbone_config)
+    image_size = recipe.views.image_size
+    config_class = CONFIG_MAPPING[values["model_type"]] if values.get("model_type") in CONFIG_MAPPING else None
+    if hasattr(config_class, "image_size") and values.setdefault("image_size", image_size) != image_size:
+        raise RecipeError(
+            f"backbone_config has image_size {values['image_size']} and the views {image_size}: leave the former out"
+        )
+    try:
+        return MoCoV3Config(
+            backbone_config=values,
+            projection_dim=recipe.model.projection_dim,
+            head_hidden_size=recipe.model.head_hidden_size,
+            num_projector_layers=recipe.model.num_projector_layers,
+            num_predictor_layers=recipe.model.num_predictor_layers,
+            predictor_final_norm=recipe.model.predictor_final_norm,
+            temperature=recipe.model.temperature,
+            zero_init_residual=recipe.model.zero_init_residual,
+        )
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def build_model(recipe: Recipe) -> MoCoV3ForPreTraining:
+    """The model with initial weights that depend on the seed alone, or with those of `model_name_or_path`."""
+    torch.manual_seed(recipe.run.seed)
+    if recipe.model.model_name_or_path is None:
+        return MoCoV3ForPreTraining(build_config(recipe))
+    try:
+        return MoCoV3ForPreTraining.from_pretrained(recipe.model.model_name_or_path)
+    except OSError as error:
+        message = str(error).splitlines()[0]
+        raise RecipeError(f"--model_name_or_path {recipe.model.model_name_or_path}: {message}") from error
+
+
+def build_optimizer(recipe: Recipe, model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
+    """LARS or (fused) AdamW on everything trainable."""
+    options = recipe.optimization
+    groups = parameter_groups(model, options.weight_decay, options.exclude_norms_and_biases)
+    if options.optimizer == "lars":
+        return LARS(
+            groups, plan.learning_rate, momentum=options.lars_momentum, trust_coefficient=options.trust_coefficient
+        )
+    return torch.optim.AdamW(
+        groups,
+        plan.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        fused=True,
+    )
+
+
+def build_source(recipe: Recipe):
+    """
+    The images.
+
+    Raises:
+        RecipeError: no data set named.
+        ValueError: a data set that is missing, empty, or without an image column.
+    """
+    data = recipe.data
+    if data.dataset_name is None:
+        raise RecipeError("there are no images to train on: pass --dataset_name with a Hub id or a local folder")
+    return open_source(
+        data.dataset_name,
+        config_name=data.dataset_config_name,
+        split=data.train_split,
+        image_column=data.image_column,
+    )
+
+
+def build_view_settings(recipe: Recipe) -> tuple[ViewSettings, ViewSettings]:
+    """The two asymmetric augmentations."""
+    views = recipe.views
+    first, second = two_views(
+        image_size=views.image_size,
+        crop_scale=tuple(views.crop_scale),
+        crop_ratio=tuple(views.crop_ratio),
+        jitter_probability=views.jitter_probability,
+        brightness=views.brightness,
+        contrast=views.contrast,
+        saturation=views.saturation,
+        hue=views.hue,
+        grayscale_probability=views.grayscale_probability,
+        blur_sigma=tuple(views.blur_sigma),
+        flip_probability=views.flip_probability,
+    )
+    return (
+        replace(first, blur_probability=views.blur_probability_1, solarize_probability=views.solarize_probability_1),
+        replace(second, blur_probability=views.blur_probability_2, solarize_probability=views.solarize_probability_2),
+    )
+
+
+def build_loader(recipe: Recipe, source, plan: Plan, accelerator: Accelerator) -> TwoViewLoader:
+    """This process's share of the batches."""
+    return TwoViewLoader(
+        source,
+        build_view_settings(recipe),
+        global_batch_size=plan.global_batch_size,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        num_workers=recipe.data.dataloader_num_workers,
+        seed=recipe.run.seed,
+        bad_images_file=Path(recipe.run.output_dir) / "bad_images.jsonl",
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def doubtful_choices(recipe: Recipe, plan: Plan, model: MoCoV3ForPreTraining, num_processes: int) -> list[str]:
+    """What is known to fail or to differ from the method, a sentence each, for the user to judge."""
+    doubts = []
+    options = recipe.optimization
+    model_type = model.config.backbone_config.model_type
+    base_learning_rate = plan.learning_rate * 256 / plan.global_batch_size
+    if options.optimizer == "lars" and model_type != "resnet":
+        doubts.append(
+            f"LARS on a {model_type!r} backbone: MoCo v3 trains transformers with AdamW, LARS is for ResNet; use"
+            " --optimizer adamw --base_learning_rate 1.5e-4 --weight_decay 0.1"
+        )
+    if options.optimizer == "lars" and base_learning_rate < SMALLEST_LARS_BASE_LEARNING_RATE:
+        doubts.append(
+            f"a base learning rate of {base_learning_rate:g} is made for AdamW on ViT: with LARS the weights hardly"
+            " move; use --base_learning_rate 0.3 (300 epochs) or 0.6 (100 epochs)"
+        )
+    if options.optimizer == "adamw" and base_learning_rate > LARGEST_ADAMW_BASE_LEARNING_RATE:
+        doubts.append(
+            f"a base learning rate of {base_learning_rate:g} is made for LARS: AdamW diverges; use"
+            " --base_learning_rate 1.5e-4"
+        )
+    if options.optimizer == "adamw" and model_type == "resnet":
+        doubts.append(
+            "AdamW on a ResNet: MoCo v3 trains ResNets with LARS; use --optimizer lars --base_learning_rate 0.3"
+            " --weight_decay 1.5e-6"
+        )
+    if num_processes > 1:
+        local = {
+            type(layer).__name__
+            for layer in model.modules()
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, GlobalBatchNorm)
+        }
+        if local:
+            doubts.append(
+                f"{', '.join(sorted(local))} in the backbone keep statistics of their own process: with several"
+                " processes the result depends on their number"
+            )
+    return doubts

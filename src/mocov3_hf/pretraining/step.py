@@ -1,0 +1,77 @@
+"""One update of MoCo v3 (paper, algorithm 1)."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTrainingOutput
+
+
+# Distance of the seeds of neighbouring steps: more processes than a run will have.
+MAX_PROCESSES = 1 << 20
+
+
+@dataclass
+class StepOutput:
+    """What a step leaves for the monitors, all 0-dim tensors on the device: reading them waits for the device."""
+
+    loss: torch.Tensor
+    positive_top1: torch.Tensor
+    grad_norm: torch.Tensor
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    views: tuple[torch.Tensor, torch.Tensor],
+    *,
+    learning_rate: float,
+    momentum: float,
+    max_grad_norm: float | None,
+    accelerator: Accelerator,
+) -> StepOutput:
+    """
+    One update.
+
+    Args:
+        model: `MoCoV3ForPreTraining` as `accelerator.prepare` gives it.
+        optimizer: Optimizer as `accelerator.prepare` gives it.
+        views: The two views of this process's images, each `(B, C, H, W)`, normalised.
+        learning_rate: Of this step.
+        momentum: `m` of this step.
+        max_grad_norm: Largest L2 norm of all gradients together, `None` for no limit.
+        accelerator: Precision and processes.
+    """
+    # θk ← m·θk + (1 - m)·θq; before the forward, as base weights do not move in between.
+    accelerator.unwrap_model(model).update_momentum_encoder(momentum)
+
+    output: MoCoV3ForPreTrainingOutput = model(pixel_values=views[0], pixel_values_2=views[1], even_batches=True)
+
+    accelerator.backward(output.loss)
+    grad_norm = clip_gradients(model, optimizer, max_grad_norm, accelerator)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
+
+    positive_top1 = (output.positive_top1_1 + output.positive_top1_2) / 2
+    return StepOutput(output.loss.detach(), positive_top1, grad_norm)
+
+
+def clip_gradients(
+    model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, accelerator: Accelerator
+) -> torch.Tensor:
+    """The L2 norm of all gradients, which are scaled down where it exceeds `max_grad_norm`."""
+    accelerator.unscale_gradients(optimizer)
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    grad_norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    if max_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
+    return grad_norm
+
+
+def seed_step(seed: int, step: int, process_index: int) -> None:
+    """Make the random numbers of dropout and stochastic depth a function of the step, so that a run can resume at any."""
+    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step * MAX_PROCESSES + process_index) % (1 << 63))
