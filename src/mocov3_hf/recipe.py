@@ -1,6 +1,7 @@
 """Recipes: frozen dataclasses filled from a YAML file and the command line, and what follows from them.
 
-A recipe is flat where it is written (`key: value`, `--key value`) and grouped where it is read (`recipe.views.image_size`).
+A recipe is flat where it is written (`key: value`, `--key value`) and grouped where it is read
+(`recipe.views.image_size`).
 Every option is documented here, where it is declared; `--help` and the error messages are made from that.
 """
 
@@ -44,8 +45,8 @@ class ModelRecipe:
 
     backbone_config: Mapping = option(
         Mapping({"model_type": "mocov3_vit"}),
-        "Configuration of the backbone as a mapping (JSON on the command line): model_type is mocov3_vit, resnet or any"
-        " vision model that AutoModel builds. Keys given on the command line are merged into the recipe's.",
+        "Configuration of the backbone as a mapping (JSON on the command line): model_type is mocov3_vit, resnet or"
+        " any vision model that AutoModel builds. Keys given on the command line are merged into the recipe's.",
     )
     model_name_or_path: str | None = option(
         None, "Folder or Hub id of weights to start from; its configuration replaces the recipe's model options."
@@ -72,7 +73,9 @@ class DataRecipe:
     num_train_images: int | None = option(
         None, "Number of images for planning with --dry_run; the data set's own length counts when it is there."
     )
-    dataloader_num_workers: int = option(4, "Processes that decode and crop, per training process.")
+    dataloader_num_workers: int | None = option(
+        None, "Processes that decode and crop, per training process; by default its share of the machine's cores."
+    )
 
 
 @dataclass(frozen=True)
@@ -370,9 +373,8 @@ def check_ranges(recipe: Recipe) -> None:
     for name, value in values.items():
         if "probability" in name and not 0.0 <= value <= 1.0:
             raise RecipeError(f"{name} must lie between 0 and 1, got {value}")
-        if isinstance(value, list) and name in ("crop_scale", "crop_ratio", "blur_sigma"):
-            if len(value) != 2 or not 0 < value[0] <= value[1]:
-                raise RecipeError(f"{name} must be two positive numbers, the smaller first, got {value}")
+        if name in ("crop_scale", "crop_ratio", "blur_sigma") and not (len(value) == 2 and 0 < value[0] <= value[1]):
+            raise RecipeError(f"{name} must be two positive numbers, the smaller first, got {value}")
     at_least_one = ["image_size", "train_batch_size", "per_device_train_batch_size", "num_train_epochs", "max_steps"]
     for name in [*at_least_one, "logging_steps"]:
         if values[name] is not None and values[name] < 1:

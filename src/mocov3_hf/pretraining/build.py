@@ -1,4 +1,4 @@
-"""From a recipe to the parts of a run: accelerator, data, model, optimizer. Refuses what cannot work, before it starts."""
+"""From a recipe to the parts of a run: accelerator, data, model, optimizer. What cannot work is refused here."""
 
 import os
 from dataclasses import replace
@@ -76,9 +76,7 @@ def check_trackers(names: list[str]) -> list[str]:
     available = [str(tracker.value) for tracker in get_available_trackers()]
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
-            raise RecipeError(
-                f"--report_to {name}: known trackers are {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}, none"
-            )
+            raise RecipeError(f"--report_to {name}: known are {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}, none")
         if name not in available:
             raise RecipeError(f"--report_to {name} needs a package that is not installed: pip install {name}")
     return names
@@ -191,11 +189,19 @@ def build_loader(recipe: Recipe, source, plan: Plan, accelerator: Accelerator) -
         global_batch_size=plan.global_batch_size,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
-        num_workers=recipe.data.dataloader_num_workers,
+        num_workers=num_workers(recipe, accelerator),
         seed=recipe.run.seed,
         bad_images_file=Path(recipe.run.output_dir) / "bad_images.jsonl",
         pin_memory=accelerator.device.type == "cuda",
     )
+
+
+def num_workers(recipe: Recipe, accelerator: Accelerator) -> int:
+    """Decoding processes for this training process: as the recipe says, else its share of the machine's cores."""
+    if recipe.data.dataloader_num_workers is not None:
+        return recipe.data.dataloader_num_workers
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    return max(1, len(os.sched_getaffinity(0)) // local_processes)
 
 
 def doubtful_choices(recipe: Recipe, plan: Plan, model: MoCoV3ForPreTraining, num_processes: int) -> list[str]:

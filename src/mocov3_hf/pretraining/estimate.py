@@ -35,8 +35,8 @@ def estimate(config: MoCoV3Config, image_size: int, batch_size: int, optimizer: 
     """
     Count parameters, multiply-adds and bytes of a training step on tensors without data.
 
-    Memory is that of float32 weights, gradients, optimizer state and the activations that autograd saves for a batch of
-    `batch_size` images (two views); allocator overhead and temporary buffers come on top.
+    Memory is that of float32 weights, gradients, optimizer state and the activations that autograd saves for a batch
+    of `batch_size` images (two views); allocator overhead and temporary buffers come on top.
     """
     with torch.device("meta"):
         model = MoCoV3ForPreTraining(config)

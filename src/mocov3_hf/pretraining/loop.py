@@ -36,14 +36,20 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         recipe = parse(sys.argv[1:] if arguments is None else arguments)
         if recipe.run.dry_run:
-            print(describe(recipe))
+            if is_first_process():
+                print(describe(recipe))
             return
         run = Run(recipe)
     except (RecipeError, ValueError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     run.train()
+
+
+def is_first_process() -> bool:
+    """Before any process group exists."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def parse(arguments: list[str]) -> Recipe:

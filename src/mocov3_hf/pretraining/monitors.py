@@ -14,14 +14,14 @@ from .step import StepOutput
 
 
 def normalized_loss(loss: float, temperature: float, global_batch_size: int) -> float:
-    """0 at chance, 1 where positives coincide and negatives are orthogonal; comparable across temperature and batch."""
+    """0 at chance, 1 where positives coincide and negatives are orthogonal: comparable across recipes."""
     chance, floor = chance_loss(temperature, global_batch_size), floor_loss(temperature, global_batch_size)
     return (chance - loss) / (chance - floor)
 
 
 class TrainingLog:
     """
-    Averages what the steps give and writes it every `logging_steps`: the only moments at which the device is waited for.
+    Averages what the steps give and writes it every `logging_steps`, the only moments that wait for the device.
 
     Args:
         accelerator: Processes, device and trackers.

@@ -73,5 +73,5 @@ def clip_gradients(
 
 
 def seed_step(seed: int, step: int, process_index: int) -> None:
-    """Make the random numbers of dropout and stochastic depth a function of the step, so that a run can resume at any."""
+    """Make the random numbers of dropout and stochastic depth a function of the step: a run can resume at any."""
     torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step * MAX_PROCESSES + process_index) % (1 << 63))
