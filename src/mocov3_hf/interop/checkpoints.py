@@ -269,7 +269,7 @@ def rename(
     }
     if any(problems.values()):
         found = "; ".join(f"{kind}: {enumerate_keys(keys)}" for kind, keys in problems.items() if keys)
-        raise CheckpointError(f"not a {layout.name} checkpoint of {model_class.__name__}: {found}")
+        raise CheckpointError(f"no {layout.name} checkpoint of a {model_class.__name__}: {found}")
 
     native, sources = {}, {}
     for foreign, natives in groups.items():
