@@ -7,6 +7,7 @@ other formats) takes PIL itself, so that it cannot differ.
 import io
 import os
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,6 +17,10 @@ from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 # Twice PIL's warning level, where PIL refuses too: 13,377 pixels square.
 MAX_PIXELS = 178_956_970
+
+# Below this, decoding at a fraction gains nothing: no crop of it allows any.
+_LARGE = 600_000
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class BadImageError(ValueError):
@@ -35,6 +40,26 @@ def decode_rgb(data: bytes | str | os.PathLike, max_pixels: int = MAX_PIXELS) ->
     Raises:
         BadImageError: the reason in one line.
     """
+    return decode_shrunk(data, None, max_pixels)[0]
+
+
+def decode_shrunk(
+    data: bytes | str | os.PathLike,
+    choose_shrink: Callable[[int, int], int] | None,
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[torch.Tensor, int, int]:
+    """Decode an image, large JPEGs at a fraction of their size: their decoder then skips most of its work.
+
+    Args:
+        data, max_pixels: as `decode_rgb`.
+        choose_shrink: called with the true height and width of a large JPEG; returns 1, 2, 4 or 8.
+
+    Returns:
+        uint8 (3, h, w), and the true height and width.
+
+    Raises:
+        BadImageError: the reason in one line.
+    """
     if isinstance(data, (str, os.PathLike)):
         try:
             with open(data, "rb") as file:
@@ -47,19 +72,17 @@ def decode_rgb(data: bytes | str | os.PathLike, max_pixels: int = MAX_PIXELS) ->
         raise BadImageError("is empty (0 bytes)")
     try:
         if data[:2] == b"\xff\xd8":
-            return _decode_jpeg(data, max_pixels)
-        if data[:8] == b"\x89PNG\r\n\x1a\n":
-            return _decode_png(data, max_pixels)
-        return _decode_with_pil(data, max_pixels)
+            return _decode_jpeg(data, choose_shrink, max_pixels)
+        image = _decode_png(data, max_pixels) if data[:8] == _PNG else _decode_with_pil(data, max_pixels)
+        return image, image.shape[1], image.shape[2]
     except BadImageError:
         raise
     except MemoryError as error:
         raise BadImageError("does not fit in memory") from error
     # PIL raises OSError, SyntaxError, ValueError, struct.error, ... on damaged files, torchvision RuntimeError.
     except Exception as error:
-        raise BadImageError(
-            f"cannot be decoded: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        ) from error
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise BadImageError(f"cannot be decoded: {type(error).__name__}: {reason}") from error
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -75,18 +98,32 @@ def _as_buffer(data: bytes) -> torch.Tensor:
         return torch.frombuffer(data, dtype=torch.uint8)
 
 
-def _decode_jpeg(data: bytes, max_pixels: int) -> torch.Tensor:
+def _decode_jpeg(data: bytes, choose_shrink, max_pixels: int) -> tuple[torch.Tensor, int, int]:
     frame = _jpeg_frame(data)
-    if frame is None:
-        return _decode_with_pil(data, max_pixels)
-    width, height, components, has_metadata = frame
+    if frame is None or frame[2] not in (1, 3):  # CMYK is PIL's, with its own idea of the conversion
+        image = _decode_with_pil(data, max_pixels)
+        return image, image.shape[1], image.shape[2]
+    width, height, _, has_metadata = frame
     _check_size(width, height, max_pixels)
-    if components not in (1, 3):
-        return _decode_with_pil(data, max_pixels)
-    image = decode_jpeg(_as_buffer(data), mode=ImageReadMode.RGB)
-    if has_metadata:
-        image = _orient(image, _orientation(data))
-    return image
+    orientation = _orientation(data) if has_metadata else 1
+    if orientation in (5, 6, 7, 8):
+        height, width = width, height
+    shrink = choose_shrink(height, width) if choose_shrink and height * width >= _LARGE else 1
+    if shrink > 1:
+        image = _decode_draft(data, shrink)
+    else:
+        image = decode_jpeg(_as_buffer(data), mode=ImageReadMode.RGB)
+    return _orient(image, orientation), height, width
+
+
+def _decode_draft(data: bytes, shrink: int) -> torch.Tensor:
+    """A JPEG at 1/2, 1/4 or 1/8 of its size, by leaving out the high frequencies of each block."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data)) as image:
+            image.draft("RGB", (image.width // shrink, image.height // shrink))
+            pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int, bool] | None:

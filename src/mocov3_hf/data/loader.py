@@ -1,112 +1,40 @@
 """The loader of pre-training: pairs of uint8 views and their parameters, for one process of possibly many.
 
-Every batch is a pure function of (seed, epoch, step): prefetching, the number of workers and the number of processes
-change nothing in it. Do not `prepare` the loader with accelerate: it is already split by process.
+Every batch is a pure function of (seed, epoch, step): prefetching, page-locked memory, the number of workers and the
+number of processes change nothing in it. Do not `prepare` the loader with accelerate: it is already split by process.
 """
 
+import gc
 from collections.abc import Iterator
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .bad_images import BadImage, BadImageLog, describe_exit
-from .decode import BadImageError, decode_rgb
-from .order import batch_slice, sample_order, steps_in_epoch
-from .views import ViewSettings, crop_and_resize, crop_boxes, draw_view
-
-
-# Unusable images in a row after which no neighbour is tried any more: the storage is gone, not an image.
-_MAX_NEIGHBOURS = 64
-
-
-def decode_or_neighbour(source, sample_id: int, bad: list[BadImage]) -> torch.Tensor:
-    """Decode an image; where it is bad, note it in `bad` and take the nearest following one that is good."""
-    for distance in range(_MAX_NEIGHBOURS):
-        tried = sample_id if distance == 0 else source.neighbour(sample_id, distance)
-        try:
-            return decode_rgb(source.read(tried))
-        except BadImageError as error:
-            bad.append(BadImage(tried, str(error)))
-    raise RuntimeError(
-        f"{_MAX_NEIGHBOURS} images in a row are unusable, from image {sample_id} on; the last one "
-        f"{bad[-1].reason}. Is the storage still there?"
-    )
-
-
-def make_views(source, sample_ids: torch.Tensor, settings, seed: int, epoch: int) -> dict:
-    """The CPU stage for a batch: decode once, draw, crop and resize both views.
-
-    Returns:
-        pixels uint8 (2, B, 3, S, S), parameters float32 (2, B, K), sample_ids int64 (B,), bad: list of BadImage.
-    """
-    size, batch = settings[0].image_size, len(sample_ids)
-    # Written as (H, W, 3): the layout the decoder gives and the resize is fastest in.
-    pixels = torch.empty((2, batch, size, size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
-    draws = [draw_view(settings[view], seed, epoch, sample_ids, view) for view in range(2)]
-    bad: list[BadImage] = []
-    for row, sample_id in enumerate(sample_ids.tolist()):
-        image = decode_or_neighbour(source, sample_id, bad)
-        height, width = torch.tensor([image.shape[1]]), torch.tensor([image.shape[2]])
-        for view in range(2):
-            one = _row(draws[view], row)
-            box = crop_boxes(one, height, width, settings[view])[0].tolist()
-            pixels[view, row] = crop_and_resize(image, box, size)
-    return {
-        "pixels": pixels,
-        "parameters": torch.stack([draw.parameters for draw in draws]),
-        "sample_ids": sample_ids,
-        "bad": bad,
-    }
-
-
-def _row(draws, row):
-    return type(draws)(*(getattr(draws, name)[row : row + 1] for name in draws.__dataclass_fields__))
-
-
-class _ViewBatches(Dataset):
-    """Batches by (epoch, sample ids): what the workers run."""
-
-    def __init__(self, source, settings, seed):
-        self.source, self.settings, self.seed = source, settings, seed
-
-    def __getitem__(self, request):
-        epoch, sample_ids = request
-        return make_views(self.source, sample_ids, self.settings, self.seed, epoch)
-
-
-class _Requests:
-    """The sampler: an iterable that the loader re-aims before each pass, so that workers live across epochs."""
-
-    def __init__(self):
-        self.requests = ()
-
-    def __iter__(self):
-        return iter(self.requests)
-
-
-def _same(batch):
-    return batch
-
-
-def _start_worker(_index: int) -> None:
-    torch.set_num_threads(1)
+from .bad_images import BadImageLog, describe_exit
+from .cpu_stage import make_views
+from .order import default_lanes, rows_of_process, sample_order, split_rows, steps_in_epoch
+from .sources import MapSource, StreamSource
+from .streams import StreamReader
+from .views import ViewSettings
 
 
 class TwoViewLoader:
     """Batches of two views for one process.
 
     Args:
-        source: a `MapSource`.
+        source: a `MapSource` or a `StreamSource`.
         settings: (view 1, view 2), as `two_views` gives them; equal image sizes.
         global_batch_size: samples per step over all processes.
         process_index, num_processes: which part is this process's.
         num_workers: processes that decode; 0 decodes in this one.
         seed: of order and views.
-        steps_per_epoch: fewer than the data set gives; None for all full batches.
+        steps_per_epoch: fewer than the data set gives; None for all full batches. Needed for streams whose metadata
+            does not tell their size.
         on_bad_image, max_bad_fraction, bad_images_file: see `BadImageLog`.
         pin_memory: hand over page-locked tensors, for copies to a GPU that overlap with work.
         prefetch_factor: batches each worker makes ahead.
         multiprocessing_context: how workers are started ("fork", "forkserver", "spawn"); None for Python's default.
+        window, lanes: of a stream, see `StreamOrder`; lanes None for the largest divisor of the batch up to 16.
 
     Raises:
         ValueError: sizes that do not fit together, with the repair.
@@ -114,7 +42,7 @@ class TwoViewLoader:
 
     def __init__(
         self,
-        source,
+        source: MapSource | StreamSource,
         settings: tuple[ViewSettings, ViewSettings],
         *,
         global_batch_size: int,
@@ -127,41 +55,43 @@ class TwoViewLoader:
         max_bad_fraction: float = 0.01,
         bad_images_file=None,
         pin_memory: bool = False,
-        cache_on_device=None,
         prefetch_factor: int = 2,
         multiprocessing_context: str | None = None,
+        window: int = 8,
+        lanes: int | None = None,
     ):
-        if global_batch_size < 1 or global_batch_size % num_processes:
-            raise ValueError(
-                f"the global batch of {global_batch_size} is not a multiple of {num_processes} processes: "
-                f"choose a multiple"
-            )
-        if not 0 <= process_index < num_processes:
-            raise ValueError(f"process_index must be in [0, {num_processes}), got {process_index}")
         if settings[0].image_size != settings[1].image_size:
             raise ValueError(f"both views need one image size, got {[view.image_size for view in settings]}")
         self.source, self.settings, self.seed = source, settings, seed
         self.global_batch_size = global_batch_size
-        self.process_index, self.num_processes = process_index, num_processes
-        available = steps_in_epoch(len(source), global_batch_size)
-        if steps_per_epoch is not None and not 1 <= steps_per_epoch <= available:
-            raise ValueError(
-                f"steps_per_epoch must be in [1, {available}] ({len(source)} images in batches of "
-                f"{global_batch_size}), got {steps_per_epoch}"
-            )
-        self.steps_per_epoch = steps_per_epoch or available
-        self._bad = BadImageLog(len(source), on_bad_image, max_bad_fraction, bad_images_file)
+        self.steps_per_epoch = _checked_steps(source.num_samples, global_batch_size, steps_per_epoch)
+        self._rows = rows_of_process(global_batch_size, process_index, num_processes)
+        self._is_stream = isinstance(source, StreamSource)
+        if self._is_stream:
+            sizes = source.shard_sizes(self.steps_per_epoch * global_batch_size)
+            lanes = lanes or default_lanes(global_batch_size)
+            reader = StreamReader(source, sizes, seed, global_batch_size, window, lanes)
+            # Every worker makes its part of every batch, so that it reads the shards of its own lanes only.
+            self._parts = split_rows(self._rows, num_workers)
+            num_workers = min(num_workers, len(self._parts))
+            batches = _StreamBatches(reader, settings, seed)
+        else:
+            self._parts = [self._rows]
+            batches = _MapBatches(source, settings, seed)
+        num_samples = source.num_samples or self.steps_per_epoch * global_batch_size
+        self._bad = BadImageLog(num_samples, on_bad_image, max_bad_fraction, bad_images_file)
+        self._pin_memory = pin_memory
         self._requests = _Requests()
         self._loader = DataLoader(
-            _ViewBatches(source, settings, seed),
+            batches,
             batch_size=None,
             sampler=self._requests,
-            collate_fn=_same,
+            collate_fn=_unchanged,
             num_workers=num_workers,
             worker_init_fn=_start_worker,
             persistent_workers=num_workers > 0,
             prefetch_factor=prefetch_factor if num_workers > 0 else None,
-            pin_memory=pin_memory,
+            pin_memory=pin_memory and len(self._parts) == 1,
             multiprocessing_context=multiprocessing_context if num_workers > 0 else None,
         )
 
@@ -174,30 +104,118 @@ class TwoViewLoader:
         """Yield steps start_step .. steps_per_epoch - 1 of an epoch.
 
         Each is {"pixels": uint8 (2, B, 3, S, S), "parameters": float32 (2, B, K), "sample_ids": int64 (B,)} with
-        B = global_batch_size / num_processes.
-        """
-        order = sample_order(self.seed, epoch, len(self.source))
-        slices = (
-            batch_slice(step, self.global_batch_size, self.process_index, self.num_processes)
-            for step in range(start_step, self.steps_per_epoch)
-        )
-        self._requests.requests = ((epoch, order[part].clone()) for part in slices)
-        for batch in self._explained(iter(self._loader)):
-            self._bad.add(batch.pop("bad"))
-            yield batch
+        B = global_batch_size / num_processes. Only one epoch can be under way at a time.
 
-    def _explained(self, batches):
+        Raises:
+            TooManyBadImagesError: see `BadImageLog`.
+            RuntimeError: a worker died, or many images in a row are unusable.
+        """
+        if start_step < 0:
+            raise ValueError(f"start_step must not be negative, got {start_step}")
+        # The iterator of requests must not lead back to the loader: in a cycle, the queues to the workers could be
+        # collected before the workers are told to end.
+        steps = range(start_step, self.steps_per_epoch)
+        if self._is_stream:
+            self._requests.requests = iter([(epoch, step, rows) for step in steps for rows in self._parts])
+        else:
+            order = sample_order(self.seed, epoch, self.source.num_samples)
+            self._requests.requests = _map_requests(epoch, order, steps, self._rows, self.global_batch_size)
+        parts = []
+        for part in self._explained(iter(self._loader)):
+            self._bad.add(part.pop("bad"))
+            parts.append(part)
+            if len(parts) == len(self._parts):
+                yield parts[0] if len(parts) == 1 else self._joined(parts)
+                parts = []
+
+    def _joined(self, parts: list[dict]) -> dict:
+        pixels = [part["pixels"].permute(0, 1, 3, 4, 2) for part in parts]
+        shape = list(pixels[0].shape)
+        shape[1] = sum(part.shape[1] for part in pixels)
+        joined = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
+        torch.cat(pixels, dim=1, out=joined)
+        return {
+            "pixels": joined.permute(0, 1, 4, 2, 3),
+            "parameters": torch.cat([part["parameters"] for part in parts], dim=1),
+            "sample_ids": torch.cat([part["sample_ids"] for part in parts]),
+        }
+
+    def _explained(self, batches) -> Iterator[dict]:
         """The batches; when a worker dies, an error that says of what."""
-        workers = list(getattr(batches, "_workers", ()))
         while True:
             try:
                 batch = next(batches)
             except StopIteration:
                 return
             except RuntimeError as error:
-                dead = [worker for worker in workers if worker.exitcode not in (None, 0)]
+                dead = [w for w in getattr(batches, "_workers", ()) if not w.is_alive() and w.exitcode != 0]
                 if not dead:
                     raise
-                causes = "; ".join(f"worker {worker.pid}: {describe_exit(worker.exitcode)}" for worker in dead)
+                causes = "; ".join(f"worker {worker.pid} was {describe_exit(worker.exitcode)}" for worker in dead)
                 raise RuntimeError(f"a data loading worker died: {causes}") from error
             yield batch
+
+
+def _checked_steps(num_samples: int | None, global_batch_size: int, steps_per_epoch: int | None) -> int:
+    if steps_per_epoch is not None and steps_per_epoch < 1:
+        raise ValueError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
+    if num_samples is None:
+        if steps_per_epoch is None:
+            raise ValueError("the metadata of the stream does not tell its size: give --steps_per_epoch")
+        return steps_per_epoch
+    available = steps_in_epoch(num_samples, global_batch_size)
+    if steps_per_epoch is not None and steps_per_epoch > available:
+        raise ValueError(
+            f"steps_per_epoch is {steps_per_epoch}, but {num_samples} images make only {available} batches of "
+            f"{global_batch_size}: lower it, or train for more epochs"
+        )
+    return steps_per_epoch or available
+
+
+def _map_requests(epoch: int, order: torch.Tensor, steps: range, rows: range, global_batch_size: int):
+    for step in steps:
+        start = step * global_batch_size
+        yield epoch, order[start + rows.start : start + rows.stop].tolist()
+
+
+class _MapBatches(Dataset):
+    """What workers run on a `MapSource`: batches by (epoch, sample ids)."""
+
+    def __init__(self, source: MapSource, settings, seed: int):
+        self.source, self.settings, self.seed = source, settings, seed
+
+    def __getitem__(self, request: tuple) -> dict:
+        epoch, sample_ids = request
+        return make_views(self.source.open_batch(torch.tensor(sample_ids)), self.settings, self.seed, epoch)
+
+
+class _StreamBatches(Dataset):
+    """What workers run on a `StreamSource`: parts of batches by (epoch, step, rows)."""
+
+    def __init__(self, reader: StreamReader, settings, seed: int):
+        self.reader, self.settings, self.seed = reader, settings, seed
+
+    def __getitem__(self, request: tuple) -> dict:
+        epoch, step, rows = request
+        return make_views(self.reader.open_batch(epoch, step, rows), self.settings, self.seed, epoch)
+
+
+class _Requests:
+    """The sampler: an iterable that is aimed anew before each pass, so that workers live across epochs."""
+
+    def __init__(self):
+        self.requests: Iterator[tuple] = iter(())
+
+    def __iter__(self) -> Iterator[tuple]:
+        return self.requests
+
+
+def _unchanged(batch: dict) -> dict:
+    return batch
+
+
+def _start_worker(_index: int) -> None:
+    # A forked worker holds copies of its parent's objects: collecting those (other loaders, say) would act on
+    # processes that are not its own.
+    gc.freeze()
+    torch.set_num_threads(1)

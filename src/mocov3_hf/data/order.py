@@ -1,16 +1,27 @@
 """Who sees which image when: pure functions of (seed, epoch), the same on every run, worker and process.
 
-Map-style: one permutation of the data set an epoch, cut into global batches. Of the last, incomplete batch nothing is
-used; since the permutation changes, other samples are left out each epoch.
+Map-style: one permutation of the data set an epoch, cut into global batches.
+
+Streamed: shards are permuted and laid end to end, and this sequence is cut into `lanes` equal stretches. Within a lane
+the rows of each window of consecutive shards are permuted. A global batch takes an equal share from every lane, side
+by side. So a process needs only the lanes its rows come from, all lanes have the same length however unequal the
+shards are, and a position is found by arithmetic: there is no buffer whose state a resumed run would lack.
+
+Both ways an epoch has num_samples // global_batch_size steps, and the fewer than global_batch_size samples beyond are
+left out: others each epoch, since the permutation changes.
 """
+
+import itertools
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
-from .draws import STREAM_SAMPLE_ORDER, permutation
+from .draws import STREAM_SAMPLE_ORDER, STREAM_SHARD_ORDER, STREAM_WINDOW_ORDER, permutation
 
 
 def sample_order(seed: int, epoch: int, num_samples: int) -> torch.Tensor:
-    """The order of an epoch: int64 (num_samples,), a permutation."""
+    """The map-style order of an epoch: int64 (num_samples,), a permutation."""
     return permutation(seed, epoch, num_samples, STREAM_SAMPLE_ORDER)
 
 
@@ -28,9 +39,120 @@ def steps_in_epoch(num_samples: int, global_batch_size: int) -> int:
     return num_samples // global_batch_size
 
 
-def batch_slice(step: int, global_batch_size: int, process_index: int = 0, num_processes: int = 1) -> slice:
-    """Positions in the epoch's order that a process takes at a step: contiguous, so that the processes' rows, joined
-    in rank order, are the rows of one process with the whole batch."""
+def rows_of_process(global_batch_size: int, process_index: int = 0, num_processes: int = 1) -> range:
+    """Rows of each global batch that belong to a process: contiguous, so that the processes' rows, joined in rank
+    order, are the rows of one process with the whole batch.
+
+    Raises:
+        ValueError: the batch does not divide evenly, or there is no such process.
+    """
+    if not 0 <= process_index < num_processes:
+        raise ValueError(f"process_index must be in [0, {num_processes}), got {process_index}")
+    if global_batch_size < 1 or global_batch_size % num_processes:
+        nearest = max(1, round(global_batch_size / num_processes)) * num_processes
+        raise ValueError(
+            f"the global batch of {global_batch_size} does not divide among {num_processes} processes: "
+            f"take a multiple, {nearest} for instance"
+        )
     size = global_batch_size // num_processes
-    start = step * global_batch_size + process_index * size
-    return slice(start, start + size)
+    return range(process_index * size, (process_index + 1) * size)
+
+
+def split_rows(rows: range, num_parts: int) -> list[range]:
+    """Contiguous, nearly equal, non-empty parts of rows: one for each worker."""
+    num_parts = max(1, min(num_parts, len(rows)))
+    bounds = [rows.start + len(rows) * part // num_parts for part in range(num_parts + 1)]
+    return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def default_lanes(global_batch_size: int, at_most: int = 16) -> int:
+    """The largest divisor of the global batch up to `at_most`. It must not depend on the number of processes."""
+    return max(lanes for lanes in range(1, at_most + 1) if global_batch_size % lanes == 0)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a lane whose rows are permuted together.
+
+    lane, index: which window of which lane.
+    start: its first slot within the lane.
+    shards: int64 (M,), rows: int64 (M,): shard and row in the shard of each slot, in the order they are seen.
+    """
+
+    lane: int
+    index: int
+    start: int
+    shards: torch.Tensor
+    rows: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+
+class StreamOrder:
+    """The streamed order of one epoch.
+
+    Args:
+        shard_sizes: rows of each shard; zeros are allowed.
+        seed, epoch: of the order.
+        global_batch_size: samples per step over all processes.
+        window: shards whose rows are mixed.
+        lanes: equal stretches of the epoch; must divide `global_batch_size`.
+    """
+
+    def __init__(
+        self, shard_sizes: tuple[int, ...], seed: int, epoch: int, global_batch_size: int, window: int, lanes: int
+    ):
+        if window < 1:
+            raise ValueError(f"a window holds at least 1 shard, got {window}")
+        if lanes < 1 or global_batch_size % lanes:
+            raise ValueError(f"lanes must divide the global batch of {global_batch_size}, got {lanes}")
+        self.seed, self.epoch, self.window = seed, epoch, window
+        self.rows_per_lane = global_batch_size // lanes
+        sizes = torch.tensor(shard_sizes, dtype=torch.int64)
+        self._shards = permutation(seed, epoch, len(sizes), STREAM_SHARD_ORDER)
+        self._ends = torch.cumsum(sizes[self._shards], dim=0)
+        self.lane_length = int(self._ends[-1]) // lanes
+        self.steps = self.lane_length // self.rows_per_lane
+        # One bound per window of each lane, as positions in the sequence of permuted shards.
+        self._bounds = [self._window_bounds(lane) for lane in range(lanes)]
+        self._make_window = lru_cache(maxsize=2 * lanes)(self._make_window_uncached)
+
+    def _window_bounds(self, lane: int) -> torch.Tensor:
+        start, stop = lane * self.lane_length, (lane + 1) * self.lane_length
+        # Ends of shards inside the lane; every `window`-th of them closes a window.
+        inside = self._ends[(self._ends > start) & (self._ends < stop)].unique_consecutive()
+        closing = inside[self.window - 1 :: self.window]
+        return torch.cat([torch.tensor([start]), closing, torch.tensor([stop])])
+
+    def _make_window_uncached(self, lane: int, index: int) -> Window:
+        start, stop = self._bounds[lane][index : index + 2].tolist()
+        order = permutation(self.seed, self.epoch, stop - start, STREAM_WINDOW_ORDER, start=start)
+        positions = start + order
+        place = torch.searchsorted(self._ends, positions, right=True)
+        begins = torch.cat([torch.zeros(1, dtype=torch.int64), self._ends])[place]
+        return Window(lane, index, start - lane * self.lane_length, self._shards[place], positions - begins)
+
+    def window_at(self, lane: int, slot: int) -> Window:
+        """The window that holds a slot (0 .. lane_length - 1) of a lane."""
+        position = torch.tensor(lane * self.lane_length + slot)
+        index = int(torch.searchsorted(self._bounds[lane], position, right=True)) - 1
+        return self._make_window(lane, index)
+
+    def window_after(self, window: Window) -> Window | None:
+        """The next window of the same lane; None after the last one in use."""
+        if window.index + 2 >= len(self._bounds[window.lane]):
+            return None
+        return self._make_window(window.lane, window.index + 1)
+
+    def slots(self, step: int, rows: range) -> list[tuple[int, int]]:
+        """(lane, slot in the lane) of each of these rows of the global batch at a step."""
+        return [(row // self.rows_per_lane, step * self.rows_per_lane + row % self.rows_per_lane) for row in rows]
+
+    def places(self, step: int, rows: range) -> list[tuple[int, int]]:
+        """(shard, row in the shard) of each of these rows of the global batch at a step."""
+        found = []
+        for lane, slot in self.slots(step, rows):
+            window = self.window_at(lane, slot)
+            found.append((int(window.shards[slot - window.start]), int(window.rows[slot - window.start])))
+        return found

@@ -4,12 +4,14 @@ Images leave here undecoded, as bytes or paths. Labels play no part (see `labell
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import datasets
-import pyarrow as pa
+import torch
 from datasets.exceptions import DatasetNotFoundError
+
+from .shards import builder_shards, encoded_image, table_shards, undecoded
 
 
 def is_local(dataset_name: str) -> bool:
@@ -25,6 +27,7 @@ def open_dataset(
     *,
     streaming: bool = False,
     revision: str | None = None,
+    data_files=None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Open one split (or several, "train+validation") of a data set, with images left undecoded.
 
@@ -36,6 +39,8 @@ def open_dataset(
         split: name of a split, or names joined by "+".
         streaming: return an `IterableDataset`, nothing is downloaded or converted ahead.
         revision: branch, tag or commit on the Hub.
+        data_files: files or URLs, as `datasets.load_dataset` takes them; `dataset_name` is then the name of a format
+            ("parquet", "webdataset", "imagefolder").
 
     Raises:
         ValueError: the folder does not exist or holds no data, the split does not exist, the data set is empty. One
@@ -47,7 +52,7 @@ def open_dataset(
         saved = _load_saved(name, split)
         if saved is not None:
             return undecoded(saved.to_iterable_dataset() if streaming else saved)
-    builder = load_builder(name, config_name, revision)
+    builder = load_builder(name, config_name, revision, data_files)
     parts = check_split(builder, split, name)
     if streaming:
         streams = [builder.as_streaming_dataset(split=part) for part in parts]
@@ -57,10 +62,10 @@ def open_dataset(
     return undecoded(_checked_not_empty(dataset, name, split))
 
 
-def load_builder(dataset_name: str, config_name: str | None = None, revision: str | None = None):
+def load_builder(dataset_name: str, config_name: str | None = None, revision: str | None = None, data_files=None):
     """`datasets.load_dataset_builder` with its many errors turned into one-line ValueErrors."""
     try:
-        return datasets.load_dataset_builder(dataset_name, config_name, revision=revision)
+        return datasets.load_dataset_builder(dataset_name, config_name, revision=revision, data_files=data_files)
     except DatasetNotFoundError as error:
         reason = f"data set {dataset_name!r} is neither a local folder nor on the Hub (or it is gated, or there is no "
         raise ValueError(reason + "network): check the name, or give a folder") from error
@@ -80,14 +85,6 @@ def check_split(builder, split: str, dataset_name: str) -> list[str]:
                 f"split {part!r} does not exist in {dataset_name!r}; it has: {', '.join(map(str, known))}"
             )
     return parts
-
-
-def undecoded(dataset):
-    """The same data set with every image column cast to `Image(decode=False)`."""
-    for name, feature in (dataset.features or {}).items():
-        if isinstance(feature, datasets.Image) and feature.decode:
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))
-    return dataset
 
 
 def find_image_column(dataset, image_column: str | None = None) -> str:
@@ -132,14 +129,6 @@ def _may_hold_images(feature) -> bool:
     return isinstance(feature, datasets.Image) or _is_encoded(feature) or is_path
 
 
-def encoded_image(value) -> bytes | str | None:
-    """The image in a cell of an undecoded column: bytes, else a path, else None."""
-    if isinstance(value, Mapping):
-        data = value.get("bytes")
-        return data if data is not None else value.get("path")
-    return value
-
-
 class MapSource:
     """Random access to the encoded images of a `Dataset`; the sample id is the row.
 
@@ -150,20 +139,67 @@ class MapSource:
 
     def __init__(self, dataset: datasets.Dataset, image_column: str | None = None):
         self.image_column = find_image_column(dataset, image_column)
-        self._rows = undecoded(dataset).select_columns([self.image_column]).with_format("arrow")
+        # Rows that were selected out of a larger table are laid down anew: reading then skips a look-up.
+        self._dataset = undecoded(dataset).select_columns([self.image_column]).flatten_indices()
+        self._column = None
         self.num_samples = len(dataset)
 
     def __len__(self) -> int:
         return self.num_samples
 
+    def __getstate__(self) -> dict:
+        # Workers open the files again: the column alone would travel with all its data.
+        return {**self.__dict__, "_column": None}
+
     def read(self, sample_id: int) -> bytes | str | None:
         """Bytes or path of an image; None where the row holds neither."""
-        table: pa.Table = self._rows[int(sample_id)]
-        return encoded_image(table.column(0)[0].as_py())
+        if self._column is None:
+            self._column = self._dataset.data.column(self.image_column)
+        return encoded_image(self._column[int(sample_id)].as_py())
 
-    def neighbour(self, sample_id: int, distance: int) -> int:
-        """The id `distance` rows further, around the end: what stands in for a bad image."""
-        return (sample_id + distance) % self.num_samples
+    def open_batch(self, sample_ids: torch.Tensor) -> "MapBatch":
+        """These rows, int64 (B,), of the data set."""
+        return MapBatch(self, sample_ids)
+
+
+class MapBatch:
+    """Some rows of a `MapSource`.
+
+    Attributes:
+        sample_ids: int64 (B,).
+    """
+
+    def __init__(self, source: MapSource, sample_ids: torch.Tensor):
+        self._source, self.sample_ids = source, sample_ids
+
+    def candidates(self, row: int) -> Iterator[tuple[int, bytes | str | None]]:
+        """(sample id, encoded image) of a row, then of those that stand in for it, the next ones of the data set."""
+        sample_id, size = int(self.sample_ids[row]), len(self._source)
+        for distance in range(size):
+            tried = (sample_id + distance) % size
+            yield tried, self._source.read(tried)
+
+
+class StreamSource:
+    """A data set as a list of shards, read in order without random access to the whole.
+
+    Attributes:
+        shards: see `shards.py`; in the order of the data set.
+        num_samples: rows altogether, or None when the metadata does not tell.
+    """
+
+    def __init__(self, shards: list):
+        self.shards = list(shards)
+        sizes = [shard.num_rows for shard in self.shards]
+        self.num_samples = None if None in sizes else sum(sizes)
+        if self.num_samples == 0:
+            raise ValueError("the data set is empty")
+
+    def shard_sizes(self, nominal_total: int | None = None) -> tuple[int, ...]:
+        """Rows of each shard; where unknown, the equal share of `nominal_total` that each gives to an epoch."""
+        if self.num_samples is not None:
+            return tuple(shard.num_rows for shard in self.shards)
+        return (-(-nominal_total // len(self.shards)),) * len(self.shards)
 
 
 def open_source(
@@ -174,11 +210,28 @@ def open_source(
     image_column: str | None = None,
     streaming: bool = False,
     revision: str | None = None,
-) -> MapSource:
-    """Open the images of a data set for pre-training. Arguments and errors as `open_dataset`, `find_image_column`."""
-    if streaming:
-        raise ValueError("streaming sources are not there yet")
-    return MapSource(open_dataset(dataset_name, config_name, split, revision=revision), image_column)
+    data_files=None,
+) -> MapSource | StreamSource:
+    """Open the images of a data set for pre-training.
+
+    Arguments and errors as `open_dataset` and `find_image_column`. With `streaming`, parquet files, tars and image
+    folders are read in place; only footers, headers or file names are looked at here.
+    """
+    if not streaming:
+        dataset = open_dataset(dataset_name, config_name, split, revision=revision, data_files=data_files)
+        return MapSource(dataset, image_column)
+    name = os.path.expanduser(os.fspath(dataset_name))
+    if is_local(name):
+        _check_folder(name)
+        saved = _load_saved(name, split)
+        if saved is not None:
+            return StreamSource(table_shards(MapSource(saved, image_column)))
+    builder = load_builder(name, config_name, revision, data_files)
+    parts = check_split(builder, split, name)
+    stream = builder.as_streaming_dataset(split=parts[0])
+    if stream.features is not None or image_column is None:
+        image_column = find_image_column(stream, image_column)
+    return StreamSource(builder_shards(builder, parts, image_column))
 
 
 def _check_folder(name: str) -> None:

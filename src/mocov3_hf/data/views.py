@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from .draws import uniforms
 
@@ -184,8 +183,37 @@ def crop_boxes(draws: ViewDraws, heights: torch.Tensor, widths: torch.Tensor, se
     return torch.where(fits.any(dim=1, keepdim=True), chosen, central).to(torch.int64)
 
 
-def crop_and_resize(image: torch.Tensor, box, size: int) -> torch.Tensor:
-    """Crop and resize with antialiasing, bilinear: uint8 (3, H, W) and (top, left, height, width) to (3, S, S)."""
+def crop_box(area: list, ratio: list, place: list, height: int, width: int, settings: ViewSettings) -> tuple:
+    """`crop_boxes` for one image, on plain numbers (its rows of a `ViewDraws` as lists): an array operation costs more
+    than the whole of this."""
+    for share, aspect, (down, right) in zip(area, ratio, place, strict=True):
+        target = share * height * width
+        crop_w, crop_h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < crop_w <= width and 0 < crop_h <= height:
+            return int(down * (height - crop_h + 1)), int(right * (width - crop_w + 1)), crop_h, crop_w
+    low, high = settings.crop_ratio
+    crop_w = round(height * high) if width / height > high else width
+    crop_h = round(width / low) if width / height < low else height
+    crop_w, crop_h = max(crop_w, 1), max(crop_h, 1)
+    return (height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w
+
+
+def shrink_factor(boxes: list[tuple], size: int, oversampling: float = 2.0) -> int:
+    """How much smaller (1, 2, 4 or 8 times) an image may be decoded, so that every crop still has `oversampling`
+    times the pixels of the view in each direction."""
+    smallest = min(min(height, width) for _, _, height, width in boxes)
+    return max([factor for factor in (2, 4, 8) if smallest >= factor * oversampling * size], default=1)
+
+
+def crop_and_resize(image: torch.Tensor, box: tuple, out: torch.Tensor) -> None:
+    """Crop and resize with antialiasing, bilinear.
+
+    Args:
+        image: uint8 (3, H, W).
+        box: top, left, height, width.
+        out: uint8 (3, S, S), written in place; fastest when both lie in memory as (H, W, 3).
+    """
     top, left, height, width = box
     crop = image[None, :, top : top + height, left : left + width]
-    return F.interpolate(crop, size=(size, size), mode="bilinear", antialias=True)[0]
+    # What F.interpolate(..., antialias=True) calls, without its copy of the result.
+    torch.ops.aten._upsample_bilinear2d_aa.out(crop, list(out.shape[-2:]), False, None, None, out=out[None])

@@ -1,0 +1,267 @@
+"""The pieces a streamed data set is read in: parquet row groups, stretches of tars, of files, of Arrow tables.
+
+A shard is small and travels to workers; `load()` gives its rows. Where metadata tells the number of rows (parquet
+footers, an index of a local tar, a list of files) `num_rows` holds it, else it is None until loaded.
+"""
+
+import os
+import shutil
+import tarfile
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import datasets
+import pyarrow.parquet as pq
+
+from .remote import RemoteFile, is_remote, read_file
+
+
+# Formats with random access are cut to stretches of this many rows: reading them in any order costs nothing.
+ROWS_PER_STRETCH = 256
+_HEADER_THREADS = 16
+
+
+class ListedRows:
+    """Rows already in memory."""
+
+    def __init__(self, images: list):
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, row: int) -> bytes | str | None:
+        return self._images[row]
+
+
+class ArrowRows:
+    """Rows of an Arrow column (bytes, path or struct of both), turned into Python objects one at a time."""
+
+    def __init__(self, column):
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def read(self, row: int) -> bytes | str | None:
+        return encoded_image(self._column[row].as_py())
+
+
+class RemotePathRows:
+    """Rows that are files of a network file system."""
+
+    def __init__(self, urls: list[str]):
+        self._urls = urls
+
+    def __len__(self) -> int:
+        return len(self._urls)
+
+    def read(self, row: int) -> bytes:
+        return read_file(self._urls[row])
+
+
+class TarRows:
+    """Members of an uncompressed tar on disk, read where they lie."""
+
+    def __init__(self, path: str, members: list[tuple[int, int]], temporary: bool = False):
+        self._file, self._members = os.open(path, os.O_RDONLY), members
+        if temporary:
+            os.unlink(path)  # the open file keeps the data until it is let go
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def read(self, row: int) -> bytes:
+        offset, size = self._members[row]
+        return os.pread(self._file, size, offset)
+
+    def __del__(self):
+        os.close(self._file)
+
+
+def encoded_image(value) -> bytes | str | None:
+    """The image in a cell of an undecoded column: bytes, else a path, else None."""
+    if isinstance(value, dict):
+        data = value.get("bytes")
+        return data if data is not None else value.get("path")
+    return value
+
+
+@dataclass(frozen=True)
+class ParquetShard:
+    """One row group of a parquet file; only the image column is read."""
+
+    url: str
+    row_group: int
+    num_rows: int
+    image_column: str
+
+    def load(self) -> ArrowRows:
+        with _open_parquet(self.url) as file:
+            table = file.read_row_group(self.row_group, columns=[self.image_column])
+        return ArrowRows(table.column(self.image_column))
+
+
+@dataclass(frozen=True)
+class PathShard:
+    """A stretch of a list of files."""
+
+    paths: tuple[str, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.paths)
+
+    def load(self):
+        return RemotePathRows(self.paths) if is_remote(self.paths[0]) else ListedRows(self.paths)
+
+
+@dataclass(frozen=True)
+class TarShard:
+    """A stretch of a local webdataset tar, whose index is known."""
+
+    path: str
+    members: tuple[tuple[int, int], ...]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.members)
+
+    def load(self) -> TarRows:
+        return TarRows(self.path, self.members)
+
+
+@dataclass(frozen=True)
+class RemoteTarShard:
+    """A tar on a network: copied to a temporary file and indexed when its turn comes."""
+
+    url: str
+    image_column: str
+    num_rows: None = None
+
+    def load(self) -> TarRows:
+        handle, path = tempfile.mkstemp(suffix=".tar")
+        with os.fdopen(handle, "wb") as file:
+            shutil.copyfileobj(RemoteFile(self.url), file, length=8 << 20)
+        return TarRows(path, index_tar(path, self.image_column), temporary=True)
+
+
+@dataclass(frozen=True)
+class TableShard:
+    """Rows start..stop of a memory-mapped Arrow data set."""
+
+    source: object  # MapSource
+    start: int
+    stop: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
+
+    def load(self):
+        return _TableRows(self)
+
+
+class _TableRows:
+    def __init__(self, shard: TableShard):
+        self._shard = shard
+
+    def __len__(self) -> int:
+        return self._shard.num_rows
+
+    def read(self, row: int):
+        return self._shard.source.read(self._shard.start + row)
+
+
+@dataclass(frozen=True)
+class IterableShard:
+    """Any other format: one shard of an `IterableDataset`, read to its end."""
+
+    dataset: datasets.IterableDataset
+    image_column: str
+    num_rows: None = None
+
+    def load(self) -> ListedRows:
+        return ListedRows([encoded_image(row[self.image_column]) for row in self.dataset])
+
+
+def index_tar(path: str, image_column: str) -> tuple[tuple[int, int], ...]:
+    """(offset, size) of every image in a local webdataset tar: headers only, the images are skipped over.
+
+    Args:
+        path: uncompressed tar.
+        image_column: extension of the images, as webdataset has it: all after the first dot of the file's name.
+    """
+    found = []
+    with tarfile.open(path, "r:") as archive:
+        for member in archive:
+            name = os.path.basename(member.name)
+            if member.isfile() and "." in name[1:] and name.split(".", 1)[1] == image_column:
+                found.append((member.offset_data, member.size))
+            archive.members = []  # tarfile remembers every member otherwise
+    return tuple(found)
+
+
+def parquet_shards(url: str, image_column: str) -> list[ParquetShard]:
+    """The row groups of a file, from its footer."""
+    with _open_parquet(url) as file:
+        groups = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
+    return [ParquetShard(url, index, num_rows, image_column) for index, num_rows in enumerate(groups) if num_rows]
+
+
+def _open_parquet(url: str) -> pq.ParquetFile:
+    # `pre_buffer` joins the column's chunks into one read.
+    return pq.ParquetFile(RemoteFile(url) if is_remote(url) else url, pre_buffer=True)
+
+
+def builder_shards(builder: datasets.DatasetBuilder, parts: list[str], image_column: str) -> list:
+    """The shards of some splits of a data set, in its own order.
+
+    Parquet, webdataset and image folders are read directly, at the places `datasets` resolved; any other format goes
+    through its `IterableDataset`.
+    """
+    urls = [url for part in parts for url in (builder.config.data_files or {}).get(part, ())]
+    if builder.name == "parquet":
+        # Footers are small and far away: ask for many at once.
+        with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+            return [
+                shard for shards in pool.map(lambda url: parquet_shards(url, image_column), urls) for shard in shards
+            ]
+    if builder.name == "webdataset" and all(url.endswith(".tar") for url in urls):
+        return [shard for url in urls for shard in _tar_shards(url, image_column)]
+    if builder.name == "imagefolder":
+        images = tuple(url for url in urls if os.path.splitext(url)[1].lower() in builder.EXTENSIONS)
+        if images:
+            return [PathShard(images[start : start + ROWS_PER_STRETCH]) for start in _stretches(len(images))]
+    streams = [builder.as_streaming_dataset(split=part) for part in parts]
+    return [
+        IterableShard(undecoded(stream.shard(stream.num_shards, index, contiguous=True)), image_column)
+        for stream in streams
+        for index in range(stream.num_shards)
+    ]
+
+
+def _tar_shards(url: str, image_column: str) -> list:
+    if is_remote(url):
+        return [RemoteTarShard(url, image_column)]
+    members = index_tar(url, image_column)
+    return [TarShard(url, members[start : start + ROWS_PER_STRETCH]) for start in _stretches(len(members))]
+
+
+def table_shards(source) -> list[TableShard]:
+    """Stretches of a memory-mapped data set."""
+    size = len(source)
+    return [TableShard(source, start, min(start + ROWS_PER_STRETCH, size)) for start in _stretches(size)]
+
+
+def _stretches(length: int) -> range:
+    return range(0, length, ROWS_PER_STRETCH)
+
+
+def undecoded(dataset):
+    """The same data set with every image column cast to `Image(decode=False)`."""
+    for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, datasets.Image) and feature.decode:
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    return dataset

@@ -1,0 +1,133 @@
+"""The reader that follows a streamed order.
+
+Distribution: a lane of the order (see `order.py`) is the unit. A process, and each of its workers, loads only the
+shards of the lanes that its rows of the batch come from, and the next window of them ahead of time.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from .draws import STREAM_SHARD_ROWS, permutation
+from .order import StreamOrder, Window
+
+
+_LOADING_THREADS = 4
+
+
+class StreamReader:
+    """Reads rows of global batches: a pure function of (epoch, step, rows), with a cache of loaded shards.
+
+    Where the sizes of shards are not known ahead, every shard gives the same number of rows to an epoch: some rows of
+    a longer shard are left out (others each epoch), some of a shorter one come again.
+
+    Args:
+        source: a `StreamSource`.
+        shard_sizes: as `StreamSource.shard_sizes` gives them.
+        seed, global_batch_size, window, lanes: of the order, see `StreamOrder`.
+    """
+
+    def __init__(self, source, shard_sizes, seed: int, global_batch_size: int, window: int, lanes: int):
+        self.source, self.shard_sizes, self.seed = source, tuple(shard_sizes), seed
+        self.global_batch_size, self.window, self.lanes = global_batch_size, window, lanes
+        self._sizes_known = source.num_samples is not None
+        # Sample ids: place in the data set where sizes are known, else shard and row in one number.
+        starts = torch.cumsum(torch.tensor((0, *self.shard_sizes)), dim=0).tolist()
+        self._first_ids = starts if self._sizes_known else [shard << 32 for shard in range(len(self.shard_sizes))]
+        self._forget()
+
+    def _forget(self) -> None:
+        self._order: StreamOrder | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._loading: dict[int, Future] = {}
+        # Order within shards of unknown size, by (epoch, shard).
+        self._row_orders: dict[tuple[int, int], torch.Tensor] = {}
+        # Windows whose shards are kept, by (lane, index).
+        self._held: dict[tuple[int, int], Window] = {}
+
+    def __getstate__(self) -> dict:
+        # What is loaded, and the threads that load, stay behind when the reader travels to a worker.
+        state = dict(self.__dict__)
+        for name in ("_order", "_pool", "_loading", "_held", "_row_orders"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def open_batch(self, epoch: int, step: int, rows: range) -> "StreamBatch":
+        """These rows of the global batch at a step; loads what is missing, and lets go of what is behind."""
+        if self._order is None or self._order.epoch != epoch:
+            self._order = StreamOrder(
+                self.shard_sizes, self.seed, epoch, self.global_batch_size, self.window, self.lanes
+            )
+            self._held.clear()
+        places = []
+        for lane, slot in self._order.slots(step, rows):
+            window = self._order.window_at(lane, slot)
+            places.append((window, slot - window.start))
+        self._hold(places)
+        return StreamBatch(self, epoch, places)
+
+    def _hold(self, places: list[tuple[Window, int]]) -> None:
+        held = {(window.lane, window.index): window for window, _ in places}
+        for window, place in places:
+            # Past the middle of a window the next one begins to load.
+            if 2 * place >= len(window):
+                following = self._order.window_after(window)
+                if following is not None:
+                    held[following.lane, following.index] = following
+        if held.keys() == self._held.keys():
+            return
+        self._held = held
+        needed = {shard for window in held.values() for shard in set(window.shards.tolist())}
+        self._loading = {shard: future for shard, future in self._loading.items() if shard in needed}
+        self._row_orders = {key: order for key, order in self._row_orders.items() if key[1] in needed}
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_LOADING_THREADS, thread_name_prefix="shards")
+        for shard in sorted(needed - self._loading.keys()):
+            self._loading[shard] = self._pool.submit(self.source.shards[shard].load)
+
+    def place(self, epoch: int, window: Window, slot: int) -> tuple[int, int]:
+        """(shard, row in the shard) at a slot of a held window; waits for the shard only where its size is unknown."""
+        shard, row = int(window.shards[slot]), int(window.rows[slot])
+        if self._sizes_known:
+            return shard, row
+        size = len(self._loading[shard].result())
+        if size == 0:
+            raise ValueError(f"shard {shard} of the data set holds no images: {self.source.shards[shard]}")
+        order = self._row_orders.get((epoch, shard))
+        if order is None:
+            order = permutation(self.seed, epoch, size, STREAM_SHARD_ROWS, start=shard << 32)
+            self._row_orders[epoch, shard] = order
+        return shard, int(order[row % size])
+
+    def sample_id(self, shard: int, row: int) -> int:
+        """One number for a row of the data set."""
+        return self._first_ids[shard] + row
+
+    def read(self, shard: int, row: int) -> bytes | str | None:
+        """The encoded image of a row of a held shard."""
+        return self._loading[shard].result().read(row)
+
+
+class StreamBatch:
+    """Some rows of one global batch, opened by `StreamReader.open_batch`; good until the next one is opened.
+
+    Attributes:
+        sample_ids: int64 (B,).
+    """
+
+    def __init__(self, reader: StreamReader, epoch: int, slots: list[tuple[Window, int]]):
+        self._reader, self._epoch, self._slots = reader, epoch, slots
+        ids = [reader.sample_id(*reader.place(epoch, window, slot)) for window, slot in slots]
+        self.sample_ids = torch.tensor(ids, dtype=torch.int64)
+
+    def candidates(self, row: int) -> Iterator[tuple[int, bytes | str | None]]:
+        """(sample id, encoded image) of a row, then of those that stand in for it, the next ones of its window."""
+        window, slot = self._slots[row]
+        for distance in range(len(window)):
+            shard, row_in_shard = self._reader.place(self._epoch, window, (slot + distance) % len(window))
+            yield self._reader.sample_id(shard, row_in_shard), self._reader.read(shard, row_in_shard)
