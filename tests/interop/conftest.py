@@ -43,10 +43,12 @@ def encoder_of(state_dict, body):
 
 
 def with_classifier(encoder, name, body, classes=5):
-    return encoder | {
-        f"{name}.weight": fill("w.weight", [classes, WIDTHS[body]]),
-        f"{name}.bias": fill("b", [classes]),
-    }
+    weight, bias = classifier_values(body, classes)
+    return encoder | {f"{name}.weight": weight, f"{name}.bias": bias}
+
+
+def classifier_values(body, classes=5):
+    return fill("classifier.weight", [classes, WIDTHS[body]]), fill("classifier.bias", [classes])
 
 
 def mmpretrain_name(key, body):
