@@ -1,0 +1,229 @@
+"""Downloads from a loopback server that breaks, lies and changes; and `fetch` from the zoo."""
+
+import hashlib
+import http.server
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModel, pipeline
+
+from mocov3_hf.interop import CheckpointError
+from mocov3_hf.interop import zoo as zoo_module
+from mocov3_hf.interop.command import main
+from mocov3_hf.interop.download import download, hash_in_name
+from mocov3_hf.zoo import fetch, load_zoo
+from tests.interop.conftest import mmpretrain_classification, official
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files` by path; `break_after` cuts the next answers off after so many bytes each."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.break_after, self.requests, self.etag, self.failures = {}, [], [], '"one"', []
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server = self.server
+        wanted = self.headers.get("Range")
+        server.requests.append(wanted)
+        if server.failures:
+            self.send_error(server.failures.pop(0))
+            return
+        if self.path not in server.files:
+            self.send_error(404)
+            return
+        content = server.files[self.path]
+        start = 0
+        if wanted and self.headers.get("If-Range") == server.etag:
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(content):
+                self.send_error(416)
+                return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("ETag", server.etag)
+        self.end_headers()
+        body = content[start:]
+        self.wfile.write(body[: server.break_after.pop(0)] if server.break_after else body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+CONTENT = bytes(range(256)) * 40
+
+
+def test_download_resumes_where_it_broke(server, tmp_path):
+    server.files["/a/model.pth"] = CONTENT
+    server.break_after = [3000, 2000]
+    path = download(f"{server.url}/a/model.pth", tmp_path, pause_seconds=0)
+    assert path.read_bytes() == CONTENT
+    assert server.requests == [None, "bytes=3000-", "bytes=5000-"]
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
+    assert download(f"{server.url}/a/model.pth", tmp_path) == path
+    assert len(server.requests) == 3  # a finished file is not asked for again
+
+
+def test_download_goes_on_in_a_later_run(server, tmp_path):
+    server.files["/model.pth"] = CONTENT
+    server.break_after = [3000, 0, 0]
+    with pytest.raises(CheckpointError, match=r"ended after 3,000 of 10,240 bytes.*run again to resume"):
+        download(f"{server.url}/model.pth", tmp_path, attempts=2, pause_seconds=0)
+    assert (tmp_path / "model.pth.incomplete").stat().st_size == 3000
+    assert download(f"{server.url}/model.pth", tmp_path, pause_seconds=0).read_bytes() == CONTENT
+    assert server.requests[-1] == "bytes=3000-"
+
+
+def test_a_file_that_changed_meanwhile_starts_anew(server, tmp_path):
+    server.files["/model.pth"] = CONTENT
+    server.break_after = [3000, 0]
+    with pytest.raises(CheckpointError):
+        download(f"{server.url}/model.pth", tmp_path, attempts=1, pause_seconds=0)
+    server.files["/model.pth"], server.etag, server.break_after = CONTENT[::-1], '"two"', []
+    assert download(f"{server.url}/model.pth", tmp_path, pause_seconds=0).read_bytes() == CONTENT[::-1]
+
+
+def test_server_errors_are_retried_and_absence_is_not(server, tmp_path):
+    server.files["/model.pth"] = CONTENT
+    server.failures = [503, 500]
+    assert download(f"{server.url}/model.pth", tmp_path, pause_seconds=0).read_bytes() == CONTENT
+    with pytest.raises(CheckpointError, match=r"other.pth answers 404"):
+        download(f"{server.url}/other.pth", tmp_path, pause_seconds=0)
+    assert len(server.requests) == 4
+    with pytest.raises(CheckpointError, match=r"cannot be downloaded .*refused"):
+        download("http://127.0.0.1:9/model.pth", tmp_path / "none", attempts=2, pause_seconds=0)
+
+
+def test_wrong_hash_is_refused_and_deleted(server, tmp_path):
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    right, wrong = f"model_20220927-{digest[:8]}.pth", "model_20220927-00000000.pth"
+    server.files |= {f"/{right}": CONTENT, f"/{wrong}": CONTENT, "/plain.pth": CONTENT}
+    download(f"{server.url}/{right}", tmp_path)
+    message = f"has a wrong hash: its SHA-256 begins with {digest[:8]}, published is 00000000; the file was deleted"
+    with pytest.raises(CheckpointError, match=message):
+        download(f"{server.url}/{wrong}", tmp_path)
+    assert not list(tmp_path.glob(f"{wrong}*"))
+    assert download(f"{server.url}/plain.pth", tmp_path, sha256=digest.upper()).is_file()
+    with pytest.raises(CheckpointError, match="wrong hash"):
+        download(f"{server.url}/plain.pth", tmp_path, sha256="0" * 64)  # a kept file is checked as well
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo_module, "HF_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "mocov3_hf"
+
+
+def published(server, name, content):
+    """Serve `content` under the path that the zoo has for `name`, with its real hash in the table."""
+    path = load_zoo()[name].url.split("://", 1)[1].split("/", 1)[1]
+    server.files[f"/{path}"] = content
+    return hashlib.sha256(content).hexdigest()
+
+
+def saved(payload, tmp_path):
+    torch.save(payload, tmp_path / "payload.pth")
+    return (tmp_path / "payload.pth").read_bytes()
+
+
+TINY = {"num_attention_heads": 2}
+
+
+def test_fetch_downloads_converts_once_and_needs_no_server_after(server, home, tmp_path, monkeypatch):
+    name = "official_vit-s-300ep"  # its file name carries no hash
+    content = saved({"epoch": 300, "state_dict": {f"module.{k}": v for k, v in official("vit").items()}}, tmp_path)
+    published(server, name, content)
+    with pytest.raises(CheckpointError, match="pass num_attention_heads"):
+        fetch(name, mirror=server.url)  # a tiny model is none of MoCo v3's
+    assert not (home / "models" / name).exists()
+    convert = zoo_module.convert_checkpoint
+    monkeypatch.setattr(zoo_module, "convert_checkpoint", lambda *args, **options: convert(*args, **options, **TINY))
+    folder = fetch(name, mirror=server.url)
+    assert folder == str(home / "models" / name)
+    assert not (home / "downloads" / name).exists()
+    count = len(server.requests)
+    assert count == 1  # what the first attempt had downloaded was kept
+    assert fetch(name, mirror="http://127.0.0.1:9") == folder
+    assert AutoModel.from_pretrained(folder)(torch.zeros(1, 3, 32, 32)).pooler_output.shape == (1, 32)
+    assert fetch(name, mirror=server.url, cache_dir=tmp_path / "elsewhere") == str(tmp_path / "elsewhere" / name)
+
+
+def test_fetched_classifier_works_in_a_pipeline(server, home, tmp_path, monkeypatch):
+    name = "vit-base-p16_mocov3-pre_8xb64-coslr-150e_in1k"
+    state_dict = mmpretrain_classification("vit")
+    state_dict["head.layers.head.weight"], state_dict["head.layers.head.bias"] = (
+        torch.randn(1000, 32),
+        torch.zeros(1000),
+    )
+    digest = published(server, name, saved({"meta": {}, "state_dict": state_dict}, tmp_path))
+    convert = zoo_module.convert_checkpoint
+    monkeypatch.setattr(zoo_module, "convert_checkpoint", lambda *args, **options: convert(*args, **options, **TINY))
+    with pytest.raises(
+        CheckpointError, match=f"wrong hash: its SHA-256 begins with {digest[:8]}, published is f1e6c442"
+    ):
+        fetch(name, mirror=server.url)
+    monkeypatch.setattr(
+        zoo_module, "find_entry", lambda name: zoo_module.ZooEntry(**vars(load_zoo()[name]) | {"sha256": digest})
+    )
+    classify = pipeline("image-classification", model=fetch(name, mirror=server.url))
+    config = classify.model.config
+    assert (config.id2label[0], config.num_labels) == ("tench", 1000)
+    assert config.backbone_config.position_embedding == "learned"  # the zoo says fine-tuned
+    assert classify.image_processor.resample == 3  # bicubic
+
+
+def test_command_takes_names_and_urls(server, home, tmp_path, capsys):
+    content = saved({"state_dict": official("vit")}, tmp_path)
+    server.files["/some/file.pth"] = content
+    url = f"{server.url}/some/file.pth"
+    tail = ["--output_dir", str(tmp_path / "out"), "--num_attention_heads", "2"]
+    assert main([url, *tail, "--sha256", "00"]) == 1
+    assert "wrong hash" in capsys.readouterr().err
+    assert main([url, *tail, "--sha256", hashlib.sha256(content).hexdigest()]) == 0
+    published(server, "official_vit-s-300ep", content)
+    assert main(["official_vit-s-300ep", "--mirror", server.url, *tail, "--overwrite"]) == 0
+    report = yaml.safe_load((tmp_path / "out" / "conversion.json").read_text())
+    assert report["source"]["name"] == "official_vit-s-300ep"
+    assert report["source"]["url"] == "https://dl.fbaipublicfiles.com/moco-v3/vit-s-300ep/vit-s-300ep.pth.tar"
+    assert main(["vit-s-300ep", *tail]) == 1
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_unknown_name_is_answered_with_close_ones():
+    with pytest.raises(CheckpointError, match="no model 'official_vit-s-300': did you mean official_vit-s-300ep"):
+        fetch("official_vit-s-300")
+
+
+def test_zoo_holds_every_published_model(capsys):
+    zoo = load_zoo()
+    assert len(zoo) == 23
+    assert main(["--list"]) == 0
+    table = capsys.readouterr().out
+    assert len(table.splitlines()) == 24
+    for name, entry in zoo.items():
+        assert name in table
+        assert entry.pretrained is None or zoo[entry.pretrained].stage == "pretrained"
+        file = Path(entry.url).name
+        assert (hash_in_name(file) is not None) == (entry.source == "openmmlab")
+    hashes = {hash_in_name(Path(entry.url).name) for entry in zoo.values()} - {None}
+    assert len(hashes) == 13
