@@ -1,0 +1,1 @@
+"""From a model folder to figures: features, nearest neighbours, linear classifiers, and the record of results."""
