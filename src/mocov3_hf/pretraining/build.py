@@ -201,7 +201,7 @@ def num_workers(recipe: Recipe, accelerator: Accelerator) -> int:
     if recipe.data.dataloader_num_workers is not None:
         return recipe.data.dataloader_num_workers
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    return max(1, len(os.sched_getaffinity(0)) // local_processes)
+    return max(1, (os.cpu_count() or 1) // local_processes)
 
 
 def doubtful_choices(recipe: Recipe, plan: Plan, model: MoCoV3ForPreTraining, num_processes: int) -> list[str]:

@@ -1,0 +1,30 @@
+"""Starts a Python file in several processes over gloo."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def torchrun(num_processes: int, file: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    """Run `file` in `num_processes` processes of one thread each; a failure shows their output."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    return run([*command, str(file), *arguments], check)
+
+
+def python(file: Path, *arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+    """Run `file` in one process."""
+    return run([sys.executable, str(file), *arguments], check, **environment)
+
+
+def run(command: list[str], check: bool, **environment: str) -> subprocess.CompletedProcess:
+    # Two-core machines: more threads than cores only wait for each other.
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    variables.pop("PYTHONWARNINGS", None)
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=300)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    return done

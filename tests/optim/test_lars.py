@@ -1,0 +1,106 @@
+"""LARS against a re-derivation in scalars, and inside torch's conventions."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from mocov3_hf.optim import LARS
+
+
+def lars_in_scalars(weights, gradient_of, steps, lr, momentum, weight_decay, trust, adapted):
+    """The update of the official code written for lists of numbers."""
+    buffer = [0.0] * len(weights)
+    for _ in range(steps):
+        update = list(gradient_of(weights))
+        if adapted:
+            update = [g + weight_decay * w for g, w in zip(update, weights, strict=True)]
+            weight_norm, update_norm = math.hypot(*weights), math.hypot(*update)
+            scale = trust * weight_norm / update_norm if weight_norm > 0 and update_norm > 0 else 1.0
+            update = [scale * u for u in update]
+        buffer = [momentum * b + u for b, u in zip(buffer, update, strict=True)]
+        weights = [w - lr * b for w, b in zip(weights, buffer, strict=True)]
+    return weights
+
+
+@pytest.mark.parametrize(("shape", "adapted"), [((2, 3), True), ((6,), False), ((3, 1, 2), True)])
+def test_follows_the_scalar_derivation(shape, adapted):
+    start = torch.linspace(-1, 2, 6, dtype=torch.float64)
+    target = torch.tensor([3.0, 0.5, -1.0, 0.2, 0.9, -2.0], dtype=torch.float64)
+    settings = {"lr": 0.7, "momentum": 0.9, "weight_decay": 0.01}
+    parameter = torch.nn.Parameter(start.reshape(shape).clone())
+    optimizer = LARS([parameter], **settings, trust_coefficient=0.02)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (0.5 * (parameter.flatten() - target).square().sum()).backward()
+        optimizer.step()
+    expected = lars_in_scalars(
+        start.tolist(),
+        lambda weights: [w - t for w, t in zip(weights, target.tolist(), strict=True)],
+        steps=5,
+        trust=0.02,
+        adapted=adapted,
+        **settings,
+    )
+    torch.testing.assert_close(parameter.detach().flatten(), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(2, 2), torch.ones(2, 2)])
+def test_a_zero_norm_leaves_the_update_unscaled(weight):
+    parameter = torch.nn.Parameter(weight.clone())
+    parameter.grad = torch.ones(2, 2) if weight.sum() == 0 else torch.zeros(2, 2)
+    expected = weight - 0.1 * parameter.grad
+    LARS([parameter], lr=0.1).step()
+    torch.testing.assert_close(parameter.detach(), expected)
+
+
+def test_tensors_are_independent_of_each_other_and_of_missing_gradients():
+    def parameters():
+        generator = torch.Generator().manual_seed(0)
+        return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in [(3, 4), (4,), (2, 3), ()]]
+
+    together, alone = parameters(), parameters()
+    for first, second in zip(together, alone, strict=True):
+        first.grad = torch.ones_like(first)
+        second.grad = torch.ones_like(second)
+    together[2].grad = alone[2].grad = None
+    optimizer = LARS(together, lr=0.5, weight_decay=0.1)
+    single = [LARS([parameter], lr=0.5, weight_decay=0.1) for parameter in alone]
+    for _ in range(3):
+        optimizer.step()
+        for one in single:
+            one.step()
+    torch.testing.assert_close([p.detach() for p in together], [p.detach() for p in alone])
+    torch.testing.assert_close(together[2].detach(), parameters()[2].detach())
+
+
+def test_state_survives_a_round_trip():
+    def train(parameter, optimizer, steps):
+        for _ in range(steps):
+            parameter.grad = parameter.detach() + 1
+            optimizer.step()
+
+    straight = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = LARS([straight], lr=0.1)
+    train(straight, optimizer, 2)
+    resumed = torch.nn.Parameter(straight.detach().clone())
+    again = LARS([resumed], lr=0.1)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch shares what it can
+    train(straight, optimizer, 3)
+    train(resumed, again, 3)
+    assert torch.equal(straight, resumed)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"lr": -1.0}, "lr"),
+        ({"lr": 1.0, "momentum": 1.0}, "momentum"),
+        ({"lr": 1.0, "weight_decay": -0.1}, "weight_decay"),
+        ({"lr": 1.0, "trust_coefficient": 0.0}, "trust_coefficient"),
+    ],
+)
+def test_refuses_impossible_settings(settings, named):
+    with pytest.raises(ValueError, match=named):
+        LARS([torch.nn.Parameter(torch.ones(2))], **settings)
