@@ -1,7 +1,10 @@
 """The device half of the augmentation, in batches: jitter, grayscale, blur, solarize, flip, normalise.
 
 Plain tensor code with one set of parameters per sample, masks instead of branches and no shapes that depend on data,
-so that `torch.compile` makes few kernels of it. It computes in float32 and returns the type asked for.
+so that `torch.compile` makes few kernels of it. On a CPU, uncompiled, samples are taken one by one instead, and only
+what applies to each is computed: the same functions, and results equal to float32 rounding.
+
+Everything is computed in float32, whatever type is returned.
 
 Legend: B batch, S image size, K parameters (`views.PARAMETER_NAMES`).
 """
@@ -10,37 +13,38 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from .views import JITTER_ORDERS, PARAMETER_NAMES
+from .views import JITTER_ORDERS, NO_SOLARIZE, PARAMETER_NAMES
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_HUE = 3
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL
 _PASSES = 3
 
 
 class PhotometricStage(nn.Module):
-    """uint8 views and their parameters to normalised images. Holds no parameters and saves nothing.
+    """uint8 views and their parameters to normalised images. Has nothing to train and nothing to save.
 
     Args:
         mean, std: of the channels, for pixels in [0, 1].
-        max_blur_sigma: the largest standard deviation in pixels that parameters may hold; it fixes the kernel's width.
+        max_blur_sigma: the largest standard deviation in pixels that parameters may hold: it fixes the width of the
+            kernel. A larger one in the parameters gives a wrong blur, so take it from the settings.
     """
 
     def __init__(self, mean=IMAGENET_MEAN, std=IMAGENET_STD, max_blur_sigma: float = 2.0):
         super().__init__()
-        self.max_blur_sigma = max_blur_sigma
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        # For each order: the three linear operations in turn, and how many of them come before hue.
-        linear = [[op for op in order if op != _HUE] for order in JITTER_ORDERS]
-        self.register_buffer("linear_ops", torch.tensor(linear), persistent=False)
-        self.register_buffer(
-            "hue_position", torch.tensor([order.index(_HUE) for order in JITTER_ORDERS]), persistent=False
-        )
+        self.max_blur_sigma = float(max_blur_sigma)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        slots, hue_first = zip(*(_slots(order) for order in JITTER_ORDERS), strict=True)
+        self.register_buffer("slots", torch.tensor(slots), persistent=False)
+        self.register_buffer("hue_first", torch.tensor(hue_first), persistent=False)
 
+    @torch.no_grad()
     def forward(
         self, pixels: torch.Tensor, parameters: torch.Tensor, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
@@ -54,58 +58,116 @@ class PhotometricStage(nn.Module):
         Returns:
             (B, 3, S, S) in `dtype`, normalised.
         """
-        values = dict(zip(PARAMETER_NAMES, parameters.to(torch.float32).unbind(1), strict=True))
-        image = pixels.to(torch.float32) / 255
-        image = self.jitter(image, values)
-        gray = grayscale(image)
-        image = torch.where(_column(values["grayscale"]) > 0.5, gray, image)
-        image = gaussian_blur(image, values["blur_sigma"], self.max_blur_sigma)
+        if pixels.device.type == "cpu" and not torch.compiler.is_compiling():
+            images = [self._one(*sample) for sample in zip(pixels, parameters.tolist(), strict=True)]
+            return torch.stack(images).to(dtype)
+        return self.batched(pixels, parameters, dtype)
+
+    def batched(self, pixels: torch.Tensor, parameters: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`forward` with masks, whatever the device: what a GPU or a compiler gets."""
+        values = dict(zip(PARAMETER_NAMES, parameters.to(torch.float32)[:, :, None, None, None].unbind(1), strict=True))
+        image = self._jitter(pixels.to(torch.float32) / 255, values)
+        image = torch.where(values["grayscale"] > 0.5, grayscale(image), image)
+        image = gaussian_blur(image, parameters[:, PARAMETER_NAMES.index("blur_sigma")], self.max_blur_sigma)
         image = solarize(image, values["solarize_threshold"])
-        image = torch.where(_column(values["flip"]) > 0.5, image.flip(-1), image)
+        image = torch.where(values["flip"] > 0.5, image.flip(-1), image)
         return ((image - self.mean) / self.std).to(dtype)
 
-    def jitter(self, image: torch.Tensor, values: dict) -> torch.Tensor:
-        """Brightness, contrast, saturation and hue in each sample's own order.
+    def _jitter(self, image: torch.Tensor, values: dict) -> torch.Tensor:
+        """Each sample's four operations in its own order, without branches.
 
-        The first three are blends of the image, its grayscale and that one's mean, so one formula with per-sample
-        coefficients serves each turn; hue is computed once, between the turns before and after it.
+        Contrast, which needs a mean over the image, and hue, which is costly, cut the order into slots; brightness
+        and saturation are written into every slot, with factor 1 (no change) where they do not belong.
         """
-        order = values["order"].long()
-        ops, hue_position = self.linear_ops[order], self.hue_position[order]
-        factors = torch.stack([values["brightness"], values["contrast"], values["saturation"]], dim=1)
-        for before in (True, False):
-            for turn in range(3):
-                active = (hue_position > turn) == before
-                op = ops[:, turn]
-                factor = torch.where(active, factors.gather(1, op[:, None])[:, 0], 1.0)
-                image = _blend(image, factor, to_mean=op == 1, to_gray=op == 2)
-            if before:
-                image = adjust_hue(image, values["hue"])
-        return image
+        order = values["order"].flatten().long()
+        slots, hue_first = self.slots[order], self.hue_first[order].view(-1, 1, 1, 1)
+
+        def slot(image: torch.Tensor, index: int) -> torch.Tensor:
+            bright_early, saturate, bright_late = slots[:, index, :, None, None, None].unbind(1)
+            image = adjust_brightness(image, torch.where(bright_early, values["brightness"], 1.0))
+            image = adjust_saturation(image, torch.where(saturate, values["saturation"], 1.0))
+            return adjust_brightness(image, torch.where(bright_late, values["brightness"], 1.0))
+
+        image = slot(image, 0)
+        image = torch.where(hue_first, adjust_hue(image, values["hue"]), image)
+        image = slot(image, 1)
+        image = adjust_contrast(image, values["contrast"])
+        image = slot(image, 2)
+        image = torch.where(hue_first, image, adjust_hue(image, values["hue"]))
+        return slot(image, 3)
+
+    def _one(self, pixels: torch.Tensor, parameters: list[float]) -> torch.Tensor:
+        """One sample (3, S, S), computing only what changes it."""
+        values = dict(zip(PARAMETER_NAMES, parameters, strict=True))
+        image = pixels.contiguous()[None].to(torch.float32).div_(255)
+        changes = {
+            _BRIGHTNESS: (values["brightness"], 1, adjust_brightness),
+            _CONTRAST: (values["contrast"], 1, adjust_contrast),
+            _SATURATION: (values["saturation"], 1, adjust_saturation),
+            _HUE: (values["hue"], 0, adjust_hue),
+        }
+        for operation in JITTER_ORDERS[int(values["order"])]:
+            amount, neutral, adjust = changes[operation]
+            if amount != neutral:
+                image = adjust(image, amount)
+        if values["grayscale"] > 0.5:
+            image = grayscale(image).expand_as(image)
+        if values["blur_sigma"] > 0:
+            image = gaussian_blur(image, torch.tensor([values["blur_sigma"]]), self.max_blur_sigma)
+        if values["solarize_threshold"] < NO_SOLARIZE:
+            image = solarize(image, values["solarize_threshold"])
+        if values["flip"] > 0.5:
+            image = image.flip(-1)
+        return (image[0] - self.mean).div_(self.std)
 
 
-def _column(values: torch.Tensor) -> torch.Tensor:
-    return values.view(-1, 1, 1, 1)
+def _slots(order: tuple[int, ...]) -> tuple[list[list[bool]], bool]:
+    """Where brightness and saturation stand in an order, and whether hue comes before contrast.
 
+    Slots: 0 before contrast and hue; 1 between, hue first; 2 between, contrast first; 3 after both. Each holds, in
+    this sequence, brightness, saturation, brightness.
+    """
+    place = {operation: index for index, operation in enumerate(order)}
+    hue_first = place[_HUE] < place[_CONTRAST]
 
-def _blend(image, factor, to_mean, to_gray):
-    gray = grayscale(image)
-    mean = gray.mean(dim=(1, 2, 3), keepdim=True)
-    rest = 1 - factor
-    blended = _column(factor) * image + _column(rest * to_gray) * gray + _column(rest * to_mean) * mean
-    return blended.clamp(0, 1)
+    def slot(operation: int) -> int:
+        after_hue, after_contrast = place[operation] > place[_HUE], place[operation] > place[_CONTRAST]
+        if after_hue and after_contrast:
+            return 3
+        return 1 if after_hue else 2 if after_contrast else 0
+
+    slots = [[False] * 3 for _ in range(4)]
+    slots[slot(_BRIGHTNESS)][0 if place[_BRIGHTNESS] < place[_SATURATION] else 2] = True
+    slots[slot(_SATURATION)][1] = True
+    return slots, hue_first
 
 
 def grayscale(image: torch.Tensor) -> torch.Tensor:
-    """Luma (B, 1, S, S) of RGB (B, 3, S, S), with the ITU-R 601 weights PIL uses."""
+    """Luma (B, 1, S, S) of RGB (B, 3, S, S)."""
     red, green, blue = image.unbind(1)
-    return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
+    return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue)[:, None]
 
 
-def adjust_hue(image: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Turn the hue of (B, 3, S, S) in [0, 1] by (B,) turns, through HSV; saturation and value stay."""
-    red, green, blue = image.unbind(1)
-    value, low = image.amax(dim=1), image.amin(dim=1)
+def adjust_brightness(image: torch.Tensor, factor) -> torch.Tensor:
+    """(B, 3, S, S) in [0, 1] times a factor, a number or (B, 1, 1, 1)."""
+    return (image * factor).clamp(0, 1)
+
+
+def adjust_contrast(image: torch.Tensor, factor) -> torch.Tensor:
+    """Blend (B, 3, S, S) in [0, 1] with the mean of its grayscale: factor 0 gives the mean, 1 the image."""
+    mean = grayscale(image).mean(dim=(-3, -2, -1), keepdim=True)
+    return (image * factor + mean * (1 - factor)).clamp(0, 1)
+
+
+def adjust_saturation(image: torch.Tensor, factor) -> torch.Tensor:
+    """Blend (B, 3, S, S) in [0, 1] with its grayscale: factor 0 gives gray, 1 the image."""
+    return (image * factor + grayscale(image) * (1 - factor)).clamp(0, 1)
+
+
+def adjust_hue(image: torch.Tensor, shift) -> torch.Tensor:
+    """Turn the hue of (B, 3, S, S) in [0, 1] by a number or (B, 1, 1, 1) of turns, keeping HSV's S and V."""
+    red, green, blue = image.split(1, dim=1)
+    value, low = image.amax(dim=1, keepdim=True), image.amin(dim=1, keepdim=True)
     chroma = value - low
     safe = torch.where(chroma > 0, chroma, 1.0)
     sixths = torch.where(
@@ -113,50 +175,88 @@ def adjust_hue(image: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         (green - blue) / safe,
         torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
-    sixths = sixths + 6 * shift.view(-1, 1, 1)
-    # HSV to RGB without cases: f(n) = v - c * max(0, min(k, 4 - k, 1)), k = (n + sixths) mod 6.
-    channels = []
-    for n in (5, 3, 1):
-        k = torch.remainder(sixths + n, 6)
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, dim=1)
+    sixths = sixths + 6 * shift
+    # HSV to RGB without cases: f(n) = v - c * max(0, min(k, 4 - k, 1)), k = (n + sixths) mod 6, n = 5, 3, 1.
+    k = torch.remainder(torch.cat([sixths + 5, sixths + 3, sixths + 1], dim=1), 6)
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def solarize(image: torch.Tensor, threshold) -> torch.Tensor:
+    """Invert (B, 3, S, S) in [0, 1] at or above a threshold in levels of 0..255, a number or (B, 1, 1, 1)."""
+    return torch.where(image >= threshold / 255, 1 - image, image)
 
 
 def gaussian_blur(image: torch.Tensor, sigma: torch.Tensor, max_sigma: float) -> torch.Tensor:
     """PIL's Gaussian blur: three box filters of fractional width in each direction, edges replicated at each.
+
+    Inside, the three are one filter, their convolution; only near the edges are they run one by one.
 
     Args:
         image: (B, 3, S, S).
         sigma: (B,) standard deviations in pixels; 0 leaves a sample as it is.
         max_sigma: upper bound of sigma.
     """
-    # Width of one box so that three give variance sigma^2 (Gwosdek et al., "Theoretical foundations of Gaussian
-    # convolution by extended box filtering"): radius r whole pixels to each side and a fraction of the next.
-    radius = (torch.sqrt(12 * sigma**2 / _PASSES + 1) - 1) / 2
-    reach = max(1, math.ceil((math.sqrt(12 * max_sigma**2 / _PASSES + 1) - 1) / 2))
-    whole = torch.floor(radius)
-    # Extended box: weights 1 inside, `fraction` at the two ends, with the exact variance.
-    length = 2 * whole + 1
-    fraction = length * (whole * (whole + 1) - 3 * sigma**2 / _PASSES)
-    fraction = fraction / (6 * (sigma**2 / _PASSES - (whole + 1) ** 2))
-    total = length + 2 * fraction
-    offsets = torch.arange(reach + 1, device=image.device)
-    weights = torch.where(
-        offsets[None] <= whole[:, None], 1.0, torch.where(offsets[None] == whole[:, None] + 1, fraction[:, None], 0.0)
-    )
-    weights = weights / total[:, None]
+    weights = _box_weights(sigma.to(torch.float32), max_sigma)
     for dim in (-1, -2):
-        size = image.shape[dim]
-        for _ in range(_PASSES):
-            pad = (reach, reach, 0, 0) if dim == -1 else (0, 0, reach, reach)
-            padded = nn.functional.pad(image, pad, mode="replicate")
-            image = _column(weights[:, 0]) * image
-            for offset in range(1, reach + 1):
-                both = padded.narrow(dim, reach - offset, size) + padded.narrow(dim, reach + offset, size)
-                image = image + _column(weights[:, offset]) * both
+        image = _blur_along(image, weights, dim)
     return image
 
 
-def solarize(image: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """Invert values of (B, 3, S, S) in [0, 1] at or above (B,) thresholds in levels of 0..255."""
-    return torch.where(image >= _column(threshold) / 255, 1 - image, image)
+def _box_weights(sigma: torch.Tensor, max_sigma: float) -> torch.Tensor:
+    """(B, reach + 1): weight of the centre of one box and of its neighbours at each distance.
+
+    Three such boxes have the variance sigma^2 exactly: Gwosdek et al., "Theoretical foundations of Gaussian
+    convolution by extended box filtering" (2011), equations 7, 11 and 14, which PIL follows.
+    """
+    variance = (sigma**2 / _PASSES)[:, None]
+    reach = max(1, math.ceil((math.sqrt(12 * max_sigma**2 / _PASSES + 1) - 1) / 2))
+    whole = torch.floor((torch.sqrt(12 * variance + 1) - 1) / 2)
+    fraction = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    distance = torch.arange(reach + 1, device=sigma.device, dtype=torch.float32)
+    weights = (distance <= whole).float() + (distance == whole + 1) * fraction
+    return weights / (2 * whole + 1 + 2 * fraction)
+
+
+def _blur_along(image: torch.Tensor, weights: torch.Tensor, dim: int) -> torch.Tensor:
+    reach, size = weights.shape[1] - 1, image.shape[dim]
+    edge = _PASSES * reach  # pixels whose filter reaches beyond the image
+    if size <= 4 * edge:
+        return _box_passes(image, weights, dim)
+    # Pixel `edge - 1` depends on the first 2 * edge pixels alone; what a strip gets wrong at its other end is cut off.
+    first = _box_passes(image.narrow(dim, 0, 2 * edge), weights, dim).narrow(dim, 0, edge)
+    last = _box_passes(image.narrow(dim, size - 2 * edge, 2 * edge), weights, dim).narrow(dim, edge, edge)
+    box = torch.cat([weights.flip(1), weights[:, 1:]], dim=1)
+    inside = _correlate(image, _convolved(box, box, box), dim)
+    return torch.cat([first, inside, last], dim=dim)
+
+
+def _convolved(*kernels: torch.Tensor) -> torch.Tensor:
+    """Full convolution of symmetric kernels (B, T): (B, sum of T - 1, + 1)."""
+    product = kernels[0]
+    for kernel in kernels[1:]:
+        taps = kernel.shape[1]
+        windows = F.pad(product, (taps - 1, taps - 1)).unfold(1, taps, 1)
+        product = (windows * kernel[:, None]).sum(-1)
+    return product
+
+
+def _correlate(image: torch.Tensor, kernel: torch.Tensor, dim: int) -> torch.Tensor:
+    """Filter each sample (3, S, S) with its own kernel (T,) along a dimension, where the kernel fits."""
+    batch, channels, height, width = image.shape
+    taps = kernel.repeat_interleave(channels, dim=0)[:, None]
+    taps = taps[:, :, None, :] if dim == -1 else taps[:, :, :, None]
+    result = F.conv2d(image.reshape(1, batch * channels, height, width), taps, groups=batch * channels)
+    return result.view(batch, channels, *result.shape[-2:])
+
+
+def _box_passes(image: torch.Tensor, weights: torch.Tensor, dim: int) -> torch.Tensor:
+    reach, size = weights.shape[1] - 1, image.shape[dim]
+    weights = weights[:, :, None, None, None]
+    pad = (reach, reach, 0, 0) if dim == -1 else (0, 0, reach, reach)
+    for _ in range(_PASSES):
+        padded = F.pad(image, pad, mode="replicate")
+        image = weights[:, 0] * image
+        for offset in range(1, reach + 1):
+            pair = padded.narrow(dim, reach - offset, size) + padded.narrow(dim, reach + offset, size)
+            image = image + weights[:, offset] * pair
+    return image
