@@ -39,7 +39,7 @@ def make_views(batch, settings: tuple[ViewSettings, ViewSettings], seed: int, ep
         def boxes(height: int, width: int, row: int = row) -> list[tuple]:
             return [crop_box(*crops[view][row], height, width, settings[view]) for view in range(2)]
 
-        image, height, width = _decode_first_usable(
+        image, height, width = decode_first_usable(
             batch.candidates(row), lambda height, width, boxes=boxes: shrink_factor(boxes(height, width), size), bad
         )
         for view, box in enumerate(boxes(height, width)):
@@ -52,7 +52,15 @@ def make_views(batch, settings: tuple[ViewSettings, ViewSettings], seed: int, ep
     }
 
 
-def _decode_first_usable(candidates, choose_shrink, bad: list[BadImage]) -> tuple[torch.Tensor, int, int]:
+def decode_first_usable(candidates, choose_shrink, bad: list[BadImage]) -> tuple[torch.Tensor, int, int]:
+    """Decode the first of some candidates, (sample id, encoded image), that can be; note the others in `bad`.
+
+    Returns:
+        What `decode_shrunk` returns.
+
+    Raises:
+        RuntimeError: none of `MAX_NEIGHBOURS` candidates can be used.
+    """
     tried = 0
     for sample_id, data in candidates:
         try:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .bad_images import BadImageLog, describe_exit
 from .cpu_stage import make_views
+from .device_cache import DeviceCache
 from .order import default_lanes, rows_of_process, sample_order, split_rows, steps_in_epoch
 from .sources import MapSource, StreamSource
 from .streams import StreamReader
@@ -32,6 +33,7 @@ class TwoViewLoader:
             does not tell their size.
         on_bad_image, max_bad_fraction, bad_images_file: see `BadImageLog`.
         pin_memory: hand over page-locked tensors, for copies to a GPU that overlap with work.
+        cache_on_device: keep all images decoded on this device and crop there (see `DeviceCache`); no workers then.
         prefetch_factor: batches each worker makes ahead.
         multiprocessing_context: how workers are started ("fork", "forkserver", "spawn"); None for Python's default.
         window, lanes: of a stream, see `StreamOrder`; lanes None for the largest divisor of the batch up to 16.
@@ -55,6 +57,7 @@ class TwoViewLoader:
         max_bad_fraction: float = 0.01,
         bad_images_file=None,
         pin_memory: bool = False,
+        cache_on_device: torch.device | str | None = None,
         prefetch_factor: int = 2,
         multiprocessing_context: str | None = None,
         window: int = 8,
@@ -67,6 +70,15 @@ class TwoViewLoader:
         self.steps_per_epoch = _checked_steps(source.num_samples, global_batch_size, steps_per_epoch)
         self._rows = rows_of_process(global_batch_size, process_index, num_processes)
         self._is_stream = isinstance(source, StreamSource)
+        num_samples = source.num_samples or self.steps_per_epoch * global_batch_size
+        self._bad = BadImageLog(num_samples, on_bad_image, max_bad_fraction, bad_images_file)
+        self._pin_memory = pin_memory
+        self._parts = [self._rows]
+        self._cache = None
+        if cache_on_device is not None:
+            self._cache = DeviceCache(source, cache_on_device)
+            self._bad.add(self._cache.bad)
+            return
         if self._is_stream:
             sizes = source.shard_sizes(self.steps_per_epoch * global_batch_size)
             lanes = lanes or default_lanes(global_batch_size)
@@ -76,11 +88,7 @@ class TwoViewLoader:
             num_workers = min(num_workers, len(self._parts))
             batches = _StreamBatches(reader, settings, seed)
         else:
-            self._parts = [self._rows]
             batches = _MapBatches(source, settings, seed)
-        num_samples = source.num_samples or self.steps_per_epoch * global_batch_size
-        self._bad = BadImageLog(num_samples, on_bad_image, max_bad_fraction, bad_images_file)
-        self._pin_memory = pin_memory
         self._requests = _Requests()
         self._loader = DataLoader(
             batches,
@@ -112,6 +120,9 @@ class TwoViewLoader:
         """
         if start_step < 0:
             raise ValueError(f"start_step must not be negative, got {start_step}")
+        if self._cache is not None:
+            yield from self._cached_epoch(epoch, start_step)
+            return
         # The iterator of requests must not lead back to the loader: in a cycle, the queues to the workers could be
         # collected before the workers are told to end.
         steps = range(start_step, self.steps_per_epoch)
@@ -127,6 +138,13 @@ class TwoViewLoader:
             if len(parts) == len(self._parts):
                 yield parts[0] if len(parts) == 1 else self._joined(parts)
                 parts = []
+
+    def _cached_epoch(self, epoch: int, start_step: int) -> Iterator[dict]:
+        order = sample_order(self.seed, epoch, self.source.num_samples)
+        for step in range(start_step, self.steps_per_epoch):
+            start = step * self.global_batch_size
+            sample_ids = order[start + self._rows.start : start + self._rows.stop]
+            yield self._cache.make_views(sample_ids, self.settings, self.seed, epoch)
 
     def _joined(self, parts: list[dict]) -> dict:
         pixels = [part["pixels"].permute(0, 1, 3, 4, 2) for part in parts]

@@ -65,7 +65,9 @@ class PhotometricStage(nn.Module):
 
     def batched(self, pixels: torch.Tensor, parameters: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`forward` with masks, whatever the device: what a GPU or a compiler gets."""
-        values = dict(zip(PARAMETER_NAMES, parameters.to(torch.float32)[:, :, None, None, None].unbind(1), strict=True))
+        values = dict(
+            zip(PARAMETER_NAMES, parameters.to(torch.float32)[:, :, None, None, None].unbind(1), strict=True)
+        )
         image = self._jitter(pixels.to(torch.float32) / 255, values)
         image = torch.where(values["grayscale"] > 0.5, grayscale(image), image)
         image = gaussian_blur(image, parameters[:, PARAMETER_NAMES.index("blur_sigma")], self.max_blur_sigma)
