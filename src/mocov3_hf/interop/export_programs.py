@@ -1,0 +1,121 @@
+"""Exports to programs that run without the model's Python code: ONNX and `torch.export`, with a dynamic batch."""
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import BaseImageProcessor
+
+from ..model.configuration_mocov3 import to_pair
+from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
+from .errors import CheckpointError
+
+
+class OneOutput(nn.Module):
+    """The model as a function of pixel values `(B, C, H, W)` to logits or pooled vector."""
+
+    def __init__(self, model: MoCoV3Model | MoCoV3ForImageClassification):
+        super().__init__()
+        self.model = model
+        self.output = "logits" if isinstance(model, MoCoV3ForImageClassification) else "pooler_output"
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values)[self.output]
+
+
+def image_shape(model: nn.Module, processor: BaseImageProcessor) -> tuple[int, int, int]:
+    """`(C, H, W)` of the images that a model takes: a ViT's own size, and the processor's crop for any other body."""
+    backbone = model.config.backbone_config
+    crop = processor.crop_size
+    size = getattr(backbone, "image_size", None) or (crop["height"], crop["width"])
+    return (backbone.num_channels, *to_pair(size))
+
+
+def trace(
+    model: MoCoV3Model | MoCoV3ForImageClassification, processor: BaseImageProcessor
+) -> torch.export.ExportedProgram:
+    """The model's graph for any batch size."""
+    images = torch.zeros(2, *image_shape(model, processor))
+    shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=65536)}}
+    with quiet():
+        # strict: the plain tracer takes `len(tensor)` for a constant
+        return torch.export.export(OneOutput(model), (images,), dynamic_shapes=shapes, strict=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporters' deprecation warnings and progress lines, which concern their own code."""
+    level = logging.getLogger("torch.onnx").level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("torch.onnx").setLevel(level)
+
+
+def write_onnx(
+    model: MoCoV3Model | MoCoV3ForImageClassification, processor: BaseImageProcessor, folder: Path
+) -> tuple:
+    """`model.onnx`, checked with onnx and run with onnxruntime."""
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401 - what torch exports with
+    except ImportError as error:
+        raise CheckpointError(f"{error.name} is missing: pip install onnx onnxruntime onnxscript") from error
+    path, output = folder / "model.onnx", OneOutput(model).output
+    with quiet():
+        program = torch.onnx.export(
+            trace(model, processor), dynamo=True, input_names=["pixel_values"], output_names=[output], verbose=False
+        )
+        name_batch(program)
+        program.save(path)
+    onnx.checker.check_model(path)
+    save_settings(model, processor, folder)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(pixel_values: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(session.run([output], {"pixel_values": pixel_values.numpy()})[0])
+
+    return run, f"onnxruntime.InferenceSession({str(path)!r}).run([{output!r}], {{'pixel_values': images}})"
+
+
+def name_batch(program: torch.onnx.ONNXProgram) -> None:
+    """Call the dynamic dimension `batch`, where the exporter keeps the tracer's own symbol."""
+    graph = program.model.graph
+    symbol = str(graph.inputs[0].shape[0])
+    values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
+    for value in values:
+        for index, size in enumerate(value.shape or ()):
+            if not isinstance(size, int):
+                value.shape[index] = re.sub(rf"\b{symbol}\b", "batch", str(size))
+
+
+def write_torch_export(
+    model: MoCoV3Model | MoCoV3ForImageClassification, processor: BaseImageProcessor, folder: Path
+) -> tuple:
+    """`model.pt2`, a program of `torch.export`."""
+    path = folder / "model.pt2"
+    with quiet():
+        torch.export.save(trace(model, processor), path)
+        loaded = torch.export.load(path).module()
+    save_settings(model, processor, folder)
+
+    def run(pixel_values: torch.Tensor) -> torch.Tensor:
+        return loaded(pixel_values)
+
+    return run, f"torch.export.load({str(path)!r}).module()(images)"
+
+
+def save_settings(model: nn.Module, processor: BaseImageProcessor, folder: Path) -> None:
+    """The processor and the configuration, which holds the labels, beside the program."""
+    processor.save_pretrained(folder)
+    model.config.save_pretrained(folder)
