@@ -1,0 +1,31 @@
+"""A small labelled image folder and a small model on disk."""
+
+import pytest
+import torch
+
+from mocov3_hf.processing import build_image_processor
+from tests.evaluation.making import tiny_model, write_images
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The order of sums, and with it the last bit, depends on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """45 images for training and 21 for testing, of 3 classes."""
+    return write_images(tmp_path_factory.mktemp("images"), {"train": 15, "test": 7})
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A pre-training checkpoint of a tiny ViT with its image processor."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    build_image_processor(32).save_pretrained(folder)
+    return folder

@@ -1,0 +1,155 @@
+"""kNN evaluation from a folder to results.json, by function and by command."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from mocov3_hf.data.labelled import open_labelled
+from mocov3_hf.evaluation.encoder import load_encoder
+from mocov3_hf.evaluation.features import Features, data_fingerprint
+from mocov3_hf.evaluation.knn import evaluate_knn, knn_metrics, main
+from mocov3_hf.evaluation.results import read_results
+from mocov3_hf.probes import knn_accuracy
+from tests.evaluation.making import tiny_model
+
+
+SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "knn.py"
+
+
+def command(model_folder, image_folder, *more):
+    return ["--model", str(model_folder), "--dataset_name", str(image_folder), "--k", "1", "5", *map(str, more)]
+
+
+def test_command_evaluates_prints_and_records(model_folder, image_folder, tmp_path, capsys):
+    metrics = main(command(model_folder, image_folder, "--output_dir", tmp_path, "--batch_size", 8))
+    assert set(metrics) == {"knn1_top1", "knn5_top1", "feature_std_ratio", "effective_rank"}
+    assert metrics["knn5_top1"] > 0.9, "three colours are easy, even for an untrained network"
+    printed = capsys.readouterr().out
+    assert f"{100 * metrics['knn5_top1']:.2f} %" in printed
+    assert str(tmp_path / "results.json") in printed
+    (result,) = read_results(tmp_path)
+    assert result["task"] == "knn"
+    assert result["metrics"] == metrics
+    assert (result["settings"]["k"], result["settings"]["temperature"]) == ([1, 5], 0.07)
+    assert result["dataset"]["fingerprint"] == data_fingerprint(open_labelled(str(image_folder), split="test"))
+    assert (result["dataset"]["train_size"], result["dataset"]["size"]) == (45, 21)
+    assert '"shortest_edge": 37' in result["settings"]["transform"]
+
+
+def test_command_and_function_agree(model_folder, image_folder, tmp_path):
+    by_command = main(command(model_folder, image_folder, "--output_dir", tmp_path, "--cache_dir", tmp_path / "cache"))
+    train, test = (open_labelled(str(image_folder), split=split) for split in ("train", "test"))
+    by_function = evaluate_knn(load_encoder(model_folder), train, test, k=[1, 5], progress=False)
+    assert by_function == by_command
+    pretraining = evaluate_knn(tiny_model().train(), train, test, k=[1, 5], progress=False)
+    assert pretraining == by_command, "the model as training holds it"
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_results_stand_next_to_the_model_by_default(image_folder, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    main(command(tmp_path, image_folder))
+    main(command(tmp_path, image_folder, "--temperature", 0.2))
+    assert [result["settings"]["temperature"] for result in read_results(tmp_path)] == [0.07, 0.2]
+
+
+def test_parquet_with_other_column_names_and_splits(model_folder, image_folder, tmp_path):
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    for source, split in (("train", "train"), ("test", "validation")):
+        dataset = datasets.load_dataset(str(image_folder), split=source)
+        dataset.rename_columns({"image": "photo", "label": "kind"}).to_parquet(folder / f"{split}-0.parquet")
+    names = ("--image_column", "photo", "--label_column", "kind", "--test_split", "validation")
+    metrics = main(command(model_folder, folder, *names, "--output_dir", tmp_path))
+    assert metrics == main(command(model_folder, image_folder, "--output_dir", tmp_path))
+
+
+def features(rows, labels, num_classes):
+    return Features(rows, torch.as_tensor(labels), None, num_classes)
+
+
+def test_metrics_are_those_of_the_probes():
+    generator = torch.Generator().manual_seed(0)
+    train = features(torch.randn(80, 6, generator=generator), torch.arange(80) % 8, 8)
+    test = features(torch.randn(40, 6, generator=generator), torch.arange(40) % 8, 8)
+    metrics = knn_metrics(train, test, k=[1, 10, 40])
+    assert set(metrics) == {
+        *("knn1_top1", "knn10_top1", "knn10_top5", "knn40_top1", "knn40_top5"),
+        *("feature_std_ratio", "effective_rank"),
+    }
+    expected = knn_accuracy(test.features, test.labels, train.features, train.labels, [1, 10, 40])
+    assert {k: metrics[f"knn{k}_top1"] for k in expected} == expected
+    assert metrics["knn40_top1"] < metrics["knn40_top5"] < 1
+
+
+def test_collapsed_features_are_called_so():
+    noise = 1e-4 * torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    collapsed = features(torch.ones(40, 6) + noise, torch.arange(40) % 4, 4)
+    with pytest.warns(UserWarning, match="the features have collapsed"):
+        metrics = knn_metrics(collapsed, collapsed, k=[5])
+    assert metrics["feature_std_ratio"] < 1e-3
+
+
+def test_k_beyond_the_training_split_is_left_out_with_a_warning(model_folder, image_folder):
+    train, test = (open_labelled(str(image_folder), split=split) for split in ("train", "test"))
+    with pytest.warns(UserWarning, match="k = 200 left out: the training split has 45 images"):
+        metrics = evaluate_knn(load_encoder(model_folder), train, test, k=[20, 200], progress=False)
+    assert "knn20_top1" in metrics
+    assert "knn200_top1" not in metrics
+    with pytest.raises(ValueError, match=r"every k \(100, 200\) exceeds the 45 images"):
+        evaluate_knn(load_encoder(model_folder), train, test, k=[100, 200], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--test_split", "val"], "split 'val' does not exist .* it has: train, test"),
+        (["--label_column", "kind"], "label column 'kind' does not exist; columns: image, label"),
+        (["--image_column", "photo"], "image column 'photo' does not exist; columns: image, label"),
+        (["--dataset_name", "/nowhere"], "'/nowhere' does not exist"),
+        (["--model", "/nowhere"], "model folder '/nowhere' does not exist"),
+        (["--temperature", "0"], "temperature must be positive"),
+        (["--k", "0"], "k must"),
+        (["--batch_size", "0"], "batch_size must be at least 1"),
+        (["--image_size", "0"], "image_size must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_one(model_folder, image_folder, tmp_path, change, message):
+    with pytest.raises(SystemExit, match=message) as end:
+        main(command(model_folder, image_folder, "--output_dir", tmp_path, *change))
+    assert "\n" not in str(end.value)
+    assert str(end.value).startswith("error: ")
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_images_without_labels(model_folder, image_folder, tmp_path):
+    flat = tmp_path / "flat"
+    for split in ("train", "test"):
+        (flat / split).mkdir(parents=True)
+        for number, path in enumerate(sorted(image_folder.glob(f"{split}/*/*.png"))):
+            (flat / split / f"{number}.png").write_bytes(path.read_bytes())
+    with pytest.raises(SystemExit, match="45 labels are missing in column 'label'"):
+        main(command(model_folder, flat, "--output_dir", tmp_path))
+
+
+def test_a_model_of_the_hub_needs_an_output_dir(image_folder):
+    with pytest.raises(SystemExit, match="add --output_dir"):
+        main(command("someone/model", image_folder))
+
+
+def test_a_folder_of_weights_alone_is_no_model(image_folder, tmp_path):
+    with pytest.raises(SystemExit, match=r"is no model, it has no config\.json"):
+        main(command(tmp_path, image_folder))
+
+
+def test_script_ends_with_one_line_not_a_traceback(image_folder, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *command(tmp_path, image_folder)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: folder ")
+    assert "Traceback" not in done.stderr
