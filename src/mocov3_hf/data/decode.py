@@ -11,12 +11,17 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torchvision  # noqa: F401  (registers its operators)
 from PIL import Image, ImageOps
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 
 # Twice PIL's warning level, where PIL refuses too: 13,377 pixels square.
 MAX_PIXELS = 178_956_970
+
+# The operators below torchvision's decoding functions. The functions warn, from 0.29 on, that they will be removed;
+# where the operators are gone, PIL does their work, about a fifth slower.
+_HAS_OPERATORS = hasattr(torch.ops.image, "decode_jpeg") and hasattr(torch.ops.image, "decode_png")
+_RGB = 3  # torchvision.io.ImageReadMode.RGB
 
 # Below this, decoding at a fraction gains nothing: no crop of it allows any.
 _LARGE = 600_000
@@ -100,7 +105,7 @@ def _as_buffer(data: bytes) -> torch.Tensor:
 
 def _decode_jpeg(data: bytes, choose_shrink, max_pixels: int) -> tuple[torch.Tensor, int, int]:
     frame = _jpeg_frame(data)
-    if frame is None or frame[2] not in (1, 3):  # CMYK is PIL's, with its own idea of the conversion
+    if not _HAS_OPERATORS or frame is None or frame[2] not in (1, 3):  # CMYK: PIL has its own conversion
         image = _decode_with_pil(data, max_pixels)
         return image, image.shape[1], image.shape[2]
     width, height, _, has_metadata = frame
@@ -112,7 +117,7 @@ def _decode_jpeg(data: bytes, choose_shrink, max_pixels: int) -> tuple[torch.Ten
     if shrink > 1:
         image = _decode_draft(data, shrink)
     else:
-        image = decode_jpeg(_as_buffer(data), mode=ImageReadMode.RGB)
+        image = torch.ops.image.decode_jpeg(_as_buffer(data), _RGB, False)
     return _orient(image, orientation), height, width
 
 
@@ -169,10 +174,10 @@ def _decode_png(data: bytes, max_pixels: int) -> torch.Tensor:
     _check_size(width, height, max_pixels)
     depth, colour_type = data[24], data[25]
     header = data[: data.find(b"IDAT")]
-    plain = depth == 8 and colour_type in (0, 2) and data[-8:-4] == b"IEND"
+    plain = _HAS_OPERATORS and depth == 8 and colour_type in (0, 2) and data[-8:-4] == b"IEND"
     if not plain or any(chunk in header for chunk in (b"tRNS", b"eXIf", b"iTXt", b"zTXt", b"tEXt", b"acTL")):
         return _decode_with_pil(data, max_pixels)
-    return decode_png(_as_buffer(data), mode=ImageReadMode.RGB)
+    return torch.ops.image.decode_png(_as_buffer(data), _RGB, False)
 
 
 def _decode_with_pil(data: bytes, max_pixels: int) -> torch.Tensor:

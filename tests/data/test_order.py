@@ -1,0 +1,170 @@
+"""The order is a pure function: complete, the same for any world, cheap to enter anywhere."""
+
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mocov3_hf.data.draws import STREAM_SHARD_ORDER, STREAM_WINDOW_ORDER, permutation
+from mocov3_hf.data.order import (
+    StreamOrder,
+    default_lanes,
+    rows_of_process,
+    sample_order,
+    split_rows,
+    steps_in_epoch,
+)
+
+
+@st.composite
+def layouts(draw):
+    """Shard sizes (zeros too), global batch, lanes, window, world size, workers, seed, epoch."""
+    sizes = draw(st.lists(st.integers(0, 14), min_size=1, max_size=12).filter(any))
+    world = draw(st.integers(1, 4))
+    batch = world * draw(st.integers(1, max(1, min(8, sum(sizes) // world))))
+    lanes = draw(st.sampled_from([lanes for lanes in range(1, batch + 1) if batch % lanes == 0]))
+    return sizes, batch, lanes, draw(st.integers(1, 5)), world, draw(st.integers(1, 4)), draw(st.integers(0, 99))
+
+
+def slow_order(sizes, seed, epoch, batch, window, lanes) -> list[list[tuple[int, int]]]:
+    """The streamed order by its definition, row after row: (shard, row) of every step."""
+    sequence = [
+        (shard, row)
+        for shard in permutation(seed, epoch, len(sizes), STREAM_SHARD_ORDER).tolist()
+        for row in range(sizes[shard])
+    ]
+    length = len(sequence) // lanes
+    in_lanes = []
+    for lane in range(lanes):
+        part, seen, start = [], [], lane * length
+        for position in range(start, start + length):
+            shard, row = sequence[position]
+            seen.append((shard, row))
+            last_of_shard = row == sizes[shard] - 1
+            full = last_of_shard and len({shard for shard, _ in seen}) == window
+            if full or position == start + length - 1:
+                first = position + 1 - len(seen)
+                order = permutation(seed, epoch, len(seen), STREAM_WINDOW_ORDER, start=first)
+                part += [seen[index] for index in order.tolist()]
+                seen = []
+        in_lanes.append(part)
+    share = batch // lanes
+    return [
+        [place for part in in_lanes for place in part[step * share : (step + 1) * share]]
+        for step in range(length // share)
+    ]
+
+
+@settings(max_examples=150, deadline=None)
+@given(layouts(), st.integers(0, 3))
+def test_every_sample_once_whatever_the_layout_and_the_world(layout, epoch):
+    sizes, batch, lanes, window, world, workers, seed = layout
+    order = StreamOrder(tuple(sizes), seed, epoch, batch, window, lanes)
+    assert order.steps == sum(sizes) // batch
+    seen = []
+    for step in range(order.steps):
+        whole = order.places(step, range(batch))
+        by_process = [
+            place
+            for process in range(world)
+            for rows in split_rows(rows_of_process(batch, process, world), workers)
+            for place in StreamOrder(tuple(sizes), seed, epoch, batch, window, lanes).places(step, rows)
+        ]
+        assert by_process == whole
+        seen += whole
+    assert len(seen) == len(set(seen)) == order.steps * batch
+    assert sum(sizes) - len(seen) < batch
+    assert all(0 <= row < sizes[shard] for shard, row in seen)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts(), st.integers(0, 3))
+def test_the_streamed_order_is_what_its_definition_says(layout, epoch):
+    sizes, batch, lanes, window, _, _, seed = layout
+    order = StreamOrder(tuple(sizes), seed, epoch, batch, window, lanes)
+    found = [order.places(step, range(batch)) for step in range(order.steps)]
+    assert found == slow_order(sizes, seed, epoch, batch, window, lanes)
+
+
+def test_a_process_needs_only_the_shards_of_its_lanes():
+    sizes = (50,) * 64
+    order = StreamOrder(sizes, 0, 0, 64, window=2, lanes=16)
+    needed = []
+    for process in range(4):
+        rows = rows_of_process(64, process, 4)
+        needed.append({shard for step in range(order.steps) for shard, _ in order.places(step, rows)})
+    assert all(len(shards) == 16 for shards in needed)
+    assert set().union(*needed) == set(range(64))
+    # At any time no more than one window of each lane.
+    assert all(len({s for s, _ in order.places(step, range(4))}) <= 2 for step in range(order.steps))
+
+
+def test_streamed_epochs_differ_and_are_mixed():
+    sizes = (100,) * 20
+    epochs = [StreamOrder(sizes, 0, epoch, 50, 4, 5) for epoch in range(2)]
+    first, second = (
+        [place for step in range(order.steps) for place in order.places(step, range(50))] for order in epochs
+    )
+    assert first != second
+    assert sorted(first) == sorted(second)
+    # A batch holds rows of most of the 5 lanes x 4 shards within reach.
+    assert len({shard for shard, _ in first[:50]}) > 12
+
+
+def test_windows_follow_each_other():
+    order = StreamOrder((5, 0, 9, 3, 7, 11, 2), 1, 1, 6, 2, 3)
+    for lane in range(3):
+        window, slot = order.window_at(lane, 0), 0
+        while window is not None:
+            assert window.start == slot
+            assert order.window_at(lane, slot + len(window) - 1) is window
+            slot += len(window)
+            window = order.window_after(window)
+        assert slot == order.lane_length
+
+
+def test_map_style_order():
+    first = sample_order(0, 0, 1000)
+    assert torch.equal(first, sample_order(0, 0, 1000))
+    assert torch.equal(first.sort().values, torch.arange(1000))
+    assert not torch.equal(first, sample_order(0, 1, 1000))
+    assert not torch.equal(first, sample_order(1, 0, 1000))
+
+
+def test_entering_an_epoch_of_imagenet_costs_under_a_second():
+    times = []
+    for epoch in range(3):
+        start = time.process_time()
+        sample_order(0, epoch, 1_281_167)
+        times.append(time.process_time() - start)
+    assert sorted(times)[1] < 1
+
+
+def test_the_remainder_differs_each_epoch():
+    steps = steps_in_epoch(103, 10)
+    left_out = [set(sample_order(0, epoch, 103)[steps * 10 :].tolist()) for epoch in range(3)]
+    assert steps == 10
+    assert len(left_out[0]) == 3
+    assert left_out[0] != left_out[1] != left_out[2]
+
+
+def test_batches_that_do_not_fit_are_refused_with_the_repair():
+    with pytest.raises(ValueError, match="larger than the data set of 100 images: lower the batch to at most 100"):
+        steps_in_epoch(100, 101)
+    with pytest.raises(ValueError, match="does not divide among 3 processes: take a multiple, 63 for instance"):
+        rows_of_process(64, 0, 3)
+    with pytest.raises(ValueError, match=r"process_index must be in \[0, 2\), got 2"):
+        rows_of_process(64, 2, 2)
+    with pytest.raises(ValueError, match="lanes must divide the global batch of 10, got 3"):
+        StreamOrder((20,), 0, 0, 10, 1, 3)
+    with pytest.raises(ValueError, match="at least 1 shard, got 0"):
+        StreamOrder((20,), 0, 0, 10, 0, 2)
+
+
+def test_parts_and_lanes():
+    assert split_rows(range(10, 20), 3) == [range(10, 13), range(13, 16), range(16, 20)]
+    assert split_rows(range(2), 5) == [range(1), range(1, 2)]
+    assert split_rows(range(4), 0) == [range(4)]
+    assert [default_lanes(batch) for batch in (1, 7, 60, 256, 4096, 17)] == [1, 7, 15, 16, 16, 1]

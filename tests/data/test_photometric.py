@@ -1,0 +1,213 @@
+"""The device stage, operation by operation, against PIL and torchvision, and as a whole."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as reference
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from mocov3_hf.data import photometric
+from mocov3_hf.data.photometric import IMAGENET_MEAN, IMAGENET_STD, PhotometricStage
+from mocov3_hf.data.views import JITTER_ORDERS, NO_SOLARIZE, PARAMETER_NAMES, draw_view, two_views
+
+
+SIZE = 96
+
+
+@pytest.fixture
+def pictures(make_picture):
+    return np.stack([make_picture(SIZE, SIZE, seed) for seed in range(6)])
+
+
+def to_float(pictures: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+
+
+def levels(image: torch.Tensor) -> np.ndarray:
+    return (image * 255).permute(0, 2, 3, 1).numpy()
+
+
+def parameters(rows: int, **values) -> torch.Tensor:
+    neutral = dict.fromkeys(PARAMETER_NAMES, 0.0)
+    neutral.update(brightness=1, contrast=1, saturation=1, solarize_threshold=NO_SOLARIZE)
+    return torch.tensor([[{**neutral, **values}[name] for name in PARAMETER_NAMES]] * rows)
+
+
+def identity_stage() -> PhotometricStage:
+    return PhotometricStage(mean=(0, 0, 0), std=(1, 1, 1))
+
+
+ENHANCERS = {
+    "brightness": ImageEnhance.Brightness,
+    "contrast": ImageEnhance.Contrast,
+    "saturation": ImageEnhance.Color,
+}
+
+
+@pytest.mark.parametrize("name", ENHANCERS)
+@pytest.mark.parametrize("factor", [0.0, 0.6, 0.83, 1.0, 1.27, 1.4])
+def test_blends_agree_with_pil_and_torchvision(pictures, name, factor):
+    ours = getattr(photometric, f"adjust_{name}")(to_float(pictures), factor)
+    for picture, found in zip(pictures, levels(ours), strict=True):
+        expected = np.asarray(ENHANCERS[name](Image.fromarray(picture)).enhance(factor)).astype(float)
+        assert np.abs(expected - found).max() <= 1.51  # PIL cuts its results, and its grayscale, to whole levels
+    theirs = getattr(reference, f"adjust_{name}")(to_float(pictures), factor)
+    # torchvision's weights of grayscale have four digits (0.2989, 0.587, 0.114).
+    assert torch.allclose(ours, theirs, atol=2e-4)
+
+
+@pytest.mark.parametrize("shift", [-0.5, -0.1, -0.03, 0.0, 0.07, 0.1])
+def test_hue_agrees_with_torchvision(pictures, shift):
+    image = to_float(pictures)
+    image[0, :, :8] = 0.5  # no chroma
+    image[1, :, :8] = torch.tensor([1.0, 0.0, 1.0])[:, None, None]
+    ours = photometric.adjust_hue(image, shift)
+    assert torch.allclose(ours, reference.adjust_hue(image, shift), atol=5e-6)
+    # PIL's hue has steps of 1/256 turn, 6 levels of a pure colour, and is cut to them twice.
+    ours = levels(photometric.adjust_hue(to_float(pictures), shift))
+    for picture, found in zip(pictures, ours, strict=True):
+        expected = np.asarray(reference.adjust_hue(Image.fromarray(picture), shift)).astype(float)
+        assert np.abs(expected - found).max() <= 14
+        assert np.abs(expected - found).mean() <= 3
+
+
+def test_grayscale_agrees_with_pil(pictures):
+    found = levels(photometric.grayscale(to_float(pictures)))[..., 0]
+    expected = np.stack([np.asarray(Image.fromarray(picture).convert("L")) for picture in pictures])
+    assert np.abs(expected - found).max() <= 1
+
+
+@pytest.mark.parametrize("threshold", [0, 100, 128, 255])
+def test_solarize_is_pils(pictures, threshold):
+    found = levels(photometric.solarize(to_float(pictures), threshold))
+    expected = np.stack([np.asarray(ImageOps.solarize(Image.fromarray(picture), threshold)) for picture in pictures])
+    assert np.abs(expected - found).max() < 1e-3
+    assert torch.equal(photometric.solarize(to_float(pictures), NO_SOLARIZE), to_float(pictures))
+
+
+@pytest.mark.parametrize("size", [SIZE, 20, 5])
+@pytest.mark.parametrize("sigma", [0.1, 0.37, 0.7, 1.0, 1.6, 2.0])
+def test_blur_agrees_with_pil_up_to_the_edges(pictures, sigma, size):
+    pictures = pictures[:, :size, :size]
+    ours = levels(photometric.gaussian_blur(to_float(pictures), torch.full((6,), sigma), 2.0))
+    for picture, found in zip(pictures, ours, strict=True):
+        expected = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(sigma))).astype(float)
+        assert np.abs(expected - found).max() <= 2.8  # PIL rounds after each of six passes
+        assert np.abs(expected - found).mean() <= 1
+
+
+def test_blur_has_the_variance_it_should_and_zero_is_none():
+    point = torch.zeros(4, 3, 65, 65)
+    point[:, :, 32, 32] = 1
+    sigma = torch.tensor([0.0, 0.5, 1.3, 2.5])
+    blurred = photometric.gaussian_blur(point, sigma, 2.5)
+    assert torch.equal(blurred[0], point[0])
+    distance = torch.arange(65) - 32.0
+    for row in range(1, 4):
+        profile = blurred[row, 0].sum(0)
+        assert profile.sum().item() == pytest.approx(1, abs=1e-5)
+        assert (profile * distance**2).sum().sqrt().item() == pytest.approx(sigma[row].item(), rel=1e-4)
+
+
+def test_all_orders_of_the_jitter(pictures):
+    functions = [reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation]
+    functions.append(reference.adjust_hue)
+    amounts = (1.35, 0.65, 1.2, 0.09)
+    pixels = torch.from_numpy(pictures[:1]).permute(0, 3, 1, 2).expand(24, -1, -1, -1)
+    values = parameters(24, brightness=amounts[0], contrast=amounts[1], saturation=amounts[2], hue=amounts[3])
+    values[:, PARAMETER_NAMES.index("order")] = torch.arange(24.0)
+    stage = identity_stage()
+    one_by_one, batched = stage(pixels, values), stage.batched(pixels, values, torch.float32)
+    results = []
+    for order in JITTER_ORDERS:
+        image = to_float(pictures[:1])
+        for operation in order:
+            image = functions[operation](image, amounts[operation])
+        results.append(image)
+    expected = torch.cat(results)
+    assert torch.allclose(batched, expected, atol=1.5e-3)  # four digits of torchvision's grayscale
+    assert torch.allclose(one_by_one, batched, atol=2e-5)
+    # Orders that differ must show it, else the test proves nothing.
+    apart = [(a - b).abs().max() for a, b in itertools.combinations(expected, 2)]
+    assert torch.stack(apart).median() > 0.01
+
+
+def test_the_whole_stage_against_pil(pictures):
+    """The operations in the paper's order, on whole levels as PIL keeps them between."""
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    values = parameters(
+        6, brightness=1.2, contrast=0.8, saturation=0.9, blur_sigma=1.1, solarize_threshold=128, flip=1, order=0
+    )
+    values[3:, PARAMETER_NAMES.index("grayscale")] = 1
+    stage = PhotometricStage()
+    mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
+    for found in (stage(pixels, values), stage.batched(pixels, values, torch.float32)):
+        for row, picture in enumerate(pictures):
+            image = Image.fromarray(picture)
+            image = ImageEnhance.Brightness(image).enhance(1.2)
+            image = ImageEnhance.Contrast(image).enhance(0.8)
+            image = ImageEnhance.Color(image).enhance(0.9)
+            if row >= 3:
+                image = image.convert("L").convert("RGB")
+            image = image.filter(ImageFilter.GaussianBlur(1.1))
+            image = ImageOps.mirror(ImageOps.solarize(image, 128))
+            back = found[row].permute(1, 2, 0).numpy() * std + mean
+            assert np.abs(back * 255 - np.asarray(image)).max() <= 5
+            assert np.abs(back * 255 - np.asarray(image)).mean() <= 1.5
+
+
+def test_neutral_parameters_only_normalise(pictures):
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    stage = PhotometricStage()
+    expected = reference.normalize(pixels.float() / 255, IMAGENET_MEAN, IMAGENET_STD)
+    assert torch.allclose(stage(pixels, parameters(6)), expected, atol=1e-6)
+    assert torch.allclose(stage.batched(pixels, parameters(6), torch.float32), expected, atol=1e-5)
+    assert list(stage.parameters()) == []
+    assert stage.state_dict() == {}
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_batched_equals_one_by_one_on_drawn_parameters(pictures, view):
+    values = draw_view(two_views()[view], 0, 0, torch.arange(48), view).parameters
+    pixels = torch.from_numpy(np.concatenate([pictures] * 8)).permute(0, 3, 1, 2)
+    stage = PhotometricStage()
+    exact = stage(pixels, values)
+    batched = stage.batched(pixels, values, torch.float32)
+    apart = (exact - batched).abs()
+    # A value that lies on the threshold may fall to either side of it; at 128 both sides are a level apart.
+    assert apart.max() < 0.02
+    assert (apart > 1e-4).float().mean() < 1e-4
+    half = stage(pixels, values, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, exact.bfloat16())
+    assert torch.equal(stage.batched(pixels, values, torch.bfloat16), batched.bfloat16())
+
+
+def test_a_sample_does_not_depend_on_its_batch(pictures):
+    values = draw_view(two_views()[0], 0, 0, torch.arange(6), 0).parameters
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    stage = PhotometricStage()
+    whole = stage.batched(pixels, values, torch.float32)
+    alone = stage.batched(pixels[2:3], values[2:3], torch.float32)
+    assert torch.allclose(whole[2:3], alone, atol=1e-6)
+
+
+def test_the_batched_stage_is_one_graph_without_data_dependent_shapes(pictures):
+    values = draw_view(two_views()[1], 0, 0, torch.arange(6), 1).parameters
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    stage = PhotometricStage()
+    # fullgraph refuses any graph break; the "eager" backend needs no compiler.
+    compiled = torch.compile(stage, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(pixels, values), stage.batched(pixels, values, torch.float32), atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same(pictures):
+    values = draw_view(two_views()[0], 0, 0, torch.arange(6), 0).parameters
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    stage = PhotometricStage()
+    found = stage.cuda()(pixels.cuda(), values.cuda()).cpu()
+    assert torch.allclose(found, PhotometricStage()(pixels, values), atol=1e-3)
