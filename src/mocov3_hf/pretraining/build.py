@@ -39,13 +39,19 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     trackers = check_trackers(recipe.run.report_to)
     if recipe.run.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise RecipeError("--mixed_precision fp16 needs a GPU: use bf16 or no on this machine")
-    return Accelerator(
+    accelerator = Accelerator(
+        # accelerate joins the processes of a machine without accelerators only when told that it has none.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=recipe.run.mixed_precision,
         log_with=trackers or None,
         project_config=ProjectConfiguration(project_dir=recipe.run.output_dir, logging_dir=recipe.run.output_dir),
         # Running statistics are already those of all processes: there is nothing to broadcast.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
+    started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
+    if accelerator.num_processes != started:
+        raise RecipeError(f"{started} processes were started and {accelerator.num_processes} found each other")
+    return accelerator
 
 
 def check_launch(environment: dict[str, str]) -> None:

@@ -1,0 +1,384 @@
+"""The classes as transformers' users meet them: construction, initial values, freezing, loading, pipelines."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+)
+
+from mocov3_hf import (
+    MoCoV3Backbone,
+    MoCoV3Config,
+    MoCoV3ForImageClassification,
+    MoCoV3ForPreTraining,
+    MoCoV3Model,
+    MoCoV3ViTConfig,
+    MoCoV3ViTModel,
+)
+
+
+VIT = {
+    "model_type": "mocov3_vit",
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+BACKBONES = {
+    "mocov3_vit": VIT,
+    "conv_stem": {**VIT, "stem": "conv", "patch_size": 16},
+    "resnet": {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 12, 16, 16],
+        "depths": [1, 1, 1, 1],
+        "layer_type": "bottleneck",
+    },
+    "dinov2": {
+        "model_type": "dinov2",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    },
+    "convnext": {
+        "model_type": "convnext",
+        "hidden_sizes": [8, 16, 24, 32],
+        "depths": [1, 1, 1, 1],
+        "image_size": 32,
+    },
+    "swin": {
+        "model_type": "swin",
+        "embed_dim": 16,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "window_size": 2,
+        "image_size": 32,
+        "patch_size": 4,
+    },
+}
+WIDTHS = {"mocov3_vit": 32, "conv_stem": 32, "resnet": 16, "dinov2": 32, "convnext": 32, "swin": 32}
+
+
+def tiny_config(backbone="mocov3_vit", **overrides):
+    return MoCoV3Config(
+        backbone_config=dict(BACKBONES[backbone]), projection_dim=16, head_hidden_size=24, **overrides
+    )
+
+
+def two_views(batch=4, size=32):
+    return torch.randn(2, batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=BACKBONES)
+def backbone(request):
+    return request.param
+
+
+def test_any_backbone_pretrains_and_loads(backbone, tmp_path):
+    model = MoCoV3ForPreTraining(tiny_config(backbone))
+    views = two_views()
+    output = model(pixel_values=views[0], pixel_values_2=views[1])
+    output.loss.backward()
+    assert output.pooler_output.shape == (4, WIDTHS[backbone])
+    assert output.prediction.shape == output.projection.shape == (4, 16)
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == [], "DDP refuses trainable parameters without gradient"
+
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key]), key
+    features = AutoModel.from_pretrained(tmp_path)(views[0]).pooler_output
+    model.eval()
+    torch.testing.assert_close(features, model(views[0]).pooler_output)
+
+
+def test_published_parameter_counts():
+    heads = {"resnet": {"num_projector_layers": 2, "predictor_final_norm": False}}
+    vit = {"model_type": "mocov3_vit"}
+    for backbone, count in [
+        ({"model_type": "resnet"}, 68_012_160),
+        ({**vit, "hidden_size": 384, "intermediate_size": 1536}, 84_266_752),
+        (vit, 215_678_464),
+        (
+            {**vit, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+            652_781_568,
+        ),
+    ]:
+        with torch.device("meta"):
+            model = MoCoV3ForPreTraining(
+                MoCoV3Config(backbone_config=backbone, **heads.get(backbone["model_type"], {}))
+            )
+        assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+def test_fresh_momentum_branch_is_a_frozen_copy(backbone):
+    model = MoCoV3ForPreTraining(tiny_config(backbone))
+    assert not any(parameter.requires_grad for parameter in model.momentum_encoder.parameters())
+    for average, source in model.momentum_pairs(buffers=True):
+        assert torch.equal(average, source)
+        assert average.data_ptr() != source.data_ptr()
+
+
+def test_update_moves_parameters_and_leaves_statistics():
+    model = MoCoV3ForPreTraining(tiny_config("resnet"))
+    with torch.no_grad():
+        for tensor in [*model.mocov3.parameters(), *model.projector.parameters(), *model.mocov3.buffers()]:
+            tensor += 1
+    before = {name: value.clone() for name, value in model.momentum_encoder.state_dict().items()}
+    model.update_momentum_encoder(0.75)
+    parameters = dict(model.momentum_encoder.named_parameters())
+    for name, value in model.momentum_encoder.state_dict().items():
+        torch.testing.assert_close(value, before[name] + (0.25 if name in parameters else 0), msg=name)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        model.update_momentum_encoder(1.5)
+
+
+def test_forward_is_pure():
+    """No moving average inside: evaluation leaves everything as it is, twice the same."""
+    model = MoCoV3ForPreTraining(tiny_config()).eval()
+    views = two_views()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first, second = (model(pixel_values=views[0], pixel_values_2=views[1]).loss for _ in range(2))
+    assert torch.equal(first, second)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_loss_is_symmetric_in_the_views():
+    model = MoCoV3ForPreTraining(tiny_config()).double()
+    views = two_views().double()
+    forth = model(pixel_values=views[0], pixel_values_2=views[1])
+    back = model(pixel_values=views[1], pixel_values_2=views[0])
+    torch.testing.assert_close(forth.loss, back.loss)
+    torch.testing.assert_close(forth.positive_similarity_1, back.positive_similarity_2)
+    torch.testing.assert_close(forth.positive_top1_2, back.positive_top1_1)
+
+
+def test_one_view_gives_features_and_no_loss():
+    output = MoCoV3ForPreTraining(tiny_config()).eval()(two_views()[0])
+    assert output.loss is None
+    assert output.projection is None
+    assert output.pooler_output.shape == (4, 32)
+
+
+def test_batch_of_one_is_refused_in_training():
+    model = MoCoV3ForPreTraining(tiny_config())
+    views = two_views(batch=1)
+    with pytest.raises(ValueError, match="batch of 1"):
+        model(pixel_values=views[0], pixel_values_2=views[1])
+    assert model.eval()(pixel_values=views[0]).prediction.shape == (1, 16)
+
+
+def test_initial_values_of_the_vit():
+    config = MoCoV3ViTConfig(**{name: value for name, value in VIT.items() if name != "model_type"}, qkv_bias=True)
+    torch.manual_seed(0)
+    model = MoCoV3ViTModel(config)
+    layer = model.encoder.layer[0]
+    assert_uniform(layer.attention.q_proj.weight, math.sqrt(6 / (32 + 32)))
+    assert_uniform(layer.mlp.fc1.weight, math.sqrt(6 / (32 + 64)))
+    assert_uniform(model.embeddings.patch_embeddings.projection.weight, math.sqrt(6 / (3 * 8 * 8 + 32)))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+    assert 0 < model.embeddings.cls_token.std() < 2e-6
+
+
+def assert_uniform(weight, bound):
+    """Within the bound, and spread over all of it."""
+    assert weight.abs().max() <= bound
+    assert weight.abs().max() > 0.95 * bound
+    assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+
+
+def test_position_table_is_that_of_the_method():
+    model = MoCoV3ViTModel(MoCoV3ViTConfig(hidden_size=8, num_attention_heads=2, image_size=32, patch_size=16))
+    table = model.embeddings.position_embeddings[0]
+    assert not table[0].any()
+    for row in range(2):
+        for column in range(2):
+            expected = []
+            for position in (row, column):
+                angles = [position * 10000 ** (-i / 2) for i in range(2)]
+                expected += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+            torch.testing.assert_close(table[1 + 2 * row + column], torch.tensor(expected))
+
+
+def test_heads_start_as_torch_starts_them_and_resnet_as_the_identity():
+    torch.manual_seed(0)
+    model = MoCoV3ForPreTraining(tiny_config("resnet", zero_init_residual=True))
+    assert_uniform(model.projector.layers[0].dense.weight, 1 / math.sqrt(16))
+    norms = [
+        block.layer[-1].normalization.weight
+        for stage in model.mocov3.backbone.encoder.stages
+        for block in stage.layers
+    ]
+    assert not any(norm.any() for norm in norms)
+    kept = MoCoV3ForPreTraining(tiny_config("resnet", zero_init_residual=False)).mocov3.backbone.encoder
+    assert (kept.stages[0].layers[0].layer[-1].normalization.weight == 1).all()
+
+
+@pytest.mark.parametrize("position_embedding", ["sincos2d", "learned"])
+@pytest.mark.parametrize("freeze", [True, False])
+def test_freezing_survives_loading(tmp_path, position_embedding, freeze):
+    backbone = {**VIT, "position_embedding": position_embedding, "freeze_patch_projection": freeze}
+    model = MoCoV3ForPreTraining(MoCoV3Config(backbone_config=backbone, projection_dim=16, head_hidden_size=24))
+    model.save_pretrained(tmp_path)
+    for instance in (model, MoCoV3ForPreTraining.from_pretrained(tmp_path), MoCoV3Model.from_pretrained(tmp_path)):
+        embeddings = instance.base_model.backbone.embeddings
+        assert embeddings.patch_embeddings.projection.weight.requires_grad is not freeze
+        assert embeddings.position_embeddings.requires_grad is (position_embedding == "learned")
+        assert embeddings.cls_token.requires_grad
+        if hasattr(instance, "momentum_encoder"):
+            assert not any(parameter.requires_grad for parameter in instance.momentum_encoder.parameters())
+
+
+def test_fixed_positions_load_as_the_start_of_learned_ones(tmp_path):
+    MoCoV3Model(tiny_config()).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.backbone_config.position_embedding = "learned"
+    config.backbone_config.freeze_patch_projection = False
+    model, info = MoCoV3ForImageClassification.from_pretrained(tmp_path, config=config, output_loading_info=True)
+    assert info["missing_keys"] == {"classifier.weight", "classifier.bias"}
+    table = model.mocov3.backbone.embeddings.position_embeddings
+    torch.testing.assert_close(table.detach(), MoCoV3Model(tiny_config()).backbone.embeddings.position_embeddings)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_backbone_only_checkpoint_starts_a_pretraining(tmp_path, backbone):
+    saved = MoCoV3Model(tiny_config(backbone))
+    saved.save_pretrained(tmp_path)
+    model = MoCoV3ForPreTraining.from_pretrained(tmp_path)
+    for key, value in saved.state_dict().items():
+        assert torch.equal(value, model.mocov3.state_dict()[key]), key
+    for average, source in model.momentum_pairs(buffers=True):
+        assert torch.equal(average, source)
+    assert torch.isfinite(model(*two_views()).loss)
+
+
+def test_classifier_from_pretraining_reports_what_it_leaves_out(tmp_path):
+    MoCoV3ForPreTraining(tiny_config()).save_pretrained(tmp_path)
+    model, info = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=7, output_loading_info=True)
+    assert info["missing_keys"] == {"classifier.weight", "classifier.bias"}
+    assert any(key.startswith("projector.") for key in info["unexpected_keys"])
+    assert model.classifier.weight.std().item() == pytest.approx(0.01, rel=0.3)
+    output = model(two_views()[0], labels=torch.tensor([0, 1, 2, 6]))
+    expected = nn.functional.cross_entropy(output.logits, torch.tensor([0, 1, 2, 6]))
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_backbone_gives_feature_maps(backbone, tmp_path):
+    config = tiny_config(backbone)
+    MoCoV3ForPreTraining(config).save_pretrained(tmp_path)
+    stages = list(range(len(config.stage_names)))
+    model = MoCoV3Backbone.from_pretrained(tmp_path, out_indices=stages)
+    maps = model(two_views()[0]).feature_maps
+    assert [feature_map.shape[1] for feature_map in maps] == model.channels
+    assert all(feature_map.dim() == 4 for feature_map in maps)
+    assert isinstance(AutoBackbone.from_config(config), MoCoV3Backbone)
+
+
+def test_other_image_sizes_and_drop_path():
+    model = MoCoV3Model(tiny_config()).eval()
+    images = torch.randn(2, 3, 48, 40)
+    with pytest.raises(ValueError, match=r"48×40 do not match the model's 32×32"):
+        model(images)
+    assert model(images, interpolate_pos_encoding=True).last_hidden_state.shape == (2, 1 + 6 * 5, 32)
+    rectangular = MoCoV3ViTModel(
+        MoCoV3ViTConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, image_size=[32, 48], patch_size=[8, 16])
+    )
+    assert rectangular(torch.randn(2, 3, 32, 48)).last_hidden_state.shape == (2, 1 + 4 * 3, 8)
+
+    config = MoCoV3ViTConfig(**{**VIT, "drop_path_rate": 0.5})
+    dropped = MoCoV3ViTModel(config)
+    assert [layer.drop_path.rate for layer in dropped.encoder.layer] == [0.0, 0.5]
+    views = two_views()[0]
+    assert not torch.equal(dropped(views).pooler_output, dropped(views).pooler_output)
+    dropped.eval()
+    assert torch.equal(dropped(views).pooler_output, dropped(views).pooler_output)
+
+
+# The name that every transformers of our range knows; later ones deprecate it.
+old_name = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+
+
+@old_name
+def test_attention_implementations_and_checkpointing_agree():
+    views = two_views()
+    results = {}
+    for name in ("eager", "sdpa", "checkpointing"):
+        torch.manual_seed(0)
+        config = tiny_config()
+        config._attn_implementation = "eager" if name == "eager" else "sdpa"
+        model = MoCoV3ForPreTraining(config).double()
+        if name == "checkpointing":
+            model.gradient_checkpointing_enable()
+            assert model.mocov3.backbone.encoder.layer[0].gradient_checkpointing
+        output = model(pixel_values=views[0].double(), pixel_values_2=views[1].double())
+        output.loss.backward()
+        results[name] = (output.loss, model.mocov3.backbone.embeddings.cls_token.grad)
+    torch.testing.assert_close(results["eager"], results["sdpa"])
+    torch.testing.assert_close(results["sdpa"], results["checkpointing"])
+    eager = MoCoV3Model(tiny_config())
+    eager.set_attn_implementation("eager")
+    attentions = eager(views[0], output_attentions=True, output_hidden_states=True)
+    assert [weights.shape for weights in attentions.attentions] == [(4, 4, 17, 17)] * 2
+    assert len(attentions.hidden_states) == 3
+
+
+@old_name
+def test_resnet_refuses_checkpointing():
+    with pytest.raises(ValueError, match="does not support (gradient|activation) checkpointing"):
+        MoCoV3ForPreTraining(tiny_config("resnet")).gradient_checkpointing_enable()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: MoCoV3Config(temprature=1.0), "no key 'temprature'. Did you mean 'temperature'?"),
+        (lambda: MoCoV3ViTConfig(patchsize=8), "Did you mean 'patch_size'"),
+        (lambda: MoCoV3ViTConfig(image_size=30, patch_size=8), "divisible by patch_size, got 30 and 8"),
+        (lambda: MoCoV3ViTConfig(hidden_size=30, num_attention_heads=4), "multiple of num_attention_heads"),
+        (lambda: MoCoV3ViTConfig(stem="convolution"), "stem must be one of"),
+        (lambda: MoCoV3ViTConfig(stem="conv", patch_size=8), "patch_size must be 16"),
+        (lambda: MoCoV3ViTConfig(position_embedding="sincos"), "position_embedding must be one of"),
+        (lambda: MoCoV3Config(temperature=0), "temperature must be positive"),
+        (lambda: MoCoV3Config(backbone_config={"hidden_size": 8}), "needs the key 'model_type'"),
+        (lambda: MoCoV3Config(backbone_config={"model_type": "resnett"}), "Did you mean 'resnet'"),
+        (lambda: MoCoV3Config(num_projector_layers=0), "num_projector_layers must be at least 1"),
+    ],
+)
+def test_configurations_refuse_mistakes(build, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?").replace(".", r"\.")):
+        build()
+
+
+def test_importing_a_room_registers_nothing_twice_and_needs_no_network(tmp_path):
+    """A fresh process: import, build by name through the Auto classes, save, load."""
+    code = f"""
+import os
+os.environ["HF_HUB_OFFLINE"] = "1"
+import mocov3_hf
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
+config = AutoConfig.for_model("mocov3", backbone_config={VIT!r}, projection_dim=8, head_hidden_size=8)
+model = AutoModelForPreTraining.from_config(config)
+model.save_pretrained({str(tmp_path)!r})
+assert type(AutoModel.from_pretrained({str(tmp_path)!r})).__name__ == "MoCoV3Model"
+vit = AutoModel.from_config(AutoConfig.for_model("mocov3_vit", hidden_size=8, num_attention_heads=2, num_hidden_layers=1))
+assert type(vit).__name__ == "MoCoV3ViTModel"
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
