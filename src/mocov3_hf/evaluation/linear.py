@@ -20,16 +20,16 @@ class LinearClassifier:
     Attributes:
         weight: (C, D) float32.
         bias: (C,) float32.
-        loss: the objective where the fit ended: mean cross-entropy plus penalty.
-        iterations: how many the fit took.
-        converged: whether the gradient fell below the tolerance.
+        loss: the objective where the fit ended, mean cross-entropy plus penalty; of SGD, its mean over the last epoch.
+        iterations: how many the fit took; None for SGD.
+        converged: whether the gradient fell below the tolerance; None for SGD.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor
     loss: float
-    iterations: int
-    converged: bool
+    iterations: int | None = None
+    converged: bool | None = None
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """(n, C) of features (n, D), where these are."""
