@@ -271,7 +271,7 @@ def test_too_many_bad_images_end_the_run(images, tmp_path):
 
 
 def test_a_bad_image_can_be_an_error(images):
-    with pytest.raises(TooManyBadImagesError, match="image 9 is empty.*--on_bad_image skip"):
+    with pytest.raises(TooManyBadImagesError, match=r"image 9 is empty.*--on_bad_image skip"):
         load(map_source(damaged(images, 9)), on_bad_image="error", num_workers=1)
     with pytest.raises(ValueError, match="on_bad_image must be 'skip' or 'error', got 'ignore'"):
         load(map_source(images), on_bad_image="ignore")
@@ -280,7 +280,7 @@ def test_a_bad_image_can_be_an_error(images):
 def test_storage_that_is_gone_is_no_bad_image(images, monkeypatch):
     monkeypatch.setattr(cpu_stage, "MAX_NEIGHBOURS", 5)
     source = map_source([b""] * 20 + images[20:])
-    with pytest.raises(RuntimeError, match="5 images in a row are unusable.*is the storage still there"):
+    with pytest.raises(RuntimeError, match=r"5 images in a row are unusable.*is the storage still there"):
         load(source, max_bad_fraction=1)
 
 

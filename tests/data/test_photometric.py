@@ -94,7 +94,7 @@ def test_blur_agrees_with_pil_up_to_the_edges(pictures, sigma, size):
     ours = levels(photometric.gaussian_blur(to_float(pictures), torch.full((6,), sigma), 2.0))
     for picture, found in zip(pictures, ours, strict=True):
         expected = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(sigma))).astype(float)
-        assert np.abs(expected - found).max() <= 2.8  # PIL rounds after each of six passes
+        assert np.abs(expected - found).max() <= 3  # PIL rounds after each of six passes
         assert np.abs(expected - found).mean() <= 1
 
 

@@ -28,8 +28,6 @@ def retrying(
     function: Callable[[], T],
     what: str,
     *,
-    attempts: int = ATTEMPTS,
-    first_wait: float = FIRST_WAIT,
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
     """Call until it succeeds, waiting twice as long each time.
@@ -38,17 +36,17 @@ def retrying(
         ConnectionError: after the last attempt, with its cause.
         FileNotFoundError, PermissionError: at once, waiting does not help.
     """
-    for attempt in range(attempts):
+    for attempt in range(ATTEMPTS):
         try:
             return function()
         except _FINAL:
             raise
         # Every transport has its own errors: aiohttp's and httpx's are no OSErrors.
         except Exception as error:
-            if attempt + 1 == attempts:
+            if attempt + 1 == ATTEMPTS:
                 reason = f"{type(error).__name__}: {error}"
-                raise ConnectionError(f"{what} could not be read in {attempts} attempts: {reason}") from error
-            sleep(min(first_wait * 2**attempt, LONGEST_WAIT))
+                raise ConnectionError(f"{what} could not be read in {ATTEMPTS} attempts: {reason}") from error
+            sleep(min(FIRST_WAIT * 2**attempt, LONGEST_WAIT))
     raise AssertionError("unreachable")
 
 
@@ -57,14 +55,13 @@ class RemoteFile(io.RawIOBase):
 
     Args:
         url: path or URL.
-        retry_options: keyword arguments for `retrying`.
     """
 
-    def __init__(self, url: str, **retry_options):
+    def __init__(self, url: str):
         super().__init__()
-        self.url, self._options = url, retry_options
+        self.url = url
         self._fs, self._path = fsspec.core.url_to_fs(url)
-        self._size = retrying(self._ask_size, url, **retry_options)
+        self._size = retrying(self._ask_size, url)
         self._position = 0
 
     def _ask_size(self) -> int:
@@ -104,7 +101,7 @@ class RemoteFile(io.RawIOBase):
                 raise OSError(f"{len(data)} bytes came of {stop - start}")
             return data
 
-        data = retrying(fetch, f"{self.url} (bytes {start} to {stop})", **self._options)
+        data = retrying(fetch, f"{self.url} (bytes {start} to {stop})")
         self._position = stop
         return data
 

@@ -183,7 +183,9 @@ class IterableShard:
     num_rows: None = None
 
     def load(self) -> ListedRows:
-        return ListedRows([encoded_image(row[self.image_column]) for row in self.dataset])
+        # By batches: in a worker, plain iteration would be split among the workers once more.
+        batches = self.dataset.iter(batch_size=ROWS_PER_STRETCH)
+        return ListedRows([encoded_image(value) for batch in batches for value in batch[self.image_column]])
 
 
 def index_tar(path: str, image_column: str) -> tuple[tuple[int, int], ...]:

@@ -55,11 +55,13 @@ def open_dataset(
     builder = load_builder(name, config_name, revision, data_files)
     parts = check_split(builder, split, name)
     if streaming:
+        _check_no_slices(parts)
         streams = [builder.as_streaming_dataset(split=part) for part in parts]
         return undecoded(streams[0] if len(streams) == 1 else datasets.concatenate_datasets(streams))
     builder.download_and_prepare()
-    dataset = builder.as_dataset(split=split)
-    return undecoded(_checked_not_empty(dataset, name, split))
+    if not any(builder.info.splits[part.split("[")[0]].num_examples for part in parts):
+        raise ValueError(f"split {split!r} of {name!r} is empty")
+    return undecoded(_checked_not_empty(builder.as_dataset(split=split), name, split))
 
 
 def load_builder(dataset_name: str, config_name: str | None = None, revision: str | None = None, data_files=None):
@@ -192,8 +194,8 @@ class StreamSource:
         self.shards = list(shards)
         sizes = [shard.num_rows for shard in self.shards]
         self.num_samples = None if None in sizes else sum(sizes)
-        if self.num_samples == 0:
-            raise ValueError("the data set is empty")
+        if not self.shards or self.num_samples == 0:
+            raise ValueError("the streamed split is empty")
 
     def shard_sizes(self, nominal_total: int | None = None) -> tuple[int, ...]:
         """Rows of each shard; where unknown, the equal share of `nominal_total` that each gives to an epoch."""
@@ -228,10 +230,17 @@ def open_source(
             return StreamSource(table_shards(MapSource(saved, image_column)))
     builder = load_builder(name, config_name, revision, data_files)
     parts = check_split(builder, split, name)
+    _check_no_slices(parts)
     stream = builder.as_streaming_dataset(split=parts[0])
     if stream.features is not None or image_column is None:
         image_column = find_image_column(stream, image_column)
     return StreamSource(builder_shards(builder, parts, image_column))
+
+
+def _check_no_slices(parts: list[str]) -> None:
+    for part in parts:
+        if "[" in part:
+            raise ValueError(f"{part!r}: slices of splits cannot be streamed; name whole splits, or do not stream")
 
 
 def _check_folder(name: str) -> None:
@@ -247,7 +256,10 @@ def _load_saved(name: str, split: str) -> datasets.Dataset | None:
     path = Path(name)
     if not (path / "dataset_dict.json").exists() and not (path / "state.json").exists():
         return None
-    saved = datasets.load_from_disk(name)
+    try:
+        saved = datasets.load_from_disk(name)
+    except IndexError as error:  # what `datasets` makes of a table without rows
+        raise ValueError(f"split {split!r} of {name!r} is empty") from error
     if isinstance(saved, datasets.DatasetDict):
         parts = [part.strip() for part in split.split("+")]
         for part in parts:

@@ -97,7 +97,7 @@ class StreamReader:
             return shard, row
         size = len(self._loading[shard].result())
         if size == 0:
-            raise ValueError(f"shard {shard} of the data set holds no images: {self.source.shards[shard]}")
+            raise ValueError(f"shard {shard} of the stream holds no images: remove its file from the data set")
         order = self._row_orders.get((epoch, shard))
         if order is None:
             order = permutation(self.seed, epoch, size, STREAM_SHARD_ROWS, start=shard << 32)
