@@ -130,7 +130,7 @@ def test_file_mistakes(tmp_path, text, message):
 def test_wrong_recipe_name_offers_the_nearest():
     with pytest.raises(RecipeError, match="Did you mean 'mocov3_vit-small-p16_16xb256-amp-coslr-300e_in1k'"):
         find_recipe("mocov3_vit-small")
-    with pytest.raises(RecipeError, match="no recipe file missing.yaml"):
+    with pytest.raises(RecipeError, match=r"no recipe file missing\.yaml"):
         find_recipe("missing.yaml")
 
 

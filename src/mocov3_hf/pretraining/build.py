@@ -15,7 +15,7 @@ from ..data.loader import TwoViewLoader
 from ..data.sources import open_source
 from ..data.views import ViewSettings, two_views
 from ..model.batchnorm_mocov3 import GlobalBatchNorm
-from ..model.configuration_mocov3 import MoCoV3Config
+from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from ..optim import LARS, parameter_groups
 from ..recipe import Plan, Recipe, RecipeError
@@ -117,16 +117,35 @@ def build_config(recipe: Recipe) -> MoCoV3Config:
         raise RecipeError(str(error)) from error
 
 
+def check_model(recipe: Recipe) -> None:
+    """
+    Refuse a model that cannot be built before data are read and weights drawn.
+
+    Raises:
+        RecipeError: options that do not fit together, or no model at `model_name_or_path`.
+    """
+    name = recipe.model.model_name_or_path
+    if name is None:
+        build_config(recipe)
+        return
+    try:
+        config = MoCoV3Config.from_pretrained(name)
+    except OSError as error:
+        raise RecipeError(f"--model_name_or_path {name}: {str(error).splitlines()[0]}") from error
+    backbone, image_size = config.backbone_config, recipe.views.image_size
+    if backbone.model_type == MoCoV3ViTConfig.model_type and to_pair(backbone.image_size) != (image_size, image_size):
+        raise RecipeError(
+            f"--model_name_or_path {name} takes images of {backbone.image_size} pixels, the views have {image_size}:"
+            f" pass --image_size {backbone.image_size}"
+        )
+
+
 def build_model(recipe: Recipe) -> MoCoV3ForPreTraining:
     """The model with initial weights that depend on the seed alone, or with those of `model_name_or_path`."""
     torch.manual_seed(recipe.run.seed)
     if recipe.model.model_name_or_path is None:
         return MoCoV3ForPreTraining(build_config(recipe))
-    try:
-        return MoCoV3ForPreTraining.from_pretrained(recipe.model.model_name_or_path)
-    except OSError as error:
-        message = str(error).splitlines()[0]
-        raise RecipeError(f"--model_name_or_path {recipe.model.model_name_or_path}: {message}") from error
+    return MoCoV3ForPreTraining.from_pretrained(recipe.model.model_name_or_path)
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module, plan: Plan) -> torch.optim.Optimizer:

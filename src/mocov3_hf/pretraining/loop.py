@@ -19,6 +19,7 @@ from .build import (
     build_model,
     build_optimizer,
     build_source,
+    check_model,
     doubtful_choices,
 )
 from .checkpoint import save_model
@@ -86,6 +87,7 @@ class Run:
         self.recipe = recipe
         self.output_dir = Path(recipe.run.output_dir)
         self.accelerator = build_accelerator(recipe)
+        check_model(recipe)
         with self.accelerator.main_process_first():  # the others find the prepared data in the cache
             source = build_source(recipe)
         self.plan = make_plan(recipe, len(source), self.accelerator.num_processes)

@@ -1,0 +1,37 @@
+"""A folder of small pictures, and accelerate as a fresh process finds it."""
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """24 pictures of 40×48 pixels, smooth so that crops of one resemble each other."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for index in range(24):
+        small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        small.resize((48, 40), Image.Resampling.BICUBIC).save(folder / f"{index:02}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps device and precision of the first run of a process for all later ones."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def tiny(pictures):
+    """Arguments of a run of seconds."""
+    backbone = (
+        '{"patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,'
+        ' "intermediate_size": 32}'
+    )
+    sizes = ["--head_hidden_size", "16", "--projection_dim", "8", "--train_batch_size", "8"]
+    length = ["--max_steps", "4", "--logging_steps", "1", "--dataloader_num_workers", "0"]
+    return ["--recipe", "quickstart", "--dataset_name", str(pictures), "--backbone_config", backbone, *sizes, *length]

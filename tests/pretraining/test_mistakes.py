@@ -1,0 +1,107 @@
+"""Mistakes of users: one line that names the thing, what was expected and the repair, before any work is done."""
+
+import re
+
+import pytest
+import torch
+
+from mocov3_hf.pretraining import build
+from mocov3_hf.pretraining.loop import main
+from mocov3_hf.recipe import RecipeError, load_recipe, make_plan
+
+
+def error_of(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    line = captured.err.rstrip("\n").splitlines()[-1]  # progress of reading the data may stand above
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "pass --recipe with a YAML file or one of cifar10"),
+        (["--recipe", "quickstrat"], "there is no recipe 'quickstrat'. Did you mean 'quickstart'?"),
+        (["--recipe", "quickstart", "--sede", "1"], "there is no option 'sede'. Did you mean 'seed'?"),
+        (["--recipe", "quickstart"], "pass --output_dir"),
+        (["--recipe", "quickstart", "--output_dir", "{tmp}"], "pass --dataset_name"),
+        (["{tiny}", "--dataset_name", "{tmp}/nowhere"], "nowhere"),
+        (["{tiny}", "--dataset_name", "{tmp}"], "image"),
+        (["{tiny}", "--train_split", "validation"], "validation"),
+        (["{tiny}", "--image_column", "picture"], "picture"),
+        (["{tiny}", "--train_batch_size", "1"], "cannot train on a batch of 1"),
+        (["{tiny}", "--train_batch_size", "64"], "24 images, fewer than one global batch of 64"),
+        (["{tiny}", "--image_size", "30"], "image_size must be divisible by patch_size, got 30 and 8"),
+        (["{tiny}", "--backbone_config", '{{"model_type": "resnett"}}'], "Did you mean 'resnet'?"),
+        (
+            ["{tiny}", "--backbone_config", '{{"image_size": 64}}'],
+            "backbone_config has image_size 64 and the views 32",
+        ),
+        (["{tiny}", "--report_to", "wandbb"], "known are"),
+        (["{tiny}", "--report_to", "aim"], "needs a package that is not installed: pip install aim"),
+        (["{tiny}", "--model_name_or_path", "{tmp}/nowhere"], "--model_name_or_path"),
+    ],
+)
+def test_one_line_and_exit_code_2(capsys, tmp_path, tiny, arguments, message):
+    expanded = []
+    for argument in arguments:
+        expanded += (
+            [*tiny, "--output_dir", str(tmp_path / "out")]
+            if argument == "{tiny}"
+            else [argument.replace("{tmp}", str(tmp_path)).replace("{{", "{").replace("}}", "}")]
+        )
+    assert message in error_of(capsys, expanded)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is fine on a GPU")
+def test_fp16_needs_a_gpu(capsys, tmp_path, tiny):
+    error = error_of(capsys, [*tiny, "--output_dir", str(tmp_path), "--mixed_precision", "fp16"])
+    assert "fp16 needs a GPU: use bf16 or no" in error
+
+
+def test_a_launch_that_fell_back_to_one_process_is_noticed():
+    fell_back = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}
+    with pytest.raises(RecipeError, match=r"asked for several processes and started one.*torchrun --nproc"):
+        build.check_launch(fell_back)
+    build.check_launch({})
+    build.check_launch({"ACCELERATE_MIXED_PRECISION": "no"})  # one process was asked for
+    build.check_launch({**fell_back, "WORLD_SIZE": "2"})  # torchrun
+    build.check_launch({**fell_back, "PMI_SIZE": "2"})  # MPI
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizer", "lars", "--base_learning_rate", "0.3"], "LARS on a 'mocov3_vit' backbone"),
+        (["--base_learning_rate", "0.3"], "AdamW diverges"),
+        (["--backbone_config", "RESNET", "--optimizer", "lars", "--base_learning_rate", "1.5e-4"], "hardly move"),
+        (["--backbone_config", "RESNET", "--base_learning_rate", "1.5e-4"], "AdamW on a ResNet"),
+    ],
+)
+def test_pairs_known_to_fail_are_warned_of(arguments, message):
+    resnet = '{"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}'
+    recipe = load_recipe("quickstart", [argument.replace("RESNET", resnet) for argument in arguments])
+    doubts = build.doubtful_choices(recipe, make_plan(recipe, 1000, 1), build.build_model(recipe), 1)
+    assert any(message in doubt for doubt in doubts), doubts
+
+
+@pytest.mark.parametrize("name", ["quickstart", "cifar10_vit-tiny-p4", "mocov3_resnet50_8xb512-amp-coslr-300e_in1k"])
+def test_our_own_recipes_raise_no_doubt(name):
+    recipe = load_recipe(name)
+    with torch.device("meta"):
+        model = build.MoCoV3ForPreTraining(build.build_config(recipe))
+    assert build.doubtful_choices(recipe, make_plan(recipe, 1_281_167, 8), model, 8) == []
+
+
+def test_statistics_of_one_process_are_warned_of():
+    timm = pytest.importorskip("timm")
+    del timm
+    backbone = '{"model_type": "timm_wrapper", "architecture": "efficientnet_b0"}'
+    recipe = load_recipe("quickstart", ["--backbone_config", backbone])
+    doubts = build.doubtful_choices(recipe, make_plan(recipe, 1000, 2), build.build_model(recipe), 2)
+    assert any(re.search(r"BatchNormAct2d.*statistics of their own process", doubt) for doubt in doubts)
