@@ -57,7 +57,7 @@ def slow_order(sizes, seed, epoch, batch, window, lanes) -> list[list[tuple[int,
     ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=70, deadline=None)
 @given(layouts(), st.integers(0, 3))
 def test_every_sample_once_whatever_the_layout_and_the_world(layout, epoch):
     sizes, batch, lanes, window, world, workers, seed = layout
@@ -79,7 +79,7 @@ def test_every_sample_once_whatever_the_layout_and_the_world(layout, epoch):
     assert all(0 <= row < sizes[shard] for shard, row in seen)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(layouts(), st.integers(0, 3))
 def test_the_streamed_order_is_what_its_definition_says(layout, epoch):
     sizes, batch, lanes, window, _, _, seed = layout

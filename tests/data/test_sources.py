@@ -228,6 +228,11 @@ def test_missing_and_empty_folders(tmp_path, jpeg_folder):
         empty.mkdir()
         with pytest.raises(ValueError, match="no images, parquet files or tars found in"):
             open_source(str(empty), streaming=streaming)
+    mixed = jpeg_folder(2, "mixed/train").parent
+    (mixed / "test").mkdir()
+    (mixed / "test" / "numbers.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"mixed' cannot be opened: Couldn't infer the same data file format"):
+        open_source(str(mixed))
     file = tmp_path / "file.txt"
     file.write_text("x")
     with pytest.raises(ValueError, match="is a file: give the folder that holds the data"):

@@ -75,6 +75,8 @@ def load_builder(dataset_name: str, config_name: str | None = None, revision: st
         raise ValueError(
             f"no images, parquet files or tars found in {dataset_name!r}: {_first_line(error)}"
         ) from error
+    except ValueError as error:  # unknown configuration, formats that differ between splits, ...
+        raise ValueError(f"{dataset_name!r} cannot be opened: {_first_line(error)}") from error
 
 
 def check_split(builder, split: str, dataset_name: str) -> list[str]:
