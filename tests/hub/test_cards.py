@@ -1,0 +1,130 @@
+"""The model cards: up to date, true, and with snippets that run."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification, MoCoV3ForPreTraining, MoCoV3Model
+from mocov3_hf.complexity import multiply_adds
+from mocov3_hf.hub.cards import main
+from mocov3_hf.hub.facts import FEATURE_WIDTHS, carded_models, configuration, published_models
+from mocov3_hf.processing import build_image_processor
+from mocov3_hf.recipe import RECIPES
+from mocov3_hf.zoo import load_zoo
+from tests.hub.conftest import tiny_config
+
+
+CARDS = Path(__file__).parent.parent.parent / "model_cards"
+
+
+def test_cards_are_up_to_date(tmp_path, capsys):
+    main(["--output_dir", str(tmp_path)])
+    written = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert written == {path.name: path.read_text() for path in CARDS.iterdir()}, (
+        "run `python -m mocov3_hf.hub.cards --output_dir model_cards`"
+    )
+    assert len(written) == 14
+
+
+def test_facts_and_the_zoo_are_one_table():
+    zoo = load_zoo()
+    assert published_models().keys() == zoo.keys()
+    for name, model in published_models().items():
+        assert (model.url, model.row["params_m"]) == (zoo[name].url, zoo[name].params_m)
+        assert (model.row["stage"], model.row.get("top1")) == (zoo[name].stage, zoo[name].top1)
+
+
+@pytest.mark.parametrize("name", published_models())
+def test_parameters_and_operations_are_what_our_code_counts(name):
+    model = published_models()[name]
+    with torch.device("meta"):
+        whole = (MoCoV3ForImageClassification if model.is_classifier else MoCoV3ForPreTraining)(configuration(model))
+        encoder = MoCoV3Model(configuration(model))
+        operations = multiply_adds(encoder, torch.zeros(1, 3, 224, 224))
+    parameters = sum(parameter.numel() for parameter in whole.parameters())
+    assert round(parameters / 1e6, 2) == model.row["params_m"]
+    assert round(operations / 1e9, 2) == model.row["gflops"]
+    assert encoder.pooled_width == FEATURE_WIDTHS[model.row["architecture"]]
+
+
+@pytest.mark.parametrize("model", carded_models(), ids=lambda model: model.name)
+def test_card_states_recipe_accuracy_and_metadata(model):
+    text = (CARDS / f"{model.name}.md").read_text()
+    card = ModelCard(text)
+    assert card.data.license == "apache-2.0"
+    assert card.data.datasets == ["ILSVRC/imagenet-1k"]
+    expected = "image-classification" if model.is_classifier else "image-feature-extraction"
+    assert card.data.pipeline_tag == expected
+    assert f"convert_checkpoint.py {model.name} --output_dir" in text
+    assert model.url in text
+    assert "not re-measured here" in text
+    assert "@inproceedings{chen2021mocov3" in text
+    assert f"{model.row['params_m']:.2f} M parameters" in text
+    if model.is_classifier:
+        (result,) = card.data.eval_results
+        assert (result.metric_value, result.dataset_type) == (model.row["top1"], "ILSVRC/imagenet-1k")
+    else:
+        recipe = yaml.safe_load((RECIPES / f"{model.name}.yaml").read_text())
+        stated = model.row["recipe"]
+        assert recipe["num_train_epochs"] == model.row["epochs"]
+        assert recipe["temperature"] == stated["temperature"]
+        assert recipe["weight_decay"] == stated["weight_decay"]
+        assert recipe["base_learning_rate"] * stated["batch_size"] / 256 == pytest.approx(stated["learning_rate"])
+    for link in re.findall(r"\]\(([\w.-]+\.md)\)", text):
+        assert (CARDS / link).is_file()
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
+    """A tiny model for every architecture and kind that the zoo has, as a conversion leaves it."""
+    root = tmp_path_factory.mktemp("stand_ins")
+    torch.manual_seed(0)
+    resnet = {
+        "backbone_config": {
+            "model_type": "resnet",
+            "depths": [1, 1, 1, 1],
+            "hidden_sizes": [8, 16, 32, 64],
+            "embedding_size": 8,
+        }
+    }
+    heads = {"head_hidden_size": 64, "projection_dim": 16, "num_projector_layers": 2, "predictor_final_norm": False}
+    for body in ("resnet", "vit"):
+        for classifier in (False, True):
+            labels = {"num_labels": 1000} if classifier else {}
+            config = MoCoV3Config(**resnet, **heads, **labels) if body == "resnet" else tiny_config(**labels)
+            model_class = MoCoV3ForImageClassification if classifier else MoCoV3ForPreTraining
+            folder = root / f"{body}-{classifier}"
+            model_class(config).save_pretrained(folder)
+            build_image_processor(32).save_pretrained(folder)
+    return root
+
+
+@pytest.mark.parametrize("model", carded_models(), ids=lambda model: model.name)
+def test_snippets_of_the_card_run(model, stand_ins, tmp_path, monkeypatch):
+    body = model.row["architecture"].split("-")[0].removesuffix("50")
+    asked = []
+
+    def fetch(name):
+        asked.append(name)
+        return str(stand_ins / f"{body}-{model.is_classifier}")
+
+    monkeypatch.setattr("mocov3_hf.zoo.fetch", fetch)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (50, 40), (90, 10, 200)).save("image.jpg")
+    snippets = re.findall(r"```python\n(.*?)```", (CARDS / f"{model.name}.md").read_text(), re.DOTALL)
+    assert len(snippets) == 3
+    seen = {}
+    for snippet in snippets:
+        exec(snippet, scope := {})
+        seen |= {name: scope[name] for name in ("features", "probabilities", "loss", "classify") if name in scope}
+    assert asked == [model.name] * 3
+    assert seen.keys() == ({"features", "probabilities", "classify"} if model.is_classifier else {"features", "loss"})
+    if model.is_classifier:
+        assert seen["probabilities"].shape == (1, 1000)
+    else:
+        assert torch.isfinite(seen["loss"])
