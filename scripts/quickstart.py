@@ -25,7 +25,8 @@ def main() -> None:
     digits, pretrained = write_digits(options.output_dir / "digits"), options.output_dir / "pretrained"
     train, test = (open_labelled(str(digits), split=split) for split in ("train", "test"))
 
-    command = ["--recipe", "quickstart", "--dataset_name", str(digits), "--output_dir", str(pretrained), *overrides]
+    command = ["--recipe", "quickstart", "--dataset_name", str(digits), "--output_dir", str(pretrained)]
+    command += ["--overwrite_output_dir", *overrides]
     before = evaluate_knn(build.build_model(loop.parse(command)), train, test, k=[10], progress=False)
     loop.main(command)
     model = MoCoV3Model.from_pretrained(pretrained)

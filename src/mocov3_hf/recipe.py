@@ -137,6 +137,16 @@ class RunRecipe:
     seed: int = option(0, "Seed of initial weights, order of images and augmentation.")
     mixed_precision: Literal["no", "bf16", "fp16"] = option("bf16", "Precision of the forward pass.")
     logging_steps: int = option(10, "Steps between two lines of metrics.jsonl.")
+    save_steps: int = option(500, "Steps between two checkpoints; the last step is always saved.")
+    save_total_limit: int | None = option(3, "Number of checkpoints to keep; older ones are deleted.")
+    resume_from_checkpoint: str | None = option(
+        None, "auto for the newest whole checkpoint in output_dir (a fresh start where there is none), or a folder."
+    )
+    allow_recipe_change: bool = option(False, "Resume although the recipe differs from the checkpoint's.")
+    overwrite_output_dir: bool = option(False, "Start again in a folder that holds a run, deleting its checkpoints.")
+    on_save_error: Literal["stop", "continue"] = option(
+        "stop", "What a run does when a checkpoint cannot be written, as on a full disk."
+    )
     report_to: list[str] = option(["none"], "Trackers: tensorboard, trackio, wandb or none.")
     dry_run: bool = option(False, "Print the plan (parameters, FLOPs, steps, memory) and stop.")
 
@@ -376,7 +386,7 @@ def check_ranges(recipe: Recipe) -> None:
         if name in ("crop_scale", "crop_ratio", "blur_sigma") and not (len(value) == 2 and 0 < value[0] <= value[1]):
             raise RecipeError(f"{name} must be two positive numbers, the smaller first, got {value}")
     at_least_one = ["image_size", "train_batch_size", "per_device_train_batch_size", "num_train_epochs", "max_steps"]
-    for name in [*at_least_one, "logging_steps"]:
+    for name in [*at_least_one, "logging_steps", "save_steps", "save_total_limit"]:
         if values[name] is not None and values[name] < 1:
             raise RecipeError(f"{name} must be at least 1, got {values[name]}")
     not_negative = ["dataloader_num_workers", "weight_decay", "base_learning_rate", "learning_rate", "warmup_epochs"]

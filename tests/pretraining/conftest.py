@@ -17,12 +17,21 @@ def pictures(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def fresh():
+    """Makes accelerate forget device and precision of the runs before, which it keeps for the whole process."""
+
+    def forget():
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    return forget
+
+
 @pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps device and precision of the first run of a process for all later ones."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+def fresh_at_start(fresh):
+    fresh()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    fresh()
 
 
 @pytest.fixture(scope="session")

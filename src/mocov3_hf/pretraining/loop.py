@@ -2,12 +2,16 @@
 
 import argparse
 import os
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 
 from ..data.loader import TwoViewLoader
 from ..data.photometric import PhotometricStage
@@ -22,9 +26,11 @@ from .build import (
     check_model,
     doubtful_choices,
 )
-from .checkpoint import save_model
+from .checkpoint import RunState, SaveError, list_checkpoints, load_checkpoint, remove_leftovers, save_checkpoint
 from .dry_run import describe
 from .monitors import TrainingLog
+from .resume import find_checkpoint
+from .signals import StopRequest
 from .step import seed_step, train_step
 
 
@@ -32,7 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     """
     The command `pretrain.py --recipe NAME|FILE [--option value ...]`.
 
-    A mistake of the user's ends the process with one line on stderr and exit code 2.
+    A mistake of the user's ends the process with one line on stderr and exit code 2, a checkpoint that cannot be
+    written with exit code 1, a signal to stop with exit code 0.
     """
     try:
         recipe = parse(sys.argv[1:] if arguments is None else arguments)
@@ -45,7 +52,12 @@ def main(arguments: list[str] | None = None) -> None:
         if is_first_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    run.train()
+    try:
+        run.train()
+    except SaveError as error:
+        if is_first_process():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def is_first_process() -> bool:
@@ -88,8 +100,7 @@ class Run:
         self.output_dir = Path(recipe.run.output_dir)
         self.accelerator = build_accelerator(recipe)
         check_model(recipe)
-        with self.accelerator.main_process_first():  # the others find the prepared data in the cache
-            source = build_source(recipe)
+        source = build_source(recipe)
         self.plan = make_plan(recipe, len(source), self.accelerator.num_processes)
         model = build_model(recipe)
         self.temperature = model.config.temperature
@@ -98,38 +109,108 @@ class Run:
         self.loader = build_loader(recipe, source, self.plan, self.accelerator)
         optimizer = build_optimizer(recipe, model, self.plan)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.resume()
         self.photometric = PhotometricStage(max_blur_sigma=recipe.views.blur_sigma[1]).to(self.accelerator.device)
 
     def train(self) -> None:
-        """Run to the end and leave weights, metrics and the resolved recipe in the output folder."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        if self.accelerator.is_main_process:
-            self.recipe.save(self.output_dir / "recipe.yaml")
+        """Run to the end, or to a signal, and leave weights, metrics and the resolved recipe in the output folder."""
+        options, run = self.recipe.optimization, self.recipe.run
         self.accelerator.init_trackers("mocov3", config=tracker_config(self.recipe))
         log = TrainingLog(
-            self.accelerator, self.plan, self.temperature, self.output_dir, self.recipe.run.logging_steps
+            self.accelerator, self.plan, self.temperature, self.output_dir, run.logging_steps, self.start_step
         )
+        self.prepare_output(log)
         self.model.train()
-        options = self.recipe.optimization
-        for step, batch in timed(enumerate(batches(self.loader, self.plan)), log):
-            views = self.augment(batch)
-            learning_rate = learning_rate_at(step, self.plan)
-            momentum = momentum_at(step, self.recipe, self.plan)
-            seed_step(self.recipe.run.seed, step, self.accelerator.process_index)
-            output = train_step(
-                self.model,
-                self.optimizer,
-                views,
-                learning_rate=learning_rate,
-                momentum=momentum,
-                max_grad_norm=options.max_grad_norm,
-                accelerator=self.accelerator,
-            )
-            log.record(step, output, learning_rate, momentum, self.loader.num_bad_images)
+        stopping = False
+        with StopRequest(self.accelerator) as stop:
+            steps = enumerate(batches(self.loader, self.plan, self.start_step), start=self.start_step)
+            for step, batch in timed(steps, log):
+                views = self.augment(batch)
+                learning_rate = learning_rate_at(step, self.plan)
+                momentum = momentum_at(step, self.recipe, self.plan)
+                seed_step(run.seed, step, self.accelerator.process_index)
+                output = train_step(
+                    self.model,
+                    self.optimizer,
+                    views,
+                    learning_rate=learning_rate,
+                    momentum=momentum,
+                    max_grad_norm=options.max_grad_norm,
+                    accelerator=self.accelerator,
+                )
+                log.record(step, output, learning_rate, momentum, self.loader.num_bad_images)
+                stopping = stop.agreed() and step + 1 < self.plan.total_steps
+                if stopping or (step + 1) % run.save_steps == 0 or step + 1 == self.plan.total_steps:
+                    self.save(step + 1, log)
+                if stopping:
+                    break
         log.close()
-        if self.accelerator.is_main_process:
-            save_model(self.accelerator.unwrap_model(self.model), self.recipe, self.output_dir)
         self.accelerator.end_training()
+        if stopping:
+            self.accelerator.print(f"stopped by {stop.describe()} after step {step + 1}; to continue:")
+            self.accelerator.print(f"  {resume_command()}")
+
+    def prepare_output(self, log: TrainingLog) -> None:
+        """Make the output folder fit the start: cleared for a fresh one, cut back to the checkpoint for another."""
+        if self.start_step > 0:
+            log.resume(self.window, self.start_step)
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.output_dir)
+            if self.start_step == 0:
+                clear(self.output_dir)
+            self.recipe.save(self.output_dir / "recipe.yaml")
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Find out where to start, and load what is needed to start there."""
+        self.start_step, self.window = 0, []
+        found = find_checkpoint(self.recipe, self.plan)
+        if found is not None:
+            folder, state = found
+            load_checkpoint(folder, self.accelerator.unwrap_model(self.model), self.optimizer.optimizer)
+            if self.accelerator.scaler is not None and state.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state.scaler)
+            self.start_step, self.window = state.step, state.log_window
+            self.accelerator.print(f"continuing from {folder} after step {state.step}", file=sys.stderr)
+
+    def save(self, steps_done: int, log: TrainingLog) -> None:
+        """
+        Write a checkpoint.
+
+        Raises:
+            SaveError: it could not be written and `on_save_error` says stop. Earlier checkpoints are untouched.
+        """
+        state = RunState(
+            step=steps_done,
+            global_batch_size=self.plan.global_batch_size,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            total_steps=self.plan.total_steps,
+            num_processes=self.accelerator.num_processes,
+            log_window=log.window(),
+            scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+        )
+        failure = None
+        if self.accelerator.is_main_process:
+            try:
+                save_checkpoint(
+                    self.output_dir,
+                    self.accelerator.unwrap_model(self.model),
+                    self.optimizer.optimizer,
+                    self.recipe,
+                    state,
+                    self.recipe.run.save_total_limit,
+                )
+            except (OSError, SafetensorError) as error:
+                failure = f"the checkpoint of step {steps_done} could not be written: {error}"
+        failure = broadcast_object_list([failure])[0]
+        if failure is None:
+            return
+        if self.recipe.run.on_save_error == "stop" or steps_done == self.plan.total_steps:
+            raise SaveError(
+                f"{failure}. Earlier checkpoints are whole; make room and continue with {resume_command()}"
+            )
+        self.accelerator.print(f"warning: {failure}; earlier checkpoints are whole, going on", file=sys.stderr)
 
     def augment(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Both views `(B, C, H, W)`, from uint8 crops and drawn numbers to normalised images, on the device."""
@@ -139,15 +220,38 @@ class Run:
         return self.photometric(pixels[0], parameters[0]), self.photometric(pixels[1], parameters[1])
 
 
-def batches(loader: TwoViewLoader, plan: Plan) -> Iterator[dict]:
-    """Batches of all steps of the run, epoch after epoch."""
-    step = 0
+def batches(loader: TwoViewLoader, plan: Plan, start_step: int = 0) -> Iterator[dict]:
+    """Batches of the steps from `start_step` to the end of the run, epoch after epoch."""
+    step = start_step
     while step < plan.total_steps:
-        for batch in loader.epoch(step // plan.steps_per_epoch):
+        epoch, step_in_epoch = divmod(step, plan.steps_per_epoch)
+        for batch in loader.epoch(epoch, step_in_epoch):
             yield batch
             step += 1
             if step == plan.total_steps:
                 return
+
+
+def clear(output_dir: Path) -> None:
+    """Delete what an earlier run has left, other than weights, which the first save replaces."""
+    for folder in list_checkpoints(output_dir):
+        shutil.rmtree(folder)
+    for name in ("metrics.jsonl", "bad_images.jsonl"):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def resume_command() -> str:
+    """The command of this run with the option to continue; `accelerate launch` and the like go before it as before."""
+    arguments, asked = [], False
+    for argument in sys.argv:
+        # Options of the first start that would now be wrong.
+        if argument.startswith("--resume_from_checkpoint") or argument == "--overwrite_output_dir":
+            asked = argument == "--resume_from_checkpoint"
+        elif asked:
+            asked = False
+        else:
+            arguments.append(argument)
+    return shlex.join([*arguments, "--resume_from_checkpoint", "auto"])
 
 
 def timed(iterator: Iterator, log: TrainingLog) -> Iterator:

@@ -1,6 +1,7 @@
 """What a run reports about itself: metrics.jsonl, trackers and the progress bar."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -17,6 +18,14 @@ def normalized_loss(loss: float, temperature: float, global_batch_size: int) -> 
     """0 at chance, 1 where positives coincide and negatives are orthogonal: comparable across recipes."""
     chance, floor = chance_loss(temperature, global_batch_size), floor_loss(temperature, global_batch_size)
     return (chance - loss) / (chance - floor)
+
+
+def is_kept(line: str, steps_done: int) -> bool:
+    """Whether a line is whole and of a step that is done; a killed run can leave half a line at the end."""
+    try:
+        return json.loads(line)["step"] <= steps_done
+    except ValueError:
+        return False
 
 
 class TrainingLog:
@@ -55,7 +64,22 @@ class TrainingLog:
 
     def start_window(self) -> None:
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
-        self.num_steps, self.data_wait, self.started = 0, 0.0, time.perf_counter()
+        self.num_steps, self.timed_steps, self.data_wait, self.started = 0, 0, 0.0, time.perf_counter()
+
+    def window(self) -> list[float]:
+        """Sums since the last line, averaged over the processes, and the number of steps in them."""
+        return [*self.accelerator.reduce(self.sums, reduction="mean").tolist(), self.num_steps]
+
+    def resume(self, window: list[float], steps_done: int) -> None:
+        """Take up a window of before, and drop the lines of steps that will be done again."""
+        self.sums.copy_(torch.tensor(window[:-1], dtype=torch.float64))
+        self.num_steps = int(window[-1])
+        self.timed_steps = 0
+        if self.accelerator.is_main_process and self.path.exists():
+            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if is_kept(line, steps_done)]
+            aside = self.path.with_name(".metrics.jsonl.incomplete")
+            aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            os.replace(aside, self.path)
 
     def waited_for_data(self, seconds: float) -> None:
         self.data_wait += seconds
@@ -66,6 +90,7 @@ class TrainingLog:
         """Take in what update `step` (from 0) gave; `learning_rate` and `momentum` are those it used."""
         self.sums += torch.stack([output.loss, output.positive_top1, output.grad_norm])
         self.num_steps += 1
+        self.timed_steps += 1
         self.progress.update()
         if (step + 1) % self.logging_steps == 0 or step + 1 == self.plan.total_steps:
             self.write(step + 1, learning_rate, momentum, num_bad_images)
@@ -84,7 +109,7 @@ class TrainingLog:
             "learning_rate": learning_rate,
             "momentum": momentum,
             "grad_norm": grad_norm,
-            "images_per_second": self.num_steps * self.plan.global_batch_size / seconds,
+            "images_per_second": self.timed_steps * self.plan.global_batch_size / seconds,
             "data_wait_fraction": self.data_wait / seconds,
         }
         if self.accelerator.is_main_process:

@@ -1,0 +1,273 @@
+"""Interrupted runs: continued to the same bits, refused when they would be another run, never damaged."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mocov3_hf.pretraining import checkpoint, loop
+from mocov3_hf.pretraining.loop import main
+from tests.launch import ROOT, torchrun
+from tests.pretraining.test_run import read_metrics, without_times
+
+
+LENGTH = ["--max_steps", "7", "--save_steps", "2", "--logging_steps", "3"]
+
+
+def weights_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(folder, expected):
+    first, second = weights_of(folder), weights_of(expected)
+    assert first.keys() == second.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+    assert without_times(read_metrics(folder)) == without_times(read_metrics(expected))
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside: nothing after it runs but `finally`."""
+
+
+def kill_at(monkeypatch, target, name, call):
+    """Make the `call`-th call of a function the last thing a run does."""
+    original, calls = getattr(target, name), []
+
+    def last(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(target, name, last)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny):
+    """Runs of seven steps that nobody disturbed, by optimizer and precision."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    runs = {}
+
+    def run(*options):
+        if options not in runs:
+            runs[options] = folder / str(len(runs))
+            main([*tiny, *LENGTH, *options, "--output_dir", str(runs[options])])
+        return runs[options]
+
+    return run
+
+
+RESNET = '{"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}'
+KINDS = {
+    "adamw": ("--optimizer", "adamw"),
+    "adamw_bf16_dropout": (
+        "--mixed_precision",
+        "bf16",
+        "--backbone_config",
+        '{"hidden_dropout_prob": 0.1, "drop_path_rate": 0.2}',
+    ),
+    "lars": ("--optimizer", "lars", "--base_learning_rate", "0.3", "--backbone_config", RESNET),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("killed_in_step", [2, 3, 4, 6])
+def test_continues_to_the_same_bits(tmp_path, tiny, uninterrupted, monkeypatch, fresh, kind, killed_in_step):
+    expected = uninterrupted(*KINDS[kind])
+    fresh()
+    arguments = [*tiny, *LENGTH, *KINDS[kind], "--output_dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        kill_at(patch, loop, "train_step", killed_in_step)
+        with pytest.raises(Killed):
+            main(arguments)
+    fresh()
+    main([*arguments, "--resume_from_checkpoint", "auto"])
+    assert_same_run(tmp_path, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [("named_optimizer_state", 2), ("save_file", 2), ("flush", 3), ("flush", 12), ("publish", 2), ("rotate", 2)],
+)
+def test_a_kill_inside_a_save_costs_nothing(tmp_path, tiny, uninterrupted, monkeypatch, fresh, name, call):
+    expected = uninterrupted(*KINDS["adamw"])
+    fresh()
+    arguments = [*tiny, *LENGTH, *KINDS["adamw"], "--save_total_limit", "1", "--output_dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        kill_at(patch, checkpoint, name, call)
+        with pytest.raises(Killed):
+            main(arguments)
+    for folder in checkpoint.list_checkpoints(tmp_path):
+        checkpoint.check_manifest(folder)
+    fresh()
+    main([*arguments, "--resume_from_checkpoint", "auto"])
+    assert_same_run(tmp_path, expected)
+    assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-7"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def kill_tree(launch):
+    """SIGKILL to a launcher and everything it started, its workers last seen first."""
+    processes = [*psutil.Process(launch.pid).children(recursive=True), psutil.Process(launch.pid)]
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes, timeout=30)
+    launch.wait()
+
+
+def test_sigkill_on_two_processes_continued_by_one(tmp_path, tiny, uninterrupted, fresh):
+    """A real kill of a real launch; the sample sequence does not depend on the number of processes."""
+    expected = uninterrupted(*KINDS["adamw"])
+    fresh()
+    arguments = [*tiny, *LENGTH, *KINDS["adamw"], "--output_dir", str(tmp_path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launch = subprocess.Popen(
+        [*command, str(ROOT / "scripts" / "pretrain.py"), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "checkpoint-2").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    kill_tree(launch)
+    assert (tmp_path / "checkpoint-2").exists()
+    main([*arguments, "--resume_from_checkpoint", "auto"])
+    for mine, its in zip(read_metrics(tmp_path), read_metrics(expected), strict=True):
+        assert mine["step"] == its["step"]
+        assert mine["loss"] == pytest.approx(its["loss"], rel=1e-4)
+
+
+def test_two_processes_continue_to_the_same_bits(tmp_path, tiny):
+    arguments = [*tiny, *LENGTH, *KINDS["adamw_bf16_dropout"]]
+    script = ROOT / "scripts" / "pretrain.py"
+    torchrun(2, script, *arguments, "--output_dir", str(tmp_path / "straight"))
+    (tmp_path / "cut").mkdir()
+    shutil.copytree(tmp_path / "straight" / "checkpoint-4", tmp_path / "cut" / "checkpoint-4")
+    lines = (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut" / "metrics.jsonl").write_text("".join(lines[:2]) + '{"step": 9')  # the last one half written
+    torchrun(2, script, *arguments, "--output_dir", str(tmp_path / "cut"), "--resume_from_checkpoint", "auto")
+    assert_same_run(tmp_path / "cut", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_and_saves(tmp_path, tiny, uninterrupted, monkeypatch, fresh, capsys, number):
+    expected = uninterrupted(*KINDS["adamw"])
+    fresh()
+    monkeypatch.setattr(sys, "argv", ["scripts/pretrain.py", "--recipe", "quickstart", "--overwrite_output_dir"])
+    arguments = [*tiny, *LENGTH, *KINDS["adamw"], "--output_dir", str(tmp_path)]
+    original, steps = loop.train_step, []
+
+    def signalled(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", signalled)
+        main(arguments)
+    assert len(steps) == 3
+    assert checkpoint.list_checkpoints(tmp_path)[0].name == "checkpoint-3"
+    output = capsys.readouterr().out
+    assert f"stopped by {number.name} after step 3" in output
+    assert "scripts/pretrain.py --recipe quickstart --resume_from_checkpoint auto" in output
+    fresh()
+    main([*arguments, "--resume_from_checkpoint", "auto"])
+    assert_same_run(tmp_path, expected)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, tiny, uninterrupted, fresh, capsys):
+    expected = uninterrupted(*KINDS["adamw"])
+    fresh()
+    shutil.copytree(expected, tmp_path / "run")
+    folders = checkpoint.list_checkpoints(tmp_path / "run")
+    assert [folder.name for folder in folders] == ["checkpoint-7", "checkpoint-6", "checkpoint-4"]
+    damaged = folders[0] / "model.safetensors"
+    damaged.unlink()
+    damaged.write_bytes((folders[1] / "model.safetensors").read_bytes()[:-1])
+    weights = folders[1] / "optimizer.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    arguments = [*tiny, *LENGTH, *KINDS["adamw"], "--output_dir", str(tmp_path / "run")]
+    main([*arguments, "--resume_from_checkpoint", "auto"])
+    errors = capsys.readouterr().err
+    assert "checkpoint-7 is damaged: model.safetensors has" in errors
+    assert "checkpoint-6 is damaged: the content of optimizer.safetensors is not what was written" in errors
+    assert_same_run(tmp_path / "run", expected)
+
+
+def stop_line(capsys, arguments, code=2):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == code
+    return capsys.readouterr().err.rstrip().splitlines()[-1]
+
+
+def test_what_would_be_another_run_is_refused(tmp_path, tiny, fresh, capsys):
+    arguments = [*tiny, *LENGTH, "--output_dir", str(tmp_path)]
+    main(arguments)
+    fresh()
+    assert "already holds a run: pass --resume_from_checkpoint auto" in stop_line(capsys, arguments)
+    fresh()
+    changed = [*arguments, "--resume_from_checkpoint", "auto", "--temperature", "0.3"]
+    line = stop_line(capsys, changed)
+    assert "temperature (0.2 there, 0.3 now)" in line
+    assert "--allow_recipe_change" in line
+    fresh()
+    line = stop_line(capsys, [*arguments, "--resume_from_checkpoint", "auto", "--train_batch_size", "12"])
+    assert "global batch size (8 there, 12 now)" in line
+    fresh()
+    line = stop_line(capsys, [*arguments, "--resume_from_checkpoint", str(tmp_path / "checkpoint-9")])
+    assert "there is no such folder" in line
+    fresh()
+    main([*changed, "--allow_recipe_change"])  # nothing left to do, and no error
+    fresh()
+    main([*arguments, "--overwrite_output_dir", "--max_steps", "2"])
+    assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+def test_a_full_disk_stops_or_not_as_asked(tmp_path, tiny, fresh, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    arguments = [*tiny, *LENGTH, "--output_dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        kill_at(patch, loop, "train_step", 4)
+        with pytest.raises(Killed):
+            main(arguments)
+    before = {path.name for path in tmp_path.iterdir()}
+    for choice in ("stop", "continue"):
+        fresh()
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save_file", full)
+            resume = ["--resume_from_checkpoint", "auto", "--on_save_error", choice]
+            with pytest.raises(SystemExit) as stop:
+                main([*arguments, *resume])
+        assert stop.value.code == 1
+        errors = capsys.readouterr().err
+        failed = [step for step in (4, 6, 7) if f"the checkpoint of step {step} could not be written" in errors]
+        # The last one is never passed over: there is no later one to make up for it.
+        assert failed == ([4] if choice == "stop" else [4, 6, 7])
+        assert "No space left on device" in errors
+        assert {path.name for path in tmp_path.iterdir()} == before
+        checkpoint.check_manifest(tmp_path / "checkpoint-2")
+
+
+def test_no_pickle_anywhere(tmp_path, tiny):
+    main([*tiny, "--output_dir", str(tmp_path)])
+    suffixes = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert suffixes <= {".safetensors", ".json", ".jsonl", ".yaml"}
+    state = json.loads((tmp_path / "checkpoint-4" / "state.json").read_text())
+    assert state["run"]["step"] == 4
+    assert state["run"]["version"]
