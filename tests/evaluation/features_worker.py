@@ -6,22 +6,22 @@ import torch
 
 from mocov3_hf.data.labelled import open_labelled
 from mocov3_hf.evaluation.encoder import load_encoder, load_transform
-from mocov3_hf.evaluation.features import labelled_features, process_state
+from mocov3_hf.evaluation.features import joined_processes, labelled_features
 
 
 if __name__ == "__main__":
     model, output, *rest = sys.argv[1:]
     torch.set_num_threads(1)
-    state = process_state()
-    encoder = load_encoder(model)
-    transform = load_transform(model, encoder)
-    jobs = []
-    for images, split, batch_size in zip(rest[0::3], rest[1::3], rest[2::3], strict=True):
-        try:
-            found = labelled_features(
-                encoder, open_labelled(images, split=split), transform, batch_size=int(batch_size), progress=False
-            )
-            jobs.append({"features": found.features, "labels": found.labels})
-        except ValueError as error:
-            jobs.append({"error": str(error)})
-    torch.save({"jobs": jobs, "num_processes": state.num_processes}, f"{output}-{state.process_index}.pt")
+    with joined_processes() as state:
+        encoder = load_encoder(model)
+        transform = load_transform(model, encoder)
+        jobs = []
+        for images, split, batch_size in zip(rest[0::3], rest[1::3], rest[2::3], strict=True):
+            try:
+                found = labelled_features(
+                    encoder, open_labelled(images, split=split), transform, batch_size=int(batch_size), progress=False
+                )
+                jobs.append({"features": found.features, "labels": found.labels})
+            except ValueError as error:
+                jobs.append({"error": str(error)})
+        torch.save({"jobs": jobs, "num_processes": state.num_processes}, f"{output}-{state.process_index}.pt")

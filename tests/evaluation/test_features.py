@@ -1,5 +1,6 @@
 """One pass over a split: every image once, in order, on any number of processes, and kept on disk."""
 
+import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -7,14 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import ResNetConfig, ResNetModel
 
-from mocov3_hf import MoCoV3ForPreTraining
+from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining, MoCoV3Model
 from mocov3_hf.data.labelled import EvaluationTransform, open_labelled
 from mocov3_hf.evaluation import features as features_module
-from mocov3_hf.evaluation.encoder import ProcessorTransform, base_encoder, load_encoder, load_transform
+from mocov3_hf.evaluation.encoder import (
+    ProcessorTransform,
+    base_encoder,
+    load_encoder,
+    load_transform,
+    select_features,
+)
 from mocov3_hf.evaluation.features import data_fingerprint, extract_features, labelled_features
 from mocov3_hf.processing import build_image_processor
-from tests.evaluation.making import tiny_model, write_images
+from tests.evaluation.making import VIT, tiny_model, write_images
 from tests.launch import torchrun
 
 
@@ -82,6 +90,33 @@ def test_modes_gradients_and_statistics_are_left_alone(images, transform, model_
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert not found.requires_grad
     assert torch.equal(found, extract_features(base_encoder(model).eval(), images, transform, progress=False))
+
+
+def test_layers_hold_all_choices_of_features(images, transform):
+    torch.manual_seed(0)
+    config = MoCoV3Config(backbone_config=VIT | {"num_hidden_layers": 5}, head_hidden_size=16, projection_dim=8)
+    model = MoCoV3Model(config).eval()
+    found = extract_features(model, images, transform, layers=True, progress=False)
+    pixel_values = torch.stack([transform(images.decode(row)) for row in range(len(images))])
+    with torch.no_grad():
+        output = model(pixel_values, output_hidden_states=True)
+        cls = [model.backbone.layernorm(states)[:, 0] for states in output.hidden_states]
+    assert len(cls) == 6, "the embeddings and five layers"
+    mean = output.last_hidden_state[:, 1:].mean(dim=1)
+    for choice, parts in {
+        "pooled": [output.pooler_output],
+        "pooled_mean": [output.pooler_output, mean],
+        "last4": cls[2:],
+    }.items():
+        torch.testing.assert_close(select_features(found, choice), torch.cat(parts, dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_models_without_them_are_an_error(images, transform, encoder):
+    with pytest.raises(ValueError, match="MoCoV3ViTModel has 2 layers, 4 are needed"):
+        extract_features(encoder, images, transform, layers=True, progress=False)
+    resnet = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
+    with pytest.raises(ValueError, match="ResNetModel has no CLS token in every layer"):
+        extract_features(resnet, images, transform, layers=True, progress=False)
 
 
 def test_bf16_is_near_and_float32(images, encoder, transform):
@@ -225,6 +260,17 @@ def test_damaged_cache_is_made_again(images, encoder, transform, tmp_path):
         again = labelled_features(encoder, images, transform, cache_dir=tmp_path, progress=False)
     assert torch.equal(again.features, first)
     assert torch.equal(labelled_features(encoder, images, transform, cache_dir=tmp_path).features, first)
+
+
+def test_fingerprint_sees_what_times_and_names_do_not(tmp_path):
+    folder = write_images(tmp_path / "images", {"train": 4})
+    images = open_labelled(str(folder), split="train")
+    before = data_fingerprint(images)
+    path = folder / "train" / "bee" / "001.png"
+    times = path.stat()
+    path.write_bytes((folder / "train" / "cow" / "002.png").read_bytes())
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert data_fingerprint(images) != before
 
 
 def test_fingerprint_is_of_the_data(image_folder):

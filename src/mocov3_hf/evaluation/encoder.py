@@ -19,6 +19,10 @@ from ..processing import build_image_processor
 
 # Legend of dimensions: B batch, H W image, D width of the pooled vector, L tokens.
 
+# What a linear classifier may stand on, see `select_features`.
+FEATURES = ("pooled", "pooled_mean", "last4")
+CLS_LAYERS = 4
+
 # Keys of a configuration that change no feature.
 _NAMES_AND_DATES = (
     "_name_or_path",
@@ -182,11 +186,7 @@ def pooled_features(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> tor
     Raises:
         ValueError: the model gives neither a pooled vector nor tokens.
     """
-    options = {}
-    size = image_size_of(encoder)
-    if size is not None and size != min(pixel_values.shape[-2:]) and _interpolates(encoder):
-        options["interpolate_pos_encoding"] = True
-    outputs = encoder(pixel_values=pixel_values, **options)
+    outputs = encoder(pixel_values=pixel_values, **_size_options(encoder, pixel_values))
     pooled = outputs.get("pooler_output")
     if pooled is None:
         tokens = outputs.get("last_hidden_state")
@@ -196,6 +196,47 @@ def pooled_features(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> tor
             )
         pooled = tokens[:, 0]
     return pooled.flatten(1).float()
+
+
+def layer_features(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """(B, 5·D) float32 of images (B, 3, H, W): CLS tokens of the last four layers, each through the final norm, the
+    earliest first, and the mean of the last layer's patch tokens. `select_features` takes choices out of it.
+
+    Raises:
+        ValueError: the model is no ViT with a CLS token and at least four layers.
+    """
+    inner = getattr(encoder, "backbone", encoder)
+    norm = getattr(inner, "layernorm", None)
+    outputs = encoder(pixel_values=pixel_values, output_hidden_states=True, **_size_options(encoder, pixel_values))
+    hidden_states = outputs.hidden_states[-CLS_LAYERS:]
+    if norm is None or hasattr(inner.config, "depths") or hidden_states[-1].dim() != 3:
+        raise ValueError(
+            f"{type(inner).__name__} has no CLS token in every layer: its only feature is the pooled vector"
+        )
+    if len(outputs.hidden_states) <= CLS_LAYERS:
+        found = len(outputs.hidden_states) - 1
+        raise ValueError(f"{type(inner).__name__} has {found} layers, {CLS_LAYERS} are needed")
+    tokens = outputs.last_hidden_state
+    parts = [norm(states[:, 0]) for states in hidden_states[:-1]]
+    parts += [tokens[:, 0], tokens[:, 1 + getattr(inner.config, "num_register_tokens", 0) :].mean(dim=1)]
+    return torch.cat(parts, dim=1).float()
+
+
+def select_features(features: torch.Tensor, choice: str) -> torch.Tensor:
+    """One of `FEATURES` out of `layer_features` (n, 5·D): a view.
+
+    "pooled": CLS of the last layer, (n, D). "pooled_mean": the same and the mean of the patches, (n, 2·D). "last4":
+    CLS of the last four layers, (n, 4·D).
+    """
+    width = features.shape[1] // (CLS_LAYERS + 1)
+    begin, end = {"pooled": (3, 4), "pooled_mean": (3, 5), "last4": (0, 4)}[choice]
+    return features[:, begin * width : end * width]
+
+
+def _size_options(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> dict[str, bool]:
+    size = image_size_of(encoder)
+    other = size is not None and size != min(pixel_values.shape[-2:])
+    return {"interpolate_pos_encoding": True} if other and _interpolates(encoder) else {}
 
 
 def _interpolates(encoder: PreTrainedModel) -> bool:

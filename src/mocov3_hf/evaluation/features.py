@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..data.decode import BadImageError
 from ..data.labelled import LabelledImages
-from .encoder import base_encoder, load_transform, pooled_features, weights_hash
+from .encoder import base_encoder, layer_features, load_transform, pooled_features, weights_hash
 
 
 # Legend of dimensions: n images of the split, B batch, D width of the features.
@@ -61,6 +61,7 @@ def labelled_features(
     batch_size: int = 64,
     num_workers: int = 0,
     mixed_precision: str = "no",
+    layers: bool = False,
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
     description: str = "features",
@@ -68,7 +69,7 @@ def labelled_features(
     """Features of a split, from the cache where it has them.
 
     Args:
-        model, images, transform, batch_size, num_workers, mixed_precision, progress, description: as
+        model, images, transform, batch_size, num_workers, mixed_precision, layers, progress, description: as
             `extract_features`.
         cache_dir: folder of cached features, made where missing; None for no cache. A file is used only where weights,
             architecture, data, labels, transform and precision are those it was made with.
@@ -90,6 +91,7 @@ def labelled_features(
             "data": data_fingerprint(images),
             "transform": repr(transform),
             "mixed_precision": mixed_precision,
+            "features": "layers" if layers else "pooled",
         }
         path = cache_path(cache_dir, identity)
         features = read_cache(path, identity, len(images))
@@ -105,6 +107,7 @@ def labelled_features(
             batch_size=batch_size,
             num_workers=num_workers,
             mixed_precision=mixed_precision,
+            layers=layers,
             progress=progress,
             description=description,
         )
@@ -121,6 +124,18 @@ def process_state() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
+@contextmanager
+def joined_processes():
+    """`process_state()`, and at the end the processes take leave of each other: one that just ended could tear others
+    down while they still talk. A group that was there before stays."""
+    found_joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    state = process_state()
+    yield state
+    if not found_joined:
+        state.wait_for_everyone()
+        state.destroy_process_group()
+
+
 def extract_features(
     model: nn.Module,
     images: LabelledImages,
@@ -129,6 +144,7 @@ def extract_features(
     batch_size: int = 64,
     num_workers: int = 0,
     mixed_precision: str = "no",
+    layers: bool = False,
     progress: bool = True,
     description: str = "features",
 ) -> torch.Tensor:
@@ -145,6 +161,7 @@ def extract_features(
         batch_size: images per batch and process.
         num_workers: processes that decode, for each process; 0 decodes in the process itself.
         mixed_precision: "no", "bf16" or "fp16": of the forward pass. Features are float32 in any case.
+        layers: give `layer_features` (n, 5·D) instead of the pooled vector, for ViTs only.
         progress: show a bar on the main process.
         description: its title.
 
@@ -183,7 +200,7 @@ def extract_features(
         for pixel_values, error in loader:
             if error is not None:
                 break
-            rows.append(_forward(encoder, pixel_values, PRECISIONS[mixed_precision]).cpu())
+            rows.append(_forward(encoder, pixel_values, PRECISIONS[mixed_precision], layers).cpu())
             bar.update(len(pixel_values))
     # All processes learn of an error of one, or they would wait for its rows for ever.
     errors = [found for found in gather_object([error]) if found is not None]
@@ -193,13 +210,15 @@ def extract_features(
     return own if state.num_processes == 1 else _gather_rows(own, edges, encoder.device)
 
 
-def _forward(encoder: nn.Module, pixel_values: torch.Tensor, precision: torch.dtype | None) -> torch.Tensor:
+def _forward(
+    encoder: nn.Module, pixel_values: torch.Tensor, precision: torch.dtype | None, layers: bool
+) -> torch.Tensor:
     device = encoder.device
     pixel_values = pixel_values.to(device, non_blocking=True)
     with torch.autocast(device.type, precision, enabled=precision is not None):
         if precision is None:
             pixel_values = pixel_values.to(encoder.dtype)
-        return pooled_features(encoder, pixel_values)
+        return layer_features(encoder, pixel_values) if layers else pooled_features(encoder, pixel_values)
 
 
 def _gather_rows(own: torch.Tensor | None, edges: list[int], device: torch.device) -> torch.Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers import HfArgumentParser
 
@@ -16,7 +17,7 @@ from ..data.labelled import LabelledImages
 from ..probes import collapse_summary, knn_predict
 from .arguments import EvaluationArguments, describe_splits, evaluation_settings, open_splits, results_folder
 from .encoder import base_encoder, check_model_path, load_encoder, load_transform, weights_hash
-from .features import Features, labelled_features, process_state
+from .features import Features, joined_processes, labelled_features
 from .results import FILE_NAME, append_result, table
 
 
@@ -135,10 +136,14 @@ def usable_k(k: Sequence[int], rows: int) -> list[int]:
 
 
 def run(arguments: KNNArguments) -> dict[str, float]:
-    """Load, evaluate, print, record. Raises ValueError as the functions it calls."""
-    output_dir = results_folder(arguments)
-    state = process_state()
+    """Load, evaluate, print, record, on all processes of this run. Raises ValueError as what it calls."""
+    results_folder(arguments)
     check_model_path(arguments.model)
+    with joined_processes() as state:
+        return _run(arguments, state)
+
+
+def _run(arguments: KNNArguments, state: PartialState) -> dict[str, float]:
     train, test = open_splits(arguments)
     encoder = load_encoder(arguments.model).to(state.device)
     transform = load_transform(arguments.model, encoder, arguments.image_size)
@@ -149,7 +154,7 @@ def run(arguments: KNNArguments) -> dict[str, float]:
     )
     if state.is_main_process:
         append_result(
-            output_dir,
+            results_folder(arguments),
             task="knn",
             model={"name": arguments.model, "weights": weights_hash(encoder)},
             dataset=describe_splits(arguments, train, test),
@@ -158,7 +163,7 @@ def run(arguments: KNNArguments) -> dict[str, float]:
             seconds=time.perf_counter() - started,
         )
         print(table(metrics, f"kNN: {arguments.model} on {arguments.dataset_name}, split {arguments.test_split}"))
-        print(f"recorded in {Path(output_dir) / FILE_NAME}")
+        print(f"recorded in {Path(results_folder(arguments)) / FILE_NAME}")
     return metrics
 
 

@@ -1,0 +1,108 @@
+"""Linear evaluation on cached features, from a folder to results.json."""
+
+import pytest
+import torch
+
+from mocov3_hf import MoCoV3Config, MoCoV3Model
+from mocov3_hf.data.labelled import open_labelled
+from mocov3_hf.evaluation.encoder import load_encoder, load_transform
+from mocov3_hf.evaluation.features import Features, labelled_features
+from mocov3_hf.evaluation.few_shot import few_shot_metrics
+from mocov3_hf.evaluation.linear_probe import LinearProbeArguments, linear_metrics, main
+from mocov3_hf.evaluation.results import read_results
+from mocov3_hf.evaluation.sweep import choose_linear_classifier
+from tests.evaluation.making import VIT
+
+
+GRID = ("--learning_rates", "0.1", "1", "--weight_decays", "0", "--num_train_epochs", "5", "--train_batch_size", "16")
+
+
+def command(model, images, *more):
+    return ["--cached", "--model", str(model), "--dataset_name", str(images), *GRID, *map(str, more)]
+
+
+def test_command_trains_prints_and_records(model_folder, image_folder, tmp_path, capsys):
+    metrics = main(command(model_folder, image_folder, "--output_dir", tmp_path, "--few_shot", 1, 5, "--seed", 4))
+    assert set(metrics) == {
+        *("linear_top1", "linear_validation_top1"),
+        *("1shot_top1", "1shot_top1_std", "5shot_top1", "5shot_top1_std"),
+    }
+    assert metrics["linear_top1"] > 0.9, "three colours are easy, even for an untrained network"
+    printed = capsys.readouterr().out
+    assert f"{100 * metrics['linear_top1']:.2f} %" in printed
+    assert "chosen: pooled, learning rate " in printed
+    (result,) = read_results(tmp_path)
+    assert (result["task"], result["seed"], result["metrics"]) == ("linear_cached", 4, metrics)
+    assert set(result["settings"]["chosen"]["validation_accuracies"]["pooled"]) == {"lr=0.1 wd=0", "lr=1 wd=0"}
+
+
+def test_metrics_are_those_of_the_parts(model_folder, image_folder, tmp_path):
+    encoder = load_encoder(model_folder)
+    transform = load_transform(model_folder, encoder)
+    train, test = (
+        labelled_features(encoder, open_labelled(str(image_folder), split=split), transform, progress=False)
+        for split in ("train", "test")
+    )
+    metrics = main(command(model_folder, image_folder, "--output_dir", tmp_path, "--few_shot_fractions", 0.2))
+    chosen = choose_linear_classifier(
+        train.features, train.labels, learning_rates=[0.1, 1.0], weight_decays=[0.0], num_epochs=5, batch_size=16
+    )
+    assert metrics["linear_top1"] == chosen.classifier.accuracy(test.features, test.labels)
+    assert metrics["linear_validation_top1"] == chosen.validation_accuracy
+    assert metrics["20percent_top1"] == few_shot_metrics(train, test, fractions=[0.2])["20percent_top1"]
+
+
+def test_features_are_compared_on_the_held_out_part():
+    """Only the patches know the label: the choice must fall on them, and the test accuracy be theirs."""
+    generator = torch.Generator().manual_seed(0)
+    sides = []
+    for rows in (200, 100):
+        labels = torch.randint(4, (rows,), generator=generator)
+        layers = torch.randn(rows, 5 * 6, generator=generator)
+        layers[torch.arange(rows), 4 * 6 + labels] += 6  # the mean of the patches
+        sides.append(Features(layers, labels, None, 4))
+    arguments = LinearProbeArguments(
+        "model",
+        "data",
+        features=["pooled", "pooled_mean", "last4"],
+        learning_rates=[0.1],
+        weight_decays=[0.0],
+        num_train_epochs=30,
+        train_batch_size=50,
+    )
+    metrics, choice = linear_metrics(*sides, arguments, progress=False)
+    assert choice["feature"] == "pooled_mean"
+    assert set(choice["validation_accuracies"]) == {"pooled", "pooled_mean", "last4"}
+    assert metrics["linear_top1"] > 0.9
+    assert choice["validation_accuracies"]["last4"]["lr=0.1 wd=0"] < 0.6
+
+
+def test_choice_of_features_from_the_command(image_folder, tmp_path):
+    torch.manual_seed(0)
+    config = MoCoV3Config(backbone_config=VIT | {"num_hidden_layers": 4}, head_hidden_size=16, projection_dim=8)
+    MoCoV3Model(config).save_pretrained(tmp_path / "model")
+    main(command(tmp_path / "model", image_folder, "--features", "last4", "pooled"))
+    (result,) = read_results(tmp_path / "model")
+    assert set(result["settings"]["chosen"]["validation_accuracies"]) == {"last4", "pooled"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--no_cached"], "add --cached"),
+        (["--features", "attention"], "features must be among pooled, pooled_mean, last4, got attention"),
+        (["--features", "last4"], "has 2 layers, 4 are needed"),
+        (["--learning_rates", "-1"], "learning_rates must be positive, got -1.0"),
+        (["--few_shot", "16"], "class 0 has 15 images, 16 per class were asked for"),
+        (["--validation_fraction", "0"], "validation_fraction must lie between 0 and 1"),
+        (["--test_split", "val"], "it has: train, test"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_one(model_folder, image_folder, tmp_path, change, message):
+    arguments = command(model_folder, image_folder, "--output_dir", tmp_path, *change)
+    if change == ["--no_cached"]:
+        arguments = [argument for argument in arguments if argument not in ("--cached", "--no_cached")]
+    with pytest.raises(SystemExit, match=message) as end:
+        main(arguments)
+    assert "\n" not in str(end.value)
+    assert not (tmp_path / "results.json").exists()
