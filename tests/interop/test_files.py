@@ -55,19 +55,22 @@ def test_processor_loads_with_both_backends(official_file, tmp_path, backend):
     assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
 
 
-@pytest.mark.parametrize("form", ["pth", "legacy", "safetensors", "deit"])
+@pytest.mark.parametrize("form", ["pth", "legacy", "safetensors", "deit", "half"])
 def test_every_form_of_file_gives_the_same_model(form, tmp_path):
     encoder = encoder_of(official("vit"), "vit")
+    if form == "half":
+        encoder = {key: value.half() for key, value in encoder.items()}
     path = tmp_path / ("model.safetensors" if form == "safetensors" else "model.pth")
     if form == "safetensors":
         save_file(encoder, path)
     elif form == "deit":
         torch.save({"model": encoder}, path)
     else:
-        torch.save(encoder, path, _use_new_zipfile_serialization=form == "pth")
+        torch.save(encoder, path, _use_new_zipfile_serialization=form != "legacy")
     assert convert(path, "--output_dir", tmp_path / "out") == 0
     loaded = AutoModel.from_pretrained(tmp_path / "out").state_dict()
     expected = convert_state_dict(encoder, num_attention_heads=2).state_dict
+    assert {value.dtype for value in loaded.values()} == {torch.float16 if form == "half" else torch.float32}
     assert all(torch.equal(loaded[key], value) for key, value in expected.items())
 
 

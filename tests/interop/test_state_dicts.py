@@ -165,6 +165,15 @@ def test_layout_of_the_convolutional_stem_keeps_every_tensor_apart():
         assert torch.equal(projection, state_dict[f"base_encoder.patch_embed.proj.12.{tensor}"])
 
 
+def test_files_from_before_batch_counters_convert():
+    encoder = encoder_of(official("resnet"), "resnet")
+    old = {key: value for key, value in encoder.items() if not key.endswith("num_batches_tracked")}
+    assert convert_state_dict(old).state_dict.keys() == convert_state_dict(encoder).state_dict.keys()
+    old["bn1.num_batches_tracked"] = torch.tensor(5)
+    with pytest.raises(CheckpointError, match=r"missing keys: .*layer1\.0\.bn1\.num_batches_tracked"):
+        convert_state_dict(old)
+
+
 def test_parallel_prefix_is_taken_off(body):
     plain = convert_state_dict(official(body), **OVERRIDES[body])
     wrapped = convert_state_dict({f"module.{k}": v for k, v in official(body).items()}, **OVERRIDES[body])

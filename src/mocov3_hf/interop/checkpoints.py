@@ -80,6 +80,7 @@ def convert_state_dict(
         raise CheckpointError(f"stage must be one of {STAGES}, got {stage!r}")
     state_dict = strip_parallel_prefix(check_tensors(state_dict))
     layout, body = find_layout(state_dict, layout)
+    add_batch_counters(state_dict)
     shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
 
     overrides = dict(overrides)
@@ -163,6 +164,17 @@ def strip_parallel_prefix(state_dict: dict[str, torch.Tensor]) -> dict[str, torc
     if state_dict and all(key.startswith("module.") for key in state_dict):
         return {key.removeprefix("module."): value for key, value in state_dict.items()}
     return state_dict
+
+
+def add_batch_counters(state_dict: dict[str, torch.Tensor]) -> None:
+    """
+    Give a file from before torch 0.4.1 the counters of its batch normalisations, at zero as torch does itself. No
+    output depends on them. A file that has some of them lacks the others by mistake.
+    """
+    if not any(key.endswith(".num_batches_tracked") for key in state_dict):
+        for key in [key for key in state_dict if key.endswith(".running_mean")]:
+            counter = key.removesuffix("running_mean") + "num_batches_tracked"
+            state_dict[counter] = torch.zeros((), dtype=torch.int64)
 
 
 def named_layout(name: str) -> Layout:

@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from transformers.utils import logging
+
 from .convert import convert_checkpoint, format_report
 from .download import download
 from .errors import CheckpointError
@@ -46,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     names = ("entry", "layout", "stage", "epochs", "labels", "num_attention_heads", "image_size", "temperature")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options |= {"overwrite": args.overwrite, "with_code": args.with_code}
+    logging.disable_progress_bar()
     try:
         report = convert_source(args.source, args.output_dir, args.mirror, args.sha256, options)
     except (CheckpointError, ValueError, TypeError) as error:

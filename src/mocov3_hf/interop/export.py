@@ -145,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace --output_dir where it exists")
     args = parser.parse_args(argv)
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         exported = export_model(
             args.path, args.output_dir, args.format, overwrite=args.overwrite, revision=args.revision
