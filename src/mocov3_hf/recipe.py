@@ -70,8 +70,19 @@ class DataRecipe:
     dataset_config_name: str | None = option(None, "Configuration of the data set, where it has several.")
     train_split: str = option("train", "Split to train on; several are joined by '+'.")
     image_column: str | None = option(None, "Column of the images; found by itself where there is only one.")
+    streaming: bool = option(False, "Read the data set in place, shard by shard, where it does not fit on the disk.")
+    steps_per_epoch: int | None = option(
+        None, "Steps of an epoch where they shall be fewer than the data give, or a stream does not tell its length."
+    )
     num_train_images: int | None = option(
         None, "Number of images for planning with --dry_run; the data set's own length counts when it is there."
+    )
+    on_bad_image: Literal["skip", "error"] = option(
+        "skip", "Whether an image that cannot be decoded is replaced by a neighbour and listed, or ends the run."
+    )
+    max_bad_fraction: float = option(0.01, "Share of bad images beyond which the run ends all the same.")
+    cache_images_on_device: bool = option(
+        False, "Keep all images decoded on the device and crop them there: for small data sets and models."
     )
     dataloader_num_workers: int | None = option(
         None, "Processes that decode and crop, per training process; by default its share of the machine's cores."
@@ -193,12 +204,18 @@ class Plan:
         return self.total_steps / self.steps_per_epoch
 
 
-def make_plan(recipe: Recipe, num_images: int, num_processes: int) -> Plan:
+def make_plan(recipe: Recipe, num_images: int | None, num_processes: int) -> Plan:
     """
     Batch, steps and learning rate.
 
+    Args:
+        recipe: The recipe.
+        num_images: Length of the data set, `None` for a stream that does not tell it.
+        num_processes: Processes that share a batch.
+
     Raises:
-        RecipeError: a batch that the processes cannot share, of one image, or larger than the data set.
+        RecipeError: a batch that the processes cannot share, of one image, or larger than the data set; a stream
+            without a length; more steps per epoch than the data give.
     """
     options = recipe.optimization
     if options.per_device_train_batch_size is not None:
@@ -215,12 +232,21 @@ def make_plan(recipe: Recipe, num_images: int, num_processes: int) -> Plan:
             "MoCo v3 cannot train on a batch of 1: its heads normalise over the batch, and one image has no negatives."
             " Pass a --per_device_train_batch_size of at least 2"
         )
-    if num_images < global_batch_size:
+    if num_images is not None and num_images < global_batch_size:
         raise RecipeError(
             f"the data set has {num_images} images, fewer than one global batch of {global_batch_size}: pass a smaller"
             " --per_device_train_batch_size or --train_batch_size"
         )
-    steps_per_epoch = num_images // global_batch_size
+    steps_per_epoch = recipe.data.steps_per_epoch
+    if steps_per_epoch is None:
+        if num_images is None:
+            raise RecipeError("the stream does not tell how many images it has: pass --steps_per_epoch")
+        steps_per_epoch = num_images // global_batch_size
+    elif num_images is not None and steps_per_epoch * global_batch_size > num_images:
+        raise RecipeError(
+            f"{num_images} images make {num_images // global_batch_size} steps of {global_batch_size}: pass a smaller"
+            f" --steps_per_epoch than {steps_per_epoch}"
+        )
     full_length = options.num_train_epochs * steps_per_epoch
     total_steps = full_length if options.max_steps is None else options.max_steps
     warmup_share = min(options.warmup_epochs / options.num_train_epochs, 1.0)
@@ -381,12 +407,12 @@ def check_ranges(recipe: Recipe) -> None:
     """
     values = recipe.to_dict()
     for name, value in values.items():
-        if "probability" in name and not 0.0 <= value <= 1.0:
+        if ("probability" in name or name == "max_bad_fraction") and not 0.0 <= value <= 1.0:
             raise RecipeError(f"{name} must lie between 0 and 1, got {value}")
         if name in ("crop_scale", "crop_ratio", "blur_sigma") and not (len(value) == 2 and 0 < value[0] <= value[1]):
             raise RecipeError(f"{name} must be two positive numbers, the smaller first, got {value}")
     at_least_one = ["image_size", "train_batch_size", "per_device_train_batch_size", "num_train_epochs", "max_steps"]
-    for name in [*at_least_one, "logging_steps", "save_steps", "save_total_limit"]:
+    for name in [*at_least_one, "steps_per_epoch", "logging_steps", "save_steps", "save_total_limit"]:
         if values[name] is not None and values[name] < 1:
             raise RecipeError(f"{name} must be at least 1, got {values[name]}")
     not_negative = ["dataloader_num_workers", "weight_decay", "base_learning_rate", "learning_rate", "warmup_epochs"]

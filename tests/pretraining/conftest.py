@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
-from PIL import Image
+from datasets import Dataset, Features, Image
+from PIL import Image as Picture
 
 
 @pytest.fixture(scope="session")
@@ -12,8 +13,20 @@ def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for index in range(24):
-        small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
-        small.resize((48, 40), Image.Resampling.BICUBIC).save(folder / f"{index:02}.png")
+        small = Picture.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        small.resize((48, 40), Picture.Resampling.BICUBIC).save(folder / f"{index:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(pictures, tmp_path_factory):
+    """The same pictures in three parquet files of unequal length."""
+    folder = tmp_path_factory.mktemp("shards")
+    files = sorted(pictures.glob("*.png"))
+    for index, part in enumerate([files[:5], files[5:16], files[16:]]):
+        images = [{"bytes": file.read_bytes(), "path": None} for file in part]
+        dataset = Dataset.from_dict({"image": images}, features=Features({"image": Image()}))
+        dataset.to_parquet(folder / f"train-{index:05}-of-00003.parquet")
     return folder
 
 

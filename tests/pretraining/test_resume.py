@@ -94,6 +94,20 @@ def test_continues_to_the_same_bits(tmp_path, tiny, uninterrupted, monkeypatch, 
     assert_same_run(tmp_path, expected)
 
 
+@pytest.mark.parametrize("num_workers", ["0", "2"])
+def test_a_stream_continues_to_the_same_bits(tmp_path, tiny, shards, monkeypatch, fresh, num_workers):
+    arguments = [*tiny, *LENGTH, "--dataset_name", str(shards), "--streaming", "--dataloader_num_workers", num_workers]
+    main([*arguments, "--output_dir", str(tmp_path / "straight")])
+    fresh()
+    with monkeypatch.context() as patch:
+        kill_at(patch, loop, "train_step", 6)
+        with pytest.raises(Killed):
+            main([*arguments, "--output_dir", str(tmp_path / "cut")])
+    fresh()
+    main([*arguments, "--output_dir", str(tmp_path / "cut"), "--resume_from_checkpoint", "auto"])
+    assert_same_run(tmp_path / "cut", tmp_path / "straight")
+
+
 @pytest.mark.parametrize(
     ("name", "call"),
     [("named_optimizer_state", 2), ("save_file", 2), ("flush", 3), ("flush", 12), ("publish", 2), ("rotate", 2)],

@@ -181,6 +181,7 @@ def build_source(recipe: Recipe):
         config_name=data.dataset_config_name,
         split=data.train_split,
         image_column=data.image_column,
+        streaming=data.streaming,
     )
 
 
@@ -216,7 +217,11 @@ def build_loader(recipe: Recipe, source, plan: Plan, accelerator: Accelerator) -
         num_processes=accelerator.num_processes,
         num_workers=num_workers(recipe, accelerator),
         seed=recipe.run.seed,
+        steps_per_epoch=recipe.data.steps_per_epoch,
+        on_bad_image=recipe.data.on_bad_image,
+        max_bad_fraction=recipe.data.max_bad_fraction,
         bad_images_file=Path(recipe.run.output_dir) / "bad_images.jsonl",
+        cache_on_device=accelerator.device if recipe.data.cache_images_on_device else None,
         pin_memory=accelerator.device.type == "cuda",
     )
 

@@ -39,12 +39,12 @@ def describe(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def count_images(recipe: Recipe) -> int:
+def count_images(recipe: Recipe) -> int | None:
     """Length of the data set: counted where it is at hand, else as the recipe says."""
     name, number = recipe.data.dataset_name, recipe.data.num_train_images
     if name is not None and (number is None or Path(name).exists()):
-        return len(build_source(recipe))
-    if number is None:
+        return build_source(recipe).num_samples
+    if number is None and recipe.data.steps_per_epoch is None:
         raise RecipeError("a plan needs the number of images: pass --num_train_images or --dataset_name")
     return number
 

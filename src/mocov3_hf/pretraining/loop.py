@@ -7,12 +7,14 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
+from ..data.bad_images import TooManyBadImagesError
 from ..data.loader import TwoViewLoader
 from ..data.photometric import PhotometricStage
 from ..optim import cosine_momentum, warmup_cosine
@@ -38,8 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     """
     The command `pretrain.py --recipe NAME|FILE [--option value ...]`.
 
-    A mistake of the user's ends the process with one line on stderr and exit code 2, a checkpoint that cannot be
-    written with exit code 1, a signal to stop with exit code 0.
+    A mistake of the user's ends the process with one line on stderr and exit code 2; a checkpoint that cannot be
+    written, or too many bad images, with one line and exit code 1; a signal to stop with exit code 0.
     """
     try:
         recipe = parse(sys.argv[1:] if arguments is None else arguments)
@@ -54,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     try:
         run.train()
-    except SaveError as error:
+    except (SaveError, TooManyBadImagesError) as error:
         if is_first_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -101,15 +103,17 @@ class Run:
         self.accelerator = build_accelerator(recipe)
         check_model(recipe)
         source = build_source(recipe)
-        self.plan = make_plan(recipe, len(source), self.accelerator.num_processes)
+        self.plan = make_plan(recipe, source.num_samples, self.accelerator.num_processes)
+        found = find_checkpoint(recipe, self.plan)
         model = build_model(recipe)
         self.temperature = model.config.temperature
         for doubt in doubtful_choices(recipe, self.plan, model, self.accelerator.num_processes):
             self.accelerator.print(f"warning: {doubt}", file=sys.stderr)
-        self.loader = build_loader(recipe, source, self.plan, self.accelerator)
         optimizer = build_optimizer(recipe, model, self.plan)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.resume()
+        self.start_step, self.window = self.resume(*found) if found is not None else (0, [])
+        self.prepare_output()
+        self.loader = build_loader(recipe, source, self.plan, self.accelerator)
         self.photometric = PhotometricStage(max_blur_sigma=recipe.views.blur_sigma[1]).to(self.accelerator.device)
 
     def train(self) -> None:
@@ -119,10 +123,11 @@ class Run:
         log = TrainingLog(
             self.accelerator, self.plan, self.temperature, self.output_dir, run.logging_steps, self.start_step
         )
-        self.prepare_output(log)
+        if self.start_step > 0:
+            log.resume(self.window, self.start_step)
         self.model.train()
         stopping = False
-        with StopRequest(self.accelerator) as stop:
+        with StopRequest(self.accelerator) as stop, closing(log):
             steps = enumerate(batches(self.loader, self.plan, self.start_step), start=self.start_step)
             for step, batch in timed(steps, log):
                 views = self.augment(batch)
@@ -144,16 +149,21 @@ class Run:
                     self.save(step + 1, log)
                 if stopping:
                     break
-        log.close()
         self.accelerator.end_training()
         if stopping:
             self.accelerator.print(f"stopped by {stop.describe()} after step {step + 1}; to continue:")
             self.accelerator.print(f"  {resume_command()}")
 
-    def prepare_output(self, log: TrainingLog) -> None:
-        """Make the output folder fit the start: cleared for a fresh one, cut back to the checkpoint for another."""
-        if self.start_step > 0:
-            log.resume(self.window, self.start_step)
+    def resume(self, folder: Path, state: RunState) -> tuple[int, list[float]]:
+        """Load a checkpoint; gives the steps done and the metrics since their last line."""
+        load_checkpoint(folder, self.accelerator.unwrap_model(self.model), self.optimizer.optimizer)
+        if self.accelerator.scaler is not None and state.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        self.accelerator.print(f"continuing from {folder} after step {state.step}", file=sys.stderr)
+        return state.step, state.log_window
+
+    def prepare_output(self) -> None:
+        """Make the output folder, without what an earlier run left there unless this one continues it."""
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.output_dir)
@@ -161,18 +171,6 @@ class Run:
                 clear(self.output_dir)
             self.recipe.save(self.output_dir / "recipe.yaml")
         self.accelerator.wait_for_everyone()
-
-    def resume(self) -> None:
-        """Find out where to start, and load what is needed to start there."""
-        self.start_step, self.window = 0, []
-        found = find_checkpoint(self.recipe, self.plan)
-        if found is not None:
-            folder, state = found
-            load_checkpoint(folder, self.accelerator.unwrap_model(self.model), self.optimizer.optimizer)
-            if self.accelerator.scaler is not None and state.scaler is not None:
-                self.accelerator.scaler.load_state_dict(state.scaler)
-            self.start_step, self.window = state.step, state.log_window
-            self.accelerator.print(f"continuing from {folder} after step {state.step}", file=sys.stderr)
 
     def save(self, steps_done: int, log: TrainingLog) -> None:
         """
