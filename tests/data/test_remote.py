@@ -12,7 +12,8 @@ import torch
 from mocov3_hf.data import remote
 from mocov3_hf.data.loader import TwoViewLoader
 from mocov3_hf.data.remote import RemoteFile, is_remote, read_file, retrying
-from mocov3_hf.data.sources import open_source
+from mocov3_hf.data.shards import PathShard, parquet_shards
+from mocov3_hf.data.sources import StreamSource, open_source
 from mocov3_hf.data.views import two_views
 
 
@@ -136,8 +137,6 @@ def test_parquet_over_a_network_that_drops(serve, parquet, impatient, workers):
 def test_opening_survives_cuts_too(serve, parquet, impatient):
     server, url = serve(parquet)
     # What `datasets` itself does to resolve names has its own retries; ours begin with the footers.
-    from mocov3_hf.data.shards import parquet_shards
-
     server.cut_share = 0.5
     assert [len(parquet_shards(f"{url}/{number}.parquet", "image")) for number in range(3)] == [4, 3, 6]
     assert server.cuts > 0
@@ -177,6 +176,32 @@ def test_webdataset_over_a_network_that_drops(serve, tmp_path, make_png, impatie
     assert len(torch.cat([batch["sample_ids"] for batch in found]).unique()) == 36
     again = batches(source, 3, steps_per_epoch=6, num_workers=2)
     assert torch.equal(again[0]["pixels"], found[3]["pixels"])
+
+
+def test_images_that_are_files_on_a_network(serve, tmp_path, make_png, impatient):
+    folder = tmp_path / "loose"
+    folder.mkdir()
+    for index in range(30):
+        (folder / f"{index:02d}.png").write_bytes(make_png(index))
+    server, url = serve(folder, cut_share=0.4)
+    source = StreamSource([PathShard(tuple(f"{url}/{index:02d}.png" for index in range(30)))])
+    found = batches(source)
+    expected = batches(StreamSource([PathShard(tuple(str(path) for path in sorted(folder.iterdir())))]))
+    assert server.cuts > 0
+    assert all(torch.equal(one["pixels"], other["pixels"]) for one, other in zip(found, expected, strict=True))
+    (folder / "07.png").unlink()
+    server.cut_share = 0
+    loader = TwoViewLoader(source, two_views(image_size=16), global_batch_size=6, max_bad_fraction=0.1)
+    assert len(list(loader.epoch(0))) == 5
+    assert loader.num_bad_images == 1
+
+
+def test_a_shard_that_is_gone_is_named(serve, parquet, impatient):
+    _, url = serve(parquet)
+    source = open_source("parquet", data_files=[f"{url}/{number}.parquet" for number in range(3)], streaming=True)
+    (parquet / "1.parquet").unlink()
+    with pytest.raises(RuntimeError, match=r"shard \d+ of the stream, .*1\.parquet.*FileNotFoundError"):
+        batches(source)
 
 
 def test_ranges_and_whole_files(serve, tmp_path, impatient):

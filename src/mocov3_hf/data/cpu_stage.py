@@ -53,7 +53,7 @@ def make_views(batch, settings: tuple[ViewSettings, ViewSettings], seed: int, ep
 
 
 def decode_first_usable(candidates, choose_shrink, bad: list[BadImage]) -> tuple[torch.Tensor, int, int]:
-    """Decode the first of some candidates, (sample id, encoded image), that can be; note the others in `bad`.
+    """Decode the first of some candidates, (sample id, function that reads it), that can be; note others in `bad`.
 
     Returns:
         What `decode_shrunk` returns.
@@ -62,9 +62,9 @@ def decode_first_usable(candidates, choose_shrink, bad: list[BadImage]) -> tuple
         RuntimeError: none of `MAX_NEIGHBOURS` candidates can be used.
     """
     tried = 0
-    for sample_id, data in candidates:
+    for sample_id, read in candidates:
         try:
-            return decode_shrunk(data, choose_shrink)
+            return decode_shrunk(read(), choose_shrink)
         except BadImageError as error:
             bad.append(BadImage(sample_id, str(error)))
         tried += 1

@@ -16,7 +16,7 @@ ATTEMPTS = 9
 FIRST_WAIT = 0.5
 LONGEST_WAIT = 32.0
 
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
+_GONE = (404, 410)
 
 
 def is_remote(url: str) -> bool:
@@ -39,15 +39,23 @@ def retrying(
     for attempt in range(ATTEMPTS):
         try:
             return function()
-        except _FINAL:
-            raise
         # Every transport has its own errors: aiohttp's and httpx's are no OSErrors.
         except Exception as error:
+            if _is_final(error):
+                raise
             if attempt + 1 == ATTEMPTS:
                 reason = f"{type(error).__name__}: {error}"
                 raise ConnectionError(f"{what} could not be read in {ATTEMPTS} attempts: {reason}") from error
             sleep(min(FIRST_WAIT * 2**attempt, LONGEST_WAIT))
     raise AssertionError("unreachable")
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether trying again is of no use."""
+    if isinstance(error, FileNotFoundError):
+        # fsspec says so of every HTTP error, an overloaded server included; the status is in the cause.
+        return getattr(error.__cause__, "status", 404) in _GONE
+    return isinstance(error, (PermissionError, IsADirectoryError, NotImplementedError))
 
 
 class RemoteFile(io.RawIOBase):
@@ -65,7 +73,6 @@ class RemoteFile(io.RawIOBase):
         self._position = 0
 
     def _ask_size(self) -> int:
-        self._fs.invalidate_cache()
         size = self._fs.size(self._path)
         if size is None:
             raise OSError("the server does not tell the size of the file")

@@ -9,11 +9,12 @@ import shutil
 import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import datasets
 import pyarrow.parquet as pq
 
+from .decode import BadImageError
 from .remote import RemoteFile, is_remote, read_file
 
 
@@ -58,7 +59,10 @@ class RemotePathRows:
         return len(self._urls)
 
     def read(self, row: int) -> bytes:
-        return read_file(self._urls[row])
+        try:
+            return read_file(self._urls[row])
+        except FileNotFoundError as error:
+            raise BadImageError(f"cannot be read: it is gone ({self._urls[row]})") from error
 
 
 class TarRows:
@@ -107,7 +111,7 @@ class ParquetShard:
 class PathShard:
     """A stretch of a list of files."""
 
-    paths: tuple[str, ...]
+    paths: tuple[str, ...] = field(repr=False)
 
     @property
     def num_rows(self) -> int:
@@ -122,7 +126,7 @@ class TarShard:
     """A stretch of a local webdataset tar, whose index is known."""
 
     path: str
-    members: tuple[tuple[int, int], ...]
+    members: tuple[tuple[int, int], ...] = field(repr=False)
 
     @property
     def num_rows(self) -> int:
@@ -151,7 +155,7 @@ class RemoteTarShard:
 class TableShard:
     """Rows start..stop of a memory-mapped Arrow data set."""
 
-    source: object  # MapSource
+    source: object = field(repr=False)  # MapSource
     start: int
     stop: int
 
@@ -178,7 +182,7 @@ class _TableRows:
 class IterableShard:
     """Any other format: one shard of an `IterableDataset`, read to its end."""
 
-    dataset: datasets.IterableDataset
+    dataset: datasets.IterableDataset = field(repr=False)
     image_column: str
     num_rows: None = None
 

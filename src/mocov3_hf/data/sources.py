@@ -4,7 +4,8 @@ Images leave here undecoded, as bytes or paths. Labels play no part (see `labell
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -176,12 +177,12 @@ class MapBatch:
     def __init__(self, source: MapSource, sample_ids: torch.Tensor):
         self._source, self.sample_ids = source, sample_ids
 
-    def candidates(self, row: int) -> Iterator[tuple[int, bytes | str | None]]:
-        """(sample id, encoded image) of a row, then of those that stand in for it, the next ones of the data set."""
+    def candidates(self, row: int) -> Iterator[tuple[int, Callable]]:
+        """(sample id, function that reads it) of a row, then of the next ones of the data set, to stand in for it."""
         sample_id, size = int(self.sample_ids[row]), len(self._source)
         for distance in range(size):
             tried = (sample_id + distance) % size
-            yield tried, self._source.read(tried)
+            yield tried, partial(self._source.read, tried)
 
 
 class StreamSource:
@@ -198,6 +199,11 @@ class StreamSource:
         self.num_samples = None if None in sizes else sum(sizes)
         if not self.shards or self.num_samples == 0:
             raise ValueError("the streamed split is empty")
+
+    def __len__(self) -> int:
+        if self.num_samples is None:
+            raise TypeError("the metadata of the stream does not tell its size")
+        return self.num_samples
 
     def shard_sizes(self, nominal_total: int | None = None) -> tuple[int, ...]:
         """Rows of each shard; where unknown, the equal share of `nominal_total` that each gives to an epoch."""

@@ -4,8 +4,9 @@ Distribution: a lane of the order (see `order.py`) is the unit. A process, and e
 shards of the lanes that its rows of the batch come from, and the next window of them ahead of time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 
@@ -88,7 +89,14 @@ class StreamReader:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_LOADING_THREADS, thread_name_prefix="shards")
         for shard in sorted(needed - self._loading.keys()):
-            self._loading[shard] = self._pool.submit(self.source.shards[shard].load)
+            self._loading[shard] = self._pool.submit(self._load, shard)
+
+    def _load(self, shard: int):
+        try:
+            return self.source.shards[shard].load()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"shard {shard} of the stream, {self.source.shards[shard]}: {reason}") from error
 
     def place(self, epoch: int, window: Window, slot: int) -> tuple[int, int]:
         """(shard, row in the shard) at a slot of a held window; waits for the shard only where its size is unknown."""
@@ -125,9 +133,9 @@ class StreamBatch:
         ids = [reader.sample_id(*reader.place(epoch, window, slot)) for window, slot in slots]
         self.sample_ids = torch.tensor(ids, dtype=torch.int64)
 
-    def candidates(self, row: int) -> Iterator[tuple[int, bytes | str | None]]:
-        """(sample id, encoded image) of a row, then of those that stand in for it, the next ones of its window."""
+    def candidates(self, row: int) -> Iterator[tuple[int, Callable]]:
+        """(sample id, function that reads it) of a row, then of the next ones of its window, to stand in for it."""
         window, slot = self._slots[row]
         for distance in range(len(window)):
             shard, row_in_shard = self._reader.place(self._epoch, window, (slot + distance) % len(window))
-            yield self._reader.sample_id(shard, row_in_shard), self._reader.read(shard, row_in_shard)
+            yield self._reader.sample_id(shard, row_in_shard), partial(self._reader.read, shard, row_in_shard)
