@@ -195,8 +195,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         argv: None for those of the process.
     """
     parser = HfArgumentParser(LinearProbeArguments, description="Linear evaluation of any vision model.")
-    (arguments,) = parser.parse_args_into_dataclasses(argv)
     try:
+        # An option that does not exist is a ValueError there.
+        (arguments,) = parser.parse_args_into_dataclasses(argv)
         return run(arguments)
     except ValueError as error:
         sys.exit(f"error: {error}")
