@@ -87,6 +87,15 @@ def test_there_and_back_is_bit_equal(make, body):
     assert all(torch.equal(again.state_dict[key], value) for key, value in converted.state_dict.items())
 
 
+def test_reverting_does_not_depend_on_the_order_of_keys():
+    source = official("vit")
+    converted = convert_state_dict(source, num_attention_heads=2)
+    for order in (sorted, lambda keys: sorted(keys, reverse=True)):
+        shuffled = {key: converted.state_dict[key] for key in order(converted.state_dict)}
+        back = revert_state_dict(shuffled, converted.config, layout="official_pretraining")
+        assert all(torch.equal(back[key], value) for key, value in source.items())
+
+
 def test_pretraining_model_reverts_to_both_layouts_of_pretraining(body):
     converted = convert_state_dict(official(body), **OVERRIDES[body])
     mmpretrain = revert_state_dict(converted.state_dict, converted.config, layout="mmpretrain_pretraining")

@@ -163,9 +163,13 @@ def foreign_keys(native_keys: Iterable[str], names: dict[str, str]) -> dict[str,
     Raises:
         KeyError: a native key that `names` does not cover.
     """
-    keys = {}
+    keys: dict[str, list[str]] = {}
     for key in native_keys:
         module, _, tensor = key.rpartition(".")
         foreign = names[key] if key in names else f"{names[module]}.{tensor}"
         keys.setdefault(foreign, []).append(key)
+    # In the order of `names`, not of the given keys: a file's are sorted, and k stands before q there.
+    order = {native: index for index, native in enumerate(names)}
+    for natives in keys.values():
+        natives.sort(key=lambda key: order.get(key.rpartition(".")[0], 0))
     return keys
