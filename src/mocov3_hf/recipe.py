@@ -131,6 +131,10 @@ class OptimizationRecipe:
     per_device_train_batch_size: int | None = option(
         None, "Images per step and process, instead of train_batch_size; the learning rate scales along."
     )
+    gradient_cache_chunk_size: int | None = option(
+        None,
+        "Images per pass of the backbone, for batches larger than memory; exact, for backbones without batch norm.",
+    )
     num_train_epochs: int = option(300, "Passes over the data.")
     warmup_epochs: float = option(40, "Epochs of linear warm-up.")
     max_steps: int | None = option(
@@ -411,7 +415,14 @@ def check_ranges(recipe: Recipe) -> None:
             raise RecipeError(f"{name} must lie between 0 and 1, got {value}")
         if name in ("crop_scale", "crop_ratio", "blur_sigma") and not (len(value) == 2 and 0 < value[0] <= value[1]):
             raise RecipeError(f"{name} must be two positive numbers, the smaller first, got {value}")
-    at_least_one = ["image_size", "train_batch_size", "per_device_train_batch_size", "num_train_epochs", "max_steps"]
+    at_least_one = [
+        "image_size",
+        "train_batch_size",
+        "per_device_train_batch_size",
+        "gradient_cache_chunk_size",
+        "num_train_epochs",
+        "max_steps",
+    ]
     for name in [*at_least_one, "steps_per_epoch", "logging_steps", "save_steps", "save_total_limit"]:
         if values[name] is not None and values[name] < 1:
             raise RecipeError(f"{name} must be at least 1, got {values[name]}")

@@ -127,10 +127,6 @@ class MoCoV3MomentumEncoder(nn.Module):
         self.projector = build_projector(config, self.encoder.pooled_width)
         self.requires_grad_(False)
 
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        features = self.encoder(pixel_values, output_hidden_states=False, output_attentions=False, **kwargs)
-        return self.projector(features.pooler_output)
-
 
 @torch.no_grad()
 def ema_update_(averages: list[torch.Tensor], sources: list[torch.Tensor], momentum: float) -> None:
@@ -217,32 +213,60 @@ class MoCoV3ForPreTraining(MoCoV3PreTrainedModel):
         outputs = self.mocov3(
             pixel_values, output_hidden_states=output_hidden_states, output_attentions=output_attentions, **kwargs
         )
-        query_1 = self.predictor(self.projector(outputs.pooler_output))
-        features = {
-            "prediction": query_1,
-            "pooler_output": outputs.pooler_output,
-            "hidden_states": outputs.hidden_states,
-            "attentions": outputs.attentions,
-        }
+        features_1 = outputs.pooler_output
         if pixel_values_2 is None:
-            return MoCoV3ForPreTrainingOutput(**features)
+            return MoCoV3ForPreTrainingOutput(
+                prediction=self.predictor(self.projector(features_1)),
+                pooler_output=features_1,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            )
 
-        outputs_2 = self.mocov3(pixel_values_2, output_hidden_states=False, output_attentions=False, **kwargs)
-        query_2 = self.predictor(self.projector(outputs_2.pooler_output))
+        only_pooled = {"output_hidden_states": False, "output_attentions": False, **kwargs}
+        features_2 = self.mocov3(pixel_values_2, **only_pooled).pooler_output
         with torch.no_grad():
-            key_1 = self.momentum_encoder(pixel_values, **kwargs)
-            key_2 = self.momentum_encoder(pixel_values_2, **kwargs)
+            momentum_features_1 = self.momentum_encoder.encoder(pixel_values, **only_pooled).pooler_output
+            momentum_features_2 = self.momentum_encoder.encoder(pixel_values_2, **only_pooled).pooler_output
+        output = self.contrast(features_1, features_2, momentum_features_1, momentum_features_2, even_batches)
+        output.hidden_states, output.attentions = outputs.hidden_states, outputs.attentions
+        return output
+
+    def contrast(
+        self,
+        features_1: torch.Tensor,
+        features_2: torch.Tensor,
+        momentum_features_1: torch.Tensor,
+        momentum_features_2: torch.Tensor,
+        even_batches: bool = False,
+    ) -> MoCoV3ForPreTrainingOutput:
+        """
+        Heads and symmetric loss on the features of the whole batch: the second half of the forward pass.
+
+        Args:
+            features_1, features_2 (`torch.Tensor` of shape `(B, D)`):
+                Features of the encoder for both views.
+            momentum_features_1, momentum_features_2 (`torch.Tensor` of shape `(B, D)`):
+                Features of the momentum encoder.
+            even_batches (`bool`, *optional*, defaults to `False`):
+                As in the forward pass.
+        """
+        query_1 = self.predictor(self.projector(features_1))
+        query_2 = self.predictor(self.projector(features_2))
+        with torch.no_grad():
+            key_1 = self.momentum_encoder.projector(momentum_features_1)
+            key_2 = self.momentum_encoder.projector(momentum_features_2)
 
         direction_1 = contrastive_loss(query_1, key_2, self.config.temperature, even_batches)
         direction_2 = contrastive_loss(query_2, key_1, self.config.temperature, even_batches)
         return MoCoV3ForPreTrainingOutput(
             loss=direction_1.loss + direction_2.loss,
+            prediction=query_1,
             projection=key_2,
+            pooler_output=features_1,
             positive_similarity_1=direction_1.positive_similarity,
             positive_similarity_2=direction_2.positive_similarity,
             positive_top1_1=direction_1.positive_top1,
             positive_top1_2=direction_2.positive_top1,
-            **features,
         )
 
 

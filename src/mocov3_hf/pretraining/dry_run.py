@@ -25,8 +25,14 @@ def describe(recipe: Recipe) -> str:
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     plan = make_plan(recipe, count_images(recipe), num_processes)
     config = build_config(recipe)
+    options = recipe.optimization
     costs = estimate(
-        config, recipe.views.image_size, plan.batch_size, recipe.optimization.optimizer, recipe.run.mixed_precision
+        config,
+        recipe.views.image_size,
+        plan.batch_size,
+        options.optimizer,
+        recipe.run.mixed_precision,
+        options.gradient_cache_chunk_size,
     )
     with torch.device("meta"):
         model = MoCoV3ForPreTraining(config)
@@ -63,7 +69,7 @@ def plan_lines(plan: Plan, costs: Estimate, num_processes: int) -> list[str]:
         "peak learning rate": f"{plan.learning_rate:g}",
         "estimated memory per process": (
             f"{costs.memory_bytes / GIB:.1f} GiB ({costs.weight_bytes / GIB:.1f} weights, gradients and optimizer,"
-            f" {costs.activation_bytes / GIB:.1f} activations)"
+            f" {costs.activation_bytes / GIB:.1f} activations, {costs.view_bytes / GIB:.1f} views)"
         ),
     }
     width = max(map(len, figures))

@@ -1,5 +1,6 @@
 """What a recipe will cost, found without running it: parameters, multiply-adds, memory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,25 +26,44 @@ class Estimate:
     backbone_macs: int
     weight_bytes: int
     activation_bytes: int
+    view_bytes: int
 
     @property
     def memory_bytes(self) -> int:
-        return self.weight_bytes + self.activation_bytes
+        return self.weight_bytes + self.activation_bytes + self.view_bytes
 
 
-def estimate(config: MoCoV3Config, image_size: int, batch_size: int, optimizer: str, mixed_precision: str) -> Estimate:
+def estimate(
+    config: MoCoV3Config,
+    image_size: int,
+    batch_size: int,
+    optimizer: str,
+    mixed_precision: str,
+    chunk_size: int | None = None,
+) -> Estimate:
     """
     Count parameters, multiply-adds and bytes of a training step on tensors without data.
 
-    Memory is that of float32 weights, gradients, optimizer state and the activations that autograd saves for a batch
-    of `batch_size` images (two views); allocator overhead and temporary buffers come on top.
+    With a `chunk_size` activations are those of one chunk in the backbone, or of the whole batch in the heads, the
+    larger of the two.
+
+    Memory is that of float32 weights, gradients, optimizer state, both views of `batch_size` images and the
+    activations that autograd saves for them; allocator overhead and temporary buffers come on top.
     """
     with torch.device("meta"):
         model = MoCoV3ForPreTraining(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")  # shapes only, but the operators of a real device
         views = [torch.zeros(batch_size, 3, image_size, image_size) for _ in range(2)]
-        activation_bytes = saved_bytes(model, views, mixed_precision)
+        if chunk_size is None:
+            activation_bytes = saved_bytes(lambda: model(*views), model, mixed_precision)
+        else:
+            chunk, features = views[0][:chunk_size], torch.zeros(batch_size, model.mocov3.pooled_width)
+            leaf = features.clone().requires_grad_()
+            activation_bytes = max(
+                saved_bytes(lambda: model.mocov3(chunk), model, mixed_precision),
+                saved_bytes(lambda: model.contrast(leaf, leaf, features, features), model, mixed_precision),
+            )
         macs = multiply_adds(model.mocov3, views[0][:1])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -55,11 +75,12 @@ def estimate(config: MoCoV3Config, image_size: int, batch_size: int, optimizer: 
         backbone_macs=macs,
         weight_bytes=BYTES_FLOAT32 * (num_parameters + num_trained * (1 + OPTIMIZER_STATES[optimizer])),
         activation_bytes=activation_bytes,
+        view_bytes=BYTES_FLOAT32 * 2 * views[0].numel(),
     )
 
 
-def saved_bytes(model: MoCoV3ForPreTraining, views: list[torch.Tensor], mixed_precision: str) -> int:
-    """Bytes of everything autograd keeps between forward and backward, weights apart; shared storage counts once."""
+def saved_bytes(forward: Callable[[], object], model: MoCoV3ForPreTraining, mixed_precision: str) -> int:
+    """Bytes of everything autograd keeps after `forward()`, weights apart; shared storage counts once."""
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, tuple[torch.UntypedStorage, int]] = {}
 
@@ -72,6 +93,5 @@ def saved_bytes(model: MoCoV3ForPreTraining, views: list[torch.Tensor], mixed_pr
     # Half precision has the same width whichever it is; bfloat16 is the one that autocast offers on every device.
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed_precision != "no")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        output = model(pixel_values=views[0], pixel_values_2=views[1])
-        del output
+        forward()
     return sum(size for _, size in kept.values())

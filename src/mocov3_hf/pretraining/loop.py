@@ -30,6 +30,7 @@ from .build import (
 )
 from .checkpoint import RunState, SaveError, list_checkpoints, load_checkpoint, remove_leftovers, save_checkpoint
 from .dry_run import describe
+from .gradient_cache import check_chunkable
 from .monitors import TrainingLog
 from .resume import find_checkpoint
 from .signals import StopRequest
@@ -110,6 +111,8 @@ class Run:
         for doubt in doubtful_choices(recipe, self.plan, model, self.accelerator.num_processes):
             self.accelerator.print(f"warning: {doubt}", file=sys.stderr)
         optimizer = build_optimizer(recipe, model, self.plan)
+        if recipe.optimization.gradient_cache_chunk_size is not None:
+            check_chunkable(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.start_step, self.window = self.resume(*found) if found is not None else (0, [])
         self.prepare_output()
@@ -142,6 +145,7 @@ class Run:
                     momentum=momentum,
                     max_grad_norm=options.max_grad_norm,
                     accelerator=self.accelerator,
+                    gradient_cache_chunk_size=options.gradient_cache_chunk_size,
                 )
                 log.record(step, output, learning_rate, momentum, self.loader.num_bad_images)
                 stopping = stop.agreed() and step + 1 < self.plan.total_steps

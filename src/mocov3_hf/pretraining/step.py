@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTrainingOutput
+from .gradient_cache import cached_backward
 
 
 # Distance of the seeds of neighbouring steps: more processes than a run will have.
@@ -31,6 +32,7 @@ def train_step(
     momentum: float,
     max_grad_norm: float | None,
     accelerator: Accelerator,
+    gradient_cache_chunk_size: int | None = None,
 ) -> StepOutput:
     """
     One update.
@@ -43,13 +45,17 @@ def train_step(
         momentum: `m` of this step.
         max_grad_norm: Largest L2 norm of all gradients together, `None` for no limit.
         accelerator: Precision and processes.
+        gradient_cache_chunk_size: Images per pass of the backbone, for batches larger than memory; `None` for all.
     """
     # θk ← m·θk + (1 - m)·θq; before the forward, as base weights do not move in between.
     accelerator.unwrap_model(model).update_momentum_encoder(momentum)
 
-    output: MoCoV3ForPreTrainingOutput = model(pixel_values=views[0], pixel_values_2=views[1], even_batches=True)
+    if gradient_cache_chunk_size is None:
+        output: MoCoV3ForPreTrainingOutput = model(pixel_values=views[0], pixel_values_2=views[1], even_batches=True)
+        accelerator.backward(output.loss)
+    else:
+        output = cached_backward(accelerator.unwrap_model(model), views, gradient_cache_chunk_size, accelerator)
 
-    accelerator.backward(output.loss)
     grad_norm = clip_gradients(model, optimizer, max_grad_norm, accelerator)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

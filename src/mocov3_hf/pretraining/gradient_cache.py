@@ -1,0 +1,121 @@
+"""Batches larger than memory: the backbone in chunks, heads and loss on the whole batch (Gao et al. 2021).
+
+The contrastive loss needs the features of all images at once, but the backbone of one image needs those of no other
+where it normalises each image by itself. So features are computed chunk by chunk without keeping activations, the loss
+is taken on all of them, and the gradient of each chunk's features is then sent through the backbone again. The result
+is that of the plain step on the whole batch; the price is one more forward pass of the backbone.
+"""
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+
+from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining, MoCoV3ForPreTrainingOutput
+
+
+def check_chunkable(model: MoCoV3ForPreTraining) -> None:
+    """
+    Raises:
+        ValueError: a backbone with batch normalisation, whose chunks would see other statistics than the batch.
+    """
+    kinds = {type(m).__name__ for m in model.mocov3.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    if kinds:
+        raise ValueError(
+            f"--gradient_cache_chunk_size cannot be used with {', '.join(sorted(kinds))} in the backbone: it would"
+            " normalise a chunk by its own statistics, not the batch's. Use a backbone with LayerNorm or a smaller"
+            " batch"
+        )
+
+
+def cached_backward(
+    model: MoCoV3ForPreTraining,
+    views: tuple[torch.Tensor, torch.Tensor],
+    chunk_size: int,
+    accelerator: Accelerator,
+) -> MoCoV3ForPreTrainingOutput:
+    """
+    Loss of the whole batch and its gradients, averaged over the processes, without the activations of the whole batch.
+
+    Args:
+        model: The model itself, not wrapped for distribution.
+        views: Both views, each `(B, C, H, W)`.
+        chunk_size: Images per pass of the backbone.
+        accelerator: Precision and processes.
+
+    Returns:
+        The output of the plain forward pass, whose loss has been sent backward already.
+    """
+    generator_states: list[list[dict]] = [[], []]
+    with torch.no_grad(), accelerator.autocast():
+        features = [
+            torch.cat([encode(model.mocov3, chunk, generator_states[view]) for chunk in pixels.split(chunk_size)])
+            for view, pixels in enumerate(views)
+        ]
+        momentum_features = [
+            torch.cat([encode(model.momentum_encoder.encoder, chunk, []) for chunk in pixels.split(chunk_size)])
+            for pixels in views
+        ]
+    features = [feature.detach().requires_grad_() for feature in features]
+    with accelerator.autocast():
+        output = model.contrast(*features, *momentum_features, even_batches=True)
+    accelerator.backward(output.loss)
+
+    for view, pixels in enumerate(views):
+        gradients = features[view].grad.split(chunk_size)
+        for chunk, gradient, state in zip(pixels.split(chunk_size), gradients, generator_states[view], strict=True):
+            with Replayed(state), accelerator.autocast():
+                chunk_features = model.mocov3(chunk).pooler_output
+            # The scale of fp16 is in the gradient already.
+            torch.autograd.backward(chunk_features, gradient.to(chunk_features.dtype))
+    average_gradients(model)
+    return output
+
+
+def encode(encoder: nn.Module, pixel_values: torch.Tensor, states: list[dict]) -> torch.Tensor:
+    """Features of a chunk; where the random numbers of its dropout begin is appended to `states`."""
+    states.append(generator_state(pixel_values.device))
+    return encoder(pixel_values).pooler_output
+
+
+def generator_state(device: torch.device) -> dict:
+    """State of the random number generators that a forward pass on `device` draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+class Replayed:
+    """Draw the random numbers of an earlier pass again, and go on as if nothing had been drawn."""
+
+    def __init__(self, state: dict):
+        self.state = state
+
+    def __enter__(self) -> None:
+        device = torch.device("cuda", torch.cuda.current_device()) if "cuda" in self.state else torch.device("cpu")
+        self.before = generator_state(device)
+        set_generator_state(self.state)
+
+    def __exit__(self, *_) -> None:
+        set_generator_state(self.before)
+
+
+def set_generator_state(state: dict) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Mean of the gradients over all processes, in one exchange for all tensors of a type."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    for dtype in {gradient.dtype for gradient in gradients}:
+        group = [gradient for gradient in gradients if gradient.dtype == dtype]
+        flat = torch.cat([gradient.flatten() for gradient in group])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for gradient, mean in zip(group, flat.split([gradient.numel() for gradient in group]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
