@@ -1,6 +1,9 @@
 """Pushes to a Hub on loopback with the real client: what arrives, what resumes, what is told when it fails."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -182,6 +185,14 @@ def test_background_pushes_keep_the_latest_and_survive_an_absent_hub(run_folder,
     assert [message for _, _, message in hub.commits] == ["second", "5"]
     assert hub.files("someone/tiny")["metrics.jsonl"] == b"5\n"
     assert not list(run_folder.glob(".push_*"))
+
+
+def test_leftovers_of_killed_pushes_are_removed_and_of_living_ones_kept(run_folder, hub, api):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    for owner in (dead.stdout.strip(), str(os.getppid())):
+        (run_folder / f".push_{owner}_x").mkdir()
+    push(run_folder, api)
+    assert [path.name for path in run_folder.glob(".push_*")] == [f".push_{os.getppid()}_x"]
 
 
 def test_background_push_never_raises(tmp_path, api, caplog):

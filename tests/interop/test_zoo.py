@@ -1,5 +1,6 @@
 """Downloads from a loopback server that breaks, lies and changes; and `fetch` from the zoo."""
 
+import concurrent.futures
 import hashlib
 import http.server
 import threading
@@ -166,6 +167,17 @@ def test_fetch_downloads_converts_once_and_needs_no_server_after(server, home, t
     assert fetch(name, mirror="http://127.0.0.1:9") == folder
     assert AutoModel.from_pretrained(folder)(torch.zeros(1, 3, 32, 32)).pooler_output.shape == (1, 32)
     assert fetch(name, mirror=server.url, cache_dir=tmp_path / "elsewhere") == str(tmp_path / "elsewhere" / name)
+
+
+def test_two_at_once_download_once(server, home, tmp_path, monkeypatch):
+    name = "official_vit-s-300ep"
+    published(server, name, saved({"state_dict": official("vit")}, tmp_path))
+    convert = zoo_module.convert_checkpoint
+    monkeypatch.setattr(zoo_module, "convert_checkpoint", lambda *args, **options: convert(*args, **options, **TINY))
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        folders = set(pool.map(lambda _: fetch(name, mirror=server.url), range(3)))
+    assert folders == {str(home / "models" / name)}
+    assert len(server.requests) == 1
 
 
 def test_fetched_classifier_works_in_a_pipeline(server, home, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from .push import PUSHED, PushError, link_or_copy, push_folder
+from .push import PUSHED, PushError, link_or_copy, push_folder, remove_stale, staging_prefix
 
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,10 @@ class BackgroundPusher:
     def push(self, folder: str | Path, message: str | None = None) -> None:
         """Take a snapshot of the folder for the next push. Raises nothing; a failure is logged."""
         try:
-            snapshot = Path(tempfile.mkdtemp(prefix=".push_", dir=folder))  # beside the files, where links work
+            remove_stale(Path(folder))
+            snapshot = Path(
+                tempfile.mkdtemp(prefix=staging_prefix(), dir=folder)
+            )  # beside the files, where links work
             for pattern in PUSHED:
                 for path in Path(folder).glob(pattern):
                     if path.is_file():

@@ -92,6 +92,7 @@ def push_folder(
     """
     api = api or HfApi()
     folder = Path(folder)
+    remove_stale(folder)
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or config.get("model_type") != "mocov3":
         raise PushError(f"{folder} holds no MoCo v3 model: expected a config.json with model_type 'mocov3'")
@@ -100,7 +101,7 @@ def push_folder(
     for attempt in range(1, attempts + 1):
         try:
             name = full_name(api, repo_id)
-            with tempfile.TemporaryDirectory(prefix=".push_", dir=staging_place(folder)) as staging:
+            with tempfile.TemporaryDirectory(prefix=staging_prefix(), dir=staging_place(folder)) as staging:
                 stage(folder, Path(staging), config, name, license, max_shard_bytes)
                 api.create_repo(name, private=private or None, exist_ok=True)
                 if revision is not None:
@@ -185,6 +186,29 @@ def stage(folder: Path, staging: Path, config: dict, repo_id: str, license: str 
 def staging_place(folder: Path) -> Path | None:
     """The folder itself, where hard links work, unless it cannot be written; then the system's temporary folder."""
     return folder if os.access(folder, os.W_OK) else None
+
+
+def staging_prefix() -> str:
+    """How temporary folders of this process begin."""
+    return f".push_{os.getpid()}_"
+
+
+def remove_stale(folder: Path) -> None:
+    """Delete temporary folders of processes that were killed in the middle of a push."""
+    for path in folder.glob(".push_*_*"):
+        owner = path.name.split("_")[1]
+        if owner.isdecimal() and not is_alive(int(owner)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_alive(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def link_or_copy(source: Path, target: Path) -> None:
