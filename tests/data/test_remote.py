@@ -50,7 +50,8 @@ class CuttingHandler(http.server.BaseHTTPRequestHandler):
             server.sent += len(data) if body else 0
             chance = server.chance.random()
             cut_at = server.chance.randrange(len(data) + 1)
-        if chance < server.cut_share / 4:
+        if server.refusals > 0 or chance < server.cut_share / 4:
+            server.refusals -= 1
             server.cuts += 1
             self.send_error(503)
             return
@@ -78,6 +79,7 @@ def serve(tmp_path):
         server.daemon_threads = True
         server.folder, server.cut_share, server.chance = folder, cut_share, random.Random(7)
         server.lock, server.requests, server.cuts, server.sent = threading.Lock(), 0, 0, 0
+        server.refusals = 0
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
         return server, f"http://127.0.0.1:{server.server_address[1]}"
@@ -222,6 +224,17 @@ def test_ranges_and_whole_files(serve, tmp_path, impatient):
     assert not is_remote(str(tmp_path))
     with pytest.raises(FileNotFoundError):
         RemoteFile(f"{url}/none.bin")
+
+
+def test_an_overloaded_server_is_no_missing_file(serve, tmp_path, impatient):
+    (tmp_path / "file.bin").write_bytes(b"content")
+    server, url = serve(tmp_path)
+    server.refusals = 3
+    assert read_file(f"{url}/file.bin") == b"content"
+    before = server.cuts
+    with pytest.raises(FileNotFoundError):
+        read_file(f"{url}/none.bin")
+    assert before == server.cuts >= 3
 
 
 def test_waits_double_and_an_end_comes():
