@@ -68,6 +68,14 @@ def test_parquet_with_other_column_names_and_splits(model_folder, image_folder, 
     assert metrics == main(command(model_folder, image_folder, "--output_dir", tmp_path))
 
 
+@pytest.mark.parametrize("change", [{"k": [0]}, {"k": [100]}, {"temperature": 0.0}])
+def test_bad_values_are_found_before_the_pass(image_folder, change):
+    """The model is never called: there is none."""
+    train = open_labelled(str(image_folder), split="train")
+    with pytest.raises(ValueError, match=r"k must be|every k|temperature must be"):
+        evaluate_knn(None, train, train, **({"k": [1]} | change))
+
+
 def features(rows, labels, num_classes):
     return Features(rows, torch.as_tensor(labels), None, num_classes)
 
@@ -113,7 +121,7 @@ def test_k_beyond_the_training_split_is_left_out_with_a_warning(model_folder, im
         (["--dataset_name", "/nowhere"], "'/nowhere' does not exist"),
         (["--model", "/nowhere"], "model folder '/nowhere' does not exist"),
         (["--temperature", "0"], "temperature must be positive"),
-        (["--k", "0"], r"k must lie in 1\.\.45"),
+        (["--k", "0"], "k must be at least 1, got 0"),
         (["--temprature", "1"], "--temprature"),
         (["--batch_size", "0"], "batch_size must be at least 1"),
         (["--image_size", "0"], "image_size must be at least 1"),

@@ -273,6 +273,19 @@ def test_fingerprint_sees_what_times_and_names_do_not(tmp_path):
     assert data_fingerprint(images) != before
 
 
+def test_fingerprint_of_a_large_split_reads_some_images_only(image_folder, monkeypatch):
+    monkeypatch.setattr(features_module, "_SAMPLED_IMAGES", 5)
+    images = open_labelled(str(image_folder), split="train")
+    read, rows = images.read, []
+    monkeypatch.setattr(images, "read", lambda row: rows.append(row) or read(row))
+    data_fingerprint(images)
+    assert rows == [0, 9, 18, 27, 36]
+    rows.clear()
+    del images.source._dataset  # of another kind: nothing but the images tells it apart
+    data_fingerprint(images)
+    assert rows == list(range(45))
+
+
 def test_fingerprint_is_of_the_data(image_folder):
     train, again, test = (open_labelled(str(image_folder), split=split) for split in ("train", "train", "test"))
     assert data_fingerprint(train) == data_fingerprint(again)

@@ -66,8 +66,10 @@ def test_chunks_change_nothing(data, monkeypatch):
     whole = fit_linear_classifier(features, labels)
     expected = whole.predict(test_features, 2)
     monkeypatch.setattr(linear, "_ROWS", 37)
-    pieces = fit_linear_classifier(features, labels)
-    torch.testing.assert_close(pieces.weight, whole.weight, rtol=1e-3, atol=1e-5)
+    for kept in (0, 10**6):
+        monkeypatch.setattr(linear, "_KEPT_VALUES", kept)
+        pieces = fit_linear_classifier(features, labels)
+        torch.testing.assert_close(pieces.weight, whole.weight, rtol=1e-3, atol=1e-5)
     assert torch.equal(whole.predict(test_features, 2), expected)
 
 

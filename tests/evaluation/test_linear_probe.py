@@ -5,6 +5,7 @@ import torch
 
 from mocov3_hf import MoCoV3Config, MoCoV3Model
 from mocov3_hf.data.labelled import open_labelled
+from mocov3_hf.evaluation import linear_probe
 from mocov3_hf.evaluation.encoder import load_encoder, load_transform
 from mocov3_hf.evaluation.features import Features, labelled_features
 from mocov3_hf.evaluation.few_shot import few_shot_metrics
@@ -84,6 +85,19 @@ def test_choice_of_features_from_the_command(image_folder, tmp_path):
     main(command(tmp_path / "model", image_folder, "--features", "last4", "pooled"))
     (result,) = read_results(tmp_path / "model")
     assert set(result["settings"]["chosen"]["validation_accuracies"]) == {"last4", "pooled"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [["--few_shot", "16"], ["--few_shot_fractions", "2"], ["--learning_rates", "0"], ["--validation_fraction", "1"]],
+)
+def test_bad_values_are_found_before_the_pass(model_folder, image_folder, change, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the images were passed over")
+
+    monkeypatch.setattr(linear_probe, "labelled_features", refuse)
+    with pytest.raises(SystemExit, match="error: "):
+        main(command(model_folder, image_folder, *change))
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def labelled_features(
     progress: bool = True,
     description: str = "features",
 ) -> Features:
-    """Features of a split, from the cache where it has them.
+    """Features of a split, from the cache where it has them. With several processes, all must call it.
 
     Args:
         model, images, transform, batch_size, num_workers, mixed_precision, layers, progress, description: as

@@ -21,6 +21,8 @@ from .features import Features, joined_processes, labelled_features
 from .results import FILE_NAME, append_result, table
 
 
+# Features that the signs of collapse are computed on, spread over the test split.
+COLLAPSE_ROWS = 10_000
 DEFAULT_K = (1, 5, 10, 20, 50, 100, 200)
 
 
@@ -49,7 +51,7 @@ def evaluate_knn(
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Classify one split by its nearest neighbours in another.
+    """Classify one split by its nearest neighbours in another. With several processes, all must call it.
 
     Args:
         model: any vision model; heads and wrappers are looked through, modes left as they were.
@@ -72,7 +74,10 @@ def evaluate_knn(
         "cache_dir": cache_dir,
         "progress": progress,
     }
+    # Before the images are passed over, which may take an hour.
     k = usable_k(k, len(train))
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
     train_features = labelled_features(model, train, transform, description="train features", **options)
     test_features = labelled_features(model, test, transform, description="test features", **options)
     device = getattr(base_encoder(model), "device", None)
@@ -91,8 +96,8 @@ def knn_metrics(
 
     Returns:
         `knn{k}_top1` for every `k`, `knn{k}_top5` where there are more than 5 classes and `k` ≥ 5, and
-        `feature_std_ratio`, `effective_rank` of the test features (`mocov3_hf.probes.collapse`). Features that are all
-        the same are reported in a warning: every accuracy is then that of a guess.
+        `feature_std_ratio`, `effective_rank` of (up to 10,000) test features (`mocov3_hf.probes.collapse`). Features
+        that are all the same are reported in a warning: every accuracy is then that of a guess.
     """
     top = 5 if train.num_classes > 5 else 1
     predictions = knn_predict(
@@ -112,7 +117,7 @@ def knn_metrics(
         if top == 5 and number >= 5:
             metrics[f"knn{number}_top5"] = hits.any(dim=1).double().mean().item()
     if len(test) > 1:
-        summary = collapse_summary(test.features)
+        summary = collapse_summary(test.features[:: -(-len(test) // COLLAPSE_ROWS)])
         metrics |= {"feature_std_ratio": summary.std_ratio, "effective_rank": summary.effective_rank}
         if summary.is_collapsed:
             warnings.warn(
@@ -126,6 +131,8 @@ def knn_metrics(
 
 def usable_k(k: Sequence[int], rows: int) -> list[int]:
     """The numbers of neighbours that a training split of `rows` images has; a warning names the others."""
+    if any(number < 1 for number in k):
+        raise ValueError(f"k must be at least 1, got {min(k)}")
     fitting = [number for number in k if number <= rows]
     if not fitting:
         raise ValueError(f"every k ({', '.join(map(str, k))}) exceeds the {rows} images of the training split")

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 # Rows whose logits are held at once: 65,536 × 1,000 classes in float64 are 500 MiB.
 _ROWS = 65536
+# Standardised features up to this number of values (2 GiB) are kept between steps.
+_KEPT_VALUES = 2**28
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,21 @@ def fit_linear_classifier(
     width = features.shape[1]
     parameters = torch.zeros(num_classes, width + 1, dtype=torch.float64, device=device)
 
+    def standardized(begin: int) -> torch.Tensor:
+        return (features[begin : begin + _ROWS].to(device, torch.float64) - mean) / scale
+
+    begins = range(0, len(features), _ROWS)
+    # Kept where they fit: standardising again at each of some hundred steps costs more than the steps.
+    kept = [standardized(begin) for begin in begins] if features.numel() <= _KEPT_VALUES else None
+
     def objective() -> torch.Tensor:
         """Value and gradient in closed form, by chunks of rows."""
         weight, bias = parameters[:, :width], parameters[:, width]
         value = 0.5 * l2 * weight.square().sum()
         gradient = torch.zeros_like(parameters)
         gradient[:, :width] = l2 * weight
-        for begin in range(0, len(features), _ROWS):
-            rows = (features[begin : begin + _ROWS].to(device, torch.float64) - mean) / scale
+        for index, begin in enumerate(begins):
+            rows = standardized(begin) if kept is None else kept[index]
             target = labels[begin : begin + _ROWS]
             log_probabilities = F.log_softmax(torch.addmm(bias, rows, weight.T), dim=1)
             value = value - log_probabilities.gather(1, target[:, None]).sum() / len(features)

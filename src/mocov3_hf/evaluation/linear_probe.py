@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import HfArgumentParser
@@ -14,9 +15,9 @@ from transformers import HfArgumentParser
 from .arguments import EvaluationArguments, describe_splits, evaluation_settings, open_splits, results_folder
 from .encoder import FEATURES, check_model_path, load_encoder, load_transform, select_features, weights_hash
 from .features import Features, joined_processes, labelled_features
-from .few_shot import few_shot_metrics
+from .few_shot import few_shot_metrics, few_shot_rows
 from .results import FILE_NAME, append_result, table
-from .sweep import LEARNING_RATES, WEIGHT_DECAYS, ChosenLinear, choose_linear_classifier
+from .sweep import LEARNING_RATES, WEIGHT_DECAYS, ChosenLinear, checked_grid, choose_linear_classifier
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,17 @@ def linear_metrics(
     return metrics, choice
 
 
+def _check_tasks(arguments: LinearProbeArguments, labels: torch.Tensor) -> None:
+    """ValueError for what would only be found out after the images were passed over."""
+    checked_grid(arguments.learning_rates, arguments.weight_decays)
+    if not 0 < arguments.validation_fraction < 1:
+        raise ValueError(f"validation_fraction must lie between 0 and 1, got {arguments.validation_fraction}")
+    for count in arguments.few_shot:
+        few_shot_rows(labels, per_class=count)
+    for part in arguments.few_shot_fractions:
+        few_shot_rows(labels, fraction=part)
+
+
 def _chosen(
     train: Features, test: Features, choice: str, arguments: LinearProbeArguments
 ) -> tuple[Features, Features]:
@@ -139,6 +151,7 @@ def run(arguments: LinearProbeArguments) -> dict[str, float]:
 
 def _run(arguments: LinearProbeArguments, state: PartialState) -> dict[str, float]:
     splits = open_splits(arguments)
+    _check_tasks(arguments, torch.as_tensor(splits[0].labels))
     encoder = load_encoder(arguments.model).to(state.device)
     transform = load_transform(arguments.model, encoder, arguments.image_size)
     started = time.perf_counter()

@@ -94,7 +94,7 @@ def sweep_linear_classifiers(
         ValueError: features and labels as `fit_linear_classifier`; an empty grid or values out of range.
     """
     labels, num_classes = check_labelled(features, labels, num_classes)
-    settings = _checked_grid(learning_rates, weight_decays)
+    settings = checked_grid(learning_rates, weight_decays)
     for name, value in (("num_epochs", num_epochs), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -211,7 +211,8 @@ def choose_linear_classifier(
     )
 
 
-def _checked_grid(learning_rates: Sequence[float], weight_decays: Sequence[float]) -> list[tuple[float, float]]:
+def checked_grid(learning_rates: Sequence[float], weight_decays: Sequence[float]) -> list[tuple[float, float]]:
+    """All pairs, learning rates outer; ValueError for an empty side or a value out of range."""
     for name, values, lowest in (("learning_rates", learning_rates, 0), ("weight_decays", weight_decays, None)):
         if not values:
             raise ValueError(f"{name} must name at least one value, got none")
