@@ -81,6 +81,15 @@ def test_card_holds_what_the_folder_tells_and_nothing_of_the_machine(run_folder,
     assert str(run_folder.parent) not in front + body
 
 
+def test_card_of_a_converted_model_names_its_origin_and_keeps_its_license(run_folder, hub, api):
+    source = {"name": "official_vit-s-300ep", "file": "vit-s-300ep.pth.tar", "sha256": "ab" * 32}
+    (run_folder / "conversion.json").write_text(json.dumps({"source": source}))
+    push(run_folder, api)
+    card = hub.files("someone/tiny")["README.md"].decode()
+    assert yaml.safe_load(card.split("---\n")[1])["license"] == "cc-by-nc-4.0"
+    assert f"converted exactly from `official_vit-s-300ep` (SHA-256 `{'ab' * 32}`)" in card
+
+
 def test_own_card_is_left_alone_and_a_written_one_renewed(run_folder, hub, api):
     (run_folder / "README.md").write_text("# Mine\n")
     push(run_folder, api)

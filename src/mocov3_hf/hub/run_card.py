@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from .facts import CITATION, LIBRARY, PAPER
+from .facts import CITATION, LIBRARY, PAPER, published_models
 
 
 MARKER = "<!-- written by mocov3_hf; a card without this line is left alone -->"
@@ -102,7 +102,7 @@ def run_metadata(
     )
     entries = eval_results(results)
     return ModelCardData(
-        license=license or DEFAULT_LICENSE,
+        license=license or original_license(conversion) or DEFAULT_LICENSE,
         library_name=LIBRARY,
         pipeline_tag="image-classification" if is_classifier(architecture) else "image-feature-extraction",
         tags=["moco-v3", "self-supervised-learning", "vision", "mocov3_hf"] + (["converted"] if conversion else []),
@@ -112,6 +112,12 @@ def run_metadata(
         model_name=title,
         eval_results=entries or None,
     ).to_yaml()
+
+
+def original_license(conversion: dict[str, Any] | None) -> str | None:
+    """License of the published weights that a folder was converted from; None where it was from others."""
+    model = published_models().get((conversion or {}).get("source", {}).get("name"))
+    return model.source["license"] if model is not None else None
 
 
 def is_hub_id(name: str) -> bool:
