@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from transformers.utils.logging import disable_progress_bar
 
 from ..data.bad_images import TooManyBadImagesError
 from ..data.loader import TwoViewLoader
@@ -55,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         if is_first_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    disable_progress_bar()  # transformers' own, for every file of a checkpoint
     try:
         run.train()
     except (SaveError, TooManyBadImagesError) as error:
