@@ -174,6 +174,26 @@ def test_layout_of_the_convolutional_stem_keeps_every_tensor_apart():
         assert torch.equal(projection, state_dict[f"base_encoder.patch_embed.proj.12.{tensor}"])
 
 
+@torch.no_grad()
+def test_convolutional_stem_computes_what_the_official_one_does():
+    torch.manual_seed(0)
+    layers = []
+    for inputs, outputs in ((3, 4), (4, 8), (8, 16), (16, 32)):
+        layers += [torch.nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), torch.nn.BatchNorm2d(outputs)]
+        layers += [torch.nn.ReLU(inplace=True)]
+    stem = torch.nn.Sequential(*layers, torch.nn.Conv2d(32, 32, 1))
+    stem(torch.randn(8, 3, 32, 32))  # running statistics of its own in every normalisation
+    encoder = {key: value for key, value in official_encoder("vit").items() if not key.startswith("patch_embed")}
+    encoder["pos_embed"] = torch.from_numpy(sincos_position_embedding(32, 2))
+    encoder |= {f"patch_embed.proj.{key}": value for key, value in stem.eval().state_dict().items()}
+    converted = convert_state_dict(encoder, num_attention_heads=2)
+    backbone = converted.config.backbone_config
+    assert (backbone.stem, backbone.patch_size, backbone.image_size) == ("conv", 16, 32)
+    images = torch.randn(2, 3, 32, 32)
+    patches = converted.build_model().backbone.embeddings.patch_embeddings(images)
+    torch.testing.assert_close(patches, stem(images), rtol=0, atol=1e-6)
+
+
 def test_files_from_before_batch_counters_convert():
     encoder = encoder_of(official("resnet"), "resnet")
     old = {key: value for key, value in encoder.items() if not key.endswith("num_batches_tracked")}
