@@ -163,6 +163,10 @@ class RunRecipe:
         "stop", "What a run does when a checkpoint cannot be written, as on a full disk."
     )
     report_to: list[str] = option(["none"], "Trackers: tensorboard, trackio, wandb or none.")
+    push_to_hub: bool = option(False, "Push the output folder to the Hub after every save, in the background.")
+    hub_model_id: str | None = option(None, "USER/NAME of the repository; by default the name of output_dir.")
+    hub_private_repo: bool = option(False, "Whether the repository is made private.")
+    hub_revision: str | None = option(None, "Branch to push to.")
     dry_run: bool = option(False, "Print the plan (parameters, FLOPs, steps, memory) and stop.")
 
 

@@ -121,7 +121,7 @@ class MoCoV3ViTEmbeddings(nn.Module):
         patches = self.patch_embeddings(pixel_values)
         grid = tuple(patches.shape[-2:])
         hidden_states = torch.cat(
-            [self.cls_token.expand(len(patches), -1, -1), patches.flatten(2).transpose(1, 2)], dim=1
+            [self.cls_token.expand(patches.shape[0], -1, -1), patches.flatten(2).transpose(1, 2)], dim=1
         )
         positions = self.interpolated_positions(grid) if interpolate_pos_encoding else self.position_embeddings
         return self.dropout(hidden_states + positions)

@@ -6,9 +6,10 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -38,9 +39,21 @@ from .signals import StopRequest
 from .step import seed_step, train_step
 
 
-def main(arguments: list[str] | None = None) -> None:
+class Pusher(Protocol):
+    """Sends a folder somewhere without stopping the run: neither method waits for the network or raises."""
+
+    def push(self, folder: Path, message: str) -> None: ...
+
+    def finish(self) -> object: ...
+
+
+def main(arguments: list[str] | None = None, make_pusher: Callable[..., Pusher] | None = None) -> None:
     """
     The command `pretrain.py --recipe NAME|FILE [--option value ...]`.
+
+    Args:
+        arguments: Those of the command line, by default of this process.
+        make_pusher: What `--push_to_hub` pushes with, called as `make_pusher(repo_id, private=..., revision=...)`.
 
     A mistake of the user's ends the process with one line on stderr and exit code 2; a checkpoint that cannot be
     written, or too many bad images, with one line and exit code 1; a signal to stop with exit code 0.
@@ -51,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
             if is_first_process():
                 print(describe(recipe))
             return
-        run = Run(recipe)
+        run = Run(recipe, make_pusher)
     except (RecipeError, ValueError) as error:
         if is_first_process():
             print(f"error: {error}", file=sys.stderr)
@@ -100,10 +113,11 @@ class Run:
         RecipeError, ValueError: what cannot work, in a sentence with the repair.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, make_pusher: Callable[..., Pusher] | None = None):
         self.recipe = recipe
         self.output_dir = Path(recipe.run.output_dir)
         self.accelerator = build_accelerator(recipe)
+        self.pusher = self.build_pusher(make_pusher)
         check_model(recipe)
         source = build_source(recipe)
         self.plan = make_plan(recipe, source.num_samples, self.accelerator.num_processes)
@@ -156,9 +170,23 @@ class Run:
                 if stopping:
                     break
         self.accelerator.end_training()
+        if self.pusher is not None:
+            self.pusher.finish()
         if stopping:
             self.accelerator.print(f"stopped by {stop.describe()} after step {step + 1}; to continue:")
             self.accelerator.print(f"  {resume_command()}")
+
+    def build_pusher(self, make_pusher: Callable[..., Pusher] | None) -> Pusher | None:
+        """What pushes, on the main process and where it is asked for."""
+        run = self.recipe.run
+        if not run.push_to_hub:
+            return None
+        if make_pusher is None:
+            raise RecipeError("--push_to_hub works in scripts/pretrain.py; from Python pass make_pusher")
+        if not self.accelerator.is_main_process:
+            return None
+        name = run.hub_model_id or self.output_dir.resolve().name
+        return make_pusher(name, private=run.hub_private_repo, revision=run.hub_revision)
 
     def resume(self, folder: Path, state: RunState) -> tuple[int, list[float]]:
         """Load a checkpoint; gives the steps done and the metrics since their last line."""
@@ -209,6 +237,8 @@ class Run:
                 failure = f"the checkpoint of step {steps_done} could not be written: {error}"
         failure = broadcast_object_list([failure])[0]
         if failure is None:
+            if self.pusher is not None:
+                self.pusher.push(self.output_dir, f"Step {steps_done}")
             return
         if self.recipe.run.on_save_error == "stop" or steps_done == self.plan.total_steps:
             raise SaveError(
