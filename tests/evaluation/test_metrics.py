@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score, top_k_accuracy_score
 
-from mocov3_hf.evaluation.metrics import ClassificationAccuracy, accuracy_metrics
+from mocov3_hf.evaluation.evaluate_metric import ClassificationAccuracy
+from mocov3_hf.evaluation.metrics import accuracy_metrics
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,22 @@
-"""A frozen encoder and a linear classifier on its features, as one model."""
+"""Classifiers: put together from an encoder and a head, loaded whole, and held against the classes of a data set."""
 
+import os
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
+from ..data.labelled import LabelledImages
 from ..model.configuration_mocov3 import MoCoV3Config
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
+from .encoder import base_encoder, check_model_path, load_any, quiet_transformers, size_options
 from .linear import LinearClassifier
+
+
+# Legend: B batch, H W image, C classes.
+
+MATCH_CLASSES = ("name", "number")
 
 
 def build_classifier(
@@ -31,3 +43,121 @@ def build_classifier(
         classifier.classifier.weight.copy_(linear.weight)
         classifier.classifier.bias.copy_(linear.bias)
     return classifier.eval()
+
+
+def load_classifier(model: str | os.PathLike) -> PreTrainedModel:
+    """A saved classifier, in eval mode, on the CPU, complete: no weight is drawn at random.
+
+    Args:
+        model: folder or Hub id that `AutoModelForImageClassification` loads.
+
+    Raises:
+        ValueError: no such folder or repository, no classifier, no head (a folder of pre-training or of a bare
+            encoder), weights that are missing or of other shapes than `config.json` says.
+    """
+    name = check_model_path(model)
+    with quiet_transformers():
+        classifier, info = load_any(name, AutoModelForImageClassification, ignore_mismatched_sizes=True)
+    missing = sorted(info["missing_keys"])
+    body = f"{classifier.base_model_prefix}."
+    if missing and not any(key.startswith(body) for key in missing):
+        raise ValueError(
+            f"{name!r} is an encoder without a head ({', '.join(missing[:2])} missing): train one with"
+            " scripts/linear_probe.py, or evaluate the encoder with scripts/knn.py"
+        )
+    if missing:
+        raise ValueError(
+            f"{name!r} lacks {len(missing)} weights of {type(classifier).__name__} ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}): it was saved from another model than its config.json says"
+        )
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        key, found, expected = mismatched[0]
+        raise ValueError(
+            f"{name!r} holds {key} of shape {tuple(found)}, its config.json ({classifier.config.num_labels} classes)"
+            f" expects {tuple(expected)}: restore the config.json it was saved with"
+        )
+    return classifier.eval()
+
+
+def class_logits(classifier: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Logits (B, C) float32 of images (B, 3, H, W), in the sizes that the encoder accepts."""
+    options = size_options(base_encoder(classifier), pixel_values)
+    return classifier(pixel_values=pixel_values, **options).logits.float()
+
+
+def saved_class_names(config: PreTrainedConfig) -> list[str] | None:
+    """Names of the classes in order, None where a configuration has only the numbered ones of transformers."""
+    names = [str(config.id2label[number]) for number in range(config.num_labels)]
+    return None if names == [f"LABEL_{number}" for number in range(len(names))] else names
+
+
+def match_classes(
+    images: LabelledImages, config: PreTrainedConfig, by: str = "name"
+) -> tuple[LabelledImages, str, list[str] | None]:
+    """The split with its labels numbered as the outputs of a classifier are.
+
+    Names decide: a class of the data set is the class of the checkpoint with the same name, wherever it stands in
+    either; a data set may hold fewer classes than the checkpoint. Where one of the two has no names, and with
+    `by="number"`, numbers are taken as they are, and must then agree in their number.
+
+    Args:
+        images: the labelled split.
+        config: of the classifier: its `id2label` counts.
+        by: "name" or "number".
+
+    Returns:
+        The split; how the classes were matched, in words; the names of the classifier's classes, or None.
+
+    Raises:
+        ValueError: a class of the data set that the checkpoint does not know, names that occur twice, another number
+            of classes, labels beyond the head, another `by`.
+    """
+    if by not in MATCH_CLASSES:
+        raise ValueError(f"match_classes must be one of {', '.join(MATCH_CLASSES)}, got {by!r}")
+    names, own = saved_class_names(config), images.class_names
+    if by == "name" and names is not None and own is not None and names != own:
+        return _matched_by_name(images, names)
+    if own is not None and len(own) != config.num_labels:
+        raise ValueError(
+            f"the data set has {len(own)} classes, the head {config.num_labels}, and there are no names to match"
+            " them by: evaluate on the data set that the head was trained for"
+        )
+    if own is None and images.labels.max() >= config.num_labels:
+        beyond = images.labels >= config.num_labels
+        first = int(beyond.argmax())
+        raise ValueError(
+            f"{beyond.sum()} labels lie beyond the head's {config.num_labels} classes, 0..{config.num_labels - 1}"
+            f" (first in row {first}: {images.labels[first]}): was the head trained for another data set?"
+        )
+    if names is not None and names == own:
+        return images, "by name", names
+    return images, "by number", names or own
+
+
+def _matched_by_name(images: LabelledImages, names: list[str]) -> tuple[LabelledImages, str, list[str]]:
+    own = images.class_names
+    for whose, listed in (("checkpoint", names), ("data set", own)):
+        twice = _first_duplicate(listed)
+        if twice is not None:
+            raise ValueError(
+                f"the {whose} has the class {twice!r} twice, so that names do not tell classes apart: if both number"
+                " their classes alike, add --match_classes number"
+            )
+    numbers = {name: number for number, name in enumerate(names)}
+    unknown = [name for name in own if name not in numbers]
+    if unknown:
+        some, others = (", ".join(map(repr, listed[:3])) for listed in (unknown, names))
+        raise ValueError(
+            f"{len(unknown)} of {len(own)} classes of the data set are not among the {len(names)} of the checkpoint"
+            f" (such as {some}; the checkpoint has {others}, ...): evaluate on the data set that"
+            " the head was trained for, or add --match_classes number if both number them alike"
+        )
+    labels = np.asarray([numbers[name] for name in own], dtype=np.int64)[images.labels]
+    how = "by name, in another order" if len(own) == len(names) else f"by name, {len(own)} of {len(names)}"
+    return LabelledImages(images.source, labels, names), how, names
+
+
+def _first_duplicate(names: Sequence[str]) -> str | None:
+    seen = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)

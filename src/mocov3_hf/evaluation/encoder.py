@@ -48,11 +48,11 @@ def load_encoder(model: str | os.PathLike) -> PreTrainedModel:
         ValueError: no such folder or repository, a folder that is no model, weights missing.
     """
     name = check_model_path(model)
-    with _quiet_transformers():
-        encoder, info = _load(name)
+    with quiet_transformers():
+        encoder, info = load_any(name)
         missing = sorted(info["missing_keys"])
         if missing and all(key.startswith("pooler.") for key in missing):
-            encoder, info = _load(name, add_pooling_layer=False)
+            encoder, info = load_any(name, add_pooling_layer=False)
             missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
@@ -77,9 +77,10 @@ def check_model_path(model: str | os.PathLike) -> str:
     return name
 
 
-def _load(name: str, **options) -> tuple[PreTrainedModel, dict]:
+def load_any(name: str, auto_class: type = AutoModel, **options) -> tuple[PreTrainedModel, dict]:
+    """A model by one of the Auto classes and what `from_pretrained` says of its keys; ValueError when it fails."""
     try:
-        return AutoModel.from_pretrained(name, output_loading_info=True, **options)
+        return auto_class.from_pretrained(name, output_loading_info=True, **options)
     # A configuration of no model, a file that is not there, damaged weights: transformers, safetensors and the Hub
     # have an exception each.
     except Exception as error:
@@ -88,7 +89,7 @@ def _load(name: str, **options) -> tuple[PreTrainedModel, dict]:
 
 
 @contextmanager
-def _quiet_transformers():
+def quiet_transformers():
     """No report of the keys that loading passes over: heads are meant to be left out here."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -186,7 +187,7 @@ def pooled_features(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> tor
     Raises:
         ValueError: the model gives neither a pooled vector nor tokens.
     """
-    outputs = encoder(pixel_values=pixel_values, **_size_options(encoder, pixel_values))
+    outputs = encoder(pixel_values=pixel_values, **size_options(encoder, pixel_values))
     pooled = outputs.get("pooler_output")
     if pooled is None:
         tokens = outputs.get("last_hidden_state")
@@ -207,7 +208,7 @@ def layer_features(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> torc
     """
     inner = getattr(encoder, "backbone", encoder)
     norm = getattr(inner, "layernorm", None)
-    outputs = encoder(pixel_values=pixel_values, output_hidden_states=True, **_size_options(encoder, pixel_values))
+    outputs = encoder(pixel_values=pixel_values, output_hidden_states=True, **size_options(encoder, pixel_values))
     hidden_states = outputs.hidden_states[-CLS_LAYERS:]
     if norm is None or hasattr(inner.config, "depths") or hidden_states[-1].dim() != 3:
         raise ValueError(
@@ -233,7 +234,8 @@ def select_features(features: torch.Tensor, choice: str) -> torch.Tensor:
     return features[:, begin * width : end * width]
 
 
-def _size_options(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> dict[str, bool]:
+def size_options(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> dict[str, bool]:
+    """What an encoder must be told to accept images of another size than it was built for."""
     size = image_size_of(encoder)
     other = size is not None and size != min(pixel_values.shape[-2:])
     return {"interpolate_pos_encoding": True} if other and _interpolates(encoder) else {}

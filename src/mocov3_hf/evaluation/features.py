@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..data.decode import BadImageError
 from ..data.labelled import LabelledImages
@@ -148,20 +149,58 @@ def extract_features(
     progress: bool = True,
     description: str = "features",
 ) -> torch.Tensor:
-    """One pass over a split, in eval mode and without gradient, on the device where the model is.
-
-    With several processes each takes a stretch of the split's batches, and all receive all features in order. Batches
-    are cut from the whole split, so their content, and with it every bit of the features, does not depend on the
-    number of processes.
+    """Features of a split, in one pass: `rows_of_split` of the pooled vector.
 
     Args:
         model: a vision model of transformers, bare or with heads or wrapped; its modes are restored afterwards.
+        images, transform, batch_size, num_workers, mixed_precision, progress, description: as `rows_of_split`.
+        layers: give `layer_features` (n, 5·D) instead of the pooled vector, for ViTs only.
+
+    Returns:
+        (n, D) float32 on the CPU.
+
+    Raises:
+        ValueError: as `rows_of_split`.
+    """
+    return rows_of_split(
+        base_encoder(model),
+        layer_features if layers else pooled_features,
+        images,
+        transform,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        mixed_precision=mixed_precision,
+        progress=progress,
+        description=description,
+    )
+
+
+def rows_of_split(
+    model: PreTrainedModel,
+    forward: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor],
+    images: LabelledImages,
+    transform: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    mixed_precision: str = "no",
+    progress: bool = True,
+    description: str = "images",
+) -> torch.Tensor:
+    """One pass over a split, in eval mode and without gradient, on the device where the model is.
+
+    With several processes each takes a stretch of the split's batches, and all receive all rows in order. Batches
+    are cut from the whole split, so their content, and with it every bit of the rows, does not depend on the number of
+    processes.
+
+    Args:
+        model: a vision model of transformers, not wrapped; its modes are restored afterwards.
+        forward: model and images (B, 3, H, W) to rows (B, D) float32.
         images: the labelled split.
         transform: uint8 (3, H, W) to float32 (3, size, size).
         batch_size: images per batch and process.
         num_workers: processes that decode, for each process; 0 decodes in the process itself.
-        mixed_precision: "no", "bf16" or "fp16": of the forward pass. Features are float32 in any case.
-        layers: give `layer_features` (n, 5·D) instead of the pooled vector, for ViTs only.
+        mixed_precision: "no", "bf16" or "fp16": of the forward pass. Rows are float32 in any case.
         progress: show a bar on the main process.
         description: its title.
 
@@ -177,7 +216,6 @@ def extract_features(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     state = process_state()
-    encoder = base_encoder(model)
     num_batches = -(-len(images) // batch_size)
     edges = [
         min(num_batches * rank // state.num_processes * batch_size, len(images))
@@ -189,36 +227,36 @@ def extract_features(
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate,
-        pin_memory=encoder.device.type == "cuda",
+        pin_memory=model.device.type == "cuda",
     )
     rows, error = [], None
     with (
         torch.no_grad(),
-        _evaluating(encoder),
+        _evaluating(model),
         tqdm(total=end - begin, unit="img", desc=description, disable=not (progress and state.is_main_process)) as bar,
     ):
         for pixel_values, error in loader:
             if error is not None:
                 break
-            rows.append(_forward(encoder, pixel_values, PRECISIONS[mixed_precision], layers).cpu())
+            rows.append(_forward(model, forward, pixel_values, PRECISIONS[mixed_precision]).cpu())
             bar.update(len(pixel_values))
     # All processes learn of an error of one, or they would wait for its rows for ever.
     errors = [found for found in gather_object([error]) if found is not None]
     if errors:
         raise ValueError(errors[0])
     own = torch.cat(rows) if rows else None
-    return own if state.num_processes == 1 else _gather_rows(own, edges, encoder.device)
+    return own if state.num_processes == 1 else _gather_rows(own, edges, model.device)
 
 
 def _forward(
-    encoder: nn.Module, pixel_values: torch.Tensor, precision: torch.dtype | None, layers: bool
+    model: PreTrainedModel, forward: Callable, pixel_values: torch.Tensor, precision: torch.dtype | None
 ) -> torch.Tensor:
-    device = encoder.device
+    device = model.device
     pixel_values = pixel_values.to(device, non_blocking=True)
     with torch.autocast(device.type, precision, enabled=precision is not None):
         if precision is None:
-            pixel_values = pixel_values.to(encoder.dtype)
-        return layer_features(encoder, pixel_values) if layers else pooled_features(encoder, pixel_values)
+            pixel_values = pixel_values.to(model.dtype)
+        return forward(model, pixel_values)
 
 
 def _gather_rows(own: torch.Tensor | None, edges: list[int], device: torch.device) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """Weighted nearest-neighbour evaluation of a model: no training, no choices, one figure in minutes."""
 
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,11 +10,18 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import HfArgumentParser
 
 from ..data.labelled import LabelledImages
 from ..probes import collapse_summary, knn_predict
-from .arguments import EvaluationArguments, describe_splits, evaluation_settings, open_splits, results_folder
+from .arguments import (
+    FeatureArguments,
+    describe_splits,
+    ending_in_one_line,
+    evaluation_settings,
+    open_splits,
+    parse_arguments,
+    results_folder,
+)
 from .encoder import base_encoder, check_model_path, load_encoder, load_transform, weights_hash
 from .features import Features, joined_processes, labelled_features
 from .results import FILE_NAME, append_result, table
@@ -27,7 +33,7 @@ DEFAULT_K = (1, 5, 10, 20, 50, 100, 200)
 
 
 @dataclass(frozen=True)
-class KNNArguments(EvaluationArguments):
+class KNNArguments(FeatureArguments):
     """Arguments of `scripts/knn.py`."""
 
     k: list[int] = field(
@@ -180,10 +186,5 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     Args:
         argv: None for those of the process.
     """
-    parser = HfArgumentParser(KNNArguments, description="Weighted kNN evaluation of any vision model.")
-    try:
-        # An option that does not exist is a ValueError there.
-        (arguments,) = parser.parse_args_into_dataclasses(argv)
-        return run(arguments)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    with ending_in_one_line():
+        return run(parse_arguments(KNNArguments, argv, "Weighted kNN evaluation of any vision model."))

@@ -1,4 +1,4 @@
-"""Accuracy of classifiers, as a function and as a metric of `evaluate` that needs no network.
+"""Accuracy of classifiers.
 
 Legend: n images, C classes.
 """
@@ -6,8 +6,6 @@ Legend: n images, C classes.
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 
 
@@ -55,30 +53,3 @@ def accuracy_metrics(
         name: float(hit / count) if count else None for name, hit, count in zip(names, hits, counts, strict=True)
     }
     return metrics
-
-
-class ClassificationAccuracy(evaluate.Metric):
-    """`accuracy_metrics` as a metric of `evaluate`: add batches, compute once, on one process or several.
-
-    Args:
-        class_names: names for the per-class accuracies.
-        top: as `accuracy_metrics`.
-        options: those of `evaluate.Metric` (`num_process`, `process_id`, `experiment_id`, `cache_dir`, ...).
-    """
-
-    def __init__(self, class_names: Sequence[str] | None = None, top: Sequence[int] = (1, 5), **options):
-        self.class_names, self.top = class_names, tuple(top)
-        super().__init__(**options)
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Top-k, mean per-class and per-class accuracy.",
-            citation="",
-            inputs_description="predictions: scores (n, C); references: labels (n,), integers from 0.",
-            features=datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value("float32")), "references": datasets.Value("int64")}
-            ),
-        )
-
-    def _compute(self, predictions, references) -> dict[str, Any]:
-        return accuracy_metrics(np.asarray(predictions), np.asarray(references), self.class_names, self.top)

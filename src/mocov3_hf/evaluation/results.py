@@ -25,7 +25,7 @@ def append_result(
     *,
     task: str,
     dataset: Mapping[str, Any],
-    metrics: Mapping[str, float],
+    metrics: Mapping[str, Any],
     settings: Mapping[str, Any],
     seconds: float,
     seed: int | None = None,
@@ -41,7 +41,7 @@ def append_result(
         output_dir: folder, made where missing.
         task: "knn", "linear", "finetune", ...
         dataset: what was evaluated on: name, config, split(s), revision, fingerprint, ...
-        metrics: name to value; accuracies between 0 and 1.
+        metrics: name to value; accuracies between 0 and 1; of every class as a mapping.
         settings: everything that was chosen and has an influence on the metrics.
         seconds: how long it took.
         seed: None where nothing was drawn.
@@ -97,11 +97,15 @@ def read_results(output_dir: str | os.PathLike) -> list[dict[str, Any]]:
     return results
 
 
-def table(metrics: Mapping[str, float], title: str) -> str:
-    """Metrics as lines of text: accuracies (names with `top`) in percent, everything else as it is."""
+def table(metrics: Mapping[str, Any], title: str) -> str:
+    """Metrics as lines of text: accuracies (`top` in the name, `mean_per_class`) in percent, other numbers as they
+    are. What is no number, the accuracy of every class, is left to the file."""
+    metrics = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
     width = max(map(len, metrics), default=0)
     lines = [
-        f"  {name:<{width}}  {100 * value:7.2f} %" if "top" in name else f"  {name:<{width}}  {value:7.4g}"
+        f"  {name:<{width}}  {100 * value:7.2f} %"
+        if "top" in name or name.endswith("mean_per_class")
+        else f"  {name:<{width}}  {value:7.4g}"
         for name, value in metrics.items()
     ]
     return "\n".join([title, *lines])

@@ -5,11 +5,12 @@ import torch
 
 from mocov3_hf import MoCoV3Config, MoCoV3Model
 from mocov3_hf.data.labelled import open_labelled
-from mocov3_hf.evaluation import linear_probe
+from mocov3_hf.evaluation import cached_linear
 from mocov3_hf.evaluation.encoder import load_encoder, load_transform
 from mocov3_hf.evaluation.features import Features, labelled_features
 from mocov3_hf.evaluation.few_shot import few_shot_metrics
-from mocov3_hf.evaluation.linear_probe import LinearProbeArguments, linear_metrics, main
+from mocov3_hf.evaluation.cached_linear import CachedLinearArguments, linear_metrics
+from mocov3_hf.evaluation.linear_probe import main
 from mocov3_hf.evaluation.results import read_results
 from mocov3_hf.evaluation.sweep import choose_linear_classifier
 from tests.evaluation.making import VIT
@@ -62,7 +63,7 @@ def test_features_are_compared_on_the_held_out_part():
         layers = torch.randn(rows, 5 * 6, generator=generator)
         layers[torch.arange(rows), 4 * 6 + labels] += 6  # the mean of the patches
         sides.append(Features(layers, labels, None, 4))
-    arguments = LinearProbeArguments(
+    arguments = CachedLinearArguments(
         "model",
         "data",
         features=["pooled", "pooled_mean", "last4"],
@@ -95,7 +96,7 @@ def test_bad_values_are_found_before_the_pass(model_folder, image_folder, change
     def refuse(*args, **kwargs):
         raise AssertionError("the images were passed over")
 
-    monkeypatch.setattr(linear_probe, "labelled_features", refuse)
+    monkeypatch.setattr(cached_linear, "labelled_features", refuse)
     with pytest.raises(SystemExit, match="error: "):
         main(command(model_folder, image_folder, *change))
 
@@ -103,7 +104,6 @@ def test_bad_values_are_found_before_the_pass(model_folder, image_folder, change
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--no_cached"], "add --cached"),
         (["--features", "attention"], "features must be among pooled, pooled_mean, last4, got attention"),
         (["--features", "last4"], "has 2 layers, 4 are needed"),
         (["--learning_rates", "-1"], "learning_rates must be positive, got -1.0"),
@@ -114,8 +114,6 @@ def test_bad_values_are_found_before_the_pass(model_folder, image_folder, change
 )
 def test_bad_input_is_one_line_and_status_one(model_folder, image_folder, tmp_path, change, message):
     arguments = command(model_folder, image_folder, "--output_dir", tmp_path, *change)
-    if change == ["--no_cached"]:
-        arguments = [argument for argument in arguments if argument not in ("--cached", "--no_cached")]
     with pytest.raises(SystemExit, match=message) as end:
         main(arguments)
     assert "\n" not in str(end.value)

@@ -1,0 +1,120 @@
+"""Test of a saved classifier: top-1 and top-5 on any labelled split, every image once."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+from ..data.labelled import LabelledImages
+from .arguments import (
+    SplitArguments,
+    describe_split,
+    ending_in_one_line,
+    evaluation_settings,
+    open_split,
+    parse_arguments,
+    results_folder,
+)
+from .classifier import MATCH_CLASSES, class_logits, load_classifier, match_classes
+from .encoder import check_model_path, load_transform, weights_hash
+from .features import joined_processes, rows_of_split
+from .metrics import accuracy_metrics
+from .results import FILE_NAME, append_result, table
+
+
+@dataclass(frozen=True)
+class EvaluateArguments(SplitArguments):
+    """Arguments of `scripts/evaluate.py`."""
+
+    match_classes: str = field(
+        default="name",
+        metadata={
+            "help": "How classes of the data set become those of the checkpoint: by name, in whatever order either has"
+            " them, or by number. Without names on both sides numbers are taken.",
+            "choices": list(MATCH_CLASSES),
+        },
+    )
+
+
+def evaluate_classifier(
+    model: PreTrainedModel,
+    images: LabelledImages,
+    transform: Callable[[torch.Tensor], torch.Tensor],
+    class_names: Sequence[str] | None = None,
+    **options,
+) -> dict[str, Any]:
+    """Accuracies of a classifier on a split. With several processes, all must call it.
+
+    Args:
+        model: a classifier of transformers, not wrapped; its modes are restored afterwards.
+        images: the labelled split, labels numbered as the outputs of the model (`match_classes`).
+        transform: uint8 (3, H, W) to float32 (3, size, size).
+        class_names: for the accuracies per class; None for numbers.
+        options: `batch_size`, `num_workers`, `mixed_precision`, `progress`, `description` of `rows_of_split`.
+
+    Returns:
+        `loss` (mean cross-entropy) and the metrics of `accuracy_metrics`: the same on every process, and whatever the
+        number of processes.
+
+    Raises:
+        ValueError: labels beyond the head, scores that are not numbers, and as `rows_of_split`.
+    """
+    logits = rows_of_split(model, class_logits, images, transform, **options)
+    metrics = accuracy_metrics(logits.numpy(), images.labels, class_names)
+    loss = torch.nn.functional.cross_entropy(logits.double(), torch.as_tensor(images.labels, dtype=torch.int64))
+    return {**metrics, "loss": loss.item()}
+
+
+def run(arguments: EvaluateArguments) -> dict[str, Any]:
+    """Load, evaluate, print, record, on all processes of this run. Raises ValueError as what it calls."""
+    results_folder(arguments)
+    check_model_path(arguments.model)
+    with joined_processes() as state:
+        return _run(arguments, state)
+
+
+def _run(arguments: EvaluateArguments, state: PartialState) -> dict[str, Any]:
+    classifier = load_classifier(arguments.model).to(state.device)
+    images = open_split(arguments, arguments.test_split)
+    dataset = describe_split(arguments, images)
+    images, matched, class_names = match_classes(images, classifier.config, arguments.match_classes)
+    transform = load_transform(arguments.model, classifier, arguments.image_size)
+    started = time.perf_counter()
+    metrics = evaluate_classifier(
+        classifier,
+        images,
+        transform,
+        class_names if class_names is not None and len(set(class_names)) == len(class_names) else None,
+        batch_size=arguments.batch_size,
+        num_workers=arguments.num_workers,
+        mixed_precision=arguments.mixed_precision,
+    )
+    if state.is_main_process:
+        append_result(
+            results_folder(arguments),
+            task="evaluate",
+            model={"name": arguments.model, "weights": weights_hash(classifier)},
+            dataset=dataset,
+            metrics=metrics,
+            settings={**evaluation_settings(arguments), "transform": repr(transform), "classes": matched},
+            seconds=time.perf_counter() - started,
+        )
+        print(table(metrics, f"classifier: {arguments.model} on {arguments.dataset_name}, {arguments.test_split}"))
+        print(f"  {len(images)} images, classes matched {matched}")
+        print(f"recorded in {Path(results_folder(arguments)) / FILE_NAME}")
+    return metrics
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Command line of the test of a classifier. Bad input ends the process with one line and status 1.
+
+    Args:
+        argv: None for those of the process.
+    """
+    with ending_in_one_line():
+        return run(parse_arguments(EvaluateArguments, argv, "Top-1 and top-5 of a saved classifier."))

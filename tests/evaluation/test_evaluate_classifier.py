@@ -1,0 +1,205 @@
+"""The test of saved classifiers: figures, classes matched by name, any number of processes, bad input."""
+
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from mocov3_hf.data.labelled import open_labelled
+from mocov3_hf.evaluation.classifier import build_classifier, match_classes
+from mocov3_hf.evaluation.encoder import load_encoder, load_transform
+from mocov3_hf.evaluation.evaluate import main
+from mocov3_hf.evaluation.features import labelled_features
+from mocov3_hf.evaluation.linear import fit_linear_classifier
+from mocov3_hf.evaluation.results import read_results
+from tests.launch import torchrun
+
+
+SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "evaluate.py"
+
+
+@pytest.fixture(scope="module")
+def classifier_folder(model_folder, image_folder, tmp_path_factory):
+    """Colours told apart, but for a bias that makes some answers wrong."""
+    folder = tmp_path_factory.mktemp("classifier")
+    encoder = load_encoder(model_folder)
+    transform = load_transform(model_folder, encoder)
+    train = labelled_features(encoder, open_labelled(str(image_folder), split="train"), transform, progress=False)
+    linear = fit_linear_classifier(train.features, train.labels)
+    rows = linear.logits(train.features)
+    linear.bias[0] += (rows.amax(dim=1) - rows[:, 0]).quantile(0.6)
+    build_classifier(encoder, linear, ["ant", "bee", "cow"]).save_pretrained(folder)
+    transform.processor.save_pretrained(folder)
+    return folder
+
+
+def command(model, images, *more):
+    return ["--model", str(model), "--dataset_name", str(images), "--batch_size", "4", *map(str, more)]
+
+
+def with_config(folder, target, **changes):
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | changes))
+    return target
+
+
+def test_figures_are_those_of_a_plain_loop(classifier_folder, image_folder, tmp_path, capsys):
+    metrics = main(command(classifier_folder, image_folder, "--output_dir", tmp_path))
+    model = AutoModelForImageClassification.from_pretrained(classifier_folder).eval()
+    processor = AutoImageProcessor.from_pretrained(classifier_folder)
+    labels, predicted = [], []
+    for path in sorted(image_folder.glob("test/*/*.png")):
+        with Image.open(path) as image, torch.no_grad():
+            logits = model(**processor(image.convert("RGB"), return_tensors="pt")).logits
+        labels.append(path.parent.name)
+        predicted.append(model.config.id2label[int(logits.argmax())])
+    assert metrics["top1"] == accuracy_score(labels, predicted)
+    assert metrics["mean_per_class"] == pytest.approx(balanced_accuracy_score(labels, predicted))
+    assert 0.4 < metrics["top1"] < 1, "neither chance nor perfect, or little would be tested"
+    printed = capsys.readouterr().out
+    assert f"{100 * metrics['top1']:.2f} %" in printed
+    assert "21 images, classes matched by name" in printed
+    (result,) = read_results(tmp_path)
+    assert (result["task"], result["metrics"], result["settings"]["classes"]) == ("evaluate", metrics, "by name")
+    assert result["dataset"]["size"] == 21
+    assert set(result["metrics"]["per_class"]) == {"ant", "bee", "cow"}
+
+
+def test_classes_in_another_order_are_matched_by_name(classifier_folder, image_folder, tmp_path, capsys):
+    """The same images whose data set numbers the classes cow, ant, bee."""
+    expected = main(command(classifier_folder, image_folder, "--output_dir", tmp_path))
+    dataset = datasets.load_dataset(str(image_folder), split="test")
+    names = ["cow", "ant", "bee"]
+    numbers = [names.index(dataset.features["label"].int2str(label)) for label in dataset["label"]]
+    (tmp_path / "data").mkdir()
+    dataset = dataset.remove_columns("label").add_column("label", numbers)
+    dataset = dataset.cast_column("label", datasets.ClassLabel(names=names))
+    dataset.to_parquet(tmp_path / "data" / "test-0.parquet")
+    metrics = main(command(classifier_folder, tmp_path / "data", "--output_dir", tmp_path))
+    assert metrics == expected
+    assert "by name, in another order" in capsys.readouterr().out
+    by_number = main(
+        command(classifier_folder, tmp_path / "data", "--output_dir", tmp_path, "--match_classes", "number")
+    )
+    assert by_number["top1"] < expected["top1"] - 0.2
+
+
+def test_a_data_set_with_fewer_classes_is_a_part_of_the_head(classifier_folder, image_folder, tmp_path):
+    whole = main(command(classifier_folder, image_folder, "--output_dir", tmp_path))
+    shutil.copytree(image_folder / "test" / "bee", tmp_path / "data" / "test" / "bee")
+    shutil.copytree(image_folder / "test" / "cow", tmp_path / "data" / "test" / "cow")
+    metrics = main(command(classifier_folder, tmp_path / "data", "--output_dir", tmp_path))
+    assert metrics["per_class"] == whole["per_class"] | {"ant": None}
+    assert read_results(tmp_path)[1]["settings"]["classes"] == "by name, 2 of 3"
+
+
+def test_numbers_are_taken_where_there_are_no_names(classifier_folder, image_folder, tmp_path):
+    labels = {str(number): f"LABEL_{number}" for number in range(3)}
+    folder = with_config(
+        classifier_folder, tmp_path / "m", id2label=labels, label2id={name: int(n) for n, name in labels.items()}
+    )
+    metrics = main(command(folder, image_folder))
+    assert metrics["top1"] == main(command(classifier_folder, image_folder, "--output_dir", tmp_path))["top1"]
+    assert read_results(folder)[0]["settings"]["classes"] == "by number"
+
+
+def test_one_process_and_two_give_the_same_file(classifier_folder, image_folder, tmp_path):
+    """21 images in batches of 4 are six batches, the last of a single image: three for each process."""
+    main(command(classifier_folder, image_folder, "--output_dir", tmp_path / "1"))
+    torchrun(2, SCRIPT, *command(classifier_folder, image_folder, "--output_dir", tmp_path / "2"))
+    (one,), (two,) = read_results(tmp_path / "1"), read_results(tmp_path / "2")
+    assert (one["hardware"]["num_processes"], two["hardware"]["num_processes"]) == (1, 2)
+    assert one["metrics"] == two["metrics"], "to the last bit of the loss"
+    assert one["model"] == two["model"]
+
+
+class Config:
+    def __init__(self, names):
+        self.id2label, self.num_labels = dict(enumerate(names)), len(names)
+
+
+class Split:
+    def __init__(self, labels, class_names):
+        self.source, self.labels, self.class_names = None, np.asarray(labels), class_names
+
+
+@pytest.mark.parametrize(
+    ("labels", "own", "names", "by", "message"),
+    [
+        ([0], ["a", "x"], ["a", "b"], "name", "1 of 2 classes of the data set are not among the 2 of the checkpoint"),
+        ([0], ["a", "b"], ["a", "b", "b"], "name", "the checkpoint has the class 'b' twice"),
+        ([0], ["a", "b"], ["LABEL_0"], "name", "the data set has 2 classes, the head 1"),
+        ([0], ["a", "b"], ["x", "y", "z"], "number", "the data set has 2 classes, the head 3"),
+        ([0, 2, 3], None, ["x", "y"], "name", r"2 labels lie beyond the head's 2 classes, 0\.\.1 \(first in row 1: 2"),
+        ([0], ["a"], ["a"], "shape", "match_classes must be one of name, number, got 'shape'"),
+    ],
+)
+def test_classes_that_do_not_match_are_refused_in_one_line(labels, own, names, by, message):
+    with pytest.raises(ValueError, match=message) as error:
+        match_classes(Split(labels, own), Config(names), by)
+    assert "\n" not in str(error.value)
+
+
+def test_equal_lists_with_a_name_twice_need_no_matching():
+    """ImageNet's crane is a bird and a machine."""
+    split = Split([0, 1], ["crane", "crane"])
+    assert match_classes(split, Config(["crane", "crane"])) == (split, "by name", ["crane", "crane"])
+
+
+def broken_folder(classifier_folder, target, what):
+    if what == "config":
+        labels = {str(number): f"c{number}" for number in range(5)}
+        return with_config(classifier_folder, target, id2label=labels, label2id={})
+    shutil.copytree(classifier_folder, target)
+    weights = load_file(target / "model.safetensors")
+    del weights["mocov3.backbone.layernorm.weight"]
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("config", r"holds classifier\.\w+ of shape \(3.*\), its config\.json \(5 classes\) expects"),
+        ("weights", r"lacks 1 weights of MoCoV3ForImageClassification \(mocov3\.backbone\.layernorm\.weight\)"),
+    ],
+)
+def test_damaged_classifiers_are_refused(classifier_folder, image_folder, tmp_path, what, message):
+    folder = broken_folder(classifier_folder, tmp_path / "model", what)
+    with pytest.raises(SystemExit, match=message) as end:
+        main(command(folder, image_folder))
+    assert "\n" not in str(end.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--test_split", "val"], "split 'val' does not exist .* it has: train, test"),
+        (["--model", "/nowhere"], "model folder '/nowhere' does not exist"),
+        (["--model", "someone/model"], "is no local folder to put results.json in: add --output_dir"),
+        (["--batch_size", "many"], "--batch_size.*invalid int value: 'many'"),
+        (["--match_clases", "name"], "there is no option --match_clases: did you mean 'match_classes'"),
+        (["--mixed_precision", "int8"], "invalid choice: 'int8'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_one(classifier_folder, image_folder, change, message):
+    before = sorted(path.name for path in classifier_folder.iterdir())
+    with pytest.raises(SystemExit, match=message) as end:
+        main(command(classifier_folder, image_folder, *change))
+    assert "\n" not in str(end.value)
+    assert str(end.value).startswith("error: ")
+    assert sorted(path.name for path in classifier_folder.iterdir()) == before
+
+
+def test_encoders_without_a_head_are_refused(model_folder, image_folder):
+    with pytest.raises(SystemExit, match=r"is an encoder without a head \(classifier.bias, classifier.weight missing"):
+        main(command(model_folder, image_folder))
