@@ -24,6 +24,7 @@ METRICS = [
     "grad_norm",
     "images_per_second",
     "data_wait_fraction",
+    "skipped_steps",
 ]
 TIMES = ("images_per_second", "data_wait_fraction")
 

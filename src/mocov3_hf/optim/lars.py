@@ -20,6 +20,9 @@ class LARS(Optimizer):
     Tensors of at most one dimension (biases, norms) have neither weight decay nor scaling. All tensors of a group are
     updated together (multi-tensor).
 
+    As torch's fused optimizers it heeds a 0-dim tensor set as its attribute `found_inf`: where that is 1, a step
+    changes nothing, and nobody has to wait for the device to know.
+
     Args:
         params: Parameters, or groups of them as torch's optimizers take them.
         lr: Learning rate.
@@ -78,9 +81,21 @@ class LARS(Optimizer):
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        torch._foreach_mul_(buffers, group["momentum"])
+        momentum, lr = group["momentum"], group["lr"]
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None:
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(parameters, buffers, alpha=-lr)
+            return
+        skip = found_inf.bool()
+        updates = [torch.where(skip, 0.0, update) for update in updates]  # a product with 0 would keep NaN
+        # In the precision of the parameters: `torch.where` on plain numbers would round them to float32.
+        dtype = torch.promote_types(buffers[0].dtype, torch.float32)
+        kept = skip.to(dtype)
+        torch._foreach_mul_(buffers, kept + (1 - kept) * torch.full_like(kept, momentum))
         torch._foreach_add_(buffers, updates)
-        torch._foreach_add_(parameters, buffers, alpha=-group["lr"])
+        torch._foreach_add_(parameters, torch._foreach_mul(buffers, (1 - kept) * torch.full_like(kept, -lr)))
 
 
 def adapted_updates(parameters: list[torch.Tensor], group: dict) -> list[torch.Tensor]:

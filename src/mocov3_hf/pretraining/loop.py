@@ -33,7 +33,7 @@ from .build import (
 from .checkpoint import RunState, SaveError, list_checkpoints, load_checkpoint, remove_leftovers, save_checkpoint
 from .dry_run import describe
 from .gradient_cache import check_chunkable
-from .monitors import TrainingLog
+from .monitors import DivergedError, TrainingLog
 from .resume import find_checkpoint
 from .signals import StopRequest
 from .step import seed_step, train_step
@@ -56,7 +56,8 @@ def main(arguments: list[str] | None = None, make_pusher: Callable[..., Pusher] 
         make_pusher: What `--push_to_hub` pushes with, called as `make_pusher(repo_id, private=..., revision=...)`.
 
     A mistake of the user's ends the process with one line on stderr and exit code 2; a checkpoint that cannot be
-    written, or too many bad images, with one line and exit code 1; a signal to stop with exit code 0.
+    written, too many bad images, or a run that has diverged, with one line and exit code 1; a signal to stop with
+    exit code 0.
     """
     try:
         recipe = parse(sys.argv[1:] if arguments is None else arguments)
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None, make_pusher: Callable[..., Pusher] 
     disable_progress_bar()  # transformers' own, for every file of a checkpoint
     try:
         run.train()
-    except (SaveError, TooManyBadImagesError) as error:
+    except (DivergedError, SaveError, TooManyBadImagesError) as error:
         if is_first_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

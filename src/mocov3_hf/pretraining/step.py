@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTrainingOutput
+from ..optim import LARS
 from .gradient_cache import cached_backward
 
 
@@ -21,6 +22,7 @@ class StepOutput:
     loss: torch.Tensor
     positive_top1: torch.Tensor
     grad_norm: torch.Tensor
+    skipped: torch.Tensor  # whether the step changed nothing, since its gradient was not finite
 
 
 def train_step(
@@ -47,6 +49,7 @@ def train_step(
         accelerator: Precision and processes.
         gradient_cache_chunk_size: Images per pass of the backbone, for batches larger than memory; `None` for all.
     """
+    statistics = RunningStatistics(model)
     # θk ← m·θk + (1 - m)·θq; before the forward, as base weights do not move in between.
     accelerator.unwrap_model(model).update_momentum_encoder(momentum)
 
@@ -59,11 +62,14 @@ def train_step(
     grad_norm = clip_gradients(model, optimizer, max_grad_norm, accelerator)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    optimizer.step()
+    # Gradients are averaged over the processes: if one has a NaN, all have, and all skip together.
+    skipped = ~grad_norm.isfinite()
+    update_unless(skipped, optimizer, accelerator)
     optimizer.zero_grad()
+    statistics.restore_where(skipped)
 
     positive_top1 = (output.positive_top1_1 + output.positive_top1_2) / 2
-    return StepOutput(output.loss.detach(), positive_top1, grad_norm)
+    return StepOutput(output.loss.detach(), positive_top1, grad_norm, skipped)
 
 
 def clip_gradients(
@@ -76,6 +82,30 @@ def clip_gradients(
     if max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
     return grad_norm
+
+
+def update_unless(skipped: torch.Tensor, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
+    """`optimizer.step()`, which changes nothing if `skipped`: decided on the device where the optimizer can."""
+    plain = getattr(optimizer, "optimizer", optimizer)
+    if accelerator.scaler is not None:  # fp16: the gradient scaler sees to it
+        optimizer.step()
+    elif plain.defaults.get("fused") or isinstance(plain, LARS):
+        plain.found_inf = skipped.to(torch.float32)
+        optimizer.step()
+    elif not skipped:
+        optimizer.step()
+
+
+class RunningStatistics:
+    """The running statistics of a model's batch normalisation before a step, to go back to after a bad one."""
+
+    def __init__(self, model: nn.Module):
+        self.buffers = list(model.buffers())
+        self.before = [buffer.clone() for buffer in self.buffers]
+
+    def restore_where(self, bad: torch.Tensor) -> None:
+        for buffer, before in zip(self.buffers, self.before, strict=True):
+            buffer.copy_(torch.where(bad, before, buffer))
 
 
 def seed_step(seed: int, step: int, process_index: int) -> None:
