@@ -1,6 +1,8 @@
 """Gradients that are no numbers: the step is skipped on all processes, counted, and a run of nothing else ends."""
 
 import copy
+import math
+import random
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 from mocov3_hf.optim import LARS
 from mocov3_hf.pretraining import loop
+from mocov3_hf.pretraining.instability import SpikeDetector, first_and_last_weight
 from mocov3_hf.pretraining.loop import main
 from mocov3_hf.pretraining.step import train_step
 from tests.launch import torchrun
@@ -109,6 +112,73 @@ def test_a_run_of_nothing_but_nan_ends(tmp_path, tiny, monkeypatch, capsys):
     assert stop.value.code == 1
     error = capsys.readouterr().err.rstrip().splitlines()[-1]
     assert "error: the gradients of all 2 steps up to step 4 were infinite or NaN: the run has diverged" in error
+
+
+def test_spikes_are_found_and_nothing_else():
+    generator = random.Random(0)
+    detector = SpikeDetector(window=100, minimum=20)
+    usual = [2.0 * math.exp(0.2 * generator.gauss(0, 1)) for _ in range(400)]
+    assert [detector.add(value) for value in usual] == [None] * 400, "noise is no spike"
+    assert detector.add(60.0) == pytest.approx(30, rel=0.2)
+    assert detector.add(2.0) is None
+    for _ in range(10):  # a few spikes do not become the usual
+        assert detector.add(60.0) is not None
+    drifting = [2.0 * 1.01**step for step in range(300)]
+    detector = SpikeDetector(window=100, minimum=20)
+    assert not any(detector.add(value) for value in drifting), "a drift is no spike"
+    assert SpikeDetector(minimum=20).add(1e9) is None, "there is no usual value yet"
+    assert detector.add(float("nan")) is None
+    copied = SpikeDetector(window=100, history=detector.history)
+    assert copied.add(500.0) == detector.add(500.0)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "first", "last"),
+    [
+        ({}, "encoder.layer.0.attention.q_proj.weight", "encoder.layer.1.mlp.fc2.weight"),
+        (
+            {"freeze_patch_projection": False},
+            "embeddings.patch_embeddings.projection.weight",
+            "encoder.layer.1.mlp.fc2.weight",
+        ),
+    ],
+)
+def test_first_and_last_layer(backbone, first, last):
+    model = build(**backbone).mocov3.backbone
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert [names[weight] for weight in first_and_last_weight(model)] == [first, last]
+
+
+def test_a_planted_spike_is_told_and_counted(tmp_path, tiny, monkeypatch, capsys):
+    original, step = loop.train_step, iter(range(1000))
+
+    def planted(model, optimizer, views, **options):
+        output = original(model, optimizer, views, **options)
+        if next(step) == 26:
+            output.grad_norm = output.grad_norm * 100
+        return output
+
+    monkeypatch.setattr(loop, "train_step", planted)
+    main([*tiny, "--max_steps", "30", "--logging_steps", "10", "--output_dir", str(tmp_path)])
+    assert [line["gradient_spikes"] for line in read_metrics(tmp_path)] == [0, 0, 1]
+    assert "warning: step 27: the gradient norm" in capsys.readouterr().err
+
+
+def test_collapse_shows_in_the_metrics(tmp_path, tiny, monkeypatch):
+    main([*tiny, "--output_dir", str(tmp_path / "healthy")])
+    healthy = read_metrics(tmp_path / "healthy")[-1]
+    assert healthy["projection_std_ratio"] > 0.3
+    assert healthy["projection_effective_rank"] > 2
+    original = loop.train_step
+
+    def collapsed(*args, **options):
+        output = original(*args, **options)
+        output.projection = output.projection[:1].repeat(len(output.projection), 1)
+        return output
+
+    monkeypatch.setattr(loop, "train_step", collapsed)
+    main([*tiny, "--output_dir", str(tmp_path / "collapsed")])
+    assert read_metrics(tmp_path / "collapsed")[-1]["projection_std_ratio"] < 1e-5
 
 
 if __name__ == "__main__":

@@ -25,6 +25,11 @@ METRICS = [
     "images_per_second",
     "data_wait_fraction",
     "skipped_steps",
+    "gradient_spikes",
+    "first_layer_grad_max",
+    "last_layer_grad_max",
+    "projection_std_ratio",
+    "projection_effective_rank",
 ]
 TIMES = ("images_per_second", "data_wait_fraction")
 

@@ -50,7 +50,7 @@ class RunState:
     steps_per_epoch: int
     total_steps: int
     num_processes: int
-    log_window: list[float]  # of `TrainingLog.window`: the metrics since their last line
+    log: dict  # of `TrainingLog.state`
     scaler: dict | None = None  # of the gradient scaler, with fp16
     version: str = __version__
     torch_version: str = torch.__version__

@@ -131,7 +131,7 @@ class Run:
         if recipe.optimization.gradient_cache_chunk_size is not None:
             check_chunkable(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.start_step, self.window = self.resume(*found) if found is not None else (0, [])
+        self.start_step, self.log_state = self.resume(*found) if found is not None else (0, {})
         self.prepare_output()
         self.loader = build_loader(recipe, source, self.plan, self.accelerator)
         self.photometric = PhotometricStage(max_blur_sigma=recipe.views.blur_sigma[1]).to(self.accelerator.device)
@@ -144,7 +144,7 @@ class Run:
             self.accelerator, self.plan, self.temperature, self.output_dir, run.logging_steps, self.start_step
         )
         if self.start_step > 0:
-            log.resume(self.window, self.start_step)
+            log.resume(self.log_state, self.start_step)
         self.model.train()
         stopping = False
         with StopRequest(self.accelerator) as stop, closing(log):
@@ -189,13 +189,13 @@ class Run:
         name = run.hub_model_id or self.output_dir.resolve().name
         return make_pusher(name, private=run.hub_private_repo, revision=run.hub_revision)
 
-    def resume(self, folder: Path, state: RunState) -> tuple[int, list[float]]:
-        """Load a checkpoint; gives the steps done and the metrics since their last line."""
+    def resume(self, folder: Path, state: RunState) -> tuple[int, dict]:
+        """Load a checkpoint; gives the steps done and the state of the log."""
         load_checkpoint(folder, self.accelerator.unwrap_model(self.model), self.optimizer.optimizer)
         if self.accelerator.scaler is not None and state.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.accelerator.print(f"continuing from {folder} after step {state.step}", file=sys.stderr)
-        return state.step, state.log_window
+        return state.step, state.log
 
     def prepare_output(self) -> None:
         """Make the output folder, without what an earlier run left there unless this one continues it."""
@@ -220,7 +220,7 @@ class Run:
             steps_per_epoch=self.plan.steps_per_epoch,
             total_steps=self.plan.total_steps,
             num_processes=self.accelerator.num_processes,
-            log_window=log.window(),
+            log=log.state(),
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
         )
         failure = None

@@ -2,6 +2,8 @@
 
 import json
 import os
+import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -10,8 +12,21 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..model.loss_mocov3 import chance_loss, floor_loss
+from ..probes.collapse import collapse_summary
 from ..recipe import Plan
+from .instability import SpikeDetector
 from .step import StepOutput
+
+
+# What is kept of every step until the next line, all 0-dim. Gradients are the same on all processes.
+STEP_VALUES = (
+    "loss",
+    "positive_top1",
+    "grad_norm",
+    "first_layer_grad_max",
+    "last_layer_grad_max",
+    "skipped",
+)
 
 
 def normalized_loss(loss: float, temperature: float, global_batch_size: int) -> float:
@@ -26,6 +41,14 @@ def is_kept(line: str, steps_done: int) -> bool:
         return json.loads(line)["step"] <= steps_done
     except ValueError:
         return False
+
+
+def signs_of_collapse(projection: torch.Tensor) -> dict[str, float]:
+    """Spread of the keys `(B, P)` of all processes; nothing where the last step was a skipped one."""
+    if not projection.isfinite().all():
+        return {}
+    summary = collapse_summary(projection)
+    return {"projection_std_ratio": summary.std_ratio, "projection_effective_rank": summary.effective_rank}
 
 
 class DivergedError(RuntimeError):
@@ -60,22 +83,34 @@ class TrainingLog:
         self.progress = tqdm(
             total=plan.total_steps, initial=start_step, unit="step", disable=not accelerator.is_main_process
         )
-        self.num_skipped = 0
+        self.num_skipped = self.num_spikes = 0
+        self.spikes = SpikeDetector()
         self.start_window()
 
     def start_window(self) -> None:
-        # Sums of loss, top-1 and gradient norm over the steps that counted, and how many counted and were skipped.
-        self.sums = torch.zeros(5, dtype=torch.float64, device=self.accelerator.device)
-        self.num_steps, self.data_wait, self.started = 0, 0.0, time.perf_counter()
+        self.steps: list[torch.Tensor] = []  # a row of STEP_VALUES for every step since the last line
+        self.num_timed, self.data_wait, self.started = 0, 0.0, time.perf_counter()
 
-    def window(self) -> list[float]:
-        """Sums since the last line, averaged over the processes, and the number of steps skipped before that."""
-        return [*self.accelerator.reduce(self.sums, reduction="mean").tolist(), self.num_skipped]
+    def rows(self) -> list[list[float]]:
+        """The steps since the last line, averaged over the processes."""
+        if not self.steps:
+            return []
+        return self.accelerator.reduce(torch.stack(self.steps), reduction="mean").tolist()
 
-    def resume(self, window: list[float], steps_done: int) -> None:
-        """Take up a window of before, and drop the lines of steps that will be done again."""
-        self.sums.copy_(torch.tensor(window[:-1], dtype=torch.float64))
-        self.num_skipped = int(window[-1])
+    def state(self) -> dict:
+        """What a run that continues needs to write the same lines."""
+        return {
+            "rows": self.rows(),
+            "num_skipped": self.num_skipped,
+            "num_spikes": self.num_spikes,
+            "grad_norms": list(self.spikes.history),
+        }
+
+    def resume(self, state: dict, steps_done: int) -> None:
+        """Take up the state of before, and drop the lines of steps that will be done again."""
+        self.steps = [torch.tensor(row, dtype=torch.float64, device=self.accelerator.device) for row in state["rows"]]
+        self.num_skipped, self.num_spikes = state["num_skipped"], state["num_spikes"]
+        self.spikes = SpikeDetector(history=state["grad_norms"])
         if self.accelerator.is_main_process and self.path.exists():
             lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if is_kept(line, steps_done)]
             aside = self.path.with_name(".metrics.jsonl.incomplete")
@@ -89,25 +124,32 @@ class TrainingLog:
         self, step: int, output: StepOutput, learning_rate: float, momentum: float, num_bad_images: int
     ) -> None:
         """Take in what update `step` (from 0) gave; `learning_rate` and `momentum` are those it used."""
-        values = torch.stack([output.loss, output.positive_top1, output.grad_norm]).double()
-        counts = torch.stack([~output.skipped, output.skipped]).double()
-        self.sums += torch.cat([torch.where(output.skipped, 0.0, values), counts])
-        self.num_steps += 1
+        self.steps.append(torch.stack([getattr(output, name).double() for name in STEP_VALUES]))
+        self.num_timed += 1
         self.progress.update()
         if (step + 1) % self.logging_steps == 0 or step + 1 == self.plan.total_steps:
-            self.write(step + 1, learning_rate, momentum, num_bad_images)
+            self.write(step + 1, output.projection, learning_rate, momentum, num_bad_images)
 
-    def write(self, steps_done: int, learning_rate: float, momentum: float, num_bad_images: int) -> None:
-        # The gradient norm is the same everywhere; loss and top-1 are each process's own.
-        *sums, counted, skipped = self.accelerator.reduce(self.sums, reduction="mean").tolist()
-        self.num_skipped += int(skipped)
-        if counted == 0:
+    def write(
+        self,
+        steps_done: int,
+        projection: torch.Tensor,
+        learning_rate: float,
+        momentum: float,
+        num_bad_images: int,
+    ) -> None:
+        rows = [dict(zip(STEP_VALUES, row, strict=True)) for row in self.rows()]
+        counted = [row for row in rows if not row["skipped"]]
+        self.num_skipped += len(rows) - len(counted)
+        if not counted:
             raise DivergedError(
-                f"the gradients of all {int(skipped)} steps up to step {steps_done} were infinite or NaN: the run has"
+                f"the gradients of all {len(rows)} steps up to step {steps_done} were infinite or NaN: the run has"
                 " diverged. Resume from an earlier checkpoint with --allow_recipe_change and a lower"
                 " --base_learning_rate, or a --max_grad_norm"
             )
-        loss, positive_top1, grad_norm = (value / counted for value in sums)
+        self.look_for_spikes(rows, steps_done)
+        mean = {name: statistics.fmean(row[name] for row in counted) for name in STEP_VALUES}
+        loss, positive_top1 = mean["loss"], mean["positive_top1"]
         seconds = time.perf_counter() - self.started
         metrics = {
             "step": steps_done,
@@ -117,10 +159,14 @@ class TrainingLog:
             "positive_top1": positive_top1,
             "learning_rate": learning_rate,
             "momentum": momentum,
-            "grad_norm": grad_norm,
-            "images_per_second": self.num_steps * self.plan.global_batch_size / seconds,
+            "grad_norm": mean["grad_norm"],
+            "images_per_second": self.num_timed * self.plan.global_batch_size / seconds,
             "data_wait_fraction": self.data_wait / seconds,
             "skipped_steps": self.num_skipped,
+            "gradient_spikes": self.num_spikes,
+            "first_layer_grad_max": max(row["first_layer_grad_max"] for row in counted),
+            "last_layer_grad_max": max(row["last_layer_grad_max"] for row in counted),
+            **signs_of_collapse(self.accelerator.gather(projection.detach().float())),
         }
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
@@ -134,6 +180,20 @@ class TrainingLog:
             self.progress.set_postfix(shown)
         self.accelerator.log({name: value for name, value in metrics.items() if name != "step"}, step=steps_done)
         self.start_window()
+
+    def look_for_spikes(self, rows: list[dict], steps_done: int) -> None:
+        """Count the steps whose gradient stands out, and say so at once: accuracy may dip some tens of steps later."""
+        for step, row in enumerate(rows, start=steps_done - len(rows) + 1):
+            factor = self.spikes.add(row["grad_norm"])
+            if factor is not None:
+                self.num_spikes += 1
+                if self.accelerator.is_main_process:
+                    self.progress.write(
+                        f"warning: step {step}: the gradient norm {row['grad_norm']:.3g} is {factor:.1f} times the"
+                        f" usual one (largest component in the first layer {row['first_layer_grad_max']:.2g}, in the"
+                        f" last {row['last_layer_grad_max']:.2g})",
+                        file=sys.stderr,
+                    )
 
     def close(self) -> None:
         self.progress.close()

@@ -9,6 +9,7 @@ from torch import nn
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTrainingOutput
 from ..optim import LARS
 from .gradient_cache import cached_backward
+from .instability import first_and_last_weight
 
 
 # Distance of the seeds of neighbouring steps: more processes than a run will have.
@@ -22,7 +23,10 @@ class StepOutput:
     loss: torch.Tensor
     positive_top1: torch.Tensor
     grad_norm: torch.Tensor
+    first_layer_grad_max: torch.Tensor  # largest component of the gradient of the first trained layer
+    last_layer_grad_max: torch.Tensor
     skipped: torch.Tensor  # whether the step changed nothing, since its gradient was not finite
+    projection: torch.Tensor  # (B, P) of the momentum branch, not 0-dim: for signs of collapse
 
 
 def train_step(
@@ -60,6 +64,9 @@ def train_step(
         output = cached_backward(accelerator.unwrap_model(model), views, gradient_cache_chunk_size, accelerator)
 
     grad_norm = clip_gradients(model, optimizer, max_grad_norm, accelerator)
+    first, last = (
+        weight.grad.abs().max() for weight in first_and_last_weight(accelerator.unwrap_model(model).mocov3.backbone)
+    )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     # Gradients are averaged over the processes: if one has a NaN, all have, and all skip together.
@@ -69,7 +76,7 @@ def train_step(
     statistics.restore_where(skipped)
 
     positive_top1 = (output.positive_top1_1 + output.positive_top1_2) / 2
-    return StepOutput(output.loss.detach(), positive_top1, grad_norm, skipped)
+    return StepOutput(output.loss.detach(), positive_top1, grad_norm, first, last, skipped, output.projection)
 
 
 def clip_gradients(
