@@ -1,4 +1,4 @@
-"""Linear evaluation of a model on a labelled data set: python scripts/linear_probe.py --cached --help."""
+"""Linear evaluation of a model on a labelled data set: python scripts/linear_probe.py [--cached] --help."""
 
 from mocov3_hf.evaluation.linear_probe import main
 

@@ -6,10 +6,10 @@ import torch
 from mocov3_hf import MoCoV3Config, MoCoV3Model
 from mocov3_hf.data.labelled import open_labelled
 from mocov3_hf.evaluation import cached_linear
+from mocov3_hf.evaluation.cached_linear import CachedLinearArguments, linear_metrics
 from mocov3_hf.evaluation.encoder import load_encoder, load_transform
 from mocov3_hf.evaluation.features import Features, labelled_features
 from mocov3_hf.evaluation.few_shot import few_shot_metrics
-from mocov3_hf.evaluation.cached_linear import CachedLinearArguments, linear_metrics
 from mocov3_hf.evaluation.linear_probe import main
 from mocov3_hf.evaluation.results import read_results
 from mocov3_hf.evaluation.sweep import choose_linear_classifier

@@ -212,4 +212,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         argv: None for those of the process.
     """
     with ending_in_one_line():
-        return run(parse_arguments(CachedLinearArguments, argv, "Linear evaluation on cached features, of any vision model."))
+        return run(
+            parse_arguments(CachedLinearArguments, argv, "Linear evaluation on cached features, of any vision model.")
+        )

@@ -80,6 +80,57 @@ def load_classifier(model: str | os.PathLike) -> PreTrainedModel:
     return classifier.eval()
 
 
+def load_with_new_head(
+    model: str | os.PathLike, class_names: Sequence[str], *, std: float = 0.01, seed: int = 0
+) -> PreTrainedModel:
+    """A classifier with the body of a model and a head that knows nothing yet: weights normal, biases 0.
+
+    Args:
+        model: folder or Hub id of pre-training, of a bare encoder, or of a classifier (its head is drawn anew).
+        class_names: by label.
+        std: deviation of the head's weights (0.01: linear protocol).
+        seed: of the draw.
+
+    Raises:
+        ValueError: as `load_encoder`; an architecture that has no head for classification apart from its body.
+    """
+    name = check_model_path(model)
+    labels = {
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: number for number, name in enumerate(class_names)},
+    }
+    with quiet_transformers():
+        classifier, info = load_any(name, AutoModelForImageClassification, ignore_mismatched_sizes=True, **labels)
+    body = f"{classifier.base_model_prefix}."
+    wrong = sorted({*info["missing_keys"], *(str(found[0]) for found in info["mismatched_keys"])})
+    wrong = [key for key in wrong if key.startswith(body)]
+    if wrong:
+        raise ValueError(
+            f"{name!r} lacks {len(wrong)} weights of {type(classifier).__name__} ({', '.join(wrong[:3])}"
+            f"{', ...' if len(wrong) > 3 else ''}): it was saved from another model than its config.json says"
+        )
+    head = head_parameters(classifier)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in head.values():
+            drawn = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(drawn if parameter.ndim > 1 else torch.zeros_like(drawn))
+    # Saved in half precision or not: SGD needs all digits of the head.
+    return classifier.float()
+
+
+def head_parameters(classifier: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """Parameters outside the body, by name: a linear layer. ValueError where there is another head, or none."""
+    body = f"{classifier.base_model_prefix}."
+    head = {name: value for name, value in classifier.named_parameters() if not name.startswith(body)}
+    if sorted(value.ndim for value in head.values()) != [1, 2]:
+        raise ValueError(
+            f"{type(classifier).__name__} has no linear head apart from its body (it has"
+            f" {', '.join(head) or 'nothing'}): convert the encoder to one of this package, or probe it with --cached"
+        )
+    return head
+
+
 def class_logits(classifier: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
     """Logits (B, C) float32 of images (B, 3, H, W), in the sizes that the encoder accepts."""
     options = size_options(base_encoder(classifier), pixel_values)

@@ -32,6 +32,7 @@ _NAMES_AND_DATES = (
     "torch_dtype",
     "id2label",
     "label2id",
+    "use_cache",  # written by `Trainer` into every configuration
 )
 
 

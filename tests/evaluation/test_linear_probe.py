@@ -1,0 +1,350 @@
+"""The linear protocol on Trainer: against closed forms, against the cached form, interrupted, on several processes."""
+
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
+from transformers import ResNetConfig, pipeline
+
+from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
+from mocov3_hf.data.labelled import EvaluationTransform, TrainingTransform, open_labelled
+from mocov3_hf.evaluation import evaluate
+from mocov3_hf.evaluation.arguments import evaluation_recipe_names, find_evaluation_recipe, parse_arguments
+from mocov3_hf.evaluation.classifier import head_parameters, load_with_new_head
+from mocov3_hf.evaluation.encoder import ProcessorTransform, load_encoder, pooled_features
+from mocov3_hf.evaluation.features import extract_features
+from mocov3_hf.evaluation.linear_probe import LinearProbeArguments, build_trainer, main
+from mocov3_hf.evaluation.results import read_results
+from mocov3_hf.evaluation.sweep import sweep_linear_classifiers
+from mocov3_hf.evaluation.trainer import (
+    TrainingImages,
+    last_checkpoint,
+    reload_strictly,
+    share_of_batch,
+    training_transform,
+)
+from mocov3_hf.processing import build_image_processor
+from tests.launch import torchrun
+
+
+SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "linear_probe.py"
+NAMES = ["ant", "bee", "cow"]
+
+
+@pytest.fixture(scope="module")
+def resnet_folder(tmp_path_factory):
+    """A body with BatchNorm."""
+    folder = tmp_path_factory.mktemp("resnet")
+    torch.manual_seed(0)
+    body = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    config = MoCoV3Config(backbone_config=body.to_dict(), head_hidden_size=16, projection_dim=8)
+    MoCoV3ForPreTraining(config).save_pretrained(folder)
+    build_image_processor(32).save_pretrained(folder)
+    return folder
+
+
+def command(model, images, output_dir, *more):
+    paths = ["--model", str(model), "--dataset_name", str(images), "--output_dir", str(output_dir)]
+    return [*paths, "--num_train_epochs", "2", "--train_batch_size", "16", *map(str, more)]
+
+
+def arguments(**changes):
+    """45 images in batches of 16 are three steps an epoch, the last of 13 images."""
+    given = {"num_train_epochs": 2, "train_batch_size": 16, "save_strategy": "no", "eval_strategy": "no"}
+    return LinearProbeArguments("model", "data", **(given | changes))
+
+
+def trainer_of(model, image_folder, output_dir, transform=None, **changes):
+    train, test = (open_labelled(str(image_folder), split=split) for split in ("train", "test"))
+    classifier = load_with_new_head(model, NAMES)
+    transform = transform or ProcessorTransform(build_image_processor(32))
+    return build_trainer(classifier, train, test, transform, arguments(**changes), str(output_dir))
+
+
+def body_of(state):
+    return {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_the_body_is_frozen_to_the_bit(resnet_folder, image_folder, tmp_path, mixed_precision):
+    main(command(resnet_folder, image_folder, tmp_path, "--mixed_precision", mixed_precision))
+    before = {f"mocov3.{name}": tensor for name, tensor in load_encoder(resnet_folder).state_dict().items()}
+    saved = load_file(tmp_path / "model.safetensors")
+    assert any("running_mean" in name for name in before)
+    assert same(body_of(saved), before)
+
+
+def test_without_eval_mode_it_would_not_be(resnet_folder, image_folder, tmp_path):
+    trainer = trainer_of(resnet_folder, image_folder, tmp_path, num_train_epochs=1)
+    before = {name: tensor.clone() for name, tensor in body_of(trainer.model.state_dict()).items()}
+    trainer.frozen = None
+    trainer.train()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, trainer.model.state_dict()[name])}
+    assert changed
+    assert all("running" in name or "num_batches" in name for name in changed), "weights have no gradient in any case"
+
+
+def test_steps_are_those_of_the_closed_form(model_folder, image_folder, tmp_path, monkeypatch):
+    """SGD written out on the features of the batches that were seen: start, rate, momentum, loss, and no clipping."""
+    trainer = trainer_of(model_folder, image_folder, tmp_path, base_learning_rate=8.0, augment=False)
+    head = head_parameters(trainer.model)
+    start = {name.removeprefix("classifier."): value.detach().clone().double() for name, value in head.items()}
+    assert start["weight"].std().item() == pytest.approx(0.01, rel=0.2)
+    assert not start["bias"].any()
+    assert [group["params"] for group in trainer.optimizer.param_groups] == [list(head.values())]
+    batches, compute_loss = [], trainer.compute_loss
+
+    def recorded(model, inputs, **options):
+        batches.append((inputs["pixel_values"].clone(), inputs["labels"].clone()))
+        return compute_loss(model, inputs, **options)
+
+    monkeypatch.setattr(trainer, "compute_loss", recorded)
+    trainer.train()
+    assert [len(labels) for _, labels in batches] == [16, 16, 13] * 2
+    weight, bias = start["weight"], start["bias"]
+    velocity_w, velocity_b = torch.zeros_like(weight), torch.zeros_like(bias)
+    encoder = load_encoder(model_folder)
+    for step, (pixel_values, labels) in enumerate(batches):
+        rate = 8.0 * 16 / 256 * 0.5 * (1 + math.cos(math.pi * step / 6))
+        with torch.no_grad():
+            x = pooled_features(encoder, pixel_values).double()
+        error = (x @ weight.T + bias).softmax(dim=1) - torch.nn.functional.one_hot(labels, 3)
+        velocity_w = 0.9 * velocity_w + error.T @ x / len(x)
+        velocity_b = 0.9 * velocity_b + error.mean(dim=0)
+        weight, bias = weight - rate * velocity_w, bias - rate * velocity_b
+    torch.testing.assert_close(head["classifier.weight"].double(), weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head["classifier.bias"].double(), bias, rtol=1e-4, atol=1e-5)
+    assert trainer.lr_scheduler.get_last_lr() == [0.0]
+
+
+class Digits:
+    """Some of scikit-learn's digits as a labelled split in memory."""
+
+    class_names, num_classes = [str(digit) for digit in range(10)], 10
+
+    def __init__(self, begin, end):
+        digits = load_digits()
+        self.labels = digits.target[begin:end].astype(np.int64)
+        pixels = torch.from_numpy(digits.images[begin:end] * 255 / 16).to(torch.uint8)
+        self.pixels = pixels[:, None].repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def decode(self, row):
+        return self.pixels[row]
+
+
+def test_it_learns_digits_as_well_as_the_cached_form(model_folder, tmp_path):
+    train, test = Digits(0, 800), Digits(1000, 1700)
+    transform = EvaluationTransform(32, 32)
+    classifier = load_with_new_head(model_folder, Digits.class_names)
+    options = arguments(learning_rate=0.3, train_batch_size=100, num_train_epochs=12, augment=False)
+    trainer = build_trainer(classifier, train, test, transform, options, str(tmp_path))
+    trainer.train()
+    found = trainer.evaluate()["eval_top1"]
+    encoder = load_encoder(model_folder)
+    features, held_out = (extract_features(encoder, images, transform, progress=False) for images in (train, test))
+    cached = []
+    for seed in range(5):
+        sweep = sweep_linear_classifiers(
+            features,
+            torch.from_numpy(train.labels),
+            learning_rates=[0.3],
+            weight_decays=[0.0],
+            num_epochs=12,
+            batch_size=100,
+            seed=seed,
+        )
+        cached.append(sweep.accuracies(held_out, torch.from_numpy(test.labels)).item())
+    assert np.mean(cached) > 0.3, "three times chance, on features of an untrained network"
+    assert found == pytest.approx(np.mean(cached), abs=max(4 * np.std(cached), 0.02))
+
+
+def test_command_saves_a_classifier_that_evaluates_the_same(model_folder, image_folder, tmp_path, capsys):
+    metrics = main(command(model_folder, image_folder, tmp_path, "--seed", 3))
+    assert metrics["linear_top1"] > 0.8
+    assert f"{100 * metrics['linear_top1']:.2f} %" in capsys.readouterr().out
+    tested = evaluate.main(["--model", str(tmp_path), "--dataset_name", str(image_folder)])
+    assert tested["top1"] == metrics["linear_top1"]
+    linear, test = read_results(tmp_path)
+    assert (linear["task"], linear["seed"], linear["settings"]["learning_rate"]) == ("linear", 3, 3.0 * 16 / 256)
+    assert linear["model"]["classifier"] == test["model"]["weights"]
+    assert test["settings"]["classes"] == "by name"
+    with Image.open(next(image_folder.glob("test/cow/*.png"))) as image:
+        answer = pipeline("image-classification", model=str(tmp_path))(image)[0]
+    assert answer["label"] == "cow"
+    with pytest.raises(SystemExit, match="holds a model: give another, or add --overwrite_output_dir"):
+        main(command(model_folder, image_folder, tmp_path))
+
+
+def test_interrupted_and_resumed_it_is_the_same_to_the_bit(model_folder, image_folder, tmp_path):
+    main(command(model_folder, image_folder, tmp_path / "whole", "--save_total_limit", 2))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    (tmp_path / "resumed" / "checkpoint-6").mkdir()  # a crash while saving
+    assert last_checkpoint(tmp_path / "resumed") == str(tmp_path / "resumed" / "checkpoint-3")
+    main(command(model_folder, image_folder, tmp_path / "resumed", "--resume_from_checkpoint", "auto"))
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert same(whole, resumed)
+    first = load_file(tmp_path / "whole" / "checkpoint-3" / "model.safetensors")
+    assert not torch.equal(first["classifier.weight"], whole["classifier.weight"])
+
+
+def test_weights_that_do_not_fit_are_never_passed_over(model_folder, image_folder, tmp_path):
+    main(command(model_folder, image_folder, tmp_path, "--num_train_epochs", 1))
+    weights = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    weights["classifier.old_weight"] = weights.pop("classifier.weight")
+    save_file(weights, tmp_path / "checkpoint-3" / "model.safetensors", metadata={"format": "pt"})
+    classifier = load_with_new_head(model_folder, NAMES)
+    before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    with pytest.raises(ValueError, match=r"1 missing \(classifier.weight\); 1 unexpected \(classifier.old_weight\)"):
+        reload_strictly(classifier, tmp_path / "checkpoint-3")
+    assert same(before, classifier.state_dict())
+    with pytest.raises(SystemExit, match="1 missing") as end:
+        main(command(model_folder, image_folder, tmp_path, "--resume_from_checkpoint", "auto"))
+    assert "\n" not in str(end.value)
+    with pytest.raises(ValueError, match="holds another model than the one in training"):
+        reload_strictly(load_with_new_head(model_folder, ["a", "b"]), tmp_path)
+
+
+def test_one_process_and_two_train_the_same_classifier(model_folder, image_folder, tmp_path):
+    """The same images and crops in every step. 32 images are two whole steps, which nothing has to fill up."""
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    for path in sorted(images.glob("train/*/*.png"))[:39:3]:
+        path.unlink()
+    assert len(list(images.glob("train/*/*.png"))) == 32
+    main(command(model_folder, images, tmp_path / "1"))
+    torchrun(2, SCRIPT, *command(model_folder, images, tmp_path / "2"))
+    (one,), (two,) = read_results(tmp_path / "1"), read_results(tmp_path / "2")
+    assert two["hardware"]["num_processes"] == 2
+    assert one["settings"] == two["settings"]
+    assert one["metrics"] == two["metrics"]
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "12")
+    assert same(body_of(first), body_of(second))
+    torch.testing.assert_close(first["classifier.weight"], second["classifier.weight"], rtol=1e-3, atol=1e-5)
+
+
+def test_what_is_drawn_depends_on_seed_epoch_and_row_only(image_folder):
+    images = open_labelled(str(image_folder), split="train")
+    dataset = TrainingImages(images, TrainingTransform(32), seed=1)
+    torch.manual_seed(0)
+    expected = torch.rand(4)
+    torch.manual_seed(0)
+    first = dataset[5]["pixel_values"]
+    assert torch.equal(torch.rand(4), expected), "the generator of the process is left alone"
+    assert torch.equal(dataset[5]["pixel_values"], first)
+    assert not torch.equal(TrainingImages(images, TrainingTransform(32), seed=2)[5]["pixel_values"], first)
+    dataset.epoch = 1
+    assert not torch.equal(dataset[5]["pixel_values"], first)
+
+
+def test_training_sees_images_in_the_preprocessing_of_the_model():
+    found = training_transform(ProcessorTransform(build_image_processor(48, "bicubic")), [0.5, 1.0])
+    assert found == TrainingTransform(48, (0.5, 1.0), interpolation="bicubic")
+    assert training_transform(ProcessorTransform(build_image_processor(32))) == TrainingTransform(32)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [((1024, None, 8, 5000), 128), ((1024, 16, 8, 5000), 16), ((45, None, 1, 45), 45)],
+)
+def test_share_of_the_batch(given, expected):
+    assert share_of_batch(*given) == expected
+
+
+# REFERENCE: published name to ImageNet-1k top-1 and learning rate at the batch of 1024.
+PUBLISHED = {
+    "resnet50_mocov3-100e-pre_8xb128-linear-coslr-90e_in1k": (69.60, 0.4),
+    "resnet50_mocov3-300e-pre_8xb128-linear-coslr-90e_in1k": (72.80, 0.4),
+    "resnet50_mocov3-800e-pre_8xb128-linear-coslr-90e_in1k": (74.40, 0.4),
+    "vit-small-p16_mocov3-pre_8xb128-linear-coslr-90e_in1k": (73.60, 12.0),
+    "vit-base-p16_mocov3-pre_8xb128-linear-coslr-90e_in1k": (76.90, 12.0),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes(name):
+    top1, learning_rate = PUBLISHED[name]
+    argv = ["--recipe", name, "--model", "m", "--output_dir", "o"]
+    recipe = parse_arguments(LinearProbeArguments, argv, "")
+    assert recipe.base_learning_rate * recipe.train_batch_size / 256 == pytest.approx(learning_rate)
+    assert (recipe.num_train_epochs, recipe.momentum, recipe.weight_decay) == (90, 0.9, 0.0)
+    assert (recipe.dataset_name, recipe.test_split) == ("ILSVRC/imagenet-1k", "validation")
+    head = find_evaluation_recipe(name).read_text().split("\n\n")[0]
+    assert f"scripts/linear_probe.py --recipe {name} " in head
+    assert f"Expected: {top1:.2f} % top-1" in head
+    assert "# Cost: " in head
+    over = parse_arguments(LinearProbeArguments, [*argv, "--num_train_epochs", "3", "--crop_scale", "0.2", "1"], "")
+    assert (over.num_train_epochs, over.crop_scale, over.train_batch_size) == (3, [0.2, 1.0], 1024)
+
+
+def test_linear_recipes_are_the_published_ones():
+    assert {name for name in evaluation_recipe_names() if "linear" in name} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_train_epoch: 3", "there is no option 'num_train_epoch': did you mean 'num_train_epochs'"),
+        ("num_train_epochs: ten", "num_train_epochs.*: invalid int value: 'ten'"),
+        ("- 3", "must hold a mapping of options, it holds a list"),
+        ("a: [", "cannot be read: while parsing"),
+    ],
+)
+def test_recipes_of_ones_own_are_checked(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        parse_arguments(LinearProbeArguments, ["--recipe", str(tmp_path / "mine.yaml"), "--model", "m"], "")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--recipe", "vit-small_linear"], "there is no recipe 'vit-small_linear'.*; known are: "),
+        (["--train_batch_size", "64"], r"between 1 image and the 45 of the training split, got 64"),
+        (["--train_batch_size", "0"], "between 1 image and the 45"),
+        (["--num_train_epochs", "0"], "num_train_epochs must be positive, got 0"),
+        (["--learning_rate", "3e38"], "training has diverged, classifier"),
+        (["--momentum", "1"], r"momentum must lie in \[0, 1\)"),
+        (["--crop_scale", "0.5"], r"crop_scale must be two numbers, .* got \[0.5\]"),
+        (["--batch_sise", "8"], "there is no option --batch_sise: did you mean 'batch_size'"),
+        (["--resume_from_checkpoint", "/nowhere"], "checkpoint '/nowhere' does not exist"),
+        (["--test_split", "val"], "it has: train, test"),
+        (["--model", "/nowhere"], "model folder '/nowhere' does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_one(model_folder, image_folder, tmp_path, change, message):
+    with pytest.raises(SystemExit, match=message) as end:
+        main(command(model_folder, image_folder, tmp_path, "--save_strategy", "no", "--eval_strategy", "no", *change))
+    assert "\n" not in str(end.value)
+    assert str(end.value).startswith("error: ")
+    assert not (tmp_path / "results.json").exists()
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_the_model_is_not_written_over(model_folder, image_folder):
+    with pytest.raises(SystemExit, match="is the folder of the model, which would be lost"):
+        main(command(model_folder, image_folder, model_folder, "--overwrite_output_dir"))
+    with pytest.raises(SystemExit, match="the classifier needs a folder of its own: add --output_dir"):
+        main(["--model", str(model_folder), "--dataset_name", str(image_folder)])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_cannot_be_decoded_are_named(model_folder, image_folder, tmp_path, workers):
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    (images / "train" / "ant" / "003.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit, match=r"error: image in row 3 of the training split .* repair it") as end:
+        main(command(model_folder, images, tmp_path / "output", "--num_workers", workers))
+    assert "\n" not in str(end.value)
