@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
-from transformers import ResNetConfig, pipeline
+from transformers import ResNetConfig, ResNetModel, pipeline
 
-from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
+from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification, MoCoV3ForPreTraining
 from mocov3_hf.data.labelled import EvaluationTransform, TrainingTransform, open_labelled
 from mocov3_hf.evaluation import evaluate
 from mocov3_hf.evaluation.arguments import evaluation_recipe_names, find_evaluation_recipe, parse_arguments
@@ -263,7 +263,7 @@ def test_share_of_the_batch(given, expected):
     assert share_of_batch(*given) == expected
 
 
-# REFERENCE: published name to ImageNet-1k top-1 and learning rate at the batch of 1024.
+# Published name to ImageNet-1k top-1 and learning rate at the batch of 1024.
 PUBLISHED = {
     "resnet50_mocov3-100e-pre_8xb128-linear-coslr-90e_in1k": (69.60, 0.4),
     "resnet50_mocov3-300e-pre_8xb128-linear-coslr-90e_in1k": (72.80, 0.4),
@@ -332,6 +332,27 @@ def test_bad_input_is_one_line_and_status_one(model_folder, image_folder, tmp_pa
     assert str(end.value).startswith("error: ")
     assert not (tmp_path / "results.json").exists()
     assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["base", "classifier", "vit", "native"])
+def test_any_encoder_gets_a_head(model_folder, tmp_path, kind):
+    pretraining = MoCoV3ForPreTraining.from_pretrained(model_folder)
+    if kind == "native":
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+        encoder = ResNetModel(ResNetConfig(**sizes))
+    elif kind == "classifier":
+        encoder = MoCoV3ForImageClassification.from_pretrained(model_folder, num_labels=7)
+    else:
+        encoder = pretraining.mocov3 if kind == "base" else pretraining.mocov3.backbone
+    encoder.save_pretrained(tmp_path)
+    classifier = load_with_new_head(tmp_path, NAMES).eval()
+    pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    weight, bias = sorted(head_parameters(classifier).values(), key=lambda value: -value.ndim)
+    with torch.no_grad():
+        expected = pooled_features(load_encoder(tmp_path), pixel_values) @ weight.T + bias
+        torch.testing.assert_close(classifier(pixel_values).logits, expected)
+    assert weight.shape[0] == 3
+    assert classifier.config.id2label == dict(enumerate(NAMES))
 
 
 def test_the_model_is_not_written_over(model_folder, image_folder):

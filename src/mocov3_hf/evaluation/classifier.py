@@ -5,12 +5,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from ..data.labelled import LabelledImages
 from ..model.configuration_mocov3 import MoCoV3Config
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
-from .encoder import base_encoder, check_model_path, load_any, quiet_transformers, size_options
+from .encoder import base_encoder, check_model_path, load_any, load_encoder, quiet_transformers, size_options
 from .linear import LinearClassifier
 
 
@@ -86,7 +92,8 @@ def load_with_new_head(
     """A classifier with the body of a model and a head that knows nothing yet: weights normal, biases 0.
 
     Args:
-        model: folder or Hub id of pre-training, of a bare encoder, or of a classifier (its head is drawn anew).
+        model: folder or Hub id of pre-training, of a bare encoder, or of a classifier (its head is drawn anew). An
+            encoder whose architecture has no classifier becomes the backbone of a `MoCoV3ForImageClassification`.
         class_names: by label.
         std: deviation of the head's weights (0.01: linear protocol).
         seed: of the draw.
@@ -99,8 +106,14 @@ def load_with_new_head(
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: number for number, name in enumerate(class_names)},
     }
-    with quiet_transformers():
-        classifier, info = load_any(name, AutoModelForImageClassification, ignore_mismatched_sizes=True, **labels)
+    if _has_classifier(name):
+        with quiet_transformers():
+            classifier, info = load_any(name, AutoModelForImageClassification, ignore_mismatched_sizes=True, **labels)
+    else:
+        encoder = load_encoder(name)
+        config = MoCoV3Config(backbone_config=encoder.config.to_dict(), **labels)
+        classifier, info = MoCoV3ForImageClassification(config), {"missing_keys": (), "mismatched_keys": ()}
+        classifier.mocov3.backbone.load_state_dict(encoder.state_dict())
     body = f"{classifier.base_model_prefix}."
     wrong = sorted({*info["missing_keys"], *(str(found[0]) for found in info["mismatched_keys"])})
     wrong = [key for key in wrong if key.startswith(body)]
@@ -117,6 +130,13 @@ def load_with_new_head(
             parameter.copy_(drawn if parameter.ndim > 1 else torch.zeros_like(drawn))
     # Saved in half precision or not: SGD needs all digits of the head.
     return classifier.float()
+
+
+def _has_classifier(name: str) -> bool:
+    try:
+        return type(AutoConfig.from_pretrained(name)) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    except (OSError, ValueError, KeyError):  # no configuration: loading says what is wrong with it
+        return True
 
 
 def head_parameters(classifier: PreTrainedModel) -> dict[str, torch.nn.Parameter]:

@@ -269,6 +269,7 @@ def training_arguments(
             "fp16": mixed_precision == "fp16",
             "dataloader_num_workers": num_workers,
             "dataloader_pin_memory": torch.cuda.is_available(),
+            "ddp_find_unused_parameters": False,
             "remove_unused_columns": False,
             "use_cpu": on_cpu,
             "seed": seed,
