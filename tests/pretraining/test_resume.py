@@ -194,7 +194,7 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, tiny, uninterrupted, mon
     assert checkpoint.list_checkpoints(tmp_path)[0].name == "checkpoint-3"
     output = capsys.readouterr().out
     assert f"stopped by {number.name} after step 3" in output
-    assert "scripts/pretrain.py --recipe quickstart --resume_from_checkpoint auto" in output
+    assert "  python scripts/pretrain.py --recipe quickstart --resume_from_checkpoint auto" in output
     fresh()
     main([*arguments, "--resume_from_checkpoint", "auto"])
     assert_same_run(tmp_path, expected)

@@ -145,6 +145,8 @@ class Run:
         )
         if self.start_step > 0:
             log.resume(self.log_state, self.start_step)
+        if self.start_step == self.plan.total_steps:
+            self.accelerator.print(f"all {self.start_step} steps are done: there is nothing left to do")
         self.model.train()
         stopping = False
         with StopRequest(self.accelerator) as stop, closing(log):
@@ -276,8 +278,9 @@ def clear(output_dir: Path) -> None:
 
 
 def resume_command() -> str:
-    """The command of this run with the option to continue; `accelerate launch` and the like go before it as before."""
-    arguments, asked = [], False
+    """The command of this run with the option to continue. What started several processes is not known here."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    arguments, asked = ["python" if alone else "(torchrun or accelerate launch as before)"], False
     for argument in sys.argv:
         # Options of the first start that would now be wrong.
         if argument.startswith("--resume_from_checkpoint") or argument == "--overwrite_output_dir":
@@ -286,7 +289,7 @@ def resume_command() -> str:
             asked = False
         else:
             arguments.append(argument)
-    return shlex.join([*arguments, "--resume_from_checkpoint", "auto"])
+    return " ".join([arguments[0], shlex.join([*arguments[1:], "--resume_from_checkpoint", "auto"])])
 
 
 def timed(iterator: Iterator, log: TrainingLog) -> Iterator:

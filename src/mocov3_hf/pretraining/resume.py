@@ -23,6 +23,7 @@ FREE_OPTIONS = (
     "hub_private_repo",
     "hub_revision",
     "logging_steps",
+    "max_bad_fraction",
     "num_train_images",
     "on_save_error",
     "output_dir",
