@@ -102,7 +102,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     def fused(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The same by the CUDA kernels behind `torch.nn.SyncBatchNorm`."""
         return FusedSyncBatchNorm.apply(
-            hidden_states.contiguous(),
+            hidden_states,
             self.weight,
             self.bias,
             self.running_mean,
