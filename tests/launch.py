@@ -20,9 +20,14 @@ def python(file: Path, *arguments: str, check: bool = True, **environment: str) 
     return run([sys.executable, str(file), *arguments], check, **environment)
 
 
+def search_path() -> str:
+    """The tests' own folder before what is there already."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
 def run(command: list[str], check: bool, **environment: str) -> subprocess.CompletedProcess:
     # Two-core machines: more threads than cores only wait for each other.
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(), **environment}
     variables.pop("PYTHONWARNINGS", None)
     done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=300)
     if check and done.returncode != 0:

@@ -17,6 +17,8 @@ DEFAULT_LICENSE = "other"
 TASKS = {
     "knn": ("image-feature-extraction", "k-nearest-neighbour classification"),
     "linear": ("image-classification", "Image classification, linear evaluation"),
+    "linear_cached": ("image-classification", "Image classification, linear evaluation on cached features"),
+    "evaluate": ("image-classification", "Image classification"),
     "finetune": ("image-classification", "Image classification, fine-tuned"),
 }
 METRICS = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy"}
