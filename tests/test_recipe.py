@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from mocov3_hf.recipe import RECIPES, RecipeError, find_recipe, load_recipe, make_plan, recipe_help, recipe_names
+from mocov3_hf.plan import make_plan
+from mocov3_hf.recipe import RECIPES, RecipeError, find_recipe, load_recipe, recipe_help, recipe_names
 
 
 VIT_B = "mocov3_vit-base-p16_16xb256-amp-coslr-300e_in1k"

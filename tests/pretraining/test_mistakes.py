@@ -5,9 +5,10 @@ import re
 import pytest
 import torch
 
+from mocov3_hf.plan import make_plan
 from mocov3_hf.pretraining import build
 from mocov3_hf.pretraining.loop import main
-from mocov3_hf.recipe import RecipeError, load_recipe, make_plan
+from mocov3_hf.recipe import RecipeError, load_recipe
 
 
 def error_of(capsys, arguments):

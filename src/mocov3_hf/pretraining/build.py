@@ -18,7 +18,8 @@ from ..model.batchnorm_mocov3 import GlobalBatchNorm
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from ..optim import LARS, parameter_groups
-from ..recipe import Plan, Recipe, RecipeError
+from ..plan import Plan
+from ..recipe import Recipe, RecipeError
 
 
 # Base learning rates (per 256 images) between which each optimizer is known to work with MoCo v3: the paper has

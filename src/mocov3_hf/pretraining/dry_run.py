@@ -7,7 +7,8 @@ import torch
 import yaml
 
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
-from ..recipe import Plan, Recipe, RecipeError, make_plan
+from ..plan import Plan, make_plan
+from ..recipe import Recipe, RecipeError
 from .build import build_config, build_source, doubtful_choices
 from .estimate import Estimate, estimate
 

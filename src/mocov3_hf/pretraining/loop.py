@@ -20,7 +20,8 @@ from ..data.bad_images import TooManyBadImagesError
 from ..data.loader import TwoViewLoader
 from ..data.photometric import PhotometricStage
 from ..optim import cosine_momentum, warmup_cosine
-from ..recipe import Plan, Recipe, RecipeError, load_recipe, make_plan, recipe_help, recipe_names
+from ..plan import Plan, make_plan
+from ..recipe import Recipe, RecipeError, load_recipe, recipe_help, recipe_names
 from .build import (
     build_accelerator,
     build_loader,

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..model.loss_mocov3 import chance_loss, floor_loss
+from ..plan import Plan
 from ..probes.collapse import collapse_summary
-from ..recipe import Plan
 from .instability import SpikeDetector
 from .step import StepOutput
 

@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from ..recipe import Plan, Recipe, RecipeError, load_recipe
+from ..plan import Plan
+from ..recipe import Recipe, RecipeError, load_recipe
 from .checkpoint import (
     CheckpointError,
     RunState,
