@@ -88,6 +88,14 @@ class DataRecipe:
         None, "Processes that decode and crop, per training process; by default its share of the machine's cores."
     )
 
+    knn_steps: int | None = option(
+        None, "Steps between two measurements of the nearest neighbour accuracy on labelled images."
+    )
+    knn_dataset_name: str | None = option(None, "Data set of those images; by default dataset_name.")
+    knn_train_split: str = option("train", "Split whose labels vote.")
+    knn_test_split: str = option("test", "Split that is classified.")
+    knn_k: int = option(20, "Number of neighbours.")
+
 
 @dataclass(frozen=True)
 class ViewRecipe:
@@ -351,8 +359,14 @@ def check_ranges(recipe: Recipe) -> None:
         "gradient_cache_chunk_size",
         "num_train_epochs",
         "max_steps",
+        "steps_per_epoch",
+        "knn_steps",
+        "knn_k",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
     ]
-    for name in [*at_least_one, "steps_per_epoch", "logging_steps", "save_steps", "save_total_limit"]:
+    for name in at_least_one:
         if values[name] is not None and values[name] < 1:
             raise RecipeError(f"{name} must be at least 1, got {values[name]}")
     not_negative = ["dataloader_num_workers", "weight_decay", "base_learning_rate", "learning_rate", "warmup_epochs"]

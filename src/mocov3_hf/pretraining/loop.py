@@ -30,12 +30,14 @@ from .build import (
     build_source,
     check_model,
     doubtful_choices,
+    num_workers,
 )
 from .checkpoint import RunState, SaveError, list_checkpoints, load_checkpoint, remove_leftovers, save_checkpoint
 from .dry_run import describe
 from .gradient_cache import check_chunkable
 from .monitors import DivergedError, TrainingLog
-from .resume import find_checkpoint
+from .online_knn import OnlineKNN
+from .resume import cut_back, find_checkpoint
 from .signals import StopRequest
 from .step import seed_step, train_step
 
@@ -135,6 +137,9 @@ class Run:
         self.start_step, self.log_state = self.resume(*found) if found is not None else (0, {})
         self.prepare_output()
         self.loader = build_loader(recipe, source, self.plan, self.accelerator)
+        self.knn = None
+        if recipe.data.knn_steps is not None:
+            self.knn = OnlineKNN(recipe, self.accelerator, num_workers(recipe, self.accelerator))
         self.photometric = PhotometricStage(max_blur_sigma=recipe.views.blur_sigma[1]).to(self.accelerator.device)
 
     def train(self) -> None:
@@ -146,6 +151,8 @@ class Run:
         )
         if self.start_step > 0:
             log.resume(self.log_state, self.start_step)
+            if self.accelerator.is_main_process:
+                cut_back(self.output_dir / "knn.jsonl", self.start_step)
         if self.start_step == self.plan.total_steps:
             self.accelerator.print(f"all {self.start_step} steps are done: there is nothing left to do")
         self.model.train()
@@ -168,6 +175,8 @@ class Run:
                     gradient_cache_chunk_size=options.gradient_cache_chunk_size,
                 )
                 log.record(step, output, learning_rate, momentum, self.loader.num_bad_images)
+                if self.knn is not None and (step + 1) % self.recipe.data.knn_steps == 0:
+                    self.measure_knn(step + 1, log)
                 stopping = stop.agreed() and step + 1 < self.plan.total_steps
                 if stopping or (step + 1) % run.save_steps == 0 or step + 1 == self.plan.total_steps:
                     self.save(step + 1, log)
@@ -250,6 +259,14 @@ class Run:
             )
         self.accelerator.print(f"warning: {failure}; earlier checkpoints are whole, going on", file=sys.stderr)
 
+    def measure_knn(self, steps_done: int, log: TrainingLog) -> None:
+        """Nearest neighbour accuracy at this step, outside of the clock."""
+        start = time.perf_counter()
+        encoder = self.accelerator.unwrap_model(self.model).mocov3
+        accuracy = self.knn.measure(encoder, steps_done, steps_done / self.plan.steps_per_epoch)
+        log.note("kNN", f"{accuracy:.3f}")
+        log.leave_out(time.perf_counter() - start)
+
     def augment(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Both views `(B, C, H, W)`, from uint8 crops and drawn numbers to normalised images, on the device."""
         pixels, parameters = (
@@ -274,7 +291,7 @@ def clear(output_dir: Path) -> None:
     """Delete what an earlier run has left, other than weights, which the first save replaces."""
     for folder in list_checkpoints(output_dir):
         shutil.rmtree(folder)
-    for name in ("metrics.jsonl", "bad_images.jsonl"):
+    for name in ("metrics.jsonl", "bad_images.jsonl", "knn.jsonl"):
         (output_dir / name).unlink(missing_ok=True)
 
 

@@ -1,7 +1,6 @@
 """What a run reports about itself: metrics.jsonl, trackers and the progress bar."""
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -15,6 +14,7 @@ from ..model.loss_mocov3 import chance_loss, floor_loss
 from ..plan import Plan
 from ..probes.collapse import collapse_summary
 from .instability import SpikeDetector
+from .resume import cut_back
 from .step import StepOutput
 
 
@@ -33,14 +33,6 @@ def normalized_loss(loss: float, temperature: float, global_batch_size: int) -> 
     """0 at chance, 1 where positives coincide and negatives are orthogonal: comparable across recipes."""
     chance, floor = chance_loss(temperature, global_batch_size), floor_loss(temperature, global_batch_size)
     return (chance - loss) / (chance - floor)
-
-
-def is_kept(line: str, steps_done: int) -> bool:
-    """Whether a line is whole and of a step that is done; a killed run can leave half a line at the end."""
-    try:
-        return json.loads(line)["step"] <= steps_done
-    except ValueError:
-        return False
 
 
 def signs_of_collapse(projection: torch.Tensor) -> dict[str, float]:
@@ -84,6 +76,7 @@ class TrainingLog:
             total=plan.total_steps, initial=start_step, unit="step", disable=not accelerator.is_main_process
         )
         self.num_skipped = self.num_spikes = 0
+        self.notes: dict[str, str] = {}
         self.spikes = SpikeDetector()
         self.start_window()
 
@@ -111,11 +104,16 @@ class TrainingLog:
         self.steps = [torch.tensor(row, dtype=torch.float64, device=self.accelerator.device) for row in state["rows"]]
         self.num_skipped, self.num_spikes = state["num_skipped"], state["num_spikes"]
         self.spikes = SpikeDetector(history=state["grad_norms"])
-        if self.accelerator.is_main_process and self.path.exists():
-            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if is_kept(line, steps_done)]
-            aside = self.path.with_name(".metrics.jsonl.incomplete")
-            aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            os.replace(aside, self.path)
+        if self.accelerator.is_main_process:
+            cut_back(self.path, steps_done)
+
+    def note(self, name: str, value: str) -> None:
+        """Show something on the progress bar from now on."""
+        self.notes[name] = value
+
+    def leave_out(self, seconds: float) -> None:
+        """Take time that was no training out of the throughput."""
+        self.started += seconds
 
     def waited_for_data(self, seconds: float) -> None:
         self.data_wait += seconds
@@ -171,7 +169,7 @@ class TrainingLog:
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
-            shown = {"loss": f"{loss:.3f}", "top1": f"{positive_top1:.3f}"}
+            shown = self.notes | {"loss": f"{loss:.3f}", "top1": f"{positive_top1:.3f}"}
             shown["images/s"] = f"{metrics['images_per_second']:.0f}"
             if num_bad_images:
                 shown["bad images"] = num_bad_images

@@ -1,5 +1,7 @@
-"""Which checkpoint a run continues from, and whether it is still the same run."""
+"""Which checkpoint a run continues from, whether it is still the same run, and what its records keep."""
 
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +25,11 @@ FREE_OPTIONS = (
     "hub_model_id",
     "hub_private_repo",
     "hub_revision",
+    "knn_dataset_name",
+    "knn_k",
+    "knn_steps",
+    "knn_test_split",
+    "knn_train_split",
     "logging_steps",
     "max_bad_fraction",
     "num_train_images",
@@ -113,3 +120,20 @@ def check_same_run(recipe: Recipe, plan: Plan, folder: Path, state: RunState) ->
             f"{folder} was made by another recipe: {', '.join(differing)}. Restore the options, or pass"
             " --allow_recipe_change to continue with the new ones"
         )
+
+
+def cut_back(path: Path, steps_done: int) -> None:
+    """Leave only the lines of a JSON Lines file up to a step; a killed run can have left half a line at the end."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            is_done = json.loads(line)["step"] <= steps_done
+        except ValueError:
+            continue
+        if is_done:
+            kept.append(f"{line}\n")
+    aside = path.with_name(f".{path.name}.incomplete")
+    aside.write_text("".join(kept), encoding="utf-8")
+    os.replace(aside, path)

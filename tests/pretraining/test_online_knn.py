@@ -1,0 +1,97 @@
+"""Nearest neighbour accuracy while training: right, the same on any number of processes, and without a trace."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor
+
+from mocov3_hf import MoCoV3Model
+from mocov3_hf.data.labelled import open_labelled
+from mocov3_hf.pretraining.loop import main
+from mocov3_hf.probes.knn import knn_accuracy
+from tests.launch import ROOT, torchrun
+
+
+KNN = ["--knn_steps", "2", "--knn_k", "3"]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Two classes, dark and bright: 16 pictures to learn from and 7, an odd number, to classify."""
+    folder = tmp_path_factory.mktemp("labelled")
+    rng = np.random.default_rng(0)
+    for split, numbers in {"train": (8, 8), "test": (4, 3)}.items():
+        for label, number in zip(("bright", "dark"), numbers, strict=True):
+            (folder / split / label).mkdir(parents=True)
+            for index in range(number):
+                pixels = rng.integers(0, 60, (40, 40, 3)) + (180 if label == "bright" else 0)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / label / f"{index}.png")
+    return folder
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "knn.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny, labelled):
+    return [*tiny, "--dataset_name", str(labelled), *KNN]
+
+
+def test_the_accuracy_is_that_of_the_saved_model(tmp_path, arguments, labelled):
+    main([*arguments, "--output_dir", str(tmp_path)])
+    lines = read(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4]
+    assert [line["epoch"] for line in lines] == [1.0, 2.0]
+    model, processor = MoCoV3Model.from_pretrained(tmp_path), AutoImageProcessor.from_pretrained(tmp_path)
+
+    def features(split):
+        images = open_labelled(str(labelled), split=split)
+        pixel_values = processor([images.decode(row) for row in range(len(images))], return_tensors="pt").pixel_values
+        with torch.no_grad():
+            return model(pixel_values).pooler_output, torch.from_numpy(images.labels)
+
+    expected = knn_accuracy(*features("test"), *features("train"), 3)[3]
+    assert lines[-1]["knn_top1"] == pytest.approx(expected)
+    assert expected > 0.9, "dark and bright are easy to tell"
+
+
+def test_measuring_leaves_no_trace(tmp_path, arguments, fresh):
+    main([*arguments, "--output_dir", str(tmp_path / "watched")])
+    fresh()
+    unwatched = [argument for argument in arguments if argument not in ("--knn_steps", "2", "--knn_k", "3")]
+    main([*unwatched, "--output_dir", str(tmp_path / "unwatched")])
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("watched", "unwatched"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not (tmp_path / "unwatched" / "knn.jsonl").exists()
+
+
+def test_two_processes_and_resuming_give_the_same_curve(tmp_path, arguments, fresh):
+    main([*arguments, "--output_dir", str(tmp_path / "one")])
+    torchrun(2, ROOT / "scripts" / "pretrain.py", *arguments, "--output_dir", str(tmp_path / "two"))
+    assert read(tmp_path / "two") == read(tmp_path / "one")
+    fresh()
+    with (tmp_path / "one" / "knn.jsonl").open("a") as file:
+        file.write('{"step": 6, "epoch": 3.0, "knn_top1": 0.1}\n{"step": 8, "ep')
+    more = [*arguments, "--resume_from_checkpoint", "auto", "--allow_recipe_change", "--max_steps", "6"]
+    main([*more, "--output_dir", str(tmp_path / "one")])
+    assert [line["step"] for line in read(tmp_path / "one")] == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--knn_test_split", "validation"], "validation"),
+        (["--knn_k", "17"], "--knn_k 17 is more than the 16 images"),
+        (["--knn_steps", "0"], "knn_steps must be at least 1"),
+    ],
+)
+def test_mistakes(tmp_path, arguments, capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, *options, "--output_dir", str(tmp_path)])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.rstrip().splitlines()[-1]
