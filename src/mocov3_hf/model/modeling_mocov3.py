@@ -154,8 +154,13 @@ def is_initialized(module: nn.Module) -> bool:
     """
 )
 class MoCoV3Model(MoCoV3PreTrainedModel):
-    # Checkpoints of pre-training hold more than the encoder.
-    _keys_to_ignore_on_load_unexpected = [r"^projector\.", r"^predictor\.", r"^momentum_encoder\."]  # noqa: RUF012
+    # Checkpoints of pre-training and of classifiers hold more than the encoder.
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"^projector\.",
+        r"^predictor\.",
+        r"^momentum_encoder\.",
+        r"^classifier\.",
+    ]
 
     def __init__(self, config: MoCoV3Config):
         super().__init__(config)
@@ -260,10 +265,7 @@ def report_all_unexpected_keys(model: PreTrainedModel) -> None:
     """
 )
 class MoCoV3Backbone(BackboneMixin, MoCoV3PreTrainedModel):
-    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
-        *MoCoV3Model._keys_to_ignore_on_load_unexpected,
-        r"^classifier\.",
-    ]
+    _keys_to_ignore_on_load_unexpected = MoCoV3Model._keys_to_ignore_on_load_unexpected
 
     def __init__(self, config: MoCoV3Config):
         super().__init__(config)
