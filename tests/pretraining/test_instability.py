@@ -107,11 +107,21 @@ def test_a_run_goes_on_and_counts(tmp_path, tiny, monkeypatch):
 
 def test_a_run_of_nothing_but_nan_ends(tmp_path, tiny, monkeypatch, capsys):
     plant(monkeypatch, range(2, 1000))
+    length = ["--max_steps", "100", "--logging_steps", "4", "--save_steps", "100"]
     with pytest.raises(SystemExit) as stop:
-        main([*tiny, "--logging_steps", "2", "--save_steps", "1", "--output_dir", str(tmp_path)])
+        main([*tiny, *length, "--output_dir", str(tmp_path)])
     assert stop.value.code == 1
     error = capsys.readouterr().err.rstrip().splitlines()[-1]
-    assert "error: the gradients of all 2 steps up to step 4 were infinite or NaN: the run has diverged" in error
+    assert "error: the gradients of all 50 steps up to step 52 were infinite or NaN: the run has diverged" in error
+
+
+def test_a_line_of_skipped_steps_alone_ends_nothing(tmp_path, tiny, monkeypatch):
+    plant(monkeypatch, [0, 2])
+    main([*tiny, "--logging_steps", "1", "--report_to", "tensorboard", "--output_dir", str(tmp_path)])
+    metrics = read_metrics(tmp_path)
+    assert [line["skipped_steps"] for line in metrics] == [1, 1, 2, 2]
+    assert [line["loss"] is None for line in metrics] == [True, False, True, False]
+    assert metrics[0]["grad_norm"] is metrics[0]["loss_normalized"] is metrics[0]["first_layer_grad_max"] is None
 
 
 def test_spikes_are_found_and_nothing_else():
@@ -145,8 +155,13 @@ def test_spikes_are_found_and_nothing_else():
 )
 def test_first_and_last_layer(backbone, first, last):
     model = build(**backbone).mocov3.backbone
+    with pytest.raises(ValueError, match="no weight of MoCoV3ViTModel has a gradient"):
+        first_and_last_weight(model)
+    model(torch.randn(2, 3, 16, 16, dtype=torch.float64)).pooler_output.sum().backward()
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert [names[weight] for weight in first_and_last_weight(model)] == [first, last]
+    model.encoder.layer[1].mlp.fc2.weight.grad = None  # a layer that is not used is none of the two
+    assert names[first_and_last_weight(model)[1]] == "encoder.layer.1.mlp.fc1.weight"
 
 
 def test_a_planted_spike_is_told_and_counted(tmp_path, tiny, monkeypatch, capsys):

@@ -48,10 +48,17 @@ class SpikeDetector:
 
 
 def first_and_last_weight(backbone: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
-    """The trained weights nearest to the image and farthest from it; tokens and position tables are no layers."""
+    """
+    The weights with a gradient nearest to the image and farthest from it; tokens and position tables are no layers.
+
+    Raises:
+        ValueError: no weight of the backbone has a gradient.
+    """
     weights = [
         parameter
         for name, parameter in backbone.named_parameters()
-        if parameter.requires_grad and parameter.ndim > 1 and not name.endswith(("token", "embeddings"))
+        if parameter.grad is not None and parameter.ndim > 1 and not name.endswith(("token", "embeddings"))
     ]
+    if not weights:
+        raise ValueError(f"no weight of {type(backbone).__name__} has a gradient: the whole backbone is frozen")
     return weights[0], weights[-1]

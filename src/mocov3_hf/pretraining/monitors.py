@@ -29,6 +29,10 @@ STEP_VALUES = (
 )
 
 
+# Skipped steps in a row after which a run has diverged: more than the scaler of fp16 needs to find its scale.
+MAX_SKIPPED_IN_A_ROW = 50
+
+
 def normalized_loss(loss: float, temperature: float, global_batch_size: int) -> float:
     """0 at chance, 1 where positives coincide and negatives are orthogonal: comparable across recipes."""
     chance, floor = chance_loss(temperature, global_batch_size), floor_loss(temperature, global_batch_size)
@@ -75,7 +79,7 @@ class TrainingLog:
         self.progress = tqdm(
             total=plan.total_steps, initial=start_step, unit="step", disable=not accelerator.is_main_process
         )
-        self.num_skipped = self.num_spikes = 0
+        self.num_skipped = self.num_skipped_in_a_row = self.num_spikes = 0
         self.notes: dict[str, str] = {}
         self.spikes = SpikeDetector()
         self.start_window()
@@ -95,6 +99,7 @@ class TrainingLog:
         return {
             "rows": self.rows(),
             "num_skipped": self.num_skipped,
+            "num_skipped_in_a_row": self.num_skipped_in_a_row,
             "num_spikes": self.num_spikes,
             "grad_norms": list(self.spikes.history),
         }
@@ -103,6 +108,7 @@ class TrainingLog:
         """Take up the state of before, and drop the lines of steps that will be done again."""
         self.steps = [torch.tensor(row, dtype=torch.float64, device=self.accelerator.device) for row in state["rows"]]
         self.num_skipped, self.num_spikes = state["num_skipped"], state["num_spikes"]
+        self.num_skipped_in_a_row = state["num_skipped_in_a_row"]
         self.spikes = SpikeDetector(history=state["grad_norms"])
         if self.accelerator.is_main_process:
             cut_back(self.path, steps_done)
@@ -139,21 +145,20 @@ class TrainingLog:
         rows = [dict(zip(STEP_VALUES, row, strict=True)) for row in self.rows()]
         counted = [row for row in rows if not row["skipped"]]
         self.num_skipped += len(rows) - len(counted)
-        if not counted:
-            raise DivergedError(
-                f"the gradients of all {len(rows)} steps up to step {steps_done} were infinite or NaN: the run has"
-                " diverged. Resume from an earlier checkpoint with --allow_recipe_change and a lower"
-                " --base_learning_rate, or a --max_grad_norm"
-            )
+        self.check_divergence(rows, steps_done)
         self.look_for_spikes(rows, steps_done)
-        mean = {name: statistics.fmean(row[name] for row in counted) for name in STEP_VALUES}
+        # Without a step that counted there is nothing to average: null.
+        mean = {name: statistics.fmean(row[name] for row in counted) if counted else None for name in STEP_VALUES}
         loss, positive_top1 = mean["loss"], mean["positive_top1"]
+        normalized = None
+        if loss is not None:
+            normalized = normalized_loss(loss, self.temperature, self.plan.global_batch_size)
         seconds = time.perf_counter() - self.started
         metrics = {
             "step": steps_done,
             "epoch": steps_done / self.plan.steps_per_epoch,
             "loss": loss,
-            "loss_normalized": normalized_loss(loss, self.temperature, self.plan.global_batch_size),
+            "loss_normalized": normalized,
             "positive_top1": positive_top1,
             "learning_rate": learning_rate,
             "momentum": momentum,
@@ -162,22 +167,39 @@ class TrainingLog:
             "data_wait_fraction": self.data_wait / seconds,
             "skipped_steps": self.num_skipped,
             "gradient_spikes": self.num_spikes,
-            "first_layer_grad_max": max(row["first_layer_grad_max"] for row in counted),
-            "last_layer_grad_max": max(row["last_layer_grad_max"] for row in counted),
+            "first_layer_grad_max": max((row["first_layer_grad_max"] for row in counted), default=None),
+            "last_layer_grad_max": max((row["last_layer_grad_max"] for row in counted), default=None),
             **signs_of_collapse(self.accelerator.gather(projection.detach().float())),
         }
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
-            shown = self.notes | {"loss": f"{loss:.3f}", "top1": f"{positive_top1:.3f}"}
+            shown = dict(self.notes)
+            if loss is not None:
+                shown |= {"loss": f"{loss:.3f}", "top1": f"{positive_top1:.3f}"}
             shown["images/s"] = f"{metrics['images_per_second']:.0f}"
             if num_bad_images:
                 shown["bad images"] = num_bad_images
             if self.num_skipped:
                 shown["skipped steps"] = self.num_skipped
             self.progress.set_postfix(shown)
-        self.accelerator.log({name: value for name, value in metrics.items() if name != "step"}, step=steps_done)
+        tracked = {name: value for name, value in metrics.items() if name != "step" and value is not None}
+        self.accelerator.log(tracked, step=steps_done)
         self.start_window()
+
+    def check_divergence(self, rows: list[dict], steps_done: int) -> None:
+        """
+        Raises:
+            DivergedError: too many skipped steps in a row. A few are normal, above all with fp16 and its scaler.
+        """
+        for step, row in enumerate(rows, start=steps_done - len(rows) + 1):
+            self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if row["skipped"] else 0
+            if self.num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                raise DivergedError(
+                    f"the gradients of all {MAX_SKIPPED_IN_A_ROW} steps up to step {step} were infinite or NaN: the"
+                    " run has diverged. Resume from an earlier checkpoint with --allow_recipe_change and a lower"
+                    " --base_learning_rate, or a --max_grad_norm"
+                )
 
     def look_for_spikes(self, rows: list[dict], steps_done: int) -> None:
         """Count the steps whose gradient stands out, and say so at once: accuracy may dip some tens of steps later."""
