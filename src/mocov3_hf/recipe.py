@@ -21,6 +21,14 @@ from transformers import HfArgumentParser
 RECIPES = Path(__file__).parent / "recipes"
 
 
+# Why the option that users of `Trainer` look for does not exist.
+NO_ACCUMULATION = (
+    "there is no gradient_accumulation_steps: summing the gradients of small batches is another objective, with fewer"
+    " negatives. For a batch larger than memory pass --gradient_cache_chunk_size, which gives the gradients of the"
+    " whole batch"
+)
+
+
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message says what was expected and how to repair it."""
 
@@ -153,6 +161,33 @@ class OptimizationRecipe:
 
 
 @dataclass(frozen=True)
+class AccelerationRecipe:
+    """What makes a step fast. What is left open is chosen for device, precision and backbone, as --dry_run shows."""
+
+    tf32: bool | None = option(
+        None, "Matrix products of float32 in TF32; by default where the GPU can and mixed_precision is no."
+    )
+    channels_last: bool | None = option(
+        None, "Convolutions with the channels innermost in memory; by default for backbones made of them."
+    )
+    attn_implementation: str | None = option(
+        None,
+        "sdpa, eager, flash_attention_2 or another that transformers knows; by default, for mocov3_vit, sdpa, and"
+        " eager with bf16 on CPUs.",
+    )
+    views_in_one_pass: bool | None = option(
+        None, "Both views in one batch through an encoder; not for backbones with batch normalisation."
+    )
+    pooled_query_only: bool | None = option(
+        None, "The last block of mocov3_vit for the CLS token alone, which is all that the loss reads; by default so."
+    )
+    torch_compile: bool = option(False, "Compile both encoders: faster after minutes, worth it on GPUs.")
+    gradient_checkpointing: bool = option(
+        False, "Recompute the encoder's activations in the backward pass: less memory, a quarter more work."
+    )
+
+
+@dataclass(frozen=True)
 class RunRecipe:
     """Where it runs and what it leaves behind."""
 
@@ -186,6 +221,7 @@ class Recipe:
     data: DataRecipe
     views: ViewRecipe
     optimization: OptimizationRecipe
+    acceleration: AccelerationRecipe
     run: RunRecipe
 
     def to_dict(self) -> dict:
@@ -271,6 +307,8 @@ def refuse_unknown(name: str, source: str) -> None:
     Raises:
         RecipeError: always, with the nearest option.
     """
+    if name == "gradient_accumulation_steps":
+        raise RecipeError(f"{source}: {NO_ACCUMULATION}")
     close = difflib.get_close_matches(name, option_names(), n=1, cutoff=0.5)
     hint = f". Did you mean {close[0]!r}?" if close else "; --help lists all options"
     raise RecipeError(f"{source}: there is no option {name!r}{hint}")

@@ -87,12 +87,9 @@ def test_stochastic_depth_and_dropout_are_replayed():
         if chunked:
             loss = cached_backward(model, (views[0], views[1]), 2, Accelerator(cpu=True)).loss
         else:
-            features = [torch.cat([model.mocov3(c).pooler_output for c in pixels.split(2)]) for pixels in views]
+            features = [torch.cat([model.encode(model.mocov3, (c,))[0] for c in pixels.split(2)]) for pixels in views]
             with torch.no_grad():
-                keys = [
-                    torch.cat([model.momentum_encoder.encoder(c).pooler_output for c in pixels.split(2)])
-                    for pixels in views
-                ]
+                keys = [torch.cat([model.momentum_features((c,))[0] for c in pixels.split(2)]) for pixels in views]
             loss = model.contrast(*features, *keys).loss
             loss.backward()
         gradients.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])

@@ -181,9 +181,14 @@ class MoCoV3Model(MoCoV3PreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        pooled_query_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
+        pooled_query_only (`bool`, *optional*, defaults to `False`):
+            A promise that only `pooler_output` is read. MoCo v3's own ViT then computes its last block for the CLS
+            token alone and gives no `last_hidden_state`; other backbones take no notice.
+
         Returns `last_hidden_state` as the backbone gives it, `(B, L, D)` or `(B, D, h, w)`, and `pooler_output`
         `(B, D)`.
         """
@@ -195,6 +200,8 @@ class MoCoV3Model(MoCoV3PreTrainedModel):
             output_attentions = self.config.output_attentions
         if output_attentions:  # a convolutional backbone does not know the argument
             kwargs["output_attentions"] = True
+        if pooled_query_only and self.backbone.config.model_type == MoCoV3ViTConfig.model_type:
+            kwargs["pooled_query_only"] = True
         kwargs.pop("return_dict", None)
         outputs = self.backbone(pixel_values, output_hidden_states=output_hidden_states, return_dict=True, **kwargs)
         pooled = outputs.get("pooler_output")
@@ -203,7 +210,7 @@ class MoCoV3Model(MoCoV3PreTrainedModel):
                 f"a backbone of model type {self.backbone.config.model_type!r} gives no pooled vector (pooler_output)"
             )
         return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=outputs.get("last_hidden_state"),
             pooler_output=pooled.flatten(1),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),

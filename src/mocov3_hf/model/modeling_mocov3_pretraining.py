@@ -141,6 +141,10 @@ def ema_update_(averages: list[torch.Tensor], sources: list[torch.Tensor], momen
     """
 )
 class MoCoV3ForPreTraining(MoCoV3PreTrainedModel):
+    # How the features are computed, not what they are: no part of the configuration.
+    pooled_query_only = True
+    views_in_one_pass = False
+
     def __init__(self, config: MoCoV3Config):
         super().__init__(config)
         self.mocov3 = MoCoV3Model(config)
@@ -160,6 +164,21 @@ class MoCoV3ForPreTraining(MoCoV3PreTrainedModel):
             for average, source in self.momentum_pairs(buffers=True):
                 init.copy_(average, source)  # passes over what was loaded
         self.momentum_encoder.requires_grad_(False)
+
+    def set_views_in_one_pass(self, enabled: bool) -> None:
+        """
+        Whether both views go through an encoder together, as one batch of twice the size. The numbers are the same;
+        those that stochastic depth and dropout draw are others.
+
+        Raises:
+            ValueError: a backbone with batch normalisation, which must see the statistics of one view.
+        """
+        if enabled and has_batch_norm(self.mocov3):
+            raise ValueError(
+                "the views cannot go through this backbone in one pass: it has batch normalisation, which would mix"
+                " the statistics of both"
+            )
+        self.views_in_one_pass = enabled
 
     def momentum_pairs(self, buffers: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Pairs of a tensor of the momentum branch and its source: all parameters and, on demand, all buffers."""
@@ -209,27 +228,53 @@ class MoCoV3ForPreTraining(MoCoV3PreTrainedModel):
             A promise that all processes hold equally many images, which saves an exchange of batch sizes.
         """
         check_batch(self, pixel_values)
-        # Each view on its own: batch normalisation must see the statistics of one view.
-        outputs = self.mocov3(
-            pixel_values, output_hidden_states=output_hidden_states, output_attentions=output_attentions, **kwargs
-        )
-        features_1 = outputs.pooler_output
-        if pixel_values_2 is None:
-            return MoCoV3ForPreTrainingOutput(
-                prediction=self.predictor(self.projector(features_1)),
-                pooler_output=features_1,
-                hidden_states=outputs.hidden_states,
-                attentions=outputs.attentions,
-            )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if pixel_values_2 is not None and not (output_hidden_states or output_attentions):
+            views = (pixel_values, pixel_values_2)
+            features = self.encode(self.mocov3, views, **kwargs)
+            return self.contrast(*features, *self.momentum_features(views, **kwargs), even_batches)
 
-        only_pooled = {"output_hidden_states": False, "output_attentions": False, **kwargs}
-        features_2 = self.mocov3(pixel_values_2, **only_pooled).pooler_output
-        with torch.no_grad():
-            momentum_features_1 = self.momentum_encoder.encoder(pixel_values, **only_pooled).pooler_output
-            momentum_features_2 = self.momentum_encoder.encoder(pixel_values_2, **only_pooled).pooler_output
-        output = self.contrast(features_1, features_2, momentum_features_1, momentum_features_2, even_batches)
+        outputs = self.mocov3(
+            pixel_values,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            pooled_query_only=self.pooled_query_only,
+            **kwargs,
+        )
+        if pixel_values_2 is None:
+            output = MoCoV3ForPreTrainingOutput(
+                prediction=self.predictor(self.projector(outputs.pooler_output)), pooler_output=outputs.pooler_output
+            )
+        else:
+            (features_2,) = self.encode(self.mocov3, (pixel_values_2,), **kwargs)
+            keys = self.momentum_features((pixel_values, pixel_values_2), **kwargs)
+            output = self.contrast(outputs.pooler_output, features_2, *keys, even_batches)
         output.hidden_states, output.attentions = outputs.hidden_states, outputs.attentions
         return output
+
+    def encode(
+        self, encoder: MoCoV3Model, views: tuple[torch.Tensor, ...], **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, ...]:
+        """Features `(B, D)` of every view `(B, C, H, W)`, each on its own unless `views_in_one_pass`."""
+        kwargs = {
+            "output_hidden_states": False,
+            "output_attentions": False,
+            "pooled_query_only": self.pooled_query_only,
+            **kwargs,
+        }
+        if self.views_in_one_pass and len(views) > 1:
+            return encoder(torch.cat(views), **kwargs).pooler_output.chunk(len(views))
+        return tuple(encoder(pixel_values, **kwargs).pooler_output for pixel_values in views)
+
+    @torch.no_grad()
+    def momentum_features(
+        self, views: tuple[torch.Tensor, ...], **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, ...]:
+        """The same by the momentum encoder."""
+        return self.encode(self.momentum_encoder.encoder, views, **kwargs)
 
     def contrast(
         self,
@@ -268,6 +313,10 @@ class MoCoV3ForPreTraining(MoCoV3PreTrainedModel):
             positive_top1_1=direction_1.positive_top1,
             positive_top1_2=direction_2.positive_top1,
         )
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules())
 
 
 def check_batch(model: MoCoV3ForPreTraining, pixel_values: torch.Tensor | None) -> None:

@@ -19,7 +19,7 @@ from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from ..optim import LARS, parameter_groups
 from ..plan import Plan
-from ..recipe import Recipe, RecipeError
+from ..recipe import NO_ACCUMULATION, Recipe, RecipeError
 
 
 # Base learning rates (per 256 images) between which each optimizer is known to work with MoCo v3: the paper has
@@ -60,8 +60,10 @@ def check_launch(environment: dict[str, str]) -> None:
     `accelerate launch` names a meeting point whenever several processes are asked for, but on CPUs without MPI it
     starts a single one and does not say so.
 
+    Its configuration can also ask for what this method cannot do.
+
     Raises:
-        RecipeError: such a launch.
+        RecipeError: such a launch, or one with gradient accumulation.
     """
     asked_for_several = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
     is_alone = not any(name in environment for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
@@ -69,6 +71,12 @@ def check_launch(environment: dict[str, str]) -> None:
         raise RecipeError(
             "accelerate launch was asked for several processes and started one, as it does on CPUs: start them with"
             " 'torchrun --nproc_per_node N scripts/pretrain.py ...', or pass --num_processes 1"
+        )
+    steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps.strip() != "1":
+        raise RecipeError(
+            f"accelerate launch asks for {steps} gradient_accumulation_steps: {NO_ACCUMULATION}. Set them to 1 in its"
+            " configuration"
         )
 
 

@@ -9,7 +9,10 @@ import yaml
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from ..plan import Plan, make_plan
 from ..recipe import Recipe, RecipeError
+from .acceleration import choose_acceleration, this_device
 from .build import build_config, build_source, doubtful_choices
+from .communication import describe as describe_exchanges
+from .communication import exchanges
 from .estimate import Estimate, estimate
 
 
@@ -27,6 +30,10 @@ def describe(recipe: Recipe) -> str:
     plan = make_plan(recipe, count_images(recipe), num_processes)
     config = build_config(recipe)
     options = recipe.optimization
+    with torch.device("meta"):
+        model = MoCoV3ForPreTraining(config)
+    device = this_device()
+    acceleration = choose_acceleration(recipe, model, device)
     costs = estimate(
         config,
         recipe.views.image_size,
@@ -34,13 +41,14 @@ def describe(recipe: Recipe) -> str:
         options.optimizer,
         recipe.run.mixed_precision,
         options.gradient_cache_chunk_size,
+        acceleration,
     )
-    with torch.device("meta"):
-        model = MoCoV3ForPreTraining(config)
     doubts = doubtful_choices(recipe, plan, model, num_processes)
+    exchanged = exchanges(model, plan.batch_size, num_processes, on_gpu=this_device().type == "cuda")
     lines = [
         yaml.safe_dump(recipe.to_dict(), sort_keys=False),
-        *plan_lines(plan, costs, num_processes),
+        *plan_lines(plan, costs, num_processes, describe_exchanges(exchanged, num_processes)),
+        f"acceleration on {device.type}: {acceleration.describe()}",
         *(f"warning: {doubt}" for doubt in doubts),
     ]
     return "\n".join(lines)
@@ -56,7 +64,7 @@ def count_images(recipe: Recipe) -> int | None:
     return number
 
 
-def plan_lines(plan: Plan, costs: Estimate, num_processes: int) -> list[str]:
+def plan_lines(plan: Plan, costs: Estimate, num_processes: int, communication: str) -> list[str]:
     """One line for each figure."""
     figures = {
         "parameters (whole model)": f"{costs.num_parameters:,}",
@@ -73,5 +81,7 @@ def plan_lines(plan: Plan, costs: Estimate, num_processes: int) -> list[str]:
             f" {costs.activation_bytes / GIB:.1f} activations, {costs.view_bytes / GIB:.1f} views)"
         ),
     }
+    if num_processes > 1:
+        figures["communication per step and process"] = communication
     width = max(map(len, figures))
     return [f"{name:<{width}}  {figure}" for name, figure in figures.items()]

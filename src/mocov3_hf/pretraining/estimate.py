@@ -1,7 +1,7 @@
 """What a recipe will cost, found without running it: parameters, multiply-adds, memory."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..complexity import multiply_adds
 from ..model.configuration_mocov3 import MoCoV3Config
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
+from .acceleration import Acceleration, accelerate
 
 
 BYTES_FLOAT32 = 4
@@ -40,18 +41,21 @@ def estimate(
     optimizer: str,
     mixed_precision: str,
     chunk_size: int | None = None,
+    acceleration: Acceleration | None = None,
 ) -> Estimate:
     """
     Count parameters, multiply-adds and bytes of a training step on tensors without data.
 
     With a `chunk_size` activations are those of one chunk in the backbone, or of the whole batch in the heads, the
-    larger of the two.
+    larger of the two. With an `acceleration` they are those of the model set up so, compilation apart.
 
     Memory is that of float32 weights, gradients, optimizer state, both views of `batch_size` images and the
     activations that autograd saves for them; allocator overhead and temporary buffers come on top.
     """
     with torch.device("meta"):
         model = MoCoV3ForPreTraining(config)
+    if acceleration is not None:
+        accelerate(model, replace(acceleration, torch_compile=False, tf32=False))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")  # shapes only, but the operators of a real device
         views = [torch.zeros(batch_size, 3, image_size, image_size) for _ in range(2)]
@@ -61,7 +65,7 @@ def estimate(
             chunk, features = views[0][:chunk_size], torch.zeros(batch_size, model.mocov3.pooled_width)
             leaf = features.clone().requires_grad_()
             activation_bytes = max(
-                saved_bytes(lambda: model.mocov3(chunk), model, mixed_precision),
+                saved_bytes(lambda: model.encode(model.mocov3, (chunk,)), model, mixed_precision),
                 saved_bytes(lambda: model.contrast(leaf, leaf, features, features), model, mixed_precision),
             )
         macs = multiply_adds(model.mocov3, views[0][:1])

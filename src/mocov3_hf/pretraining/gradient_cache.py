@@ -49,12 +49,11 @@ def cached_backward(
     generator_states: list[list[dict]] = [[], []]
     with torch.no_grad(), accelerator.autocast():
         features = [
-            torch.cat([encode(model.mocov3, chunk, generator_states[view]) for chunk in pixels.split(chunk_size)])
+            torch.cat([encode(model, chunk, generator_states[view]) for chunk in pixels.split(chunk_size)])
             for view, pixels in enumerate(views)
         ]
         momentum_features = [
-            torch.cat([encode(model.momentum_encoder.encoder, chunk, []) for chunk in pixels.split(chunk_size)])
-            for pixels in views
+            torch.cat([model.momentum_features((chunk,))[0] for chunk in pixels.split(chunk_size)]) for pixels in views
         ]
     features = [feature.detach().requires_grad_() for feature in features]
     with accelerator.autocast():
@@ -65,17 +64,17 @@ def cached_backward(
         gradients = features[view].grad.split(chunk_size)
         for chunk, gradient, state in zip(pixels.split(chunk_size), gradients, generator_states[view], strict=True):
             with Replayed(state), accelerator.autocast():
-                chunk_features = model.mocov3(chunk).pooler_output
+                (chunk_features,) = model.encode(model.mocov3, (chunk,))
             # The scale of fp16 is in the gradient already.
             torch.autograd.backward(chunk_features, gradient.to(chunk_features.dtype))
     average_gradients(model)
     return output
 
 
-def encode(encoder: nn.Module, pixel_values: torch.Tensor, states: list[dict]) -> torch.Tensor:
+def encode(model: MoCoV3ForPreTraining, pixel_values: torch.Tensor, states: list[dict]) -> torch.Tensor:
     """Features of a chunk; where the random numbers of its dropout begin is appended to `states`."""
     states.append(generator_state(pixel_values.device))
-    return encoder(pixel_values).pooler_output
+    return model.encode(model.mocov3, (pixel_values,))[0]
 
 
 def generator_state(device: torch.device) -> dict:

@@ -22,6 +22,7 @@ from ..data.photometric import PhotometricStage
 from ..optim import cosine_momentum, warmup_cosine
 from ..plan import Plan, make_plan
 from ..recipe import Recipe, RecipeError, load_recipe, recipe_help, recipe_names
+from .acceleration import accelerate, choose_acceleration
 from .build import (
     build_accelerator,
     build_loader,
@@ -130,6 +131,10 @@ class Run:
         self.temperature = model.config.temperature
         for doubt in doubtful_choices(recipe, self.plan, model, self.accelerator.num_processes):
             self.accelerator.print(f"warning: {doubt}", file=sys.stderr)
+        acceleration = choose_acceleration(recipe, model, self.accelerator.device)
+        accelerate(model, acceleration)
+        device = self.accelerator.device.type
+        self.accelerator.print(f"acceleration on {device}: {acceleration.describe()}", file=sys.stderr)
         optimizer = build_optimizer(recipe, model, self.plan)
         if recipe.optimization.gradient_cache_chunk_size is not None:
             check_chunkable(model)

@@ -1,0 +1,147 @@
+"""What makes a step fast: chosen for device, precision and backbone where the recipe leaves it open.
+
+The step itself (step.py) knows nothing of it. Every choice but `tf32` gives the numbers of the plain step up to the
+order in which they are summed; benchmarks/step.py measures what each is worth.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from ..model.configuration_mocov3 import MoCoV3ViTConfig
+from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining, has_batch_norm
+from ..recipe import AccelerationRecipe, Recipe, RecipeError
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """A resolved choice; the fields are those of the recipe's group, without an open one."""
+
+    tf32: bool
+    channels_last: bool
+    attn_implementation: str | None  # None for a backbone without attention, or whose own default stays
+    views_in_one_pass: bool
+    pooled_query_only: bool
+    torch_compile: bool
+    gradient_checkpointing: bool
+
+    def describe(self) -> str:
+        """One line: `sdpa attention, pooled_query_only`, or `nothing`."""
+        attention = [f"{self.attn_implementation} attention"] if self.attn_implementation is not None else []
+        switches = [name for name, value in asdict(self).items() if value is True]
+        return ", ".join(attention + switches) or "nothing"
+
+
+def choose_acceleration(recipe: Recipe, model: MoCoV3ForPreTraining, device: torch.device) -> Acceleration:
+    """
+    What the recipe asks for, and for what it leaves open what is fastest; the same on the same kind of device.
+
+    Raises:
+        RecipeError: an option that the device or the backbone does not have.
+    """
+    asked, mixed_precision = recipe.acceleration, recipe.run.mixed_precision
+    check_acceleration(asked, model, device)
+    is_own_vit = model.config.backbone_config.model_type == MoCoV3ViTConfig.model_type
+    return Acceleration(
+        # Under autocast only the loss is left in float32, where TF32 costs digits and gives no time.
+        tf32=given(asked.tf32, has_tf32(device) and mixed_precision == "no"),
+        channels_last=given(asked.channels_last, has_spatial_convolutions(model.mocov3)),
+        attn_implementation=given(
+            asked.attn_implementation, fastest_attention(device, mixed_precision) if is_own_vit else None
+        ),
+        views_in_one_pass=given(asked.views_in_one_pass, False),
+        pooled_query_only=given(asked.pooled_query_only, is_own_vit),
+        torch_compile=asked.torch_compile,
+        gradient_checkpointing=asked.gradient_checkpointing,
+    )
+
+
+def this_device() -> torch.device:
+    """The kind of device that a run on this machine will use."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def given(asked, otherwise):
+    return otherwise if asked is None else asked
+
+
+def check_acceleration(asked: AccelerationRecipe, model: MoCoV3ForPreTraining, device: torch.device) -> None:
+    """
+    Raises:
+        RecipeError: an option that the device or the backbone does not have.
+    """
+    model_type = model.config.backbone_config.model_type
+    if asked.tf32 and not has_tf32(device):
+        raise RecipeError("--tf32 needs a CUDA GPU of compute capability 8.0 (Ampere) or later: leave it out")
+    if asked.views_in_one_pass and has_batch_norm(model.mocov3):
+        raise RecipeError(
+            f"--views_in_one_pass: the backbone {model_type!r} has batch normalisation, which must see the statistics"
+            " of one view: leave it out"
+        )
+    if asked.pooled_query_only and model_type != MoCoV3ViTConfig.model_type:
+        raise RecipeError(f"--pooled_query_only is for the backbone 'mocov3_vit', not {model_type!r}: leave it out")
+    if asked.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise RecipeError(
+            f"--gradient_checkpointing: the backbone {model_type!r} cannot recompute its activations: leave it out, or"
+            " use a smaller --per_device_train_batch_size"
+        )
+    if asked.attn_implementation is not None and not model.mocov3.backbone._supports_attention_backend:
+        raise RecipeError(
+            f"--attn_implementation: the attention of the backbone {model_type!r} cannot be chosen: leave it out"
+        )
+
+
+def has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def fastest_attention(device: torch.device, mixed_precision: str) -> str:
+    """The fused kernel, except for bf16 on CPUs, where plain matrix products are faster (benchmarks/step.py)."""
+    return "eager" if device.type == "cpu" and mixed_precision == "bf16" else "sdpa"
+
+
+def has_spatial_convolutions(module: nn.Module) -> bool:
+    """Whether convolutions are more than the projection of patches, which no convolution follows."""
+    convolutions = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    return len(convolutions) > 1
+
+
+def accelerate(model: MoCoV3ForPreTraining, choice: Acceleration) -> None:
+    """
+    Set up `model`, in place and before the optimizer is built; weights keep their values and their names.
+
+    `tf32` is a state of the whole process.
+    """
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high" if choice.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = choice.tf32
+    if choice.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if choice.attn_implementation is not None:
+        model.set_attn_implementation(choice.attn_implementation)
+    model.set_views_in_one_pass(choice.views_in_one_pass)
+    model.pooled_query_only = choice.pooled_query_only
+    if choice.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    if choice.torch_compile:
+        compile_encoders(model)
+
+
+def enable_gradient_checkpointing(model: MoCoV3ForPreTraining) -> None:
+    """Of the trained encoder: the momentum encoder keeps no activations."""
+    encoder = model.mocov3
+    # transformers has renamed it; both names take no argument here.
+    enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
+    enable()
+
+
+def compile_encoders(model: MoCoV3ForPreTraining) -> None:
+    """
+    Compile both encoders in place, which leaves the names of the weights alone.
+
+    Heads and loss stay as they are: they are little work, and exchange numbers between processes. Random numbers are
+    those of the step that is not compiled, which also makes the second pass of the gradient cache repeat the first.
+    """
+    for encoder in (model.mocov3, model.momentum_encoder.encoder):
+        encoder.compile(options={"fallback_random": True})
