@@ -1,0 +1,89 @@
+"""Counts what one training step really exchanges; run by test_communication.py through torchrun.
+
+Usage: communication_worker.py OUTPUT, which gets, for each case, the bytes counted and those foretold.
+"""
+
+import dataclasses
+import json
+import sys
+from collections import Counter
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
+from mocov3_hf.pretraining.communication import exchanges
+from mocov3_hf.pretraining.signals import StopRequest
+from mocov3_hf.pretraining.step import train_step
+from tests.model.distributed_worker import BACKBONES, HEADS
+
+
+BATCH_SIZE = 4
+KINDS = {"allreduce_": "all-reduce", "allgather_": "all-gather"}  # no other operation belongs into a step
+
+
+class Counted(TorchDispatchMode):
+    """Bytes and number of the collective operations of every kind, those of DDP's reducer among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_bytes, self.count = Counter(), Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function.namespace == "c10d":
+            kind = KINDS[function._schema.name.removeprefix("c10d::")]
+            results = arguments[0][0] if kind == "all-gather" else arguments[0]
+            self.num_bytes[kind] += sum(tensor.nbytes for tensor in results)
+            self.count[kind] += 1
+        return function(*arguments, **(keywords or {}))
+
+
+def main(output: str) -> None:
+    accelerator = Accelerator(
+        cpu=True,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    assert accelerator.num_processes == 2
+    results = {}
+    for backbone in BACKBONES:
+        for chunk_size in (None, 2) if backbone == "vit" else (None,):
+            results[f"{backbone}, chunks of {chunk_size}"] = count(accelerator, backbone, chunk_size)
+    if accelerator.is_main_process:
+        with open(output, "w", encoding="utf-8") as file:
+            json.dump(results, file)
+    accelerator.end_training()
+
+
+def count(accelerator: Accelerator, backbone: str, chunk_size: int | None) -> dict:
+    model = MoCoV3ForPreTraining(MoCoV3Config(backbone_config=BACKBONES[backbone], **HEADS))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    foretold = exchanges(model, BATCH_SIZE, accelerator.num_processes, on_gpu=False)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    size = BACKBONES[backbone].get("image_size", 32)
+    views = torch.randn(2, BATCH_SIZE, 3, size, size)
+    with StopRequest(accelerator) as stop:
+        counted = Counted()
+        # Before its second step DDP sorts its buckets anew and tells the others, once in a run.
+        for watcher in (nullcontext(), nullcontext(), counted):
+            with watcher:
+                train_step(
+                    model,
+                    optimizer,
+                    (views[0], views[1]),
+                    learning_rate=1e-3,
+                    momentum=0.99,
+                    max_grad_norm=1.0,
+                    accelerator=accelerator,
+                    gradient_cache_chunk_size=chunk_size,
+                )
+                stop.agreed()
+    return {
+        "foretold": [dataclasses.asdict(exchange) for exchange in foretold],
+        "counted": {kind: [counted.count[kind], counted.num_bytes[kind]] for kind in counted.count},
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
