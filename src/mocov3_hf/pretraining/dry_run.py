@@ -44,7 +44,7 @@ def describe(recipe: Recipe) -> str:
         acceleration,
     )
     doubts = doubtful_choices(recipe, plan, model, num_processes)
-    exchanged = exchanges(model, plan.batch_size, num_processes, on_gpu=this_device().type == "cuda")
+    exchanged = exchanges(model, plan.batch_size, num_processes, on_gpu=device.type == "cuda")
     lines = [
         yaml.safe_dump(recipe.to_dict(), sort_keys=False),
         *plan_lines(plan, costs, num_processes, describe_exchanges(exchanged, num_processes)),
