@@ -205,6 +205,11 @@ class RunRecipe:
     on_save_error: Literal["stop", "continue"] = option(
         "stop", "What a run does when a checkpoint cannot be written, as on a full disk."
     )
+    communication_timeout: int = option(
+        600,
+        "Seconds that a process waits for the others before the run ends: longer than the slowest save or preparation"
+        " of data.",
+    )
     report_to: list[str] = option(["none"], "Trackers: tensorboard, trackio, wandb or none.")
     push_to_hub: bool = option(False, "Push the output folder to the Hub after every save, in the background.")
     hub_model_id: str | None = option(None, "USER/NAME of the repository; by default the name of output_dir.")
@@ -403,6 +408,7 @@ def check_ranges(recipe: Recipe) -> None:
         "logging_steps",
         "save_steps",
         "save_total_limit",
+        "communication_timeout",
     ]
     for name in at_least_one:
         if values[name] is not None and values[name] < 1:

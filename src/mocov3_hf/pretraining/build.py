@@ -2,10 +2,11 @@
 
 import os
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from torch import nn
@@ -46,8 +47,11 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision=recipe.run.mixed_precision,
         log_with=trackers or None,
         project_config=ProjectConfiguration(project_dir=recipe.run.output_dir, logging_dir=recipe.run.output_dir),
-        # Running statistics are already those of all processes: there is nothing to broadcast.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            # Running statistics are already those of all processes: there is nothing to broadcast.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.run.communication_timeout)),
+        ],
     )
     started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
     if accelerator.num_processes != started:

@@ -20,6 +20,7 @@ from .checkpoint import (
 # Options that may differ between the parts of a run: they change nothing in weights, data or metrics.
 FREE_OPTIONS = (
     "allow_recipe_change",
+    "communication_timeout",
     "dataloader_num_workers",
     "dry_run",
     "hub_model_id",
