@@ -210,6 +210,20 @@ class RunRecipe:
         "Seconds that a process waits for the others before the run ends: longer than the slowest save or preparation"
         " of data.",
     )
+    on_instability: Literal["warn", "skip", "rollback"] = option(
+        "warn",
+        "What a run does when the gradient norm spikes or the loss gives up what it had gained. warn tells and records"
+        " it in events.jsonl; skip also leaves out the steps that spike; rollback returns to the last checkpoint and"
+        " goes on with other images. A step whose gradient is not finite is left out in any case, and is followed by"
+        " a rollback where that is chosen.",
+    )
+    spike_factor: float = option(
+        2.0, "How many times the usual gradient norm a spike is at least; it must also stand out of the noise."
+    )
+    rollback_learning_rate_factor: float = option(
+        1.0, "What the learning rate is multiplied by after every rollback, for the rest of the run."
+    )
+    max_rollbacks: int = option(10, "Number of rollbacks that are tried before the run ends.")
     report_to: list[str] = option(["none"], "Trackers: tensorboard, trackio, wandb or none.")
     push_to_hub: bool = option(False, "Push the output folder to the Hub after every save, in the background.")
     hub_model_id: str | None = option(None, "USER/NAME of the repository; by default the name of output_dir.")
@@ -409,6 +423,7 @@ def check_ranges(recipe: Recipe) -> None:
         "save_steps",
         "save_total_limit",
         "communication_timeout",
+        "max_rollbacks",
     ]
     for name in at_least_one:
         if values[name] is not None and values[name] < 1:
@@ -419,5 +434,17 @@ def check_ranges(recipe: Recipe) -> None:
             raise RecipeError(f"{name} must not be negative, got {values[name]}")
     if not 0.0 <= recipe.optimization.momentum <= 1.0:
         raise RecipeError(f"momentum must lie between 0 and 1, got {recipe.optimization.momentum}")
+    if not 0.0 < recipe.run.rollback_learning_rate_factor <= 1.0:
+        raise RecipeError(
+            f"rollback_learning_rate_factor must lie above 0 and not above 1, got"
+            f" {recipe.run.rollback_learning_rate_factor}"
+        )
+    if not recipe.run.spike_factor > 1.0:
+        raise RecipeError(f"spike_factor must be above 1, got {recipe.run.spike_factor}")
+    if recipe.run.on_instability == "skip" and recipe.run.mixed_precision == "fp16":
+        raise RecipeError(
+            "on_instability skip needs bf16 or no mixed_precision: with fp16 the gradient scaler decides which steps"
+            " to leave out. Use bf16, or on_instability rollback"
+        )
     if recipe.views.crop_scale[1] > 1.0:
         raise RecipeError(f"crop_scale must not exceed 1, got {recipe.views.crop_scale}")

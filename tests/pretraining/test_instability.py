@@ -1,8 +1,10 @@
 """Gradients that are no numbers: the step is skipped on all processes, counted, and a run of nothing else ends."""
 
 import copy
+import json
 import math
 import random
+import statistics
 import sys
 from pathlib import Path
 
@@ -13,7 +15,13 @@ from safetensors.torch import load_file
 
 from mocov3_hf.optim import LARS
 from mocov3_hf.pretraining import loop
-from mocov3_hf.pretraining.instability import SpikeDetector, first_and_last_weight
+from mocov3_hf.pretraining.instability import (
+    DivergenceDetector,
+    GradientWatch,
+    SpikeDetector,
+    block_of,
+    first_and_last_weight,
+)
 from mocov3_hf.pretraining.loop import main
 from mocov3_hf.pretraining.step import train_step
 from tests.launch import torchrun
@@ -124,22 +132,77 @@ def test_a_line_of_skipped_steps_alone_ends_nothing(tmp_path, tiny, monkeypatch)
     assert metrics[0]["grad_norm"] is metrics[0]["loss_normalized"] is metrics[0]["first_layer_grad_max"] is None
 
 
+class SlowDetector:
+    """The definition: median and median absolute deviation of logarithms, in plain lists."""
+
+    def __init__(self, factor, window, minimum):
+        self.factor, self.window, self.minimum, self.seen = factor, window, minimum, []
+
+    def add(self, value):
+        if not (math.isfinite(value) and value > 0):
+            return 0.0
+        before, result = [math.log(seen) for seen in self.seen[-self.window :]], 0.0
+        if len(self.seen) >= self.minimum:
+            median = statistics.median_low(before)
+            deviation = 1.4826 * statistics.median_low([abs(seen - median) for seen in before])
+            if math.log(value) > median + max(8 * deviation, math.log(self.factor)):
+                result = value / math.exp(median)
+        self.seen.append(value)
+        return result
+
+
 def test_spikes_are_found_and_nothing_else():
     generator = random.Random(0)
     detector = SpikeDetector(window=100, minimum=20)
+    add = lambda value: detector.add(torch.tensor(value)).item()  # noqa: E731
     usual = [2.0 * math.exp(0.2 * generator.gauss(0, 1)) for _ in range(400)]
-    assert [detector.add(value) for value in usual] == [None] * 400, "noise is no spike"
-    assert detector.add(60.0) == pytest.approx(30, rel=0.2)
-    assert detector.add(2.0) is None
+    assert [add(value) for value in usual] == [0] * 400, "noise is no spike"
+    assert add(60.0) == pytest.approx(30, rel=0.2)
+    assert add(2.0) == 0
     for _ in range(10):  # a few spikes do not become the usual
-        assert detector.add(60.0) is not None
-    drifting = [2.0 * 1.01**step for step in range(300)]
+        assert add(60.0) > 0
+    assert add(float("nan")) == add(float("inf")) == add(0.0) == 0
+    copied = SpikeDetector(window=100, minimum=20)
+    copied.load_state(json.loads(json.dumps(detector.state())))
+    assert copied.add(torch.tensor(500.0)) == detector.add(torch.tensor(500.0)) > 0
+
     detector = SpikeDetector(window=100, minimum=20)
-    assert not any(detector.add(value) for value in drifting), "a drift is no spike"
-    assert SpikeDetector(minimum=20).add(1e9) is None, "there is no usual value yet"
-    assert detector.add(float("nan")) is None
-    copied = SpikeDetector(window=100, history=detector.history)
-    assert copied.add(500.0) == detector.add(500.0)
+    assert not any(add(2.0 * 1.01**step) for step in range(300)), "a drift is no spike"
+    detector = SpikeDetector(minimum=20)
+    assert add(1e9) == 0, "there is no usual value yet"
+
+
+@pytest.mark.parametrize("factor", [1.5, 4.0])
+def test_the_spike_detector_is_what_its_definition_says(factor):
+    generator = random.Random(1)
+    detector, slow = SpikeDetector(factor, window=30, minimum=10), SlowDetector(factor, window=30, minimum=10)
+    values = [math.exp(generator.gauss(0, 0.3) + 3 * (generator.random() < 0.05)) for _ in range(300)]
+    values[50] = values[120] = float("nan")
+    found = [detector.add(torch.tensor(value, dtype=torch.float64)).item() for value in values]
+    assert found == pytest.approx([slow.add(value) for value in values])
+    assert 3 < sum(value > 0 for value in found) < 30
+
+
+def test_divergence_is_a_loss_of_what_was_gained():
+    detector = DivergenceDetector(window=5)
+    assert not any(detector.add(gain) for gain in [0.0, 0.02, 0.01, 0.03, 0.0, 0.0, 0.0]), "nothing was gained yet"
+    assert not any(detector.add(0.01 * step) for step in range(50))
+    best = detector.best
+    assert best == pytest.approx(0.47), "the mean of the last five"
+    assert not any(detector.add(0.3) for _ in range(10)), "a part of it may be lost"
+    detector = DivergenceDetector(**json.loads(json.dumps(detector.state())), window=5)
+    assert [detector.add(0.1) for _ in range(20)] == [False, True, *[False] * 18], "told once"
+
+
+def test_blocks_are_named_after_layers():
+    names = {
+        "mocov3.backbone.encoder.layer.11.mlp.fc1.weight": "encoder.layer.11",
+        "mocov3.backbone.embeddings.cls_token": "embeddings",
+        "mocov3.backbone.encoder.stages.0.layers.1.layer.0.convolution.weight": "encoder.stages.0.layers.1",
+        "mocov3.backbone.timm_model.blocks.3.mlp.fc1.weight": "timm_model.blocks.3",
+        "projector.layers.0.dense.weight": "projector",
+    }
+    assert {name: block_of(name) for name in names} == names
 
 
 @pytest.mark.parametrize(
@@ -164,19 +227,63 @@ def test_first_and_last_layer(backbone, first, last):
     assert names[first_and_last_weight(model)[1]] == "encoder.layer.1.mlp.fc1.weight"
 
 
+def plant_spikes(monkeypatch, bad_batches, factor=100.0):
+    """Gradients that are many times too large, on some batches of a run whatever step they come to."""
+    batches, look = loop.batches, GradientWatch.look
+    current = []
+
+    def numbered(loader, plan, step, skipped_batches=0):
+        for index, batch in enumerate(batches(loader, plan, step, skipped_batches), start=step + skipped_batches):
+            current[:] = [index]
+            yield batch
+
+    def planted(self):
+        if current[0] in bad_batches:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad *= factor
+        return look(self)
+
+    monkeypatch.setattr(loop, "batches", numbered)
+    monkeypatch.setattr(GradientWatch, "look", planted)
+
+
+def read_events(folder):
+    file = folder / "events.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+SPIKING = ["--max_steps", "30", "--logging_steps", "10", "--save_steps", "8", "--optimizer", "lars"]
+SPIKING += ["--base_learning_rate", "0.01"]
+
+
 def test_a_planted_spike_is_told_and_counted(tmp_path, tiny, monkeypatch, capsys):
-    original, step = loop.train_step, iter(range(1000))
-
-    def planted(model, optimizer, views, **options):
-        output = original(model, optimizer, views, **options)
-        if next(step) == 26:
-            output.grad_norm = output.grad_norm * 100
-        return output
-
-    monkeypatch.setattr(loop, "train_step", planted)
-    main([*tiny, "--max_steps", "30", "--logging_steps", "10", "--output_dir", str(tmp_path)])
+    plant_spikes(monkeypatch, [26])
+    main([*tiny, *SPIKING, "--output_dir", str(tmp_path)])
     assert [line["gradient_spikes"] for line in read_metrics(tmp_path)] == [0, 0, 1]
     assert "warning: step 27: the gradient norm" in capsys.readouterr().err
+    [event] = read_events(tmp_path)
+    assert (event["step"], event["event"]) == (27, "spike")
+    assert event["times_usual"] == pytest.approx(100, rel=0.5)
+
+
+def test_skip_leaves_out_a_step_that_spikes(tmp_path, tiny, monkeypatch):
+    plant_spikes(monkeypatch, [26])
+    every_step = ["--save_steps", "1", "--save_total_limit", "5", "--on_instability", "skip"]
+    main([*tiny, *SPIKING, *every_step, "--output_dir", str(tmp_path)])
+    assert [(event["step"], event["event"]) for event in read_events(tmp_path)] == [(27, "skipped"), (27, "spike")]
+    assert [line["skipped_steps"] for line in read_metrics(tmp_path)] == [0, 0, 1]
+    before, after, later = (load_file(tmp_path / f"checkpoint-{n}" / "model.safetensors") for n in (26, 27, 28))
+    trained = [key for key in before if key.startswith(("mocov3.", "projector.", "predictor."))]
+    assert all(torch.equal(before[key], after[key]) for key in trained)
+    assert not all(torch.equal(after[key], later[key]) for key in trained), "the step after goes on"
+
+
+def test_skip_and_fp16_are_refused(tmp_path, tiny, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*tiny, "--on_instability", "skip", "--mixed_precision", "fp16", "--output_dir", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "on_instability skip needs bf16" in capsys.readouterr().err
 
 
 def test_collapse_shows_in_the_metrics(tmp_path, tiny, monkeypatch):

@@ -1,6 +1,7 @@
 """Whole runs of a tiny model: what they leave behind, and that one process and two do the same."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,12 @@ METRICS = [
     "data_wait_fraction",
     "skipped_steps",
     "gradient_spikes",
+    "rollbacks",
     "first_layer_grad_max",
     "last_layer_grad_max",
     "projection_std_ratio",
     "projection_effective_rank",
+    "block_grad_norms",
 ]
 TIMES = ("images_per_second", "data_wait_fraction")
 
@@ -50,6 +53,10 @@ def test_a_run_leaves_weights_processor_metrics_and_recipe(tmp_path, tiny, pictu
     assert metrics[0]["epoch"] == pytest.approx(1 / 3)
     assert metrics[0]["momentum"] == pytest.approx(0.9)
     assert all(0 <= line["positive_top1"] <= 1 and line["grad_norm"] > 0 for line in metrics)
+    blocks = ["embeddings", "encoder.layer.0", "encoder.layer.1", "layernorm", "projector", "predictor"]
+    for line in metrics:
+        assert list(line["block_grad_norms"]) == blocks
+        assert math.hypot(*line["block_grad_norms"].values()) == pytest.approx(line["grad_norm"], rel=1e-5)
 
     recipe = load_recipe(str(tmp_path / "recipe.yaml"))
     assert recipe.data.dataset_name == str(pictures)
@@ -90,7 +97,7 @@ def test_two_processes_train_as_one(tmp_path, tiny, optimizer):
     one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) == 4
     for first, second in zip(one, two, strict=True):
-        for name in set(METRICS) - set(TIMES):
+        for name in set(METRICS) - {*TIMES, "block_grad_norms"}:
             assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-6), name
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
 
@@ -115,4 +122,6 @@ def test_trackers_receive_the_metrics(tmp_path, tiny):
     events = next(tmp_path.rglob("events.out.tfevents*"))
     accumulator = EventAccumulator(str(events.parent)).Reload()
     assert [event.step for event in accumulator.Scalars("loss")] == [1, 2, 3, 4]
-    assert set(METRICS) - {"step"} <= set(accumulator.Tags()["scalars"])
+    tags = set(accumulator.Tags()["scalars"])
+    assert set(METRICS) - {"step", "block_grad_norms"} <= tags
+    assert "block_grad_norms/encoder.layer.1" in tags

@@ -51,6 +51,8 @@ class RunState:
     total_steps: int
     num_processes: int
     log: dict  # of `TrainingLog.state`
+    skipped_batches: int = 0  # by rollbacks: the data are that much ahead of the steps
+    num_rollbacks: int = 0
     scaler: dict | None = None  # of the gradient scaler, with fp16
     version: str = __version__
     torch_version: str = torch.__version__
@@ -154,7 +156,12 @@ def remove_leftovers(output_dir: Path) -> None:
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoint folders, the newest first."""
     folders = [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix(PREFIX)), reverse=True)
+    return sorted(folders, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """Updates done at a checkpoint, by its name."""
+    return int(folder.name.removeprefix(PREFIX))
 
 
 def newest_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
@@ -269,6 +276,8 @@ def restore_optimizer(
         name, kind = key.rsplit("/", 1)
         if kind != "step" and value.shape != parameters[name].shape:
             raise CheckpointError(f"{key} of the optimizer has shape {tuple(value.shape)}, not the parameter's")
+        if kind != "step":  # fused optimizers take it for granted that both lie in memory in the same order
+            value = torch.empty_like(parameters[name], dtype=value.dtype, device=value.device).copy_(value)
         state.setdefault(order.index(name), {})[kind] = value
     groups, start = [], 0
     for group in settings:

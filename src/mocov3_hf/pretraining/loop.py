@@ -2,11 +2,9 @@
 
 import argparse
 import os
-import shlex
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Protocol
@@ -17,12 +15,13 @@ from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from ..data.bad_images import TooManyBadImagesError
-from ..data.loader import TwoViewLoader
 from ..data.photometric import PhotometricStage
 from ..optim import cosine_momentum, warmup_cosine
 from ..plan import Plan, make_plan
 from ..recipe import Recipe, RecipeError, load_recipe, recipe_help, recipe_names
 from .acceleration import accelerate, choose_acceleration
+from .agreement import find_common_checkpoint
+from .batches import batches, timed
 from .build import (
     build_accelerator,
     build_loader,
@@ -33,14 +32,26 @@ from .build import (
     doubtful_choices,
     num_workers,
 )
-from .checkpoint import RunState, SaveError, list_checkpoints, load_checkpoint, remove_leftovers, save_checkpoint
+from .checkpoint import (
+    CheckpointError,
+    RunState,
+    SaveError,
+    load_checkpoint,
+    read_state,
+    remove_leftovers,
+    save_checkpoint,
+)
 from .dry_run import describe
 from .gradient_cache import check_chunkable
+from .instability import GradientWatch, Instability
+from .lost_peer import leave_if_peer_lost
 from .monitors import DivergedError, TrainingLog
 from .online_knn import OnlineKNN
-from .resume import cut_back, find_checkpoint
+from .resume import clear, cut_back, resume_command
+from .rollback import checkpoint_before
 from .signals import StopRequest
 from .step import seed_step, train_step
+from .summary import summarize
 
 
 class Pusher(Protocol):
@@ -60,8 +71,8 @@ def main(arguments: list[str] | None = None, make_pusher: Callable[..., Pusher] 
         make_pusher: What `--push_to_hub` pushes with, called as `make_pusher(repo_id, private=..., revision=...)`.
 
     A mistake of the user's ends the process with one line on stderr and exit code 2; a checkpoint that cannot be
-    written, too many bad images, or a run that has diverged, with one line and exit code 1; a signal to stop with
-    exit code 0.
+    written, too many bad images, a run that has diverged, or another process that is lost, with one line and exit code
+    1; a signal to stop with exit code 0.
     """
     try:
         recipe = parse(sys.argv[1:] if arguments is None else arguments)
@@ -74,13 +85,19 @@ def main(arguments: list[str] | None = None, make_pusher: Callable[..., Pusher] 
         if is_first_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        leave_if_peer_lost(error, recipe.run, step=None)
+        raise
     disable_progress_bar()  # transformers' own, for every file of a checkpoint
     try:
         run.train()
-    except (DivergedError, SaveError, TooManyBadImagesError) as error:
+    except (CheckpointError, DivergedError, SaveError, TooManyBadImagesError) as error:
         if is_first_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        leave_if_peer_lost(error, recipe.run, run.step)
+        raise
 
 
 def is_first_process() -> bool:
@@ -126,7 +143,7 @@ class Run:
         check_model(recipe)
         source = build_source(recipe)
         self.plan = make_plan(recipe, source.num_samples, self.accelerator.num_processes)
-        found = find_checkpoint(recipe, self.plan)
+        found = find_common_checkpoint(recipe, self.plan)
         model = build_model(recipe)
         self.temperature = model.config.temperature
         for doubt in doubtful_choices(recipe, self.plan, model, self.accelerator.num_processes):
@@ -139,7 +156,16 @@ class Run:
         if recipe.optimization.gradient_cache_chunk_size is not None:
             check_chunkable(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.start_step, self.log_state = self.resume(*found) if found is not None else (0, {})
+        self.watch = GradientWatch(
+            self.accelerator.unwrap_model(self.model),
+            recipe.run.spike_factor,
+            refuse_spikes=recipe.run.on_instability == "skip",
+        )
+        # Updates done; batches that rollbacks have passed over besides; rollbacks done, and the last one's target.
+        self.step = self.skipped_batches = self.num_rollbacks = 0
+        self.rolled_back_to: int | None = None
+        if found is not None:
+            self.resume(*found)
         self.prepare_output()
         self.loader = build_loader(recipe, source, self.plan, self.accelerator)
         self.knn = None
@@ -149,50 +175,115 @@ class Run:
 
     def train(self) -> None:
         """Run to the end, or to a signal, and leave weights, metrics and the resolved recipe in the output folder."""
-        options, run = self.recipe.optimization, self.recipe.run
         self.accelerator.init_trackers("mocov3", config=tracker_config(self.recipe))
         log = TrainingLog(
-            self.accelerator, self.plan, self.temperature, self.output_dir, run.logging_steps, self.start_step
+            self.accelerator, self.plan, self.temperature, self.output_dir, self.watch, start_step=self.step
         )
-        if self.start_step > 0:
-            log.resume(self.log_state, self.start_step)
+        if self.step > 0:
+            log.resume(self.log_state, self.step, self.num_rollbacks)
             if self.accelerator.is_main_process:
-                cut_back(self.output_dir / "knn.jsonl", self.start_step)
-        if self.start_step == self.plan.total_steps:
-            self.accelerator.print(f"all {self.start_step} steps are done: there is nothing left to do")
+                cut_back(self.output_dir / "knn.jsonl", self.step)
+        elif self.recipe.run.on_instability == "rollback":
+            self.save(log)
+        if self.step == self.plan.total_steps:
+            self.accelerator.print(f"all {self.step} steps are done: there is nothing left to do")
         self.model.train()
         stopping = False
         with StopRequest(self.accelerator) as stop, closing(log):
-            steps = enumerate(batches(self.loader, self.plan, self.start_step), start=self.start_step)
-            for step, batch in timed(steps, log):
-                views = self.augment(batch)
-                learning_rate = learning_rate_at(step, self.plan)
-                momentum = momentum_at(step, self.recipe, self.plan)
-                seed_step(run.seed, step, self.accelerator.process_index)
-                output = train_step(
-                    self.model,
-                    self.optimizer,
-                    views,
-                    learning_rate=learning_rate,
-                    momentum=momentum,
-                    max_grad_norm=options.max_grad_norm,
-                    accelerator=self.accelerator,
-                    gradient_cache_chunk_size=options.gradient_cache_chunk_size,
-                )
-                log.record(step, output, learning_rate, momentum, self.loader.num_bad_images)
-                if self.knn is not None and (step + 1) % self.recipe.data.knn_steps == 0:
-                    self.measure_knn(step + 1, log)
-                stopping = stop.agreed() and step + 1 < self.plan.total_steps
-                if stopping or (step + 1) % run.save_steps == 0 or step + 1 == self.plan.total_steps:
-                    self.save(step + 1, log)
-                if stopping:
-                    break
+            while self.step < self.plan.total_steps and not stopping:
+                stopping = self.update_until_stopped(stop, log)
         self.accelerator.end_training()
         if self.pusher is not None:
             self.pusher.finish()
         if stopping:
-            self.accelerator.print(f"stopped by {stop.describe()} after step {step + 1}; to continue:")
+            self.accelerator.print(f"stopped by {stop.describe()} after step {self.step}; to continue:")
             self.accelerator.print(f"  {resume_command()}")
+        elif self.accelerator.is_main_process:
+            print(summarize(self.recipe, self.plan))
+
+    def update_until_stopped(self, stop: StopRequest, log: TrainingLog) -> bool:
+        """Update after update: to the end, to a signal (then the answer is yes), or to a rollback."""
+        options, run = self.recipe.optimization, self.recipe.run
+        for batch in timed(batches(self.loader, self.plan, self.step, self.skipped_batches), log):
+            views = self.augment(batch)
+            learning_rate = learning_rate_at(self.step, self.plan)
+            learning_rate *= run.rollback_learning_rate_factor**self.num_rollbacks
+            momentum = momentum_at(self.step, self.recipe, self.plan)
+            seed_step(run.seed, self.step, self.accelerator.process_index)
+            output = train_step(
+                self.model,
+                self.optimizer,
+                views,
+                learning_rate=learning_rate,
+                momentum=momentum,
+                max_grad_norm=options.max_grad_norm,
+                accelerator=self.accelerator,
+                gradient_cache_chunk_size=options.gradient_cache_chunk_size,
+                watch=self.watch,
+            )
+            log.record(output)
+            self.step += 1
+
+            is_last = self.step == self.plan.total_steps
+            stopping = stop.agreed() and not is_last
+            logging = is_last or self.step % run.logging_steps == 0
+            saving = is_last or self.step % run.save_steps == 0 or stopping
+            if logging or saving:
+                instability = log.examine(self.step)
+                if instability is not None and run.on_instability == "rollback":
+                    self.roll_back(instability, log)
+                    return False
+            if logging:
+                log.write(self.step, output.projection, learning_rate, momentum, self.loader.num_bad_images)
+            if self.knn is not None and self.step % self.recipe.data.knn_steps == 0:
+                self.measure_knn(log)
+            if saving:
+                self.save(log)
+            if stopping:
+                return True
+        return False
+
+    def roll_back(self, instability: Instability, log: TrainingLog) -> None:
+        """
+        Return to the last good checkpoint; the images seen since then are passed over.
+
+        What happens after a checkpoint follows from it alone, so a run that is killed meanwhile comes here again.
+
+        Raises:
+            DivergedError: it has been tried often enough.
+        """
+        run = self.recipe.run
+        trouble = f"step {instability.step}: {instability.reason}"
+        if self.num_rollbacks == run.max_rollbacks:
+            raise DivergedError(
+                f"{trouble}, after {self.num_rollbacks} rollbacks: they do not help. Lower --base_learning_rate,"
+                " freeze the patch projection, or raise --spike_factor if these spikes do no harm"
+            )
+        folder = failure = None
+        if self.accelerator.is_main_process:
+            try:
+                folder = checkpoint_before(self.output_dir, instability.step, self.rolled_back_to)
+            except CheckpointError as error:
+                failure = f"{trouble}, and no way back: {error}"
+        folder, failure = broadcast_object_list([folder, failure])
+        if failure is not None:
+            raise CheckpointError(failure)
+        state = self.load(folder)
+        log.record_event(
+            self.step,
+            "rollback",
+            to_step=state.step,
+            skipped_batches=self.step - state.step,
+            learning_rate_scale=run.rollback_learning_rate_factor ** (self.num_rollbacks + 1),
+            reason=trouble,
+        )
+        log.tell(f"{trouble}: back to {folder.name}, passing over the images of {self.step - state.step} steps")
+        self.skipped_batches += self.step - state.step
+        self.num_rollbacks += 1
+        self.step = self.rolled_back_to = state.step
+        log.go_back(state.log, self.step, self.num_rollbacks)
+        if self.accelerator.is_main_process:
+            cut_back(self.output_dir / "knn.jsonl", self.step)
 
     def build_pusher(self, make_pusher: Callable[..., Pusher] | None) -> Pusher | None:
         """What pushes, on the main process and where it is asked for."""
@@ -206,25 +297,32 @@ class Run:
         name = run.hub_model_id or self.output_dir.resolve().name
         return make_pusher(name, private=run.hub_private_repo, revision=run.hub_revision)
 
-    def resume(self, folder: Path, state: RunState) -> tuple[int, dict]:
-        """Load a checkpoint; gives the steps done and the state of the log."""
+    def resume(self, folder: Path, state: RunState) -> None:
+        """Stand where a checkpoint stands."""
+        self.load(folder)
+        self.step, self.log_state = state.step, state.log
+        self.skipped_batches, self.num_rollbacks = state.skipped_batches, state.num_rollbacks
+        self.accelerator.print(f"continuing from {folder} after step {state.step}", file=sys.stderr)
+
+    def load(self, folder: Path) -> RunState:
+        """Weights, moments and gradient scaler of a checkpoint."""
+        state = read_state(folder)
         load_checkpoint(folder, self.accelerator.unwrap_model(self.model), self.optimizer.optimizer)
         if self.accelerator.scaler is not None and state.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
-        self.accelerator.print(f"continuing from {folder} after step {state.step}", file=sys.stderr)
-        return state.step, state.log
+        return state
 
     def prepare_output(self) -> None:
         """Make the output folder, without what an earlier run left there unless this one continues it."""
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.output_dir)
-            if self.start_step == 0:
+            if self.step == 0:
                 clear(self.output_dir)
             self.recipe.save(self.output_dir / "recipe.yaml")
         self.accelerator.wait_for_everyone()
 
-    def save(self, steps_done: int, log: TrainingLog) -> None:
+    def save(self, log: TrainingLog) -> None:
         """
         Write a checkpoint.
 
@@ -232,12 +330,14 @@ class Run:
             SaveError: it could not be written and `on_save_error` says stop. Earlier checkpoints are untouched.
         """
         state = RunState(
-            step=steps_done,
+            step=self.step,
             global_batch_size=self.plan.global_batch_size,
             steps_per_epoch=self.plan.steps_per_epoch,
             total_steps=self.plan.total_steps,
             num_processes=self.accelerator.num_processes,
             log=log.state(),
+            skipped_batches=self.skipped_batches,
+            num_rollbacks=self.num_rollbacks,
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
         )
         failure = None
@@ -252,23 +352,23 @@ class Run:
                     self.recipe.run.save_total_limit,
                 )
             except (OSError, SafetensorError) as error:
-                failure = f"the checkpoint of step {steps_done} could not be written: {error}"
+                failure = f"the checkpoint of step {self.step} could not be written: {error}"
         failure = broadcast_object_list([failure])[0]
         if failure is None:
             if self.pusher is not None:
-                self.pusher.push(self.output_dir, f"Step {steps_done}")
+                self.pusher.push(self.output_dir, f"Step {self.step}")
             return
-        if self.recipe.run.on_save_error == "stop" or steps_done == self.plan.total_steps:
+        if self.recipe.run.on_save_error == "stop" or self.step == self.plan.total_steps:
             raise SaveError(
                 f"{failure}. Earlier checkpoints are whole; make room and continue with {resume_command()}"
             )
         self.accelerator.print(f"warning: {failure}; earlier checkpoints are whole, going on", file=sys.stderr)
 
-    def measure_knn(self, steps_done: int, log: TrainingLog) -> None:
+    def measure_knn(self, log: TrainingLog) -> None:
         """Nearest neighbour accuracy at this step, outside of the clock."""
         start = time.perf_counter()
         encoder = self.accelerator.unwrap_model(self.model).mocov3
-        accuracy = self.knn.measure(encoder, steps_done, steps_done / self.plan.steps_per_epoch)
+        accuracy = self.knn.measure(encoder, self.step, self.step / self.plan.steps_per_epoch)
         log.note("kNN", f"{accuracy:.3f}")
         log.leave_out(time.perf_counter() - start)
 
@@ -278,53 +378,6 @@ class Run:
             batch[name].to(self.accelerator.device, non_blocking=True) for name in ("pixels", "parameters")
         )
         return self.photometric(pixels[0], parameters[0]), self.photometric(pixels[1], parameters[1])
-
-
-def batches(loader: TwoViewLoader, plan: Plan, start_step: int = 0) -> Iterator[dict]:
-    """Batches of the steps from `start_step` to the end of the run, epoch after epoch."""
-    step = start_step
-    while step < plan.total_steps:
-        epoch, step_in_epoch = divmod(step, plan.steps_per_epoch)
-        for batch in loader.epoch(epoch, step_in_epoch):
-            yield batch
-            step += 1
-            if step == plan.total_steps:
-                return
-
-
-def clear(output_dir: Path) -> None:
-    """Delete what an earlier run has left, other than weights, which the first save replaces."""
-    for folder in list_checkpoints(output_dir):
-        shutil.rmtree(folder)
-    for name in ("metrics.jsonl", "bad_images.jsonl", "knn.jsonl"):
-        (output_dir / name).unlink(missing_ok=True)
-
-
-def resume_command() -> str:
-    """The command of this run with the option to continue. What started several processes is not known here."""
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    arguments, asked = ["python" if alone else "(torchrun or accelerate launch as before)"], False
-    for argument in sys.argv:
-        # Options of the first start that would now be wrong.
-        if argument.startswith("--resume_from_checkpoint") or argument == "--overwrite_output_dir":
-            asked = argument == "--resume_from_checkpoint"
-        elif asked:
-            asked = False
-        else:
-            arguments.append(argument)
-    return " ".join([arguments[0], shlex.join([*arguments[1:], "--resume_from_checkpoint", "auto"])])
-
-
-def timed(iterator: Iterator, log: TrainingLog) -> Iterator:
-    """The same items, with the time spent waiting for each noted in `log`."""
-    while True:
-        start = time.perf_counter()
-        try:
-            item = next(iterator)
-        except StopIteration:
-            return
-        log.waited_for_data(time.perf_counter() - start)
-        yield item
 
 
 def learning_rate_at(step: int, plan: Plan) -> float:

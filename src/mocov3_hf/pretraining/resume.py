@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from .checkpoint import (
 )
 
 
-# Options that may differ between the parts of a run: they change nothing in weights, data or metrics.
+# Options that may differ between the parts of a run: they change nothing in weights, data or metrics, or only what
+# happens should the run become unstable.
 FREE_OPTIONS = (
     "allow_recipe_change",
     "communication_timeout",
@@ -33,7 +36,9 @@ FREE_OPTIONS = (
     "knn_train_split",
     "logging_steps",
     "max_bad_fraction",
+    "max_rollbacks",
     "num_train_images",
+    "on_instability",
     "on_save_error",
     "output_dir",
     "overwrite_output_dir",
@@ -41,8 +46,10 @@ FREE_OPTIONS = (
     "push_to_hub",
     "report_to",
     "resume_from_checkpoint",
+    "rollback_learning_rate_factor",
     "save_steps",
     "save_total_limit",
+    "spike_factor",
     "train_batch_size",
 )
 
@@ -134,7 +141,40 @@ def cut_back(path: Path, steps_done: int) -> None:
         except ValueError:
             continue
         if is_done:
-            kept.append(f"{line}\n")
+            kept.append(line)
+    rewrite(path, kept)
+
+
+def keep_lines(path: Path, number: int) -> None:
+    """Leave only the first lines of a file."""
+    if path.exists():
+        rewrite(path, path.read_text(encoding="utf-8").splitlines()[:number])
+
+
+def rewrite(path: Path, lines: list[str]) -> None:
     aside = path.with_name(f".{path.name}.incomplete")
-    aside.write_text("".join(kept), encoding="utf-8")
+    aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     os.replace(aside, path)
+
+
+def clear(output_dir: Path) -> None:
+    """Delete what an earlier run has left, other than weights, which the first save replaces."""
+    for folder in list_checkpoints(output_dir):
+        shutil.rmtree(folder)
+    for name in ("metrics.jsonl", "events.jsonl", "bad_images.jsonl", "knn.jsonl"):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def resume_command() -> str:
+    """The command of this run with the option to continue. What started several processes is not known here."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    arguments, asked = ["python" if alone else "(torchrun or accelerate launch as before)"], False
+    for argument in sys.argv:
+        # Options of the first start that would now be wrong.
+        if argument.startswith("--resume_from_checkpoint") or argument == "--overwrite_output_dir":
+            asked = argument == "--resume_from_checkpoint"
+        elif asked:
+            asked = False
+        else:
+            arguments.append(argument)
+    return " ".join([arguments[0], shlex.join([*arguments[1:], "--resume_from_checkpoint", "auto"])])

@@ -9,7 +9,7 @@ from torch import nn
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTrainingOutput
 from ..optim import LARS
 from .gradient_cache import cached_backward
-from .instability import first_and_last_weight
+from .instability import GradientWatch, first_and_last_weight
 
 
 # Distance of the seeds of neighbouring steps: more processes than a run will have.
@@ -18,15 +18,17 @@ MAX_PROCESSES = 1 << 20
 
 @dataclass
 class StepOutput:
-    """What a step leaves for the monitors, all 0-dim tensors on the device: reading them waits for the device."""
+    """What a step leaves for the monitors, 0-dim where nothing else is said: reading it waits for the device."""
 
     loss: torch.Tensor
     positive_top1: torch.Tensor
     grad_norm: torch.Tensor
     first_layer_grad_max: torch.Tensor  # largest component of the gradient of the first trained layer
     last_layer_grad_max: torch.Tensor
-    skipped: torch.Tensor  # whether the step changed nothing, since its gradient was not finite
-    projection: torch.Tensor  # (B, P) of the momentum branch, not 0-dim: for signs of collapse
+    times_usual: torch.Tensor  # for a spike of the gradient norm, how many times the usual one; otherwise 0
+    skipped: torch.Tensor  # whether the step changed nothing: its gradient was not finite, or refused as a spike
+    block_grad_norms: torch.Tensor  # (blocks,), in the order of `GradientWatch.names`
+    projection: torch.Tensor  # (B, P) of the momentum branch, for signs of collapse
 
 
 def train_step(
@@ -39,6 +41,7 @@ def train_step(
     max_grad_norm: float | None,
     accelerator: Accelerator,
     gradient_cache_chunk_size: int | None = None,
+    watch: GradientWatch | None = None,
 ) -> StepOutput:
     """
     One update.
@@ -52,7 +55,9 @@ def train_step(
         max_grad_norm: Largest L2 norm of all gradients together, `None` for no limit.
         accelerator: Precision and processes.
         gradient_cache_chunk_size: Images per pass of the backbone, for batches larger than memory; `None` for all.
+        watch: Of the gradients, and what it has seen of the steps before; `None` for one that has seen nothing.
     """
+    watch = watch or GradientWatch(accelerator.unwrap_model(model))
     statistics = RunningStatistics(model)
     # θk ← m·θk + (1 - m)·θq; before the forward, as base weights do not move in between.
     accelerator.unwrap_model(model).update_momentum_encoder(momentum)
@@ -63,32 +68,31 @@ def train_step(
     else:
         output = cached_backward(accelerator.unwrap_model(model), views, gradient_cache_chunk_size, accelerator)
 
-    grad_norm = clip_gradients(model, optimizer, max_grad_norm, accelerator)
+    accelerator.unscale_gradients(optimizer)
+    norms = watch.look()
     first, last = (
         weight.grad.abs().max() for weight in first_and_last_weight(accelerator.unwrap_model(model).mocov3.backbone)
     )
+    if max_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norms.total)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    # Gradients are averaged over the processes: if one has a NaN, all have, and all skip together.
-    skipped = ~grad_norm.isfinite()
-    update_unless(skipped, optimizer, accelerator)
+    update_unless(norms.refused, optimizer, accelerator)
     optimizer.zero_grad()
-    statistics.restore_where(skipped)
+    statistics.restore_where(norms.refused)
 
     positive_top1 = (output.positive_top1_1 + output.positive_top1_2) / 2
-    return StepOutput(output.loss.detach(), positive_top1, grad_norm, first, last, skipped, output.projection)
-
-
-def clip_gradients(
-    model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, accelerator: Accelerator
-) -> torch.Tensor:
-    """The L2 norm of all gradients, which are scaled down where it exceeds `max_grad_norm`."""
-    accelerator.unscale_gradients(optimizer)
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    grad_norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-    if max_grad_norm is not None:
-        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
-    return grad_norm
+    return StepOutput(
+        loss=output.loss.detach(),
+        positive_top1=positive_top1,
+        grad_norm=norms.total,
+        first_layer_grad_max=first,
+        last_layer_grad_max=last,
+        times_usual=norms.times_usual,
+        skipped=norms.refused,
+        block_grad_norms=norms.blocks,
+        projection=output.projection,
+    )
 
 
 def update_unless(skipped: torch.Tensor, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
