@@ -42,6 +42,11 @@ def choose_acceleration(recipe: Recipe, model: MoCoV3ForPreTraining, device: tor
     """
     asked, mixed_precision = recipe.acceleration, recipe.run.mixed_precision
     check_acceleration(asked, model, device)
+    if (asked.attn_implementation or "").startswith("flash") and mixed_precision == "no":
+        raise RecipeError(
+            f"--attn_implementation {asked.attn_implementation} computes in half precision only: pass"
+            " --mixed_precision bf16, or --attn_implementation sdpa"
+        )
     is_own_vit = model.config.backbone_config.model_type == MoCoV3ViTConfig.model_type
     return Acceleration(
         # Under autocast only the loss is left in float32, where TF32 costs digits and gives no time.
@@ -112,6 +117,9 @@ def accelerate(model: MoCoV3ForPreTraining, choice: Acceleration) -> None:
     Set up `model`, in place and before the optimizer is built; weights keep their values and their names.
 
     `tf32` is a state of the whole process.
+
+    Raises:
+        RecipeError: an attention that is unknown or not installed.
     """
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high" if choice.tf32 else "highest")
@@ -119,13 +127,20 @@ def accelerate(model: MoCoV3ForPreTraining, choice: Acceleration) -> None:
     if choice.channels_last:
         model.to(memory_format=torch.channels_last)
     if choice.attn_implementation is not None:
-        model.set_attn_implementation(choice.attn_implementation)
+        set_attention(model, choice.attn_implementation)
     model.set_views_in_one_pass(choice.views_in_one_pass)
     model.pooled_query_only = choice.pooled_query_only
     if choice.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     if choice.torch_compile:
         compile_encoders(model)
+
+
+def set_attention(model: MoCoV3ForPreTraining, name: str) -> None:
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"--attn_implementation {name}: {' '.join(str(error).split())}") from error
 
 
 def enable_gradient_checkpointing(model: MoCoV3ForPreTraining) -> None:

@@ -1,0 +1,313 @@
+"""The fast step against the plain one in float64: first loss and whole gradient vectors; and what is chosen when."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining, MoCoV3ViTModel
+from mocov3_hf.pretraining import build
+from mocov3_hf.pretraining.acceleration import Acceleration, accelerate, choose_acceleration, has_tf32
+from mocov3_hf.pretraining.dry_run import describe
+from mocov3_hf.pretraining.estimate import estimate
+from mocov3_hf.pretraining.gradient_cache import cached_backward
+from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.step import train_step
+from mocov3_hf.recipe import RecipeError, load_recipe
+
+
+VIT = {
+    "model_type": "mocov3_vit",
+    "image_size": 16,
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+CONV_STEM = {**VIT, "stem": "conv", "patch_size": 16, "image_size": 32}
+RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+DINOV2 = {**VIT, "model_type": "dinov2", "num_hidden_layers": 2}
+del DINOV2["intermediate_size"]
+PLAIN = {
+    "tf32": False,
+    "channels_last": False,
+    "attn_implementation": None,
+    "views_in_one_pass": False,
+    "pooled_query_only": False,
+    "torch_compile": False,
+    "gradient_checkpointing": False,
+}
+ALL = {
+    "attn_implementation": "sdpa",
+    "views_in_one_pass": True,
+    "pooled_query_only": True,
+    "gradient_checkpointing": True,
+    "channels_last": True,
+}
+
+
+def build_model(backbone, **overrides):
+    torch.manual_seed(0)
+    config = MoCoV3Config(backbone_config={**backbone, **overrides}, projection_dim=8, head_hidden_size=16)
+    model = MoCoV3ForPreTraining(config).double()
+    if backbone["model_type"] != "resnet":
+        model.set_attn_implementation("eager")
+    with torch.no_grad():  # apart, so that keys and queries differ
+        for parameter in model.momentum_encoder.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def first_step(backbone, switches, chunk_size=None, **overrides):
+    """Loss and the whole gradient as one vector."""
+    model = build_model(backbone, **overrides)
+    accelerate(model, Acceleration(**{**PLAIN, **switches}))
+    return step_of(model, backbone.get("image_size", 32), chunk_size)
+
+
+def step_of(model, size, chunk_size):
+    model.zero_grad()
+    views = torch.randn(2, 6, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.manual_seed(2)
+    if chunk_size is None:
+        output = model(pixel_values=views[0], pixel_values_2=views[1])
+        output.loss.backward()
+    else:
+        output = cached_backward(model, (views[0], views[1]), chunk_size, Accelerator(cpu=True))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return output.loss.detach(), torch.cat([parameter.grad.flatten() for parameter in trained])
+
+
+def assert_same_step(fast, plain):
+    torch.testing.assert_close(fast[0], plain[0], rtol=1e-10, atol=0)
+    assert plain[1].norm() > 0
+    assert (fast[1] - plain[1]).norm() <= 1e-10 * plain[1].norm()
+
+
+@pytest.mark.parametrize("switch", [*ALL, "all"])
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_vit(switch, chunk_size):
+    switches = ALL if switch == "all" else {switch: ALL[switch]}
+    assert_same_step(first_step(VIT, switches, chunk_size), first_step(VIT, {}))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "switches"),
+    [
+        (RESNET, {"channels_last": True}),
+        (CONV_STEM, {"channels_last": True}),
+        (CONV_STEM, {"channels_last": True, "pooled_query_only": True, "gradient_checkpointing": True}),
+        (DINOV2, {"views_in_one_pass": True, "attn_implementation": "sdpa", "gradient_checkpointing": True}),
+    ],
+)
+def test_other_backbones(backbone, switches):
+    assert_same_step(first_step(backbone, switches), first_step(backbone, {}))
+
+
+@pytest.mark.parametrize("switch", ["pooled_query_only", "gradient_checkpointing", "channels_last"])
+def test_stochastic_depth_draws_the_same(switch):
+    plain = first_step(VIT, {}, drop_path_rate=0.5)
+    assert_same_step(first_step(VIT, {switch: True}, drop_path_rate=0.5), plain)
+    assert not torch.equal(first_step(VIT, {})[0], plain[0]), "nothing was dropped"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+def test_compiled():
+    """The trained encoder alone, as kernels take their time to build; dropout must draw what it draws otherwise."""
+    torch.compiler.reset()
+    settings = {"hidden_dropout_prob": 0.3, "num_hidden_layers": 1}
+    model = build_model(VIT, **settings)
+    accelerate(model, Acceleration(**{**PLAIN, "torch_compile": True}))
+    model.momentum_encoder.encoder._compiled_call_impl = None
+    assert_same_step(step_of(model, 16, None), first_step(VIT, {}, **settings))
+
+
+def test_compilation_has_no_graph_breaks_and_leaves_the_names_alone():
+    model = build_model(VIT)
+    names = list(model.state_dict())
+    explanation = torch._dynamo.explain(model.mocov3)(torch.randn(2, 3, 16, 16).double(), pooled_query_only=True)
+    assert explanation.graph_break_count == 0
+    accelerate(model, Acceleration(**{**PLAIN, "torch_compile": True}))
+    assert list(model.state_dict()) == names
+    assert Accelerator(cpu=True).unwrap_model(model) is model
+    model.update_momentum_encoder(0.5)
+
+
+def test_pooled_query_only_gives_the_pooled_vector_and_nothing_that_differs():
+    model = MoCoV3ViTModel(build_model(VIT).config.backbone_config).double().eval()
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    whole, pooled = model(images), model(images, pooled_query_only=True)
+    torch.testing.assert_close(pooled.pooler_output, whole.pooler_output, rtol=1e-12, atol=1e-14)
+    assert pooled.last_hidden_state is None
+    for asked in ("output_hidden_states", "output_attentions"):
+        expected = model(images, **{asked: True})
+        output = model(images, pooled_query_only=True, **{asked: True})
+        torch.testing.assert_close(dict(output), dict(expected), rtol=0, atol=0)
+    model.config.output_hidden_states = True
+    assert model(images, pooled_query_only=True).hidden_states[-1].shape == (2, 5, 16)
+
+
+def test_pretraining_outputs_what_is_asked_for():
+    """Hidden states and attention weights are whole, whatever is switched on, and the loss is the same."""
+    views = torch.randn(2, 4, 3, 16, 16, dtype=torch.float64)
+    plain, fast = build_model(VIT), build_model(VIT)
+    accelerate(plain, Acceleration(**PLAIN))
+    accelerate(fast, Acceleration(**{**PLAIN, "views_in_one_pass": True, "pooled_query_only": True}))
+    for asked in ({}, {"output_hidden_states": True}, {"output_attentions": True}):
+        outputs = [model(views[0], views[1], **asked) for model in (plain, fast)]
+        torch.testing.assert_close(dict(outputs[0]), dict(outputs[1]), rtol=1e-10, atol=1e-12)
+        assert set(outputs[1]) >= {name.removeprefix("output_") for name in asked}
+    one_view = [model.eval()(views[0], output_hidden_states=True) for model in (plain, fast)]
+    torch.testing.assert_close(dict(one_view[0]), dict(one_view[1]), rtol=1e-10, atol=1e-12)
+    assert [state.shape for state in one_view[1].hidden_states] == [(4, 5, 16)] * 4
+
+
+def test_views_in_one_pass_is_refused_with_batch_normalisation():
+    with pytest.raises(ValueError, match="would mix the statistics of both"):
+        build_model(RESNET).set_views_in_one_pass(True)
+
+
+def choose(arguments, backbone, device="cpu"):
+    recipe = load_recipe("quickstart", arguments)
+    with torch.device("meta"):
+        model = MoCoV3ForPreTraining(MoCoV3Config(backbone_config=backbone))
+    return choose_acceleration(recipe, model, torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "precision", "chosen"),
+    [
+        (VIT, "no", {"attn_implementation": "sdpa", "pooled_query_only": True}),
+        (VIT, "bf16", {"attn_implementation": "eager", "pooled_query_only": True}),
+        (CONV_STEM, "no", {"attn_implementation": "sdpa", "pooled_query_only": True, "channels_last": True}),
+        (RESNET, "bf16", {"channels_last": True}),
+        (DINOV2, "no", {}),
+    ],
+)
+def test_choice_on_a_cpu(backbone, precision, chosen):
+    assert choose(["--mixed_precision", precision], backbone) == Acceleration(**{**PLAIN, **chosen})
+
+
+@pytest.mark.parametrize(("capability", "precision", "tf32"), [((8, 0), "no", True), ((7, 5), "no", False)])
+def test_choice_on_a_gpu(monkeypatch, capability, precision, tf32):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose(["--mixed_precision", precision], VIT, "cuda").tf32 is tf32
+    bf16 = choose(["--mixed_precision", "bf16"], VIT, "cuda")
+    assert bf16.tf32 is False
+    assert bf16.attn_implementation == "sdpa"
+    assert has_tf32(torch.device("cuda")) is tf32
+
+
+def test_what_is_asked_for_is_what_is_chosen():
+    arguments = ["--channels_last", "true", "--attn_implementation", "eager", "--views_in_one_pass", "true"]
+    arguments += ["--pooled_query_only", "false", "--torch_compile", "--gradient_checkpointing"]
+    asked = {**PLAIN, "channels_last": True, "attn_implementation": "eager", "views_in_one_pass": True}
+    assert choose(arguments, VIT) == Acceleration(**asked | {"torch_compile": True, "gradient_checkpointing": True})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "backbone", "message"),
+    [
+        (["--tf32", "true"], VIT, "--tf32 needs a CUDA GPU"),
+        (["--views_in_one_pass", "true"], RESNET, "'resnet' has batch normalisation"),
+        (["--pooled_query_only", "true"], RESNET, "is for the backbone 'mocov3_vit'"),
+        (["--gradient_checkpointing"], RESNET, "cannot recompute its activations"),
+        (["--attn_implementation", "sdpa"], RESNET, "cannot be chosen"),
+        (["--attn_implementation", "spda"], VIT, "--attn_implementation spda"),
+        (["--attn_implementation", "flash_attention_2"], VIT, "computes in half precision only"),
+    ],
+)
+def test_what_cannot_be_is_refused(capsys, tmp_path, tiny, arguments, backbone, message):
+    backbone = {key: value for key, value in backbone.items() if key != "image_size"}
+    tiny = [*tiny, "--mixed_precision", "no"]
+    with pytest.raises(SystemExit) as stop:
+        main([*tiny, *arguments, "--backbone_config", json.dumps(backbone), "--output_dir", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.rstrip("\n").splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_gradient_accumulation_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--recipe", "quickstart", "--gradient_accumulation_steps", "4"])
+    assert stop.value.code == 2
+    assert "pass --gradient_cache_chunk_size" in capsys.readouterr().err
+    with pytest.raises(RecipeError, match=r"4 gradient_accumulation_steps.*--gradient_cache_chunk_size"):
+        build.check_launch({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"})
+    build.check_launch({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"})
+
+
+def test_memory_shrinks():
+    config = build_model(VIT).config
+
+    def activations(**switches):
+        choice = Acceleration(**{**PLAIN, "attn_implementation": "sdpa", **switches})
+        return estimate(config, 16, 32, "adamw", "bf16", acceleration=choice).activation_bytes
+
+    plain = activations()
+    assert activations(pooled_query_only=True) < 0.95 * plain
+    assert activations(gradient_checkpointing=True) < 0.6 * plain
+    assert activations(views_in_one_pass=True) == pytest.approx(plain, rel=0.02)
+
+
+def test_the_plan_tells_what_was_chosen():
+    text = describe(load_recipe("quickstart", ["--num_train_images", "1000", "--gradient_checkpointing"]))
+    assert "pooled_query_only, gradient_checkpointing" in text
+
+
+@pytest.mark.parametrize(
+    ("backbone", "arguments"),
+    [
+        (RESNET, ["--optimizer", "lars", "--base_learning_rate", "0.3"]),
+        (CONV_STEM, ["--optimizer", "adamw"]),
+        (VIT, ["--gradient_checkpointing", "--views_in_one_pass", "true"]),
+    ],
+)
+def test_runs_resume_to_the_bit(tmp_path, tiny, fresh, backbone, arguments):
+    """Weights in channels_last are saved and loaded as others, and so are their optimizer's moments."""
+    backbone = {key: value for key, value in backbone.items() if key != "image_size"}
+    run = [*tiny, *arguments, "--backbone_config", json.dumps(backbone), "--image_size", "32", "--save_steps", "2"]
+    for name in ("whole", "resumed"):
+        fresh()
+        main([*run, "--output_dir", str(tmp_path / name)])
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")
+    fresh()
+    main([*run, "--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", "auto"])
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        whole, resumed = (load_file(tmp_path / name / "checkpoint-4" / file) for name in ("whole", "resumed"))
+        assert whole.keys() == resumed.keys()
+        for key, value in whole.items():
+            assert torch.equal(value, resumed[key]), key
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("backbone", "chunk_size"), [(VIT, None), (VIT, 4), (RESNET, None)])
+def test_a_step_never_waits_for_the_device(backbone, chunk_size):
+    recipe = load_recipe("quickstart", ["--mixed_precision", "bf16"])
+    accelerator = Accelerator(mixed_precision="bf16")
+    model = build_model(backbone).float()
+    accelerate(model, choose_acceleration(recipe, model, accelerator.device))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained, fused=True))
+    size = backbone.get("image_size", 32)
+    views = torch.randn(2, 8, 3, size, size, device=accelerator.device)
+    for mode in ("default", "error"):  # the first step of all sets up streams and handles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            train_step(
+                model,
+                optimizer,
+                (views[0], views[1]),
+                learning_rate=1e-3,
+                momentum=0.9,
+                max_grad_norm=1.0,
+                accelerator=accelerator,
+                gradient_cache_chunk_size=chunk_size,
+            )
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
