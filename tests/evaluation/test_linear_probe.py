@@ -16,19 +16,16 @@ from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification, MoCoV3ForPreTr
 from mocov3_hf.data.labelled import EvaluationTransform, TrainingTransform, open_labelled
 from mocov3_hf.evaluation import evaluate
 from mocov3_hf.evaluation.arguments import evaluation_recipe_names, find_evaluation_recipe, parse_arguments
+from mocov3_hf.evaluation.checkpoints import last_checkpoint, reload_strictly
 from mocov3_hf.evaluation.classifier import head_parameters, load_with_new_head
 from mocov3_hf.evaluation.encoder import ProcessorTransform, load_encoder, pooled_features
 from mocov3_hf.evaluation.features import extract_features
-from mocov3_hf.evaluation.linear_probe import LinearProbeArguments, build_trainer, main
+from mocov3_hf.evaluation.linear_probe import LinearProbeArguments, build_linear_trainer, main
 from mocov3_hf.evaluation.results import read_results
+from mocov3_hf.evaluation.supervised import Splits
 from mocov3_hf.evaluation.sweep import sweep_linear_classifiers
-from mocov3_hf.evaluation.trainer import (
-    TrainingImages,
-    last_checkpoint,
-    reload_strictly,
-    share_of_batch,
-    training_transform,
-)
+from mocov3_hf.evaluation.trainer import share_of_batch
+from mocov3_hf.evaluation.training_images import TrainingImages, training_transform
 from mocov3_hf.processing import build_image_processor
 from tests.launch import torchrun
 
@@ -64,7 +61,8 @@ def trainer_of(model, image_folder, output_dir, transform=None, **changes):
     train, test = (open_labelled(str(image_folder), split=split) for split in ("train", "test"))
     classifier = load_with_new_head(model, NAMES)
     transform = transform or ProcessorTransform(build_image_processor(32))
-    return build_trainer(classifier, train, test, transform, arguments(**changes), str(output_dir))
+    splits = Splits(train, test, test, train)
+    return build_linear_trainer(classifier, splits, transform, arguments(**changes), str(output_dir))
 
 
 def body_of(state):
@@ -150,7 +148,8 @@ def test_it_learns_digits_as_well_as_the_cached_form(model_folder, tmp_path):
     transform = EvaluationTransform(32, 32)
     classifier = load_with_new_head(model_folder, Digits.class_names)
     options = arguments(learning_rate=0.3, train_batch_size=100, num_train_epochs=12, augment=False)
-    trainer = build_trainer(classifier, train, test, transform, options, str(tmp_path))
+    splits = Splits(train, test, test, train)
+    trainer = build_linear_trainer(classifier, splits, transform, options, str(tmp_path))
     trainer.train()
     found = trainer.evaluate()["eval_top1"]
     encoder = load_encoder(model_folder)

@@ -16,6 +16,20 @@ from .sources import MapSource, open_dataset
 _LABEL_NAMES = ("label", "labels", "class", "target", "cls")
 
 
+class SelectedRows:
+    """Some rows of a source. The rows stay where they are: `Dataset.select` would have `MapSource` copy the images."""
+
+    def __init__(self, source: MapSource, rows: np.ndarray):
+        self.source, self.rows = source, np.asarray(rows, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> bytes | str | None:
+        """Encoded bytes or path of an image."""
+        return self.source.read(int(self.rows[index]))
+
+
 class LabelledImages:
     """One labelled split, images undecoded.
 
@@ -25,12 +39,16 @@ class LabelledImages:
         num_classes: len(class_names), or the largest label + 1.
     """
 
-    def __init__(self, source: MapSource, labels: np.ndarray, class_names: list[str] | None):
+    def __init__(self, source: MapSource | SelectedRows, labels: np.ndarray, class_names: list[str] | None):
         self.source, self.labels, self.class_names = source, labels, class_names
         self.num_classes = len(class_names) if class_names is not None else int(labels.max()) + 1
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def select(self, rows: np.ndarray) -> "LabelledImages":
+        """Some of the images, int64 (n,) row numbers, classes numbered as before."""
+        return LabelledImages(SelectedRows(self.source, rows), self.labels[rows], self.class_names)
 
     def read(self, index: int) -> bytes | str | None:
         """Encoded bytes or path of an image."""

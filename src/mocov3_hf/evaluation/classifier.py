@@ -1,5 +1,6 @@
 """Classifiers: put together from an encoder and a head, loaded whole, and held against the classes of a data set."""
 
+import copy
 import os
 from collections.abc import Sequence
 
@@ -14,8 +15,8 @@ from transformers import (
 )
 
 from ..data.labelled import LabelledImages
-from ..model.configuration_mocov3 import MoCoV3Config
-from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
+from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig
+from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model, freeze_unused_parameters
 from .encoder import base_encoder, check_model_path, load_any, load_encoder, quiet_transformers, size_options
 from .linear import LinearClassifier
 
@@ -130,6 +131,45 @@ def load_with_new_head(
             parameter.copy_(drawn if parameter.ndim > 1 else torch.zeros_like(drawn))
     # Saved in half precision or not: SGD needs all digits of the head.
     return classifier.float()
+
+
+def with_fresh_body(classifier: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """The same network with a body of fresh weights, as its pre-training would have started; the head stays."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fresh = type(classifier)(classifier.config)
+    head = head_parameters(classifier)
+    with torch.no_grad():
+        for name, parameter in head_parameters(fresh).items():
+            parameter.copy_(head[name])
+    return fresh
+
+
+def unfrozen(classifier: PreTrainedModel, drop_path_rate: float | None = None) -> PreTrainedModel:
+    """The same classifier with everything trainable: MoCo v3's ViT gets a trained patch projection and position table.
+
+    Args:
+        classifier: its weights are taken over.
+        drop_path_rate: stochastic depth of the last block, in [0, 1); None for the configuration's own.
+
+    Raises:
+        ValueError: a rate out of range, or for an architecture without stochastic depth.
+    """
+    config = copy.deepcopy(classifier.config)
+    body = getattr(config, "backbone_config", None) or config
+    if body.model_type == MoCoV3ViTConfig.model_type:
+        body.freeze_patch_projection, body.position_embedding = False, "learned"
+    if drop_path_rate is not None and not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate must lie in [0, 1), got {drop_path_rate}")
+    if hasattr(body, "drop_path_rate") and drop_path_rate is not None:
+        body.drop_path_rate = drop_path_rate
+    elif drop_path_rate:
+        raise ValueError(f"a {body.model_type} has no stochastic depth: pass --drop_path_rate 0")
+    trained = type(classifier)(config)
+    trained.load_state_dict(classifier.state_dict())
+    trained.requires_grad_(True)
+    freeze_unused_parameters(trained)
+    return trained
 
 
 def _has_classifier(name: str) -> bool:

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor, PreT
 from transformers.utils import logging
 
 from ..data.sources import is_local
-from ..processing import build_image_processor
+from ..processing import RESAMPLING, build_image_processor
 
 
 # Legend of dimensions: B batch, H W image, D width of the pooled vector, L tokens.
@@ -126,7 +126,10 @@ class ProcessorTransform:
 
 
 def load_transform(
-    model: str | os.PathLike | None, encoder: PreTrainedModel, image_size: int | None = None
+    model: str | os.PathLike | None,
+    encoder: PreTrainedModel,
+    image_size: int | None = None,
+    interpolation: str | None = None,
 ) -> ProcessorTransform:
     """The preprocessing saved with a model; without any, MoCo v3's own at the model's image size.
 
@@ -135,16 +138,24 @@ def load_transform(
         encoder: the loaded model.
         image_size: side of the images the encoder shall see, in pixels; None for what the checkpoint says. The
             proportion of resize and crop is kept.
+        interpolation: "bilinear" or "bicubic" in place of the saved one.
 
     Raises:
-        ValueError: `image_size` not positive, or the processor has no size that could be changed.
+        ValueError: `image_size` not positive, the processor has no size that could be changed, or an unknown
+            interpolation.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
+    if interpolation is not None and interpolation not in RESAMPLING:
+        raise ValueError(f"interpolation must be one of {', '.join(RESAMPLING)}, got {interpolation!r}")
     processor = None if model is None else _saved_processor(os.path.expanduser(os.fspath(model)))
     if processor is None:
-        return ProcessorTransform(build_image_processor(image_size or image_size_of(encoder) or 224))
-    return ProcessorTransform(processor if image_size is None else _resized(processor, image_size))
+        processor = build_image_processor(image_size or image_size_of(encoder) or 224)
+    elif image_size is not None:
+        processor = _resized(processor, image_size)
+    if interpolation is not None:
+        processor = type(processor).from_dict({**processor.to_dict(), "resample": RESAMPLING[interpolation]})
+    return ProcessorTransform(processor)
 
 
 def _saved_processor(name: str) -> BaseImageProcessor | None:

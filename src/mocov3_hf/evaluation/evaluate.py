@@ -1,6 +1,7 @@
 """Test of a saved classifier: top-1 and top-5 on any labelled split, every image once."""
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,16 +59,27 @@ def evaluate_classifier(
         options: `batch_size`, `num_workers`, `mixed_precision`, `progress`, `description` of `rows_of_split`.
 
     Returns:
-        `loss` (mean cross-entropy) and the metrics of `accuracy_metrics`: the same on every process, and whatever the
-        number of processes.
+        `loss` (mean cross-entropy), the metrics of `accuracy_metrics`, and `answered_classes`, how many classes any
+        image was taken for: the same on every process, and whatever the number of processes.
 
     Raises:
         ValueError: labels beyond the head, scores that are not numbers, and as `rows_of_split`.
     """
     logits = rows_of_split(model, class_logits, images, transform, **options)
     metrics = accuracy_metrics(logits.numpy(), images.labels, class_names)
+    metrics["answered_classes"] = len(logits.argmax(dim=1).unique())
     loss = torch.nn.functional.cross_entropy(logits.double(), torch.as_tensor(images.labels, dtype=torch.int64))
     return {**metrics, "loss": loss.item()}
+
+
+def warn_of_one_answer(answered_classes: int, images: LabelledImages) -> None:
+    """A warning where a classifier takes every image of several classes for the same one."""
+    if answered_classes == 1 and images.labels.min() != images.labels.max():
+        warnings.warn(
+            f"all {len(images)} images are taken for the same class: the model has collapsed or was not trained, and"
+            " the accuracies are those of a guess",
+            stacklevel=2,
+        )
 
 
 def run(arguments: EvaluateArguments) -> dict[str, Any]:
@@ -95,6 +107,7 @@ def _run(arguments: EvaluateArguments, state: PartialState) -> dict[str, Any]:
         mixed_precision=arguments.mixed_precision,
     )
     if state.is_main_process:
+        warn_of_one_answer(metrics["answered_classes"], images)
         append_result(
             results_folder(arguments),
             task="evaluate",

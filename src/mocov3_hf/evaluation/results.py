@@ -104,7 +104,7 @@ def table(metrics: Mapping[str, Any], title: str) -> str:
     width = max(map(len, metrics), default=0)
     lines = [
         f"  {name:<{width}}  {100 * value:7.2f} %"
-        if "top" in name or name.endswith("mean_per_class")
+        if "top" in name or "mean_per_class" in name
         else f"  {name:<{width}}  {value:7.4g}"
         for name, value in metrics.items()
     ]

@@ -1,5 +1,7 @@
 """Supervised training of classifiers on transformers' `Trainer`, without those of its ways that falsify a figure."""
 
+import copy
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -9,91 +11,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
-from ..data.decode import BadImageError
-from ..data.labelled import LabelledImages, TrainingTransform
-from .encoder import ProcessorTransform, load_any, quiet_transformers
+from ..data.labelled import LabelledImages
+from ..optim import ema_update_
+from .checkpoints import load_average, reload_strictly, save_average
+from .encoder import base_encoder, size_options
 from .evaluate import evaluate_classifier
+from .training_images import TrainingImages, collate
 
 
 # Legend of dimensions: B batch, H W image, C classes.
 
-# Values of PIL's resampling filters, as image processors store them.
-_INTERPOLATION = {2: "bilinear", 3: "bicubic"}
-# Odd constants that keep the seeds of neighbouring rows, epochs and runs apart.
-_EPOCH_STRIDE, _SEED_STRIDE = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
-
-
-class TrainingImages(Dataset):
-    """A labelled split for `Trainer`: `{"pixel_values": (3, H, W) float32, "labels": int}`.
-
-    What a transform draws is a function of seed, epoch and row: it depends neither on the number of processes or
-    workers, nor on where a run was interrupted.
-
-    Args:
-        images: the split.
-        transform: uint8 (3, H, W) to float32; draws from torch's generator of the process.
-        seed: of the draws.
-
-    Attributes:
-        epoch: set by `ClassifierTrainer` at the start of each.
-    """
-
-    def __init__(self, images: LabelledImages, transform: Callable[[torch.Tensor], torch.Tensor], seed: int = 0):
-        self.images, self.transform, self.seed, self.epoch = images, transform, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        """ValueError naming the row of an image that cannot be decoded."""
-        try:
-            image = self.images.decode(row)
-        except BadImageError as error:
-            raise ValueError(f"image in row {row} of the training split {error}: repair it or take it out") from error
-        before = torch.get_rng_state()
-        # The generator itself: `torch.manual_seed` would also queue a call for every device, at every image.
-        torch.default_generator.manual_seed((self.seed * _SEED_STRIDE + self.epoch * _EPOCH_STRIDE + row) % 2**63)
-        try:
-            return {"pixel_values": self.transform(image), "labels": int(self.images.labels[row])}
-        finally:
-            torch.set_rng_state(before)
-
-
-def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """`pixel_values` (B, 3, H, W) and `labels` (B,) int64."""
-    return {
-        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
-        "labels": torch.tensor([sample["labels"] for sample in samples]),
-    }
-
-
-def training_transform(transform: ProcessorTransform, scale: tuple[float, float] = (0.08, 1.0)) -> TrainingTransform:
-    """Random resized crop and flip in the size, interpolation, mean and deviation of a model's own preprocessing.
-
-    Raises:
-        ValueError: a processor without a size, or whose interpolation is neither bilinear nor bicubic.
-    """
-    settings = transform.processor.to_dict()
-    size = (settings.get("crop_size") if settings.get("do_center_crop") else None) or settings.get("size") or {}
-    side = size.get("height", size.get("shortest_edge"))
-    interpolation = _INTERPOLATION.get(int(settings.get("resample") or 2))
-    if side is None or interpolation is None:
-        raise ValueError(
-            f"{type(transform.processor).__name__} has size {size or None} and resampling {settings.get('resample')};"
-            " training needs a size and bilinear (2) or bicubic (3): add --no_augment to train on its own output"
-        )
-    normalises = settings.get("do_normalize", True)
-    return TrainingTransform(
-        side,
-        scale=tuple(scale),
-        interpolation=interpolation,
-        mean=tuple(settings["image_mean"]) if normalises else (0.0, 0.0, 0.0),
-        std=tuple(settings["image_std"]) if normalises else (1.0, 1.0, 1.0),
-    )
+METRICS_NAME = "metrics.jsonl"
+# Summaries of a whole run, which belong to no step.
+_NO_STEP = ("train_runtime", "train_loss")
+# Odd, and larger than any number of processes and of parts of a step: their seeds never meet.
+_SEED_STRIDE, _STEP_STRIDE, _PART_STRIDE = 0x9E3779B97F4A7C15, 1 << 24, 1 << 16
 
 
 class ClassifierTrainer(Trainer):
@@ -102,16 +36,24 @@ class ClassifierTrainer(Trainer):
     The loss is the mean cross-entropy over the batch. A frozen part stays in eval mode (without gradient alone, its
     BatchNorm statistics would drift). Validation is `evaluate_classifier`: every image once, whatever the number of
     processes. Weights of a checkpoint are loaded strictly: `Trainer` itself passes over keys that do not fit with no
-    more than a warning.
+    more than a warning. What a step draws (dropout, stochastic depth, the mixing of the batch) is a function of seed,
+    step and process: a run can be resumed to the bit.
 
     Args:
         model: a classifier of transformers.
-        args: of `Trainer`.
+        args: of `Trainer`; its `label_smoothing_factor` goes into the loss.
         train_dataset: the images to train on.
         test_images, test_transform: the split for `evaluate`, labels numbered as the outputs of the model.
         test_options: of `rows_of_split`.
         frozen: the part of the model to keep as it is.
+        mixing: as `batch_mixing` gives it.
+        ema_momentum: m of the averaged weights, `average ← (1 - m) · average + m · weights` after every update; 0 for
+            no average. It starts as a copy; statistics of BatchNorm are those of the model. `evaluate` then measures
+            both, the average with the suffix `_ema`.
         options: others of `Trainer`, `optimizers` among them.
+
+    Attributes:
+        average: the model with the averaged weights, or None.
     """
 
     def __init__(
@@ -123,10 +65,12 @@ class ClassifierTrainer(Trainer):
         test_transform: Callable[[torch.Tensor], torch.Tensor],
         test_options: Mapping[str, Any] | None = None,
         frozen: nn.Module | None = None,
+        mixing: nn.Module | None = None,
+        ema_momentum: float = 0.0,
         **options,
     ):
         self.test_images, self.test_transform = test_images, test_transform
-        self.test_options, self.frozen = dict(test_options or {}), frozen
+        self.test_options, self.frozen, self.mixing = dict(test_options or {}), frozen, mixing
         super().__init__(
             model,
             args,
@@ -138,27 +82,67 @@ class ClassifierTrainer(Trainer):
         # The loss is ours, a mean over the batch: it knows nothing of a number of items.
         self.model_accepts_loss_kwargs = False
         self.add_callback(_Epochs(train_dataset))
+        self.add_callback(_MetricsFile(Path(args.output_dir) / METRICS_NAME))
+        # After the model was moved to its device.
+        self.average = copy.deepcopy(self.model).requires_grad_(False).eval() if ema_momentum > 0 else None
+        if self.average is not None:
+            self.add_callback(_Average(self.model, self.average, ema_momentum))
+        self._part_of_step = (0, 0)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         if self.frozen is not None:
             self.frozen.eval()
-        outputs = model(pixel_values=inputs["pixel_values"])
-        loss = F.cross_entropy(outputs.logits.float(), inputs["labels"])
+        step, part = self._part_of_step
+        part = part + 1 if step == self.state.global_step else 0
+        self._part_of_step = (self.state.global_step, part)
+        seed_step(self.args.seed, self.state.global_step, part, self.args.process_index)
+        pixel_values, labels = inputs["pixel_values"], inputs["labels"]
+        if self.mixing is not None:
+            pixel_values, labels = self.mixing(pixel_values, labels)
+        outputs = model(pixel_values=pixel_values, **size_options(base_encoder(self.model), pixel_values))
+        smoothing = self.args.label_smoothing_factor
+        loss = F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing)
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Metrics of `evaluate_classifier` on the test images, but for those of every class; logged."""
-        metrics = evaluate_classifier(self.model, self.test_images, self.test_transform, **self.test_options)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items() if name != "per_class"}
+        """Metrics of `evaluate_classifier`, but for those of every class; logged. With averaged weights theirs too.
+
+        Args:
+            eval_dataset: a `LabelledImages`; None for the test images.
+
+        Raises:
+            ValueError: the weights are not numbers any more, and as `evaluate_classifier`.
+        """
+        check_finite(self.model)
+        images = self.test_images if eval_dataset is None else eval_dataset
+        metrics = {}
+        for model, suffix in ((self.model, ""), (self.average, "_ema")):
+            if model is not None:
+                found = evaluate_classifier(model, images, self.test_transform, **self.test_options)
+                found.pop("per_class")
+                metrics |= {f"{metric_key_prefix}_{name}{suffix}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.average is not None and self.args.should_save:
+            save_average(self.average, output_dir)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         reload_strictly(self.model, resume_from_checkpoint)
+        if self.average is not None:
+            load_average(self.average, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        reload_strictly(self.model, self.state.best_model_checkpoint)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def seed_step(seed: int, step: int, part: int, process_index: int) -> None:
+    """Make what one forward pass draws a function of these numbers."""
+    place = step * _STEP_STRIDE + part * _PART_STRIDE + process_index
+    torch.manual_seed((seed * _SEED_STRIDE + place) % 2**63)
 
 
 class _Epochs(TrainerCallback):
@@ -170,66 +154,76 @@ class _Epochs(TrainerCallback):
         self.dataset.epoch = int((state.epoch or 0) + 1e-6)
 
 
-def reload_strictly(model: PreTrainedModel, folder: str | os.PathLike) -> None:
-    """Load the weights of a folder into a model, through `from_pretrained` and a strict load.
+class _Average(TrainerCallback):
+    """Averages the weights after every update."""
 
-    Raises:
-        ValueError: weights that are missing, left over, or of another shape: nothing was loaded then.
+    def __init__(self, model: nn.Module, average: nn.Module, momentum: float):
+        self.momentum = momentum
+        self.weights, self.averages = list(model.parameters()), list(average.parameters())
+        self.buffers, self.copies = list(model.buffers()), list(average.buffers())
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        ema_update_(self.averages, self.weights, 1.0 - self.momentum)
+        for buffer, kept in zip(self.buffers, self.copies, strict=True):
+            kept.copy_(buffer)
+
+
+class _MetricsFile(TrainerCallback):
+    """`metrics.jsonl`: a line for every log of the run, as `Trainer` keeps it in its state.
+
+    A resumed run begins with the lines of its checkpoint: what came after it is measured again.
     """
-    with quiet_transformers():
-        loaded, info = load_any(os.fspath(folder), type(model), ignore_mismatched_sizes=True)
-    wrong = {
-        "missing": sorted(info["missing_keys"]),
-        "unexpected": sorted(info["unexpected_keys"]),
-        "of another shape": sorted(str(found[0]) for found in info["mismatched_keys"]),
-    }
-    named = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:2])})" for what, keys in wrong.items() if keys)
-    if named:
-        raise ValueError(f"weights in {os.fspath(folder)!r} are not those of {type(model).__name__}: {named}")
-    state = loaded.state_dict()
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected:
-        raise ValueError(
-            f"{os.fspath(folder)!r} holds another model than the one in training: start a new --output_dir"
-        )
-    model.load_state_dict(state, strict=True)
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("".join(map(metrics_line, state.log_history)), encoding="utf-8")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.path.parent.is_dir():
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(metrics_line({**(logs or {}), "step": state.global_step}))
 
 
-def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest complete `checkpoint-N` of a folder, None without one.
-
-    One that a crash left half-written is passed over: `Trainer` writes the state of the run last.
-    """
-    found = {
-        int(path.name.removeprefix("checkpoint-")): str(path)
-        for path in Path(output_dir).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit() and (path / TRAINER_STATE_NAME).is_file()
-    }
-    return found[max(found)] if found else None
+def metrics_line(logs: Mapping[str, float]) -> str:
+    """One line of `metrics.jsonl`: `step` and `epoch` first, then by name; none for the summary of a run."""
+    if any(name in logs for name in _NO_STEP):
+        return ""
+    first = {name: logs[name] for name in ("step", "epoch") if name in logs}
+    return json.dumps({**first, **{name: logs[name] for name in sorted(logs) if name not in first}}) + "\n"
 
 
-def share_of_batch(train_batch_size: int, per_device: int | None, num_processes: int, num_images: int) -> int:
-    """Images per process and step.
+def share_of_batch(
+    train_batch_size: int, per_device: int | None, num_processes: int, num_images: int, num_parts: int = 1
+) -> int:
+    """Images per process and forward pass.
 
     Args:
         train_batch_size: of all processes together.
-        per_device: of one process, which then wins; None for its share.
+        per_device: of one process and pass, which then wins; None for its share.
         num_processes: of this run.
         num_images: of the training split.
+        num_parts: passes of one step, whose gradients are added.
 
     Raises:
         ValueError: a batch that cannot be shared equally, is empty, or exceeds the split.
     """
-    if per_device is None and train_batch_size % num_processes != 0:
+    shares = num_processes * num_parts
+    if per_device is None and train_batch_size % shares != 0:
+        parts = f" in {num_parts} parts each" if num_parts > 1 else ""
         raise ValueError(
-            f"{num_processes} processes cannot share a batch of {train_batch_size} images equally: pass a"
+            f"{num_processes} processes{parts} cannot share a batch of {train_batch_size} images equally: pass a"
             " --train_batch_size that is a multiple of them, or --per_device_train_batch_size"
         )
-    share = train_batch_size // num_processes if per_device is None else per_device
-    if not 1 <= share * num_processes <= num_images:
+    share = train_batch_size // shares if per_device is None else per_device
+    if not 1 <= share * shares <= num_images:
         raise ValueError(
             f"the batch must hold between 1 image and the {num_images} of the training split, got"
-            f" {share * num_processes}: pass another --train_batch_size"
+            f" {share * shares}: pass another --train_batch_size"
         )
     return share
 
@@ -249,7 +243,7 @@ def training_arguments(
 
     Args:
         output_dir: for checkpoints.
-        batch_size: images per step and process.
+        batch_size: images per forward pass and process.
         learning_rate: at the first step.
         num_train_epochs, mixed_precision, num_workers, seed: of the training.
         options: others of `TrainingArguments`, over these.
@@ -271,6 +265,7 @@ def training_arguments(
             "dataloader_pin_memory": torch.cuda.is_available(),
             "ddp_find_unused_parameters": False,
             "remove_unused_columns": False,
+            "restore_callback_states_from_checkpoint": True,
             "use_cpu": on_cpu,
             "seed": seed,
             "data_seed": seed,

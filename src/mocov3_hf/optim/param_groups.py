@@ -3,6 +3,11 @@
 from torch import nn
 
 
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay is meant for a parameter: not for norms and biases, CLS token and position table."""
+    return parameter.ndim > 1 and not name.endswith(("cls_token", "position_embeddings"))
+
+
 def parameter_groups(model: nn.Module, weight_decay: float, exclude_norms_and_biases: bool = False) -> list[dict]:
     """
     Groups of the trainable parameters of `model` for an optimizer.
@@ -21,11 +26,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, exclude_norms_and_bi
         raise ValueError(f"{type(model).__name__} has no trainable parameter")
     if not exclude_norms_and_biases:
         return [{"params": list(trainable.values()), "weight_decay": weight_decay}]
-    decayed = {
-        name: parameter
-        for name, parameter in trainable.items()
-        if parameter.ndim > 1 and not name.endswith(("cls_token", "position_embeddings"))
-    }
+    decayed = {name: parameter for name, parameter in trainable.items() if is_decayed(name, parameter)}
     kept = [parameter for name, parameter in trainable.items() if name not in decayed]
     groups = [
         {"params": list(decayed.values()), "weight_decay": weight_decay},

@@ -1,0 +1,110 @@
+"""Labelled images for training on `Trainer`: what is drawn depends on seed, epoch and row only."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from ..data.decode import BadImageError
+from ..data.labelled import LabelledImages, TrainingTransform
+from .augmentation import RandAugment
+from .encoder import ProcessorTransform
+
+
+# Legend of dimensions: B batch, H W image.
+
+# Values of PIL's resampling filters, as image processors store them.
+_INTERPOLATION = {2: "bilinear", 3: "bicubic"}
+# Odd constants that keep the seeds of neighbouring rows, epochs and runs apart.
+_EPOCH_STRIDE, _SEED_STRIDE = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
+
+
+class TrainingImages(Dataset):
+    """A labelled split for `Trainer`: `{"pixel_values": (3, H, W) float32, "labels": int}`.
+
+    What a transform draws is a function of seed, epoch and row: it depends neither on the number of processes or
+    workers, nor on where a run was interrupted.
+
+    Args:
+        images: the split.
+        transform: uint8 (3, H, W) to float32; draws from torch's generator of the process.
+        seed: of the draws.
+
+    Attributes:
+        epoch: set by `ClassifierTrainer` at the start of each.
+    """
+
+    def __init__(self, images: LabelledImages, transform: Callable[[torch.Tensor], torch.Tensor], seed: int = 0):
+        self.images, self.transform, self.seed, self.epoch = images, transform, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """ValueError naming the row of an image that cannot be decoded."""
+        try:
+            image = self.images.decode(row)
+        except BadImageError as error:
+            raise ValueError(f"image in row {row} of the training split {error}: repair it or take it out") from error
+        before = torch.get_rng_state()
+        # The generator itself: `torch.manual_seed` would also queue a call for every device, at every image.
+        torch.default_generator.manual_seed((self.seed * _SEED_STRIDE + self.epoch * _EPOCH_STRIDE + row) % 2**63)
+        try:
+            return {"pixel_values": self.transform(image), "labels": int(self.images.labels[row])}
+        finally:
+            torch.set_rng_state(before)
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """`pixel_values` (B, 3, H, W) and `labels` (B,) int64."""
+    return {
+        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
+        "labels": torch.tensor([sample["labels"] for sample in samples]),
+    }
+
+
+def training_transform(
+    transform: ProcessorTransform,
+    scale: tuple[float, float] = (0.08, 1.0),
+    rand_augment: RandAugment | None = None,
+    erasing_probability: float = 0.0,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Random resized crop and flip in the size, interpolation, mean and deviation of a model's own preprocessing.
+
+    Args:
+        transform: the preprocessing of the test.
+        scale: range of the crop's share of the area.
+        rand_augment: between flip and normalisation; what it moves in from outside has the processor's mean colour.
+        erasing_probability: of a rectangle (2 to 33 % of the area) that is replaced by normal noise at the end.
+
+    Returns:
+        uint8 (3, H, W) to float32 (3, size, size), drawing from torch's generator of the process.
+
+    Raises:
+        ValueError: a processor without a size, or whose interpolation is neither bilinear nor bicubic.
+    """
+    settings = transform.processor.to_dict()
+    size = (settings.get("crop_size") if settings.get("do_center_crop") else None) or settings.get("size") or {}
+    side = size.get("height", size.get("shortest_edge"))
+    interpolation = _INTERPOLATION.get(int(settings.get("resample") or 2))
+    if side is None or interpolation is None:
+        raise ValueError(
+            f"{type(transform.processor).__name__} has size {size or None} and resampling {settings.get('resample')};"
+            " training needs a size and bilinear (2) or bicubic (3): add --no_augment to train on its own output"
+        )
+    normalises = settings.get("do_normalize", True)
+    mean = tuple(settings["image_mean"]) if normalises else (0.0, 0.0, 0.0)
+    std = tuple(settings["image_std"]) if normalises else (1.0, 1.0, 1.0)
+    crop = {"size": side, "scale": tuple(scale), "interpolation": interpolation}
+    if rand_augment is None and erasing_probability == 0:
+        return TrainingTransform(**crop, mean=mean, std=std)
+    steps = [TrainingTransform(**crop, mean=None, std=None)]
+    if rand_augment is not None:
+        steps.append(replace(rand_augment, fill=tuple(round(255 * value) for value in mean)))
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+    if erasing_probability > 0:
+        steps.append(v2.RandomErasing(erasing_probability, scale=(0.02, 1 / 3), value="random", inplace=True))
+    return v2.Compose(steps)

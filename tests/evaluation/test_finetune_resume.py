@@ -1,0 +1,106 @@
+"""Interrupted fine-tuning ends in the bits of the undisturbed run, on one process and on two; what does not fit is
+refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mocov3_hf.evaluation.checkpoints import load_average, save_average
+from mocov3_hf.evaluation.classifier import load_with_new_head
+from mocov3_hf.evaluation.finetune import main
+from mocov3_hf.evaluation.results import read_results
+from tests.evaluation.finetuning import ALL, NAMES, SCRIPT, command, same
+from tests.launch import torchrun
+
+
+def log_of(folder):
+    return (folder / "metrics.jsonl").read_text()
+
+
+def continue_from(whole, step, folder):
+    """A folder as a run leaves it that was killed after the checkpoint of a step, and wrote to its log since."""
+    shutil.copytree(whole / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    (folder / f"checkpoint-{2 * step}").mkdir()  # and while it was saving
+    (folder / "metrics.jsonl").write_text(log_of(whole) + '{"step": 99, "loss": 1.0}\n')
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_interrupted_and_resumed_it_is_the_same_to_the_bit(model_folder, image_folder, tmp_path, num_processes):
+    def run(folder, *more):
+        argv = command(model_folder, image_folder, folder, *ALL, "--save_total_limit", 3, *more)
+        if num_processes == 1:
+            main(argv)
+        else:
+            torchrun(num_processes, SCRIPT, *argv)
+
+    run(tmp_path / "whole")
+    continue_from(tmp_path / "whole", 2, tmp_path / "resumed")
+    run(tmp_path / "resumed", "--resume_from_checkpoint", "auto")
+    for name in ("model.safetensors", "checkpoint-4/model.safetensors", "checkpoint-4/average.safetensors"):
+        assert same(tmp_path / "whole" / name, tmp_path / "resumed" / name), name
+    (whole,), (resumed,) = read_results(tmp_path / "whole"), read_results(tmp_path / "resumed")
+    assert whole["metrics"] == resumed["metrics"]
+    assert whole["hardware"]["num_processes"] == num_processes
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "resumed")
+    assert not same(
+        tmp_path / "whole" / "checkpoint-2" / "model.safetensors", tmp_path / "whole" / "model.safetensors"
+    )
+
+
+def test_patience_counts_on_after_an_interruption(model_folder, image_folder, tmp_path, monkeypatch):
+    from mocov3_hf.evaluation import evaluate
+
+    measure = evaluate.accuracy_metrics
+    monkeypatch.setattr(evaluate, "accuracy_metrics", lambda *given: measure(*given) | {"top1": 0.5})
+    options = ["--early_stopping_patience", 2, "--num_train_epochs", 9, "--save_total_limit", 5]
+    main(command(model_folder, image_folder, tmp_path / "whole", *options))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    main(command(model_folder, image_folder, tmp_path / "resumed", *options, "--resume_from_checkpoint", "auto"))
+    assert read_results(tmp_path / "whole")[0]["settings"]["steps"] == 6
+    assert read_results(tmp_path / "resumed")[0]["settings"]["steps"] == 6
+
+
+def test_one_process_and_two_train_the_same_classifier(model_folder, image_folder, tmp_path):
+    """Crops, operations and erasing are those of seed, epoch and image. 32 images are two whole steps."""
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    for path in sorted(images.glob("train/*/*.png"))[:39:3]:
+        path.unlink()
+    options = ["--rand_augment_num_ops", 2, "--random_erasing_probability", 0.25, "--ema_momentum", 0.2]
+    main(command(model_folder, images, tmp_path / "1", *options))
+    torchrun(2, SCRIPT, *command(model_folder, images, tmp_path / "2", *options))
+    (one,), (two,) = read_results(tmp_path / "1"), read_results(tmp_path / "2")
+    assert two["hardware"]["num_processes"] == 2
+    assert one["settings"] == two["settings"]
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "12")
+    # Adam takes steps of one size where a gradient is nearly zero: single weights may differ by a step.
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0.05, atol=1e-4, msg=name)
+    rows = [[json.loads(line) for line in log_of(tmp_path / name).splitlines()] for name in "12"]
+    losses = [[line["loss"] for line in side if "loss" in line] for side in rows]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_averages_that_do_not_fit_are_refused(model_folder, image_folder, tmp_path):
+    classifier = load_with_new_head(model_folder, NAMES)
+    with pytest.raises(ValueError, match=r"holds no averaged weights .* its run had no --ema_momentum"):
+        load_average(classifier, tmp_path)
+    save_average(classifier, tmp_path)
+    load_average(classifier, tmp_path)
+    path = tmp_path / "average.safetensors"
+    state = load_file(path)
+    state["classifier.old"] = state.pop("classifier.bias")
+    save_file(state, path)
+    with pytest.raises(ValueError, match=r"not those of this model: .*classifier.bias.*") as error:
+        load_average(classifier, tmp_path)
+    assert "\n" not in str(error.value)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="not those of this model"):
+        load_average(classifier, tmp_path)
+    main(command(model_folder, image_folder, tmp_path / "run", "--num_train_epochs", 2))
+    options = ["--resume_from_checkpoint", "auto", "--ema_momentum", 0.2]
+    with pytest.raises(SystemExit, match="holds no averaged weights"):
+        main(command(model_folder, image_folder, tmp_path / "run", *options))
