@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
+from .csv_images import find_csv_files, open_csv
 from .decode import decode_rgb
 from .photometric import IMAGENET_MEAN, IMAGENET_STD
-from .sources import MapSource, open_dataset
+from .sources import MapSource, is_local, open_dataset
 
 
 # Names that mean the label when no column is a ClassLabel.
@@ -72,7 +73,8 @@ def open_labelled(
     """Open a labelled split.
 
     Args:
-        dataset_name, config_name, split, image_column, revision: as `open_source`.
+        dataset_name, config_name, split, image_column, revision: as `open_source`; or a CSV file, or a folder of CSV
+            files, as `open_csv` reads them.
         label_column: None to find it: the only ClassLabel column, else one called label, labels, class, target or cls.
         class_names: names by label that the split must agree with (those of the training split, say). Text labels are
             otherwise numbered in alphabetical order of the names that occur.
@@ -81,11 +83,34 @@ def open_labelled(
         ValueError: no such column, labels missing or negative, labels neither ClassLabel, integers nor text, or names
             not among `class_names`.
     """
-    dataset = open_dataset(dataset_name, config_name, split, revision=revision)
+    files = find_csv_files(dataset_name, split)
+    if files:
+        dataset, image_column = open_csv(files, split, image_column)
+    else:
+        dataset = open_dataset(dataset_name, config_name, split, revision=revision)
     source = MapSource(dataset, image_column)
+    if not files and is_local(dataset_name):
+        _check_class_folders(dataset, dataset_name, split, source.image_column)
     column = find_label_column(dataset, label_column)
     labels, names = _labels(dataset, column, class_names)
     return LabelledImages(source, labels, names)
+
+
+def _check_class_folders(dataset: datasets.Dataset, folder: str, split: str, image_column: str) -> None:
+    """ValueError for a folder of images without labels: `datasets` gives it no column of labels, or takes the folders
+    of its splits for classes."""
+    others = [name for name in dataset.features if name != image_column]
+    if others == ["label"]:
+        feature = dataset.features["label"]
+        names = set(getattr(feature, "names", ()))
+        if not names or not names <= {"train", "test", "validation", "valid", "val", "dev", split}:
+            return
+    elif others:
+        return
+    raise ValueError(
+        f"folder {folder!r} holds images without labels: expected class folders ({split}/<class>/<image>), parquet"
+        " files, or CSV files with a column of paths and one of labels"
+    )
 
 
 def find_label_column(dataset: datasets.Dataset, label_column: str | None = None) -> str:
