@@ -33,6 +33,8 @@ PUSHED = (
     "results.json",
     "recipe.yaml",
     "metrics.jsonl",
+    "events.jsonl",
+    "knn.jsonl",
     "conversion.json",
     "README.md",
     "*.png",
