@@ -20,7 +20,7 @@ from mocov3_hf.evaluation.evaluate import main
 from mocov3_hf.evaluation.features import labelled_features
 from mocov3_hf.evaluation.linear import fit_linear_classifier
 from mocov3_hf.evaluation.results import read_results
-from tests.launch import torchrun
+from tests.launch import python, torchrun
 
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "evaluate.py"
@@ -112,14 +112,40 @@ def test_numbers_are_taken_where_there_are_no_names(classifier_folder, image_fol
     assert read_results(folder)[0]["settings"]["classes"] == "by number"
 
 
-def test_one_process_and_two_give_the_same_file(classifier_folder, image_folder, tmp_path):
-    """21 images in batches of 4 are six batches, the last of a single image: three for each process."""
-    main(command(classifier_folder, image_folder, "--output_dir", tmp_path / "1"))
-    torchrun(2, SCRIPT, *command(classifier_folder, image_folder, "--output_dir", tmp_path / "2"))
-    (one,), (two,) = read_results(tmp_path / "1"), read_results(tmp_path / "2")
-    assert (one["hardware"]["num_processes"], two["hardware"]["num_processes"]) == (1, 2)
-    assert one["metrics"] == two["metrics"], "to the last bit of the loss"
-    assert one["model"] == two["model"]
+@pytest.mark.parametrize("processes", [2, 3])
+def test_one_process_and_several_give_the_same_file(classifier_folder, image_folder, tmp_path, processes):
+    """21 images in batches of 4 are six batches, the last of a single image: three or two for each process."""
+    main(command(classifier_folder, image_folder, "--output_dir", tmp_path / "one"))
+    torchrun(processes, SCRIPT, *command(classifier_folder, image_folder, "--output_dir", tmp_path / "more"))
+    (one,), (more,) = read_results(tmp_path / "one"), read_results(tmp_path / "more")
+    assert (one["hardware"]["num_processes"], more["hardware"]["num_processes"]) == (1, processes)
+    assert one["metrics"] == more["metrics"], "to the last bit of the loss"
+    assert one["model"] == more["model"]
+
+
+def test_a_published_name_stands_for_its_folder(classifier_folder, image_folder, tmp_path):
+    """Found in the cache of the zoo, as a fetch leaves it; the name is what is recorded."""
+    name = "vit-small-p16_mocov3-pre_8xb128-linear-coslr-90e_in1k"
+    folder = tmp_path / "mocov3_hf" / "models" / name
+    shutil.copytree(classifier_folder, folder)
+    (folder / "conversion.json").write_text("{}")
+    done = python(SCRIPT, *command(name, image_folder), HF_HOME=str(tmp_path))
+    (result,) = read_results(folder)
+    assert result["model"]["name"] == name
+    assert f"classifier: {name} on" in done.stdout
+    with pytest.raises(SystemExit, match="error: 'vit-small-p16_in1k' is no local folder"):
+        main(command("vit-small-p16_in1k", image_folder), published=lambda name: name)
+
+
+def test_a_classifier_that_knows_one_answer_is_called_collapsed(classifier_folder, image_folder, tmp_path):
+    state = load_file(classifier_folder / "model.safetensors")
+    state["classifier.weight"].zero_()
+    state["classifier.bias"].copy_(torch.tensor([0.0, 1.0, 0.0]))
+    shutil.copytree(classifier_folder, tmp_path / "model")
+    save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="all 21 images are taken for the same class: the model has collapsed"):
+        metrics = main(command(tmp_path / "model", image_folder))
+    assert (metrics["answered_classes"], metrics["top1"]) == (1, pytest.approx(1 / 3))
 
 
 class Config:

@@ -22,6 +22,7 @@ from .arguments import (
 from .encoder import FEATURES, check_model_path, load_encoder, load_transform, select_features, weights_hash
 from .features import Features, joined_processes, labelled_features
 from .few_shot import few_shot_metrics, few_shot_rows
+from .knn import collapse_metrics
 from .results import FILE_NAME, append_result, table
 from .sweep import LEARNING_RATES, WEIGHT_DECAYS, ChosenLinear, checked_grid, choose_linear_classifier
 
@@ -73,9 +74,9 @@ def linear_metrics(
         device: where to compute.
 
     Returns:
-        `linear_top1`, `linear_top5` (more than 5 classes) on the test features, `linear_validation_top1` and those of
-        `few_shot_metrics`, the latter on the first feature; and what was chosen: feature, learning rate, weight decay,
-        validation accuracy of every setting.
+        `linear_top1`, `linear_top5` (more than 5 classes) on the test features, `linear_validation_top1`, those of
+        `few_shot_metrics` on the first feature and of `collapse_metrics` on the chosen one; and what was chosen: feature,
+        learning rate, weight decay, validation accuracy of every setting.
     """
     sides = {choice: _chosen(train, test, choice, arguments) for choice in arguments.features}
     num_classes = max(train.num_classes, int(test.labels.max()) + 1)
@@ -109,6 +110,7 @@ def linear_metrics(
         seed=arguments.seed,
         device=device,
     )
+    metrics |= collapse_metrics(rows)
     choice = {
         "feature": best,
         "learning_rate": chosen.learning_rate,

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +82,27 @@ def warn_of_one_answer(answered_classes: int, images: LabelledImages) -> None:
         )
 
 
-def run(arguments: EvaluateArguments) -> dict[str, Any]:
-    """Load, evaluate, print, record, on all processes of this run. Raises ValueError as what it calls."""
+def run(arguments: EvaluateArguments, published: Callable[[str], str] | None = None) -> dict[str, Any]:
+    """Load, evaluate, print, record, on all processes of this run.
+
+    Args:
+        arguments: of the command.
+        published: gives the folder of a published model for its name, and other names back: the room that knows them
+            is on the same floor.
+
+    Raises:
+        ValueError: as what it calls.
+    """
+    name = arguments.model
+    if published is not None:
+        arguments = replace(arguments, model=published(name))
     results_folder(arguments)
     check_model_path(arguments.model)
     with joined_processes() as state:
-        return _run(arguments, state)
+        return _run(arguments, name, state)
 
 
-def _run(arguments: EvaluateArguments, state: PartialState) -> dict[str, Any]:
+def _run(arguments: EvaluateArguments, name: str, state: PartialState) -> dict[str, Any]:
     classifier = load_classifier(arguments.model).to(state.device)
     images = open_split(arguments, arguments.test_split)
     dataset = describe_split(arguments, images)
@@ -111,23 +123,25 @@ def _run(arguments: EvaluateArguments, state: PartialState) -> dict[str, Any]:
         append_result(
             results_folder(arguments),
             task="evaluate",
-            model={"name": arguments.model, "weights": weights_hash(classifier)},
+            model={"name": name, "weights": weights_hash(classifier)},
             dataset=dataset,
             metrics=metrics,
             settings={**evaluation_settings(arguments), "transform": repr(transform), "classes": matched},
             seconds=time.perf_counter() - started,
         )
-        print(table(metrics, f"classifier: {arguments.model} on {arguments.dataset_name}, {arguments.test_split}"))
+        print(table(metrics, f"classifier: {name} on {arguments.dataset_name}, {arguments.test_split}"))
         print(f"  {len(images)} images, classes matched {matched}")
         print(f"recorded in {Path(results_folder(arguments)) / FILE_NAME}")
     return metrics
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None, published: Callable[[str], str] | None = None) -> dict[str, Any]:
     """Command line of the test of a classifier. Bad input ends the process with one line and status 1.
 
     Args:
         argv: None for those of the process.
+        published: as `run`.
     """
     with ending_in_one_line():
-        return run(parse_arguments(EvaluateArguments, argv, "Top-1 and top-5 of a saved classifier."))
+        arguments = parse_arguments(EvaluateArguments, argv, "Top-1 and top-5 of a saved classifier.")
+        return run(arguments, published)

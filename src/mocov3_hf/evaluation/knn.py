@@ -122,17 +122,26 @@ def knn_metrics(
         metrics[f"knn{number}_top1"] = hits[:, 0].double().mean().item()
         if top == 5 and number >= 5:
             metrics[f"knn{number}_top5"] = hits.any(dim=1).double().mean().item()
-    if len(test) > 1:
-        summary = collapse_summary(test.features[:: -(-len(test) // COLLAPSE_ROWS)])
-        metrics |= {"feature_std_ratio": summary.std_ratio, "effective_rank": summary.effective_rank}
-        if summary.is_collapsed:
-            warnings.warn(
-                f"the features have collapsed: their standard deviation is {summary.std_ratio:.1e} of that of evenly"
-                f" spread ones, effective rank {summary.effective_rank:.2f} of {summary.dimensions}; the accuracies"
-                " are those of a guess",
-                stacklevel=2,
-            )
-    return metrics
+    return metrics | collapse_metrics(test.features)
+
+
+def collapse_metrics(features: torch.Tensor) -> dict[str, float]:
+    """Signs of collapse of features (n, D), and a warning where they are all the same.
+
+    Returns:
+        `feature_std_ratio` and `effective_rank` of up to 10,000 of them; nothing for a single one.
+    """
+    if len(features) < 2:
+        return {}
+    summary = collapse_summary(features[:: -(-len(features) // COLLAPSE_ROWS)])
+    if summary.is_collapsed:
+        warnings.warn(
+            f"the features have collapsed: their standard deviation is {summary.std_ratio:.1e} of that of evenly"
+            f" spread ones, effective rank {summary.effective_rank:.2f} of {summary.dimensions}; the accuracies are"
+            " those of a guess",
+            stacklevel=2,
+        )
+    return {"feature_std_ratio": summary.std_ratio, "effective_rank": summary.effective_rank}
 
 
 def usable_k(k: Sequence[int], rows: int) -> list[int]:
