@@ -3,7 +3,7 @@
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,7 +15,9 @@ from transformers import HfArgumentParser
 from ..data.labelled import LabelledImages, open_labelled
 from ..data.sources import is_local
 from ..recipe import RECIPES
-from .features import data_fingerprint
+from .encoder import ProcessorTransform, check_model_path
+from .features import data_fingerprint, joined_processes
+from .results import FILE_NAME, append_result, table
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,54 @@ def results_folder(arguments: SplitArguments) -> str:
     if not is_local(arguments.model):
         raise ValueError(f"{arguments.model!r} is no local folder to put results.json in: add --output_dir")
     return os.path.expanduser(arguments.model)
+
+
+@contextmanager
+def evaluation_processes(arguments: SplitArguments):
+    """The processes of an evaluation, once it is known where the result goes and that there is a model.
+
+    Raises:
+        ValueError: as `results_folder` and `check_model_path`.
+    """
+    results_folder(arguments)
+    check_model_path(arguments.model)
+    with joined_processes() as state:
+        yield state
+
+
+def record_and_print(
+    arguments: SplitArguments,
+    title: str,
+    *,
+    weights: str,
+    transform: ProcessorTransform,
+    settings: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    notes: Sequence[str] = (),
+    **result,
+) -> None:
+    """Add the result of an evaluation to `results.json` and print it.
+
+    Args:
+        arguments: of the command; those that have an influence on the metrics are recorded.
+        title: of the table, before names of model and data set.
+        weights: hash of the model's.
+        transform: the preprocessing.
+        settings: others to record.
+        name: of the model where it is not `arguments.model`.
+        notes: lines to print below the table.
+        result: others of `append_result`.
+    """
+    name, folder = name or arguments.model, results_folder(arguments)
+    append_result(
+        folder,
+        model={"name": name, "weights": weights},
+        settings={**evaluation_settings(arguments), "transform": repr(transform), **(settings or {})},
+        **result,
+    )
+    print(table(result["metrics"], f"{title}: {name} on {arguments.dataset_name}, split {arguments.test_split}"))
+    for note in (*notes, f"recorded in {Path(folder) / FILE_NAME}"):
+        print(note)
 
 
 def open_splits(arguments: EvaluationArguments) -> tuple[LabelledImages, LabelledImages]:
@@ -215,6 +265,14 @@ def _recipe_arguments(path: Path, names: list[str]) -> list[str]:
 def _nearest(name: str, names: list[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f": did you mean {close[0]!r}?" if close else ""
+
+
+def run_command(
+    group: type[Arguments], argv: Sequence[str] | None, description: str, run: Callable[[Arguments], Any]
+) -> Any:
+    """A command line: `parse_arguments`, then `run`. Bad input ends the process with one line and status 1."""
+    with ending_in_one_line():
+        return run(parse_arguments(group, argv, description))
 
 
 @contextmanager

@@ -4,7 +4,6 @@ accuracy from the same features."""
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -13,17 +12,15 @@ from accelerate.utils import broadcast_object_list
 from .arguments import (
     FeatureArguments,
     describe_splits,
-    ending_in_one_line,
-    evaluation_settings,
+    evaluation_processes,
     open_splits,
-    parse_arguments,
-    results_folder,
+    record_and_print,
+    run_command,
 )
-from .encoder import FEATURES, check_model_path, load_encoder, load_transform, select_features, weights_hash
-from .features import Features, joined_processes, labelled_features
+from .encoder import FEATURES, load_encoder, load_transform, select_features, weights_hash
+from .features import Features, labelled_features
 from .few_shot import few_shot_metrics, few_shot_rows
 from .knn import collapse_metrics
-from .results import FILE_NAME, append_result, table
 from .sweep import LEARNING_RATES, WEIGHT_DECAYS, ChosenLinear, checked_grid, choose_linear_classifier
 
 
@@ -75,8 +72,8 @@ def linear_metrics(
 
     Returns:
         `linear_top1`, `linear_top5` (more than 5 classes) on the test features, `linear_validation_top1`, those of
-        `few_shot_metrics` on the first feature and of `collapse_metrics` on the chosen one; and what was chosen: feature,
-        learning rate, weight decay, validation accuracy of every setting.
+        `few_shot_metrics` on the first feature and of `collapse_metrics` on the chosen one; and what was chosen:
+        feature, learning rate, weight decay, validation accuracy of every setting.
     """
     sides = {choice: _chosen(train, test, choice, arguments) for choice in arguments.features}
     num_classes = max(train.num_classes, int(test.labels.max()) + 1)
@@ -149,9 +146,7 @@ def run(arguments: CachedLinearArguments) -> dict[str, float]:
     unknown = [name for name in arguments.features if name not in FEATURES]
     if unknown or not arguments.features:
         raise ValueError(f"features must be among {', '.join(FEATURES)}, got {', '.join(unknown) or 'none'}")
-    results_folder(arguments)
-    check_model_path(arguments.model)
-    with joined_processes() as state:
+    with evaluation_processes(arguments) as state:
         return _run(arguments, state)
 
 
@@ -187,23 +182,22 @@ def _run(arguments: CachedLinearArguments, state: PartialState) -> dict[str, flo
         raise outcome[0]
     metrics, choice = outcome[0]
     if state.is_main_process:
-        append_result(
-            results_folder(arguments),
+        record_and_print(
+            arguments,
+            "linear, cached",
+            weights=weights_hash(encoder),
+            transform=transform,
+            settings={"chosen": choice},
+            notes=[
+                f"  chosen: {choice['feature']}, learning rate {choice['learning_rate']:g}, "
+                f"weight decay {choice['weight_decay']:g}"
+            ],
             task="linear_cached",
-            model={"name": arguments.model, "weights": weights_hash(encoder)},
             dataset=describe_splits(arguments, *splits),
             metrics=metrics,
-            settings={**evaluation_settings(arguments), "transform": repr(transform), "chosen": choice},
             seed=arguments.seed,
             seconds=time.perf_counter() - started,
         )
-        title = f"linear, cached: {arguments.model} on {arguments.dataset_name}, split {arguments.test_split}"
-        print(table(metrics, title))
-        print(
-            f"  chosen: {choice['feature']}, learning rate {choice['learning_rate']:g}, "
-            f"weight decay {choice['weight_decay']:g}"
-        )
-        print(f"recorded in {Path(results_folder(arguments)) / FILE_NAME}")
     return metrics
 
 
@@ -213,7 +207,5 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     Args:
         argv: None for those of the process.
     """
-    with ending_in_one_line():
-        return run(
-            parse_arguments(CachedLinearArguments, argv, "Linear evaluation on cached features, of any vision model.")
-        )
+    description = "Linear evaluation on cached features, of any vision model."
+    return run_command(CachedLinearArguments, argv, description, run)

@@ -4,7 +4,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,20 +12,11 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from ..data.labelled import LabelledImages
-from .arguments import (
-    SplitArguments,
-    describe_split,
-    ending_in_one_line,
-    evaluation_settings,
-    open_split,
-    parse_arguments,
-    results_folder,
-)
+from .arguments import SplitArguments, describe_split, evaluation_processes, open_split, record_and_print, run_command
 from .classifier import MATCH_CLASSES, class_logits, load_classifier, match_classes
-from .encoder import check_model_path, load_transform, weights_hash
-from .features import joined_processes, rows_of_split
+from .encoder import load_transform, weights_hash
+from .features import rows_of_split
 from .metrics import accuracy_metrics
-from .results import FILE_NAME, append_result, table
 
 
 @dataclass(frozen=True)
@@ -96,9 +87,7 @@ def run(arguments: EvaluateArguments, published: Callable[[str], str] | None = N
     name = arguments.model
     if published is not None:
         arguments = replace(arguments, model=published(name))
-    results_folder(arguments)
-    check_model_path(arguments.model)
-    with joined_processes() as state:
+    with evaluation_processes(arguments) as state:
         return _run(arguments, name, state)
 
 
@@ -120,18 +109,19 @@ def _run(arguments: EvaluateArguments, name: str, state: PartialState) -> dict[s
     )
     if state.is_main_process:
         warn_of_one_answer(metrics["answered_classes"], images)
-        append_result(
-            results_folder(arguments),
+        record_and_print(
+            arguments,
+            "classifier",
+            weights=weights_hash(classifier),
+            transform=transform,
+            settings={"classes": matched},
+            name=name,
+            notes=[f"  {len(images)} images, classes matched {matched}"],
             task="evaluate",
-            model={"name": name, "weights": weights_hash(classifier)},
             dataset=dataset,
             metrics=metrics,
-            settings={**evaluation_settings(arguments), "transform": repr(transform), "classes": matched},
             seconds=time.perf_counter() - started,
         )
-        print(table(metrics, f"classifier: {name} on {arguments.dataset_name}, {arguments.test_split}"))
-        print(f"  {len(images)} images, classes matched {matched}")
-        print(f"recorded in {Path(results_folder(arguments)) / FILE_NAME}")
     return metrics
 
 
@@ -142,6 +132,5 @@ def main(argv: Sequence[str] | None = None, published: Callable[[str], str] | No
         argv: None for those of the process.
         published: as `run`.
     """
-    with ending_in_one_line():
-        arguments = parse_arguments(EvaluateArguments, argv, "Top-1 and top-5 of a saved classifier.")
-        return run(arguments, published)
+    description = "Top-1 and top-5 of a saved classifier."
+    return run_command(EvaluateArguments, argv, description, partial(run, published=published))

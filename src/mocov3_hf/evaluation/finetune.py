@@ -3,10 +3,11 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from ..model.batchnorm_mocov3 import use_global_statistics
 from ..processing import RESAMPLING
-from .arguments import ending_in_one_line, parse_arguments
+from .arguments import run_command
 from .augmentation import RandAugment, batch_mixing
 from .classifier import load_with_new_head, unfrozen, with_fresh_body
 from .encoder import load_transform, weights_hash
@@ -213,5 +214,4 @@ def main(argv: Sequence[str] | None = None, push: Callable[..., str] | None = No
         argv: None for those of the process.
         push: as `run_training`.
     """
-    with ending_in_one_line():
-        return run(parse_arguments(FinetuneArguments, argv, "Fine-tuning of any vision model."), push)
+    return run_command(FinetuneArguments, argv, "Fine-tuning of any vision model.", partial(run, push=push))

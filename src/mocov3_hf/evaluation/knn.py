@@ -5,7 +5,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -16,15 +15,13 @@ from ..probes import collapse_summary, knn_predict
 from .arguments import (
     FeatureArguments,
     describe_splits,
-    ending_in_one_line,
-    evaluation_settings,
+    evaluation_processes,
     open_splits,
-    parse_arguments,
-    results_folder,
+    record_and_print,
+    run_command,
 )
-from .encoder import base_encoder, check_model_path, load_encoder, load_transform, weights_hash
-from .features import Features, joined_processes, labelled_features
-from .results import FILE_NAME, append_result, table
+from .encoder import base_encoder, load_encoder, load_transform, weights_hash
+from .features import Features, labelled_features
 
 
 # Features that the signs of collapse are computed on, spread over the test split.
@@ -159,9 +156,7 @@ def usable_k(k: Sequence[int], rows: int) -> list[int]:
 
 def run(arguments: KNNArguments) -> dict[str, float]:
     """Load, evaluate, print, record, on all processes of this run. Raises ValueError as what it calls."""
-    results_folder(arguments)
-    check_model_path(arguments.model)
-    with joined_processes() as state:
+    with evaluation_processes(arguments) as state:
         return _run(arguments, state)
 
 
@@ -175,17 +170,16 @@ def _run(arguments: KNNArguments, state: PartialState) -> dict[str, float]:
         encoder, train, test, transform=transform, **{name: getattr(arguments, name) for name in options}
     )
     if state.is_main_process:
-        append_result(
-            results_folder(arguments),
+        record_and_print(
+            arguments,
+            "kNN",
+            weights=weights_hash(encoder),
+            transform=transform,
             task="knn",
-            model={"name": arguments.model, "weights": weights_hash(encoder)},
             dataset=describe_splits(arguments, train, test),
             metrics=metrics,
-            settings={**evaluation_settings(arguments), "transform": repr(transform)},
             seconds=time.perf_counter() - started,
         )
-        print(table(metrics, f"kNN: {arguments.model} on {arguments.dataset_name}, split {arguments.test_split}"))
-        print(f"recorded in {Path(results_folder(arguments)) / FILE_NAME}")
     return metrics
 
 
@@ -195,5 +189,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     Args:
         argv: None for those of the process.
     """
-    with ending_in_one_line():
-        return run(parse_arguments(KNNArguments, argv, "Weighted kNN evaluation of any vision model."))
+    return run_command(KNNArguments, argv, "Weighted kNN evaluation of any vision model.", run)

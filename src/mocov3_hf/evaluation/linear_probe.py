@@ -3,11 +3,12 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from . import cached_linear
-from .arguments import ending_in_one_line, parse_arguments
+from .arguments import run_command
 from .classifier import head_parameters, load_with_new_head
 from .encoder import load_transform, weights_hash
 from .supervised import Splits, SupervisedArguments, Training, build_trainer, common_options, run_training
@@ -76,6 +77,11 @@ def build(arguments: LinearProbeArguments, splits: Splits, folder: str, num_proc
     )
 
 
+def run(arguments: LinearProbeArguments, push: Callable[..., str] | None = None) -> dict[str, float]:
+    """Load, train the head, evaluate, save, record, push. Raises ValueError as what it calls."""
+    return run_training(arguments, "linear", build, push)
+
+
 def main(argv: Sequence[str] | None = None, push: Callable[..., str] | None = None) -> dict[str, float]:
     """Command line of linear evaluation. Bad input ends the process with one line and status 1.
 
@@ -86,6 +92,5 @@ def main(argv: Sequence[str] | None = None, push: Callable[..., str] | None = No
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--cached" in argv:
         return cached_linear.main(argv)
-    with ending_in_one_line():
-        arguments = parse_arguments(LinearProbeArguments, argv, "Linear evaluation of any vision model.")
-        return run_training(arguments, "linear", build, push)
+    description = "Linear evaluation of any vision model."
+    return run_command(LinearProbeArguments, argv, description, partial(run, push=push))
