@@ -1,0 +1,315 @@
+"""How fast a pre-training step is, against a step without any regard to speed (plain_step.py).
+
+    python benchmarks/step.py [--backbones vit_small resnet50] [--precisions no bf16] [--switches] [--output FILE.json]
+    python benchmarks/step.py --device cuda [--data DIR] [--batch N] [--output FILE.json]
+
+On a CPU: one core, CPU time. Both steps start from the same weights and views, must agree on the first loss, and take
+turns; figures are medians of the rounds, ratios are of neighbouring rounds. With --switches, every switch of the
+recipe's AccelerationRecipe is also turned over alone, against what is chosen by itself.
+
+On a GPU: images per second and the share of the card's peak (MFU; multiply-adds of both views in the base encoder,
+forward and backward, and the momentum encoder), on synthetic views and, with --data, on images from a folder through
+loader and photometric stage; compiled and not.
+
+A quick try: --backbones vit_small --precisions no --batch 2 --rounds 1. The last line is JSON with every run.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from plain_step import PlainStep
+
+from mocov3_hf import MoCoV3ForPreTraining
+from mocov3_hf.complexity import multiply_adds
+from mocov3_hf.data.photometric import PhotometricStage
+from mocov3_hf.plan import make_plan
+from mocov3_hf.pretraining.acceleration import Acceleration, accelerate, choose_acceleration
+from mocov3_hf.pretraining.build import build_loader, build_model, build_optimizer, build_source
+from mocov3_hf.pretraining.instability import GradientWatch
+from mocov3_hf.pretraining.step import train_step
+from mocov3_hf.recipe import load_recipe
+
+
+SIZE = 224
+MOMENTUM = 0.99
+RECIPES = {
+    "vit_small": "mocov3_vit-small-p16_16xb256-amp-coslr-300e_in1k",
+    "vit_base": "mocov3_vit-base-p16_16xb256-amp-coslr-300e_in1k",
+    "resnet50": "mocov3_resnet50_8xb512-amp-coslr-100e_in1k",
+}
+BATCHES = {
+    "cpu": {"vit_small": 16, "vit_base": 8, "resnet50": 16},
+    "cuda": {"vit_small": 256, "vit_base": 128, "resnet50": 256},
+}
+# Dense peak of tensor cores in bf16, TFLOP/s, from the makers' data sheets.
+PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "4090": 165.2}
+LEARNING_RATE = {"adamw": 1e-4, "lars": 0.1}
+
+
+class OurStep:
+    """The project's step, set up as a run sets it up; `step(views)` gives the loss before the update."""
+
+    def __init__(
+        self,
+        model: MoCoV3ForPreTraining,
+        recipe_name: str,
+        mixed_precision: str,
+        device: str,
+        overrides: dict | None = None,
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)  # the precision of a process is set once otherwise
+        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
+        recipe = load_recipe(recipe_name, ["--mixed_precision", mixed_precision])
+        self.choice: Acceleration = choose_acceleration(recipe, model, self.accelerator.device)
+        if overrides:
+            self.choice = replace(self.choice, **overrides)
+        accelerate(model, self.choice)
+        self.learning_rate = LEARNING_RATE[recipe.optimization.optimizer]
+        optimizer = build_optimizer(recipe, model, make_plan(recipe, recipe.data.num_train_images, 1))
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model.train()
+        self.watch = GradientWatch(model)
+
+    def __call__(self, views: tuple[torch.Tensor, torch.Tensor], momentum: float) -> torch.Tensor:
+        output = train_step(
+            self.model,
+            self.optimizer,
+            views,
+            learning_rate=self.learning_rate,
+            momentum=momentum,
+            max_grad_norm=None,
+            accelerator=self.accelerator,
+            watch=self.watch,
+        )
+        return output.loss
+
+
+def fresh_model(recipe_name: str) -> MoCoV3ForPreTraining:
+    """The same weights at every call; keys and queries apart, as after some steps."""
+    model = build_model(load_recipe(recipe_name))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.momentum_encoder.parameters():
+            parameter.mul_(1 + 0.1 * torch.rand(()))
+    return model
+
+
+def random_views(batch: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    views = torch.randn(2, batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)).to(device)
+    return views[0], views[1]
+
+
+def cpu_seconds(function: Callable[[], object]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def alternate(steps: dict[str, Callable], views: tuple, rounds: int, label: str) -> dict[str, list[float]]:
+    """CPU seconds of each step, round after round; the order turns, and a first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(rounds + 1):
+        names = list(steps) if index % 2 else list(steps)[::-1]
+        for name in names:
+            taken = cpu_seconds(lambda name=name: steps[name](views, MOMENTUM))
+            if index:
+                seconds[name].append(taken)
+        show = ", ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items() if values)
+        print(f"{label}: round {index}/{rounds} {show or 'warm-up'}", file=sys.stderr, flush=True)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], of: str, over: str) -> dict:
+    """How many times as long `of` takes as `over`, in neighbouring rounds."""
+    ratios = sorted(a / b for a, b in zip(seconds[of], seconds[over], strict=True))
+    return {"median": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]}
+
+
+def against_plain(backbone: str, mixed_precision: str, batch: int, rounds: int) -> dict:
+    """Both steps on one core."""
+    recipe_name = RECIPES[backbone]
+    optimizer = load_recipe(recipe_name).optimization.optimizer
+    model, views = fresh_model(recipe_name), random_views(batch, "cpu")
+    plain = PlainStep(model, optimizer, LEARNING_RATE[optimizer], mixed_precision, "cpu")
+    ours = OurStep(model, recipe_name, mixed_precision, "cpu")
+    first = {"plain": plain(views, MOMENTUM).item(), "ours": ours(views, MOMENTUM).item()}
+    difference = abs(first["ours"] - first["plain"]) / abs(first["plain"])
+    print(f"{backbone} {mixed_precision}: first loss {first}, relative difference {difference:.1e}", file=sys.stderr)
+    if mixed_precision == "no" and difference > 1e-5:
+        raise SystemExit(f"error: the first losses differ: {first}")
+    seconds = alternate({"plain": plain, "ours": ours}, views, rounds, f"{backbone} {mixed_precision}")
+    return {
+        "backbone": backbone,
+        "mixed_precision": mixed_precision,
+        "batch": batch,
+        "acceleration": ours.choice.describe(),
+        "first_loss": first,
+        "cpu_seconds": seconds,
+        "seconds_median": {name: statistics.median(values) for name, values in seconds.items()},
+        "speedup": ratio(seconds, "plain", "ours"),
+    }
+
+
+def switch_overrides(choice: Acceleration, backbone: str) -> dict[str, dict]:
+    """What is turned over alone, by name."""
+    turned = {"gradient_checkpointing": {"gradient_checkpointing": True}} if backbone != "resnet50" else {}
+    if choice.attn_implementation is not None:
+        other = "eager" if choice.attn_implementation == "sdpa" else "sdpa"
+        turned[f"{other} attention"] = {"attn_implementation": other}
+        turned["views_in_one_pass"] = {"views_in_one_pass": True}
+        turned["without pooled_query_only"] = {"pooled_query_only": False}
+    name = "without channels_last" if choice.channels_last else "channels_last"
+    turned[name] = {"channels_last": not choice.channels_last}
+    return turned
+
+
+def each_switch(backbone: str, mixed_precision: str, batch: int, rounds: int) -> dict:
+    """How many times as long a step takes with one switch turned over."""
+    recipe_name, views, results = RECIPES[backbone], random_views(batch, "cpu"), {}
+    chosen = OurStep(fresh_model(recipe_name), recipe_name, mixed_precision, "cpu")
+    for name, overrides in switch_overrides(chosen.choice, backbone).items():
+        other = OurStep(fresh_model(recipe_name), recipe_name, mixed_precision, "cpu", overrides)
+        seconds = alternate({"turned": other, "chosen": chosen}, views, rounds, f"{backbone} {mixed_precision} {name}")
+        results[name] = {"times_as_long": ratio(seconds, "turned", "chosen"), "cpu_seconds": seconds}
+    return results
+
+
+def real_views(recipe_name: str, data: str, batch: int, accelerator: Accelerator) -> Iterator[tuple]:
+    """Both views of the images of a folder, epoch after epoch, through loader and photometric stage."""
+    recipe = load_recipe(
+        recipe_name, ["--dataset_name", data, "--per_device_train_batch_size", str(batch), "--output_dir", "runs"]
+    )
+    source = build_source(recipe)
+    loader = build_loader(recipe, source, make_plan(recipe, source.num_samples, 1), accelerator)
+    stage = PhotometricStage(max_blur_sigma=recipe.views.blur_sigma[1]).to(accelerator.device)
+    epoch = 0
+    while True:
+        for batch_of_crops in loader.epoch(epoch, 0):
+            pixels, parameters = (
+                batch_of_crops[name].to(accelerator.device, non_blocking=True) for name in ("pixels", "parameters")
+            )
+            yield stage(pixels[0], parameters[0]), stage(pixels[1], parameters[1])
+        epoch += 1
+
+
+def on_gpu(backbone: str, mixed_precision: str, batch: int, steps: int, data: str | None, compiled: bool) -> dict:
+    """Wall time of `steps` steps after a warm-up, waiting for the device at both ends only."""
+    recipe_name = RECIPES[backbone]
+    ours = OurStep(fresh_model(recipe_name), recipe_name, mixed_precision, "cuda", {"torch_compile": compiled})
+    with torch.device("meta"):
+        encoder = MoCoV3ForPreTraining(ours.accelerator.unwrap_model(ours.model).config).mocov3
+        macs = multiply_adds(encoder, torch.empty(1, 3, SIZE, SIZE))
+    flops_per_image = 2 * macs * 2 * (3 + 1)  # two views; forward and backward count three, and the momentum encoder
+
+    def timed(views: Iterator[tuple]) -> dict:
+        runs = []
+        for _ in range(5):
+            ours(next(views), MOMENTUM)
+        for _ in range(3):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(steps):
+                ours(next(views), MOMENTUM)
+            torch.cuda.synchronize()
+            runs.append(steps * batch / (time.perf_counter() - start))
+        rate = statistics.median(runs)
+        peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
+        mfu = rate * flops_per_image / (peak * 1e12) if peak is not None else None
+        print(
+            f"{backbone} {mixed_precision} compiled={compiled}: {rate:.0f} images/s, MFU {mfu or float('nan'):.3f}",
+            file=sys.stderr,
+        )
+        return {"images_per_second": runs, "median": rate, "mfu": mfu}
+
+    fixed = random_views(batch, "cuda")
+    result = {
+        "backbone": backbone,
+        "mixed_precision": mixed_precision,
+        "batch": batch,
+        "torch_compile": compiled,
+        "acceleration": ours.choice.describe(),
+        "gflop_per_image": flops_per_image / 1e9,
+        "synthetic": timed(iter(lambda: fixed, None)),
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+    if data is not None:
+        result["data"] = timed(real_views(recipe_name, data, batch, ours.accelerator))
+    torch.cuda.reset_peak_memory_stats()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--backbones", nargs="+", choices=list(RECIPES), default=["vit_small", "resnet50"])
+    parser.add_argument("--precisions", nargs="+", choices=["no", "bf16"], default=["no", "bf16"])
+    parser.add_argument("--batch", type=int, help="images per step; default 16 on a CPU, 256 on a GPU (ViT-B half)")
+    parser.add_argument("--rounds", type=int, default=7, help="measured rounds on a CPU")
+    parser.add_argument("--steps", type=int, default=30, help="steps per run on a GPU; three runs are made")
+    parser.add_argument("--switches", action="store_true", help="measure every switch alone too (CPU)")
+    parser.add_argument("--data", help="folder of images for the real data path (GPU)")
+    parser.add_argument("--output", help="write the JSON here as well")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device")
+    result = {
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else f"one core of {cpu_name()}",
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "points": [],
+    }
+    for backbone in options.backbones:
+        for precision in options.precisions:
+            batch = options.batch or BATCHES[options.device][backbone]
+            if options.device == "cuda":
+                for compiled in (False, True):
+                    result["points"].append(on_gpu(backbone, precision, batch, options.steps, options.data, compiled))
+                continue
+            torch.set_num_threads(1)
+            point = against_plain(backbone, precision, batch, options.rounds)
+            if options.switches:
+                point["switches"] = each_switch(backbone, precision, batch, options.rounds)
+            result["points"].append(point)
+            show(point)
+            if options.output:
+                write(result, options.output)
+    if options.output:
+        write(result, options.output)
+    print(json.dumps(result))
+
+
+def write(result: dict, path: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def show(point: dict) -> None:
+    speedup = point["speedup"]
+    print(
+        f"{point['backbone']} {point['mixed_precision']} (batch {point['batch']}; {point['acceleration']}):"
+        f" {speedup['median']:.2f} times the plain step ({speedup['min']:.2f} to {speedup['max']:.2f})"
+    )
+    for name, figures in point.get("switches", {}).items():
+        times = figures["times_as_long"]
+        print(f"  {name}: {times['median']:.3f} times as long ({times['min']:.3f} to {times['max']:.3f})")
+
+
+def cpu_name() -> str:
+    """As the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
