@@ -66,6 +66,7 @@ class OurStep:
         mixed_precision: str,
         device: str,
         overrides: dict | None = None,
+        gradient_cache_chunk_size: int | None = None,
     ):
         AcceleratorState._reset_state(reset_partial_state=True)  # the precision of a process is set once otherwise
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
@@ -79,6 +80,7 @@ class OurStep:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.model.train()
         self.watch = GradientWatch(model)
+        self.chunk_size = gradient_cache_chunk_size
 
     def __call__(self, views: tuple[torch.Tensor, torch.Tensor], momentum: float) -> torch.Tensor:
         output = train_step(
@@ -89,6 +91,7 @@ class OurStep:
             momentum=momentum,
             max_grad_norm=None,
             accelerator=self.accelerator,
+            gradient_cache_chunk_size=self.chunk_size,
             watch=self.watch,
         )
         return output.loss
