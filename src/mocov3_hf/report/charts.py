@@ -68,6 +68,7 @@ class Chart:
         alt: what is seen, for those who do not see it.
         svg: the picture, to stand in HTML.
         wide: whether it takes the whole width of the page.
+        min_width: pixels below which its labels cannot be read: it is then moved sideways; 0 for any width.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Chart:
     alt: str
     svg: Markup
     wide: bool = False
+    min_width: int = 0
 
 
 def make_chart(
@@ -88,6 +90,7 @@ def make_chart(
     alt: str,
     size: tuple[float, float] = (WIDTH, HEIGHT),
     wide: bool = False,
+    min_width: int = 0,
 ) -> Chart:
     """
     Draw a chart for the page and write `plots/name.png`.
@@ -96,7 +99,7 @@ def make_chart(
         name: letters, digits and hyphens.
         draw: puts axes on an empty figure, in the colours of a palette.
         plots: an existing folder.
-        title, caption, alt, wide: of `Chart`.
+        title, caption, alt, wide, min_width: of `Chart`.
         size: width and height in inches.
     """
     with matplotlib.rc_context(_settings(LIGHT, name)):
@@ -110,7 +113,7 @@ def make_chart(
         stream = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(stream, format="svg", transparent=True, metadata=nothing, dpi=PNG_DPI)
-    return Chart(name, title, caption, alt, svg_for_page(stream.getvalue(), name, alt), wide)
+    return Chart(name, title, caption, alt, svg_for_page(stream.getvalue(), name, alt), wide, min_width)
 
 
 def _settings(palette: Palette, name: str) -> dict:

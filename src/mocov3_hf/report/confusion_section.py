@@ -121,6 +121,7 @@ def matrix_chart(matrix: np.ndarray, figures: list[ClassFigures], names: list[st
         alt=f"Confusion matrix of {len(shown)} classes; {np.trace(part)} of {part.sum()} images on its diagonal.",
         size=(side + 0.6, side),
         wide=len(shown) > 15,
+        min_width=round(80 * side) if len(shown) > 15 else 0,
     )
 
 

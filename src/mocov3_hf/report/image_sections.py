@@ -167,7 +167,7 @@ def map_parts(samples: Samples, seen: Seen, plots: Path, seed: int) -> list:
         title="t-SNE",
         caption=caption,
         alt=f"{alt}.",
-        size=(7.0, 5.0),
+        size=(5.6, 4.4),
         wide=True,
     )
     return [Charts([chart])]

@@ -102,7 +102,7 @@ def published_figures(folder: ModelFolder) -> list[Published]:
                 source=zoo()["sources"][row["source"]]["title"],
                 stage=row["stage"],
                 pretraining=f"{models[pretrained]['epochs']} epochs",
-                top1=row["top1"] / 100,
+                top1=round(row["top1"] / 100, 6),
                 same_recipe=name in own or pretrained in own,
             )
         )

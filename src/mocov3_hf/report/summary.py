@@ -247,23 +247,23 @@ def results_table(folder: ModelFolder, figures: list[Published]) -> Table:
             figure = figure_for(result, metric, figures, folder.kind)
             rows.append(
                 [
-                    TASKS.get(result.get("task"), str(result.get("task"))),
-                    where,
                     metric,
                     shown_value(metric, value),
                     "" if figure is None else f"{100 * figure.top1:.2f} %",
+                    TASKS.get(result.get("task"), str(result.get("task"))),
+                    where,
                     str(result.get("date", ""))[:10],
                 ]
             )
-    columns = ["task", "data set", "metric", "measured", "published, ImageNet-1k", "date"]
+    columns = ["metric", "measured", "published, ImageNet-1k", "task", "data set", "date"]
     caption = "From results.json. What the metrics mean: docs/evaluation.md."
-    if not any(row[4] for row in rows):
-        return Table([*columns[:4], columns[5]], [[*row[:4], row[5]] for row in rows], caption, numeric=(3,))
+    if not any(row[2] for row in rows):
+        return Table(columns[:2] + columns[3:], [row[:2] + row[3:] for row in rows], caption, numeric=(1,))
     caption += (
         " A published figure stands only beside a metric of its own protocol and recipe; it compares only where the"
         " data set is ImageNet-1k too."
     )
-    return Table(columns, rows, caption, numeric=(3, 4))
+    return Table(columns, rows, caption, numeric=(1, 2))
 
 
 def shown_value(metric: str, value: float) -> str:
@@ -274,19 +274,19 @@ def shown_value(metric: str, value: float) -> str:
 def published_table(figures: list[Published]) -> Table:
     rows = [
         [
+            f"{100 * figure.top1:.2f} %",
             {"linear": "linear evaluation", "finetuned": "fine-tuning"}[figure.stage],
             figure.pretraining,
-            f"{100 * figure.top1:.2f} %",
             figure.source,
             "this recipe" if figure.same_recipe else "this backbone, another recipe",
         ]
         for figure in figures
     ]
     return Table(
-        ["protocol", "pre-training", "top-1", "published by", "compares with"],
+        ["top-1", "protocol", "pre-training", "published by", "compares with"],
         rows,
         "Published, ImageNet-1k: top-1 of models with this backbone, as published by others, not measured here.",
-        numeric=(2,),
+        numeric=(0,),
     )
 
 

@@ -274,8 +274,9 @@ def blocks_chart(kept: Lines, abandoned: Lines, plots: Path) -> Chart | None:
         title="Gradient norm of every block",
         caption=caption,
         alt=f"Heat map of the gradient norms of {len(names)} blocks over {len(kept)} lines.",
-        size=(9.0, 1.5 + 0.17 * len(names)),
+        size=(7.0, 1.5 + 0.16 * len(names)),
         wide=True,
+        min_width=560,
     )
 
 

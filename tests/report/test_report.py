@@ -1,0 +1,214 @@
+"""The command: a page for every kind of folder, with everything escaped, and one line for what cannot be done."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from mocov3_hf import MoCoV3Config, MoCoV3Model
+from mocov3_hf.report import command
+from tests.report.making import NAMES, RESNET
+
+
+VOID = {"meta", "link", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Tags, ids, links and text of a page; fails where tags do not close."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.source = Path(path).read_text(encoding="utf-8")
+        self.open, self.tags, self.ids, self.links, self.images, self.text = [], [], [], [], [], ""
+        self.feed(self.source)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
+        if tag == "a":
+            self.links.append(attributes["href"])
+        if tag == "img":
+            self.images.append(attributes)
+
+    def handle_startendtag(self, tag, attributes):
+        if "id" in dict(attributes):
+            self.ids.append(dict(attributes)["id"])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def check(page):
+    """What every page owes: ids once, links that lead somewhere, alternatives to pictures, nothing from elsewhere."""
+    assert len(page.ids) == len(set(page.ids))
+    assert page.links
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert all(image["alt"] and image["src"].startswith("data:image/") for image in page.images)
+    assert "script" not in page.tags
+    assert {"b", "i", "em", "u"}.isdisjoint(page.tags)
+    assert "http://" not in page.source
+    assert "https://" not in page.source
+
+
+def report(*arguments):
+    assert command.main([*map(str, arguments)]) == 0
+
+
+def test_run_with_images(run, labelled, capsys):
+    report(run, "--dataset_name", labelled, "--num_images", "20")
+    assert f"{run / 'report.html'} (" in capsys.readouterr().out
+    page = Page(run / "report.html")
+    check(page)
+    assert all(name in page.text for name in NAMES[:2])
+    for words in ("Contrastive loss", "chance 1.66", "floor 0.04", "rollback", "81.50 %", "<em>set</em>", "head 2"):
+        assert words in page.text, words
+    assert "/secret" not in page.source
+    drawn = {path.stem for path in (run / "plots").glob("*.png")}
+    assert drawn == {
+        *("loss", "knn", "positives", "gradients", "layers", "schedule", "collapse", "throughput", "blocks"),
+        *("attention", "components", "tsne", "neighbours"),
+    }
+    assert not list(run.glob(".report*"))
+
+
+def test_run_without_images_says_what_shows_them(run, tmp_path):
+    report(run, "--output", tmp_path / "elsewhere" / "page.html")
+    page = Page(tmp_path / "elsewhere" / "page.html")
+    check(page)
+    assert "--dataset_name DATA --split test" in page.text
+    assert page.images == []
+    assert (tmp_path / "elsewhere" / "plots" / "loss.png").is_file()
+    assert not (run / "plots").exists()
+
+
+def test_damaged_line_is_told_on_the_page(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "lo')
+    report(run)
+    page = Page(run / "report.html")
+    check(page)
+    assert "1 of 10 lines of metrics.jsonl (line 10) cannot be read and is left out." in page.text
+
+
+def test_run_of_one_line_without_numbers(run):
+    (run / "metrics.jsonl").write_text('{"step": 5, "epoch": 1, "loss": null, "grad_norm": null}\n')
+    for name in ("knn.jsonl", "events.jsonl", "results.json"):
+        (run / name).unlink()
+    report(run)
+    page = Page(run / "report.html")
+    check(page)
+    assert "There is no record of a training" in page.text
+    assert "Nothing has been measured yet" in page.text
+
+
+def test_classifier(classifier, labelled):
+    report(classifier, "--dataset_name", labelled)
+    page = Page(classifier / "report.html")
+    check(page)
+    for words in ("Training loss", "Confusion matrix", "Of 36 images", "most often taken for", "surest of"):
+        assert words in page.text, words
+    assert all(name in page.text for name in NAMES[:2])
+    assert {"loss", "accuracy", "schedule", "confusion-matrix", "confusions"} <= {
+        path.stem for path in (classifier / "plots").glob("*.png")
+    }
+
+
+def test_accuracy_on_the_page_is_that_of_the_model(classifier, labelled):
+    from mocov3_hf.report.encoding import Viewer
+    from mocov3_hf.report.folder import read_folder
+    from mocov3_hf.report.samples import open_samples
+
+    report(classifier, "--dataset_name", labelled)
+    samples, viewer = open_samples(str(labelled)), Viewer(read_folder(classifier))
+    answers = viewer.look(samples, 8).logits.argmax(dim=1).tolist()
+    right = sum(viewer.model.config.id2label[answer] == samples.name_of(row) for row, answer in enumerate(answers))
+    assert f"{100 * right / 36:.1f} % are classified rightly" in Page(classifier / "report.html").text
+
+
+def test_unlabelled_images_of_a_classifier(classifier, unlabelled):
+    report(classifier, "--dataset_name", unlabelled)
+    page = Page(classifier / "report.html")
+    check(page)
+    assert "No confusions: they need labels." in page.text
+
+
+def test_classes_that_the_head_does_not_know(classifier, labelled):
+    config = json.loads((classifier / "config.json").read_text())
+    config["id2label"] = {"0": "x", "1": "y", "2": "z"}
+    config["label2id"] = {"x": 0, "y": 1, "z": 2}
+    (classifier / "config.json").write_text(json.dumps(config))
+    report(classifier, "--dataset_name", labelled)
+    assert "No confusions: 3 of the 3 classes of the data set are not among" in Page(classifier / "report.html").text
+
+
+def test_convolutional_encoder_has_no_attention(tmp_path, labelled):
+    MoCoV3Model(MoCoV3Config(backbone_config=RESNET)).save_pretrained(tmp_path / "encoder")
+    report(tmp_path / "encoder", "--dataset_name", labelled, "--num_images", "9")
+    page = Page(tmp_path / "encoder" / "report.html")
+    check(page)
+    for words in ("No attention maps: ResNetModel has no attention", "28 × 28 patch features", "No map: 9 images"):
+        assert words in page.text, words
+
+
+def test_same_folder_gives_the_same_page(run, labelled):
+    pages = []
+    for _ in range(2):
+        report(run, "--dataset_name", labelled, "--num_images", "12")
+        pages.append(re.sub(r"Made [\d\-: ]+ UTC", "", (run / "report.html").read_text()))
+    assert pages[0] == pages[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{tmp}/nowhere"], "does not exist"),
+        (["{tmp}"], "is no run and no model"),
+        (["{run}", "--output", "{tmp}"], "is a folder: give a file"),
+        (["{run}", "--dataset_name", "{tmp}/nothing"], "nothing' does not exist"),
+        (["{run}", "--dataset_name", "{data}", "--split", "train"], "split 'train' does not exist"),
+        (["{run}", "--dataset_name", "{data}", "--image_column", "x"], "image column 'x' does not exist"),
+        (["{run}", "--dataset_name", "{data}", "--num_images", "0"], "at least 2"),
+        (["{run}", "--dataset_name", "{data}", "--batch_size", "0"], "at least 1"),
+    ],
+)
+def test_what_cannot_be_done_ends_in_one_line(arguments, words, run, labelled, tmp_path, capsys):
+    given = [argument.format(tmp=tmp_path, run=run, data=labelled) for argument in arguments]
+    capsys.readouterr()
+    assert command.main(given) == 2
+    written = capsys.readouterr().err
+    assert written.startswith("error: ")
+    assert written.count("\n") == 1
+    assert words in written
+    assert not (run / "report.html").exists()
+    assert not (run / "plots").exists()
+
+
+def test_images_before_the_first_checkpoint(run, labelled, capsys):
+    (run / "config.json").unlink()
+    assert command.main([str(run), "--dataset_name", str(labelled)]) == 2
+    assert "no config.json yet" in capsys.readouterr().err
+
+
+def test_packages_that_are_missing_are_named(run, monkeypatch, capsys):
+    monkeypatch.setitem(command.NEEDED, "no_such_module", "no-such-package")
+    assert command.main([str(run)]) == 2
+    assert "needs no-such-package: pip install 'mocov3_hf[report]'" in capsys.readouterr().err
+
+
+def test_script():
+    script = Path(__file__).parents[2] / "scripts" / "report.py"
+    done = subprocess.run([sys.executable, script, "/nowhere"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: '/nowhere' does not exist")
