@@ -178,6 +178,7 @@ def test_medoid_and_most_frequent():
     assert medoid(np.array([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [50.0, 0.0]])).tolist() in ([1.0, 0.0], [2.0, 0.0])
     assert most_frequent(np.array([3, 3, 1, 2, 2, 0]), 2) == [2, 3]
     assert most_frequent(np.array([3, 1, 2]), 2) == [1, 2]
+    assert most_frequent(np.array([3, 3, 1, 2, 2, 2]), 5, at_least=3) == [2]
 
 
 def test_confusion_matrix_is_that_of_scikit_learn():

@@ -92,7 +92,7 @@ def test_a_figure_stands_beside_top1_of_its_protocol_only(folder_of):
     assert table.columns[2] == "published, ImageNet-1k"
     assert table.rows[0][:3] == ["linear_top1", "70.00 %", "73.60 %"]
     assert [row[0] for row in published.rows] == ["73.60 %", "73.20 %"]
-    assert [row[4] for row in published.rows] == ["this recipe", "this backbone, another recipe"]
+    assert [row[4] for row in published.rows] == ["this recipe", "this backbone only"]
 
 
 def test_a_converted_classifier_stands_beside_its_source(folder_of, tmp_path):

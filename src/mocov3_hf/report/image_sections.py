@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from .charts import LIGHT, Palette, make_chart, plain
 from .components import component_colors
-from .confusion_section import confusion_parts
+from .confusion_section import confusion_parts, shorten
 from .encoding import Seen, Viewer
 from .neighbors import MIN_POINTS, agreement, embed, neighbors_of_each
 from .page import Charts, Gallery, Section, Strip, Text, make_picture
@@ -18,6 +18,8 @@ from .samples import Samples
 # How many images are shown.
 ATTENTION_IMAGES, COMPONENT_IMAGES, QUERIES = 6, 12, 8
 NEIGHBORS = 6
+# Images without which a class has no place on the map.
+MAP_IMAGES = 3
 MAX_HEADS = 16
 
 
@@ -96,7 +98,6 @@ def component_parts(viewer: Viewer, samples: Samples, seen: Seen, plots: Path) -
                     make_picture(
                         picture,
                         f"First three principal components of the patches of an image of {name}",
-                        "components 1-3",
                         kind="png",
                         pixelated=True,
                     ),
@@ -121,7 +122,8 @@ def map_parts(samples: Samples, seen: Seen, plots: Path, seed: int) -> list:
         return [Text(f"No map: {len(samples)} images are too few, t-SNE needs at least {MIN_POINTS}.")]
     points = embed(seen.features, seed)
     labels = samples.labels
-    shown = [] if labels is None else most_frequent(labels, len(LIGHT.series))
+    shown = [] if labels is None else most_frequent(labels, len(LIGHT.series), at_least=MAP_IMAGES)
+    labels = labels if shown else None
 
     def draw(figure: Figure, palette: Palette) -> None:
         axes = figure.subplots()
@@ -132,10 +134,12 @@ def map_parts(samples: Samples, seen: Seen, plots: Path, seed: int) -> list:
         color = palette.series[0] if labels is None else palette.muted
         axes.scatter(*points[others].T, color=color, alpha=0.75 if labels is None else 0.4, **options)
         for number, label in enumerate(shown):
-            axes.scatter(*points[labels == label].T, color=palette.series[number], alpha=0.85, **options)
+            name = plain(shorten(samples.class_names[label]))
+            color = palette.series[number]
+            axes.scatter(*points[labels == label].T, color=color, alpha=0.85, label=name, **options)
         for number, label in enumerate(shown):
             axes.annotate(
-                plain(samples.class_names[label]),
+                plain(shorten(samples.class_names[label])),
                 medoid(points[labels == label]),
                 color=palette.ink,
                 fontsize=9,
@@ -149,11 +153,16 @@ def map_parts(samples: Samples, seen: Seen, plots: Path, seed: int) -> list:
                     "alpha": 0.85,
                 },
             )
+        if shown:  # names on the map lie upon each other where classes do
+            options = {"frameon": False, "fontsize": 8, "labelcolor": palette.ink, "handletextpad": 0.1}
+            figure.legend(loc="outside lower center", ncols=min(len(shown), 5), **options)
 
     alt = f"Scatter plot of {len(samples)} images"
     caption = f"t-SNE of the features of {len(samples)} images: near is similar, distances of islands mean little."
     if labels is None:
         caption += " Healthy: islands, not one even cloud. " + samples.why_unlabelled
+        if samples.labels is not None:
+            caption += f"Classes are not coloured: none has {MAP_IMAGES} images here."
     else:
         classes = len(np.unique(labels))
         alt += f" of {classes} classes"
@@ -177,13 +186,15 @@ def neighbor_parts(samples: Samples, seen: Seen, plots: Path) -> list:
     k = min(NEIGHBORS, len(samples) - 1)
     similarities, rows = (found.numpy() for found in neighbors_of_each(seen.features, k))
     labels = samples.labels
+    if labels is not None and chance_of_agreement(labels) == 0:
+        labels = None  # one image of every class: no neighbour can be right
     strips, sheet = [], []
     for query in range(min(QUERIES, len(samples))):
         name = samples.name_of(query)
         pictures = [make_picture(seen.views[query], f"Query: {name}", name, mark="query")]
         for similarity, row in zip(similarities[query], rows[query], strict=True):
             other = samples.name_of(row)
-            mark, what = "", ""
+            mark, what = "", f" {other}" if samples.labels is not None else ""
             if labels is not None:
                 mark = "right" if labels[row] == labels[query] else "wrong"
                 what = " ✓" if mark == "right" else f" ✕ {other}"
@@ -209,9 +220,11 @@ def neighbor_parts(samples: Samples, seen: Seen, plots: Path) -> list:
     return [Gallery(strips, caption)]
 
 
-def most_frequent(labels: np.ndarray, count: int) -> list[int]:
-    """The `count` classes with the most images, of equal ones the lower number, in the order of their numbers."""
+def most_frequent(labels: np.ndarray, count: int, at_least: int = 1) -> list[int]:
+    """The `count` classes with the most images, of equal ones the lower number, in the order of their numbers; those
+    with fewer than `at_least` left out."""
     classes, images = np.unique(labels, return_counts=True)
+    classes, images = classes[images >= at_least], images[images >= at_least]
     return sorted(classes[np.argsort(-images, kind="stable")][:count].tolist())
 
 

@@ -278,7 +278,7 @@ def published_table(figures: list[Published]) -> Table:
             {"linear": "linear evaluation", "finetuned": "fine-tuning"}[figure.stage],
             figure.pretraining,
             figure.source,
-            "this recipe" if figure.same_recipe else "this backbone, another recipe",
+            "this recipe" if figure.same_recipe else "this backbone only",
         ]
         for figure in figures
     ]
