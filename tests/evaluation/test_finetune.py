@@ -247,13 +247,14 @@ def test_training_ends_early_without_progress(model_folder, image_folder, tmp_pa
 
 
 def test_parts_of_a_batch_are_the_batch(model_folder, image_folder, tmp_path):
-    options = ["--max_steps", 2, "--no_augment", "--optimizer", "sgd", "--base_learning_rate", 1.6]
+    options = ["--no_augment", "--optimizer", "sgd", "--base_learning_rate", 1.6]
     main(command(model_folder, image_folder, tmp_path / "1", *options))
     main(command(model_folder, image_folder, tmp_path / "4", *options, "--gradient_accumulation_steps", 4))
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in "14")
     for name, value in whole.items():
-        torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-6)
-    assert read_results(tmp_path / "4")[0]["settings"]["train_batch_size"] == 16
+        torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-5)
+    settings = read_results(tmp_path / "4")[0]["settings"]
+    assert (settings["train_batch_size"], settings["steps"]) == (16, 4), "13 images of an epoch are left out"
 
 
 def test_gradient_checkpointing_changes_no_bit_of_the_result(model_folder, image_folder, tmp_path):

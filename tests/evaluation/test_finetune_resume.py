@@ -100,7 +100,20 @@ def test_averages_that_do_not_fit_are_refused(model_folder, image_folder, tmp_pa
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="not those of this model"):
         load_average(classifier, tmp_path)
-    main(command(model_folder, image_folder, tmp_path / "run", "--num_train_epochs", 2))
-    options = ["--resume_from_checkpoint", "auto", "--ema_momentum", 0.2]
-    with pytest.raises(SystemExit, match="holds no averaged weights"):
-        main(command(model_folder, image_folder, tmp_path / "run", *options))
+
+
+def test_a_run_goes_on_with_the_options_it_began_with(model_folder, image_folder, tmp_path):
+    main(command(model_folder, image_folder, tmp_path))
+    for changes, named in (
+        (["--ema_momentum", 0.2], r"ema_momentum \(0.0, now 0.2\)"),
+        (["--num_train_epochs", 3, "--seed", 1], r"num_train_epochs \(2, now 3\), seed \(0, now 1\)"),
+        (["--train_batch_size", 8], r"learning_rate \(0.001, now 0.0005\)"),
+    ):
+        with pytest.raises(SystemExit, match=named) as end:
+            main(command(model_folder, image_folder, tmp_path, "--resume_from_checkpoint", "auto", *changes))
+        assert "\n" not in str(end.value)
+    free = ["--gradient_accumulation_steps", 2, "--batch_size", 5, "--save_total_limit", 2]
+    main(command(model_folder, image_folder, tmp_path, "--resume_from_checkpoint", "auto", *free))
+    (tmp_path / "checkpoint-4" / "settings.json").unlink()
+    with pytest.raises(SystemExit, match=r"does not say what its run was told \(settings.json\)"):
+        main(command(model_folder, image_folder, tmp_path, "--resume_from_checkpoint", "auto"))

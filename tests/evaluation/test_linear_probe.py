@@ -200,14 +200,14 @@ def test_interrupted_and_resumed_it_is_the_same_to_the_bit(model_folder, image_f
 
 
 def test_weights_that_do_not_fit_are_never_passed_over(model_folder, image_folder, tmp_path):
-    main(command(model_folder, image_folder, tmp_path, "--num_train_epochs", 1))
-    weights = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    main(command(model_folder, image_folder, tmp_path))
+    weights = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
     weights["classifier.old_weight"] = weights.pop("classifier.weight")
-    save_file(weights, tmp_path / "checkpoint-3" / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, tmp_path / "checkpoint-6" / "model.safetensors", metadata={"format": "pt"})
     classifier = load_with_new_head(model_folder, NAMES)
     before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
     with pytest.raises(ValueError, match=r"1 missing \(classifier.weight\); 1 unexpected \(classifier.old_weight\)"):
-        reload_strictly(classifier, tmp_path / "checkpoint-3")
+        reload_strictly(classifier, tmp_path / "checkpoint-6")
     assert same(before, classifier.state_dict())
     with pytest.raises(SystemExit, match="1 missing") as end:
         main(command(model_folder, image_folder, tmp_path, "--resume_from_checkpoint", "auto"))

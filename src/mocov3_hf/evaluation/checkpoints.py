@@ -1,7 +1,10 @@
 """Checkpoints of supervised training: written whole, found again, loaded strictly."""
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -13,6 +16,7 @@ from .encoder import load_any, quiet_transformers
 
 
 AVERAGE_NAME = "average.safetensors"
+SETTINGS_NAME = "settings.json"
 
 
 def reload_strictly(model: PreTrainedModel, folder: str | os.PathLike) -> None:
@@ -76,3 +80,28 @@ def load_average(average: nn.Module, folder: str | os.PathLike) -> None:
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the averaged weights in {str(path)!r} are not those of this model: {reason}") from error
+
+
+def save_settings(settings: Mapping[str, Any], folder: str | os.PathLike) -> None:
+    """Write what a run was told, `settings.json`, into the folder of a checkpoint."""
+    (Path(folder) / SETTINGS_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def check_settings(settings: Mapping[str, Any], folder: str | os.PathLike) -> None:
+    """
+    Raises:
+        ValueError: the run of a checkpoint was told something else, which is named: to go on would be neither run.
+    """
+    try:
+        saved = json.loads((Path(folder) / SETTINGS_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{os.fspath(folder)!r} does not say what its run was told ({SETTINGS_NAME}): {error}"
+        ) from error
+    changed = [name for name in settings if settings[name] != saved.get(name)]
+    if changed:
+        named = ", ".join(f"{name} ({saved.get(name)}, now {settings[name]})" for name in changed[:3])
+        raise ValueError(
+            f"{os.fspath(folder)!r} is of a run with other options, {named}: pass the same ones, or start a new"
+            " --output_dir"
+        )

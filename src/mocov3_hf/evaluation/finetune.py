@@ -12,7 +12,8 @@ from .augmentation import RandAugment, batch_mixing
 from .classifier import load_with_new_head, unfrozen, with_fresh_body
 from .encoder import load_transform, weights_hash
 from .optimization import OPTIMIZERS, build_optimizer, fine_tuning_groups
-from .supervised import Splits, SupervisedArguments, Training, build_trainer, common_options, run_training
+from .supervised import Splits, Training, build_trainer, common_options, run_training
+from .supervised_arguments import SupervisedArguments
 from .trainer import ClassifierTrainer
 from .training_images import TrainingImages, training_transform
 
@@ -130,8 +131,8 @@ def build_finetune_trainer(
     parts = arguments.gradient_accumulation_steps
     options = common_options(arguments, len(splits.train), num_processes, parts)
     learning_rate = options["learning_rate"]
-    num_batches = len(splits.train) // (options["batch_size"] * num_processes)
-    total_steps = arguments.max_steps or arguments.num_train_epochs * -(-num_batches // parts)
+    steps_per_epoch = len(splits.train) // (options["batch_size"] * num_processes * parts)
+    total_steps = arguments.max_steps or arguments.num_train_epochs * steps_per_epoch
     warn_of_young_average(arguments.ema_momentum, total_steps)
     options |= schedule_options(arguments, learning_rate, total_steps) | {
         "max_grad_norm": arguments.max_grad_norm,
@@ -161,7 +162,7 @@ def warn_of_young_average(momentum: float, num_steps: int) -> None:
     if momentum > 0 and share > 0.5:
         warnings.warn(
             f"after {num_steps} steps with ema_momentum {momentum:g} the averaged weights will still be"
-            f" {100 * share:.0f} % those of the start: take a larger one, such as {10 / num_steps:.1g}, or"
+            f" {100 * share:.0f} % those of the start: take a larger one, such as {min(0.5, 10 / num_steps):.1g}, or"
             " --save_weights raw",
             stacklevel=2,
         )

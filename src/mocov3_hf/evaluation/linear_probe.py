@@ -11,7 +11,8 @@ from . import cached_linear
 from .arguments import run_command
 from .classifier import head_parameters, load_with_new_head
 from .encoder import load_transform, weights_hash
-from .supervised import Splits, SupervisedArguments, Training, build_trainer, common_options, run_training
+from .supervised import Splits, Training, build_trainer, common_options, run_training
+from .supervised_arguments import SupervisedArguments
 from .sweep import INITIAL_STD, MOMENTUM
 from .trainer import ClassifierTrainer
 from .training_images import TrainingImages, training_transform

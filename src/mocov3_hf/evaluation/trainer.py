@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import RandomSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..data.labelled import LabelledImages
 from ..optim import ema_update_
-from .checkpoints import load_average, reload_strictly, save_average
+from .checkpoints import check_settings, load_average, reload_strictly, save_average, save_settings
 from .encoder import base_encoder, size_options
 from .evaluate import evaluate_classifier
 from .training_images import TrainingImages, collate
@@ -41,7 +42,8 @@ class ClassifierTrainer(Trainer):
 
     Args:
         model: a classifier of transformers.
-        args: of `Trainer`; its `label_smoothing_factor` goes into the loss.
+        args: of `Trainer`; its `label_smoothing_factor` goes into the loss, and with `dataloader_drop_last` every step
+            has a full batch.
         train_dataset: the images to train on.
         test_images, test_transform: the split for `evaluate`, labels numbered as the outputs of the model.
         test_options: of `rows_of_split`.
@@ -50,6 +52,7 @@ class ClassifierTrainer(Trainer):
         ema_momentum: m of the averaged weights, `average ← (1 - m) · average + m · weights` after every update; 0 for
             no average. It starts as a copy; statistics of BatchNorm are those of the model. `evaluate` then measures
             both, the average with the suffix `_ema`.
+        settings: what a run that goes on from a checkpoint must be told again, in words of JSON.
         options: others of `Trainer`, `optimizers` among them.
 
     Attributes:
@@ -67,9 +70,11 @@ class ClassifierTrainer(Trainer):
         frozen: nn.Module | None = None,
         mixing: nn.Module | None = None,
         ema_momentum: float = 0.0,
+        settings: Mapping[str, Any] | None = None,
         **options,
     ):
         self.test_images, self.test_transform = test_images, test_transform
+        self.settings = dict(settings or {})
         self.test_options, self.frozen, self.mixing = dict(test_options or {}), frozen, mixing
         super().__init__(
             model,
@@ -88,6 +93,15 @@ class ClassifierTrainer(Trainer):
         if self.average is not None:
             self.add_callback(_Average(self.model, self.average, ema_momentum))
         self._part_of_step = (0, 0)
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if not self.args.dataloader_drop_last:
+            return sampler
+        # `Trainer` drops what is left of a batch of one pass; a step may have several.
+        args, num_images = self.args, len(self.train_dataset)
+        batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        return RandomSampler(self.train_dataset, num_samples=num_images - num_images % batch)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         if self.frozen is not None:
@@ -127,10 +141,13 @@ class ClassifierTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.average is not None and self.args.should_save:
-            save_average(self.average, output_dir)
+        if self.args.should_save:
+            save_settings(self.settings, output_dir)
+            if self.average is not None:
+                save_average(self.average, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_settings(self.settings, resume_from_checkpoint)
         reload_strictly(self.model, resume_from_checkpoint)
         if self.average is not None:
             load_average(self.average, resume_from_checkpoint)
