@@ -60,7 +60,7 @@ def test_evaluation_of_the_same_step_throws_nothing_away():
 def test_marks_of_events(run):
     found = [(mark.kind, mark.step, mark.value, mark.to_step) for mark in marks(read_folder(run))]
     assert found == [("spike", 17, 25.0, None), ("skipped", 19, None, None), ("rollback", 27, None, 20)]
-    assert count_marks(read_folder(run)) == {"spike": 1, "skipped": 1, "rollback": 1}
+    assert count_marks(read_folder(run)) == {"spike": 1, "skipped": 1, "divergence": 0, "rollback": 1}
 
 
 def test_marks_of_counters_where_there_are_no_events(run):
@@ -70,7 +70,7 @@ def test_marks_of_counters_where_there_are_no_events(run):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     folder = read_folder(run)
     assert [(mark.kind, mark.step) for mark in marks(folder)] == [("spike", 10), ("spike", 20)]
-    assert count_marks(folder) == {"spike": 3, "skipped": 0, "rollback": 0}
+    assert count_marks(folder) == {"spike": 3, "skipped": 0, "divergence": 0, "rollback": 0}
 
 
 def test_bounds_are_the_loss_of_alike_and_of_orthogonal_keys(run):
@@ -97,6 +97,16 @@ def test_bounds_are_drawn_at_their_height(run, drawn):
     low, high = axes.get_ylim()
     assert low < floor
     assert high > 4 * 0.2 * math.log(8)
+
+
+def test_divergence_is_marked_on_the_loss(run, drawn):
+    with (run / "events.jsonl").open("a") as file:
+        file.write('{"step": 33, "event": "divergence", "loss_normalized": 0.1}\n')
+    folder = read_folder(run)
+    kept, abandoned = split_abandoned(folder.metrics)
+    (axes,) = drawn(training.loss_chart, folder, kept, abandoned, marks(folder))
+    assert [33, 33] in [list(line.get_xdata()) for line in axes.lines]
+    assert count_marks(folder)["divergence"] == 1
 
 
 def test_spikes_skipped_steps_and_rollbacks_are_marked(run, drawn):

@@ -30,13 +30,18 @@ class Series:
         return self.values[np.isfinite(self.values)]
 
 
+# Events that are marked: a gradient far above its usual norm, a step without finite gradients, a loss that gave up
+# much of its gain, and a return to an earlier checkpoint.
+MARKS = ("spike", "skipped", "divergence", "rollback")
+
+
 @dataclass(frozen=True)
 class Mark:
     """
     Something that went wrong.
 
     Attributes:
-        kind: "spike", "skipped" or "rollback".
+        kind: one of `MARKS`.
         step: where.
         value: gradient norm, None where it is unknown.
         to_step: where a rollback went back to.
@@ -89,7 +94,7 @@ def marks(folder: ModelFolder) -> list[Mark]:
     if folder.events:
         found = []
         for event in folder.events:
-            if event.get("event") in ("spike", "skipped", "rollback"):
+            if event.get("event") in MARKS:
                 value, to_step = number(event.get("grad_norm")), number(event.get("to_step"))
                 found.append(
                     Mark(
@@ -114,7 +119,7 @@ def marks(folder: ModelFolder) -> list[Mark]:
 
 def count_marks(folder: ModelFolder) -> dict[str, int]:
     """How often each kind happened: the counters of the last line where they are, else the events."""
-    counts = dict.fromkeys(("spike", "skipped", "rollback"), 0)
+    counts = dict.fromkeys(MARKS, 0)
     for mark in marks(folder):
         counts[mark.kind] += 1
     for kind, key in (("spike", "gradient_spikes"), ("skipped", "skipped_steps")):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..probes.collapse import COLLAPSED_STD_RATIO
-from .curves import Series, count_marks, loss_bounds, series, split_abandoned
+from .curves import MARKS, Series, count_marks, loss_bounds, series, split_abandoned
 from .folder import ModelFolder, shown_name
 from .page import Section, Table, Text
 from .published import Published, figure_for, published_figures
@@ -173,9 +173,10 @@ def findings(folder: ModelFolder) -> list[tuple[str, str]]:
     found += accuracy_findings("Nearest neighbour accuracy", series(split_abandoned(folder.knn)[0], "knn_top1"))
     counts = count_marks(folder)
     if any(counts.values()):
-        words = {"spike": "gradient spike", "skipped": "skipped step", "rollback": "rollback"}
+        words = {kind: kind for kind in MARKS} | {"spike": "gradient spike", "skipped": "skipped step"}
         named = ", ".join(f"{count} {words[kind]}{'s' * (count > 1)}" for kind, count in counts.items() if count)
-        found.append(("bad" if counts["rollback"] else "look", f"Not undisturbed: {named}. See the gradient norm."))
+        serious = counts["divergence"] + counts["rollback"]
+        found.append(("bad" if serious else "look", f"Not undisturbed: {named}. See the gradient norm."))
     else:
         found.append(("good", "No gradient spikes, skipped steps or rollbacks."))
     spread, rank = (series(kept, f"projection_{name}").known for name in ("std_ratio", "effective_rank"))

@@ -112,6 +112,10 @@ def loss_chart(folder: ModelFolder, kept: Lines, abandoned: Lines, found: list[M
         draw_rollbacks(axes, palette, found)
         draw_line(axes, series(abandoned, "loss"), palette.muted, dashed=True)
         draw_line(axes, loss, palette.series[0])
+        for mark in found:
+            if mark.kind == "divergence":
+                axes.axvline(mark.step, color=palette.bad, linewidth=1)
+                label_line(axes, mark.step, 0.5, "divergence", palette.bad, xycoords=("data", "axes fraction"))
         for value, name in zip(bounds or (), ("chance", "floor"), strict=False):
             axes.axhline(value, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)))
             axes.annotate(
