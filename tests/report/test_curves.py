@@ -68,9 +68,11 @@ def test_marks_of_counters_where_there_are_no_events(run):
     lines = [{"step": step, "gradient_spikes": spikes, "skipped_steps": 0, "grad_norm": 2.0} for step, spikes in
              ((5, 0), (10, 2), (15, 2), (20, 3))]  # fmt: skip
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 25, "gradient_spikes": 3, "skipped_steps": 0, "rollbacks": 1}\n')
     folder = read_folder(run)
-    assert [(mark.kind, mark.step) for mark in marks(folder)] == [("spike", 10), ("spike", 20)]
-    assert count_marks(folder) == {"spike": 3, "skipped": 0, "divergence": 0, "rollback": 0}
+    assert [(mark.kind, mark.step) for mark in marks(folder)] == [("spike", 10), ("spike", 20), ("rollback", 25)]
+    assert count_marks(folder) == {"spike": 3, "skipped": 0, "divergence": 0, "rollback": 1}
 
 
 def test_bounds_are_the_loss_of_alike_and_of_orthogonal_keys(run):

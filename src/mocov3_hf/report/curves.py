@@ -33,6 +33,8 @@ class Series:
 # Events that are marked: a gradient far above its usual norm, a step without finite gradients, a loss that gave up
 # much of its gain, and a return to an earlier checkpoint.
 MARKS = ("spike", "skipped", "divergence", "rollback")
+# Those of them that the lines of `metrics.jsonl` count, and under which key.
+COUNTERS = (("spike", "gradient_spikes"), ("skipped", "skipped_steps"), ("rollback", "rollbacks"))
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,7 @@ def _is_done_again(before: dict[str, Any], line: dict[str, Any]) -> bool:
 
 def marks(folder: ModelFolder) -> list[Mark]:
     """
-    Spikes, skipped steps and rollbacks: those of `events.jsonl`, else the lines of `metrics.jsonl` in which the
-    counters of spikes and skipped steps rose.
+    What `events.jsonl` tells, else the lines of `metrics.jsonl` in which a counter rose.
     """
     if folder.events:
         found = []
@@ -106,7 +107,7 @@ def marks(folder: ModelFolder) -> list[Mark]:
                 )
         return found
     found = []
-    for kind, key in (("spike", "gradient_spikes"), ("skipped", "skipped_steps")):
+    for kind, key in COUNTERS:
         before = 0
         for line in folder.metrics:
             count = number(line.get(key))
@@ -122,7 +123,7 @@ def count_marks(folder: ModelFolder) -> dict[str, int]:
     counts = dict.fromkeys(MARKS, 0)
     for mark in marks(folder):
         counts[mark.kind] += 1
-    for kind, key in (("spike", "gradient_spikes"), ("skipped", "skipped_steps")):
+    for kind, key in COUNTERS:
         counted = series(folder.metrics, key).known
         if len(counted):
             counts[kind] = max(counts[kind], int(counted[-1]))
