@@ -19,14 +19,14 @@ NOT_SETTINGS = (
     "push_to_hub",
     "hub_model_id",
     "hub_private_repo",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
 )
 # What may differ between the parts of a run: of no influence on its weights.
 FREE = (
     *NOT_SETTINGS,
     "model",
     "output_dir",
-    "resume_from_checkpoint",
-    "overwrite_output_dir",
     "batch_size",
     "num_workers",
     "save_weights",
