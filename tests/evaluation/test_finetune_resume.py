@@ -107,7 +107,7 @@ def test_a_run_goes_on_with_the_options_it_began_with(model_folder, image_folder
     for changes, named in (
         (["--ema_momentum", 0.2], r"ema_momentum \(0.0, now 0.2\)"),
         (["--num_train_epochs", 3, "--seed", 1], r"num_train_epochs \(2, now 3\), seed \(0, now 1\)"),
-        (["--train_batch_size", 8], r"learning_rate \(0.001, now 0.0005\)"),
+        (["--train_batch_size", 8], r"learning_rate \(0.001, now 0.0005\), train_batch_size \(16, now 8\)"),
     ):
         with pytest.raises(SystemExit, match=named) as end:
             main(command(model_folder, image_folder, tmp_path, "--resume_from_checkpoint", "auto", *changes))

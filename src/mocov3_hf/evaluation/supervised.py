@@ -17,7 +17,7 @@ from .arguments import describe_splits, evaluation_settings, open_splits
 from .checkpoints import last_checkpoint, reload_strictly
 from .encoder import ProcessorTransform, check_model_path, weights_hash
 from .evaluate import warn_of_one_answer
-from .features import joined_processes
+from .features import joined_processes, process_state
 from .results import FILE_NAME, append_result, table
 from .supervised_arguments import FREE, NOT_SETTINGS, SupervisedArguments, check_arguments
 from .trainer import ClassifierTrainer, check_finite, share_of_batch, training_arguments
@@ -139,8 +139,8 @@ def build_trainer(
 
 def _settings_to_keep(arguments: SupervisedArguments, options: Mapping[str, Any]) -> dict[str, Any]:
     told = {name: value for name, value in asdict(arguments).items() if name not in FREE and name != "seed"}
-    # The rate follows from the batch of all processes.
-    return {**told, "seed": arguments.seed, "learning_rate": options["learning_rate"]}
+    batch = options["batch_size"] * options["gradient_accumulation_steps"] * process_state().num_processes
+    return {**told, "seed": arguments.seed, "learning_rate": options["learning_rate"], "train_batch_size": batch}
 
 
 def _check_metric(name: str, splits: Splits, has_average: bool) -> None:
