@@ -1,0 +1,105 @@
+"""How a run ends when another process is lost, and when the processes see different checkpoints."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mocov3_hf.pretraining import agreement, loop
+from tests.launch import torchrun
+
+
+WORKER = Path(__file__).parent / "agreement_worker.py"
+# As gloo words them.
+TIMED_OUT = "[/build/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 7000ms for recv operation to complete"
+CLOSED = (
+    "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.77.0.2]:39655. This is typ"
+)
+
+
+@pytest.fixture
+def alarm(monkeypatch):
+    """Seconds that the process is given to leave, which nobody may count down in the test's own process."""
+    given = []
+    monkeypatch.setattr("signal.alarm", given.append)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    return given
+
+
+def run_into(error, tmp_path, tiny, monkeypatch, step):
+    """A run whose training meets `error` after `step` updates, one checkpoint being there."""
+
+    def train(self):
+        self.step = step
+        (self.output_dir / "checkpoint-2").mkdir()
+        raise error
+
+    monkeypatch.setattr(loop.Run, "train", train)
+    loop.main([*tiny, "--output_dir", str(tmp_path / "run"), "--communication_timeout", "7"])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError(TIMED_OUT), "another process has not answered for 7 s"),
+        (RuntimeError(CLOSED), "another process is gone"),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1"), "another process is gone"),
+        (torch.distributed.DistStoreError("wait timeout after 7000ms"), "another process has not answered for 7 s"),
+    ],
+)
+def test_a_lost_process_ends_the_run_in_one_line(error, said, tmp_path, tiny, monkeypatch, capsys, alarm):
+    with pytest.raises(SystemExit) as stop:
+        run_into(error, tmp_path, tiny, monkeypatch, step=3)
+    assert stop.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: in step 4, {said}")
+    assert "checkpoint-2 is whole; to continue: python " in line
+    assert line.endswith("--resume_from_checkpoint auto")
+    assert alarm == [20]
+
+
+def test_other_errors_keep_their_traceback(tmp_path, tiny, monkeypatch, alarm):
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run_into(RuntimeError("shapes do not match"), tmp_path, tiny, monkeypatch, step=3)
+    assert alarm == []
+
+
+def test_a_process_lost_before_the_start(tmp_path, tiny, monkeypatch, capsys, alarm):
+    def join(_):
+        raise RuntimeError(TIMED_OUT)
+
+    monkeypatch.setattr(loop, "build_accelerator", join)
+    with pytest.raises(SystemExit) as stop:
+        loop.main([*tiny, "--output_dir", str(tmp_path / "run")])
+    assert stop.value.code == 1
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: before the first step, another process has not answered for 600 s")
+    assert line.endswith("There is no checkpoint yet: start again")
+
+
+def test_hosts_with_disks_of_their_own_are_refused(tmp_path, tiny):
+    """Where one process finds a checkpoint and another does not, both would go on from different steps."""
+    loop.main([*tiny, "--output_dir", str(tmp_path / "0")])
+    done = torchrun(2, WORKER, str(tmp_path), *tiny, "--resume_from_checkpoint", "auto", check=False)
+    assert done.returncode != 0
+    assert "sees checkpoint-4 and process 1 on" in done.stderr
+    assert "must be on a file system that all hosts share" in done.stderr
+
+
+def test_equal_copies_on_all_hosts_will_do(tmp_path, tiny, monkeypatch, capsys, fresh):
+    arguments = [*tiny, "--output_dir", str(tmp_path / "run")]
+    loop.main(arguments)
+    fresh()
+    monkeypatch.setattr(agreement, "gather_object", lambda answers: answers * 2)
+    loop.main([*arguments, "--resume_from_checkpoint", "auto"])
+    assert "nothing left to do" in capsys.readouterr().out
+
+
+def test_what_one_process_refuses_all_refuse(tmp_path, tiny, monkeypatch, capsys):
+    """Nobody waits for the one that has gone."""
+    refusal = ("the disk of this host holds another run", "no checkpoint", None, "host-1")
+    monkeypatch.setattr(agreement, "gather_object", lambda answers: [*answers, refusal])
+    with pytest.raises(SystemExit) as stop:
+        loop.main([*tiny, "--output_dir", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.strip() == f"error: {refusal[0]}"
