@@ -55,6 +55,7 @@ def choose_acceleration(recipe: Recipe, model: MoCoV3ForPreTraining, device: tor
         attn_implementation=given(
             asked.attn_implementation, fastest_attention(device, mixed_precision) if is_own_vit else None
         ),
+        # Measured on a CPU: 2 to 4 % slower than two passes, in float32 and in bf16.
         views_in_one_pass=given(asked.views_in_one_pass, False),
         pooled_query_only=given(asked.pooled_query_only, is_own_vit),
         torch_compile=asked.torch_compile,
