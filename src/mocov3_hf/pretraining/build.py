@@ -28,6 +28,14 @@ from ..recipe import NO_ACCUMULATION, Recipe, RecipeError
 LARGEST_ADAMW_BASE_LEARNING_RATE = 0.01
 SMALLEST_LARS_BASE_LEARNING_RATE = 0.03
 
+# How accelerate asks a process for what would spread the weights over the processes.
+SHARDED_LAUNCHES = {
+    "FSDP": "ACCELERATE_USE_FSDP",
+    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
+    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
+    "a parallelism configuration": "ACCELERATE_USE_PARALLELISM_CONFIG",
+}
+
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
     """
@@ -67,8 +75,15 @@ def check_launch(environment: dict[str, str]) -> None:
     Its configuration can also ask for what this method cannot do.
 
     Raises:
-        RecipeError: such a launch, or one with gradient accumulation.
+        RecipeError: such a launch, or one with gradient accumulation or with weights spread over the processes.
     """
+    for name, switch in SHARDED_LAUNCHES.items():
+        if environment.get(switch, "false").lower() in ("true", "1"):
+            raise RecipeError(
+                f"accelerate launch asks for {name}: momentum encoder, optimizer and checkpoints need whole weights on"
+                " every process. Leave it out, for DDP; where memory is short, pass --gradient_cache_chunk_size or"
+                " --gradient_checkpointing"
+            )
     asked_for_several = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
     is_alone = not any(name in environment for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
     if asked_for_several and is_alone:

@@ -1,0 +1,121 @@
+"""Foretell the time of a step on 1 to 64 GPUs from that on one, and from what the processes exchange.
+
+    python -m benchmarks.scaling --output benchmarks/results/scaling_assumed.json
+
+The global batch stays and is shared, as in training. Every exchange goes round a ring (Patarasuk and Yuan 2009) as
+fast as the slowest link on it: NVLink inside a node of 8 GPUs, the network beyond. Bandwidths, latency and the speed
+of one GPU are assumptions, and parameters: pass what yours reach. With overlap, gradients travel during the backward
+pass, half of the computation (two forward passes, and a backward pass of twice the work of one).
+Prints a table in Markdown.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from mocov3_hf import MoCoV3ForPreTraining
+from mocov3_hf.complexity import multiply_adds
+from mocov3_hf.pretraining.build import build_config
+from mocov3_hf.pretraining.communication import Exchange, exchanges
+from mocov3_hf.recipe import load_recipe
+
+
+RECIPES = {
+    "ResNet-50": "mocov3_resnet50_8xb512-amp-coslr-300e_in1k",
+    "ViT-B": "mocov3_vit-base-p16_16xb256-amp-coslr-300e_in1k",
+    "ViT-L": "mocov3_vit-large-p16_64xb64-amp-coslr-300e_in1k",
+}
+NUM_PROCESSES = (1, 2, 4, 8, 16, 32, 64)
+GPUS_PER_NODE = 8
+# Two views, forward through both encoders and backward, at twice the forward, through one; a multiply-add is two.
+OPERATIONS_PER_MULTIPLY_ADD = 2 * 2 * (1 + 1 + 2)
+BACKWARD_SHARE = 0.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tflops", type=float, default=316, help="Of one GPU; 316 is 40 %% of an H200's bf16.")
+    parser.add_argument("--nvlink", type=float, default=450, help="GB/s of a ring inside a node.")
+    parser.add_argument("--infiniband", type=float, default=200, help="GB/s between nodes: half of 8 × 400 Gb.")
+    parser.add_argument("--ethernet", type=float, default=10, help="GB/s of a ring between nodes on 100 GbE.")
+    parser.add_argument("--latency", type=float, default=30, help="Microseconds of every exchange.")
+    parser.add_argument("--output", type=Path, default=None, help="File for the figures.")
+    options = parser.parse_args()
+    networks = {"InfiniBand": options.infiniband, "100 GbE": options.ethernet}
+    rows = [
+        row
+        for name, recipe in RECIPES.items()
+        for row in foretell(name, recipe, networks, options.tflops, options.nvlink, options.latency)
+    ]
+    print(as_markdown(rows, list(networks)))
+    if options.output is not None:
+        assumptions = {key: value for key, value in vars(options).items() if key != "output"}
+        report = {"single_gpu": "assumed, not measured", "assumptions": assumptions, "rows": rows}
+        options.output.write_text(f"{json.dumps(report, indent=2)}\n", encoding="utf-8")
+
+
+def foretell(name, recipe_name, networks, tflops, nvlink, latency) -> list[dict]:
+    """Milliseconds of a step for every number of processes and network, with and without overlap."""
+    recipe = load_recipe(recipe_name)
+    with torch.device("meta"):
+        model = MoCoV3ForPreTraining(build_config(recipe))
+        pixels = torch.zeros(1, 3, recipe.views.image_size, recipe.views.image_size)
+        macs = multiply_adds(MoCoV3ForPreTraining(build_config(recipe)).mocov3, pixels)
+    rows = []
+    for number in NUM_PROCESSES:
+        batch_size = recipe.optimization.train_batch_size // number
+        compute = OPERATIONS_PER_MULTIPLY_ADD * macs * batch_size / (tflops * 1e12)
+        row = {"model": name, "processes": number, "batch_size": batch_size, "compute_ms": compute * 1e3}
+        exchanged = exchanges(model, batch_size, number)
+        row["sent_mb"] = sum(exchange.sent_bytes(number) for exchange in exchanged) / 1e6
+        for network, bandwidth in networks.items():
+            slowest = nvlink if number <= GPUS_PER_NODE else min(nvlink, bandwidth)
+            for key, overlap in (("without", False), ("with", True)):
+                seconds = step_seconds(compute, exchanged, number, slowest * 1e9, latency * 1e-6, overlap)
+                row[f"{network}, {key} overlap, ms"] = seconds * 1e3
+        rows.append(row)
+    return rows
+
+
+def step_seconds(
+    compute: float, exchanged: list[Exchange], num_processes: int, bandwidth: float, latency: float, overlap: bool
+) -> float:
+    """
+    Seconds of a step.
+
+    Args:
+        compute: Seconds of computation.
+        exchanged: What is exchanged.
+        num_processes: In the ring.
+        bandwidth: Bytes per second of its slowest link.
+        latency: Seconds that each operation takes besides.
+        overlap: Whether gradients travel during the backward pass.
+    """
+    if num_processes == 1:
+        return compute
+    times = {e.name: e.sent_bytes(num_processes) / bandwidth + e.count * latency for e in exchanged}
+    gradients = times.pop("gradients")
+    if overlap:
+        gradients = max(0.0, gradients - BACKWARD_SHARE * compute)
+    return compute + sum(times.values()) + gradients
+
+
+def as_markdown(rows: list[dict], networks: list[str]) -> str:
+    columns = [f"{network}, {key} overlap" for network in networks for key in ("without", "with")]
+    lines = [
+        f"| model | GPUs | images each | computation, ms | MB sent | {' | '.join(columns)} |",
+        f"|---|---|---|---|---|{'---|' * len(columns)}",
+    ]
+    for row in rows:
+        times = " | ".join(f"{row[f'{column}, ms']:.0f}" for column in columns)
+        lines.append(
+            f"| {row['model']} | {row['processes']} | {row['batch_size']} | {row['compute_ms']:.0f} |"
+            f" {row['sent_mb']:.0f} | {times} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What docs/scaling.md hands out works: accelerate configurations, SLURM scripts; what cannot work is refused."""
+
+import os
+import stat
+import subprocess
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+from benchmarks.scaling import step_seconds
+from mocov3_hf.pretraining.build import SHARDED_LAUNCHES, check_launch
+from mocov3_hf.pretraining.communication import Exchange
+from mocov3_hf.pretraining.loop import parse
+from mocov3_hf.recipe import RecipeError
+from tests.launch import ROOT
+
+
+FOLDER = ROOT / "docs" / "scaling"
+MACHINES = {"one_node": (1, 8), "two_nodes": (2, 16), "eight_nodes": (8, 64)}
+# The commands of SLURM that a job calls: what srun is given runs once, as task 3 of the job.
+COMMANDS = {
+    "scontrol": 'if [ "$1" = show ]; then echo node-0; echo node-1; else echo "$@" >> "$CALLS"; fi',
+    "scancel": 'echo scancel "$@" >> "$CALLS"',
+    "srun": 'shift; SLURM_PROCID=3 SLURM_LOCALID=3 exec "$@"',
+    "python": 'printf "%s\\n" "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR" "$@"; exit "$STATUS"',
+}
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_configurations_load(name):
+    config = load_config_from_file(str(FOLDER / f"{name}.yaml"))
+    assert (config.num_machines, config.num_processes) == MACHINES[name]
+    assert config.distributed_type.value == "MULTI_GPU"
+
+
+def submit(script, tmp_path, status=0):
+    """Run a job script as SLURM would: its output, and what it asked SLURM for."""
+    for name, body in COMMANDS.items():
+        command = tmp_path / name
+        command.write_text(f"#!/bin/bash\n{body}\n")
+        command.chmod(command.stat().st_mode | stat.S_IXUSR)
+    calls = tmp_path / "calls"
+    job = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": "node-[0-1]",
+        "SLURM_NTASKS": "16",
+        "SLURM_NTASKS_PER_NODE": "8",
+    }
+    environment = {**os.environ, **job, "CALLS": str(calls), "STATUS": str(status)}
+    environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
+    command = ["bash", str(script), "my images", "runs/my run", "--seed", "3"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, done.stderr
+    return done.stdout.splitlines(), calls.read_text() if calls.exists() else ""
+
+
+@pytest.mark.parametrize("script", sorted(FOLDER.glob("*.sbatch")), ids=lambda path: path.stem)
+def test_slurm_scripts_start_what_our_parser_reads(script, tmp_path):
+    (ranks, program, *arguments), calls = submit(script, tmp_path)
+    assert ranks == "3 3 16 8 node-0"
+    assert program == "scripts/pretrain.py"
+    recipe = parse(arguments)
+    assert recipe.data.dataset_name == "my images"
+    assert recipe.run.output_dir == "runs/my run"
+    assert recipe.run.resume_from_checkpoint == "auto"
+    assert recipe.run.seed == 3
+    assert recipe.optimization.train_batch_size == 4096
+    assert calls == ""
+
+
+def test_a_lost_host_queues_the_job_again_and_a_mistake_does_not(tmp_path):
+    script = FOLDER / "vit_base_64_gpus.sbatch"
+    assert submit(script, tmp_path, status=1)[1] == "requeue 77\n"
+    (tmp_path / "calls").unlink()
+    assert submit(script, tmp_path, status=2)[1] == ""
+
+
+@pytest.mark.parametrize(("name", "switch"), SHARDED_LAUNCHES.items())
+def test_launches_that_spread_the_weights_are_refused(name, switch):
+    with pytest.raises(RecipeError, match=rf"asks for {name}: .* Leave it out, for DDP"):
+        check_launch({switch: "true"})
+    check_launch({switch: "false"})
+
+
+def test_foretold_step_times():
+    """In numbers that one can follow: 80 MB of gradients among 4, at 1 GB/s, in a step of 200 ms."""
+    exchanged = [Exchange("gradients", "all-reduce", 1, 80_000_000), Exchange("keys", "all-gather", 2, 4_000_000)]
+    gradients, keys = 0.120 + 0.001, 0.003 + 0.002
+    assert step_seconds(0.2, exchanged, 4, 1e9, 0.001, overlap=False) == pytest.approx(0.2 + gradients + keys)
+    # 100 ms of the backward pass hide all but 21 ms.
+    assert step_seconds(0.2, exchanged, 4, 1e9, 0.001, overlap=True) == pytest.approx(0.2 + 0.021 + keys)
+    assert step_seconds(0.2, exchanged, 1, 1e9, 0.001, overlap=False) == 0.2
