@@ -10,10 +10,11 @@ from collections import Counter
 from contextlib import nullcontext
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
+from mocov3_hf.pretraining.build import ddp_options
 from mocov3_hf.pretraining.communication import exchanges
 from mocov3_hf.pretraining.signals import StopRequest
 from mocov3_hf.pretraining.step import train_step
@@ -41,10 +42,8 @@ class Counted(TorchDispatchMode):
 
 
 def main(output: str) -> None:
-    accelerator = Accelerator(
-        cpu=True,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
+    accelerator = Accelerator(cpu=True)
+    accelerator.ddp_handler = ddp_options()
     assert accelerator.num_processes == 2
     results = {}
     for backbone in BACKBONES:

@@ -15,7 +15,8 @@ WORKER = Path(__file__).parent / "communication_worker.py"
 
 
 def test_a_step_exchanges_what_is_foretold(tmp_path):
-    torchrun(2, WORKER, str(tmp_path / "counts.json"))
+    done = torchrun(2, WORKER, str(tmp_path / "counts.json"))
+    assert "Warning" not in done.stderr, done.stderr
     results = json.loads((tmp_path / "counts.json").read_text())
     assert len(results) == 4
     for case, result in results.items():

@@ -93,7 +93,8 @@ def test_two_processes_train_as_one(tmp_path, tiny, optimizer):
         backbone = ["--backbone_config", resnet, "--optimizer", "lars", "--base_learning_rate", "0.3"]
     arguments = [*tiny, *backbone]
     main([*arguments, "--output_dir", str(tmp_path / "one")])
-    torchrun(2, ROOT / "scripts" / "pretrain.py", *arguments, "--output_dir", str(tmp_path / "two"))
+    done = torchrun(2, ROOT / "scripts" / "pretrain.py", *arguments, "--output_dir", str(tmp_path / "two"))
+    assert "Warning" not in done.stderr, done.stderr
     one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) == 4
     for first, second in zip(one, two, strict=True):

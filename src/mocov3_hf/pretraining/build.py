@@ -1,7 +1,8 @@
 """From a recipe to the parts of a run: accelerator, data, model, optimizer. What cannot work is refused here."""
 
+import inspect
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -56,15 +57,28 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         log_with=trackers or None,
         project_config=ProjectConfiguration(project_dir=recipe.run.output_dir, logging_dir=recipe.run.output_dir),
         kwargs_handlers=[
-            # Running statistics are already those of all processes: there is nothing to broadcast.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.run.communication_timeout)),
         ],
     )
+    accelerator.ddp_handler = ddp_options()
     started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
     if accelerator.num_processes != started:
         raise RecipeError(f"{started} processes were started and {accelerator.num_processes} found each other")
     return accelerator
+
+
+@dataclass
+class DDPOptions(DistributedDataParallelKwargs):
+    """accelerate's options of DDP, and the one that follows `broadcast_buffers` in torch 2.14."""
+
+    forward_sync_buffers: bool | None = None
+
+
+def ddp_options() -> DDPOptions:
+    """Running statistics are already those of all processes: there is nothing to broadcast in a step."""
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DDPOptions(gradient_as_bucket_view=True, **{name: False})
 
 
 def check_launch(environment: dict[str, str]) -> None:
