@@ -173,6 +173,8 @@ def switch_overrides(choice: Acceleration, backbone: str) -> dict[str, dict]:
         turned["without pooled_query_only"] = {"pooled_query_only": False}
     name = "without channels_last" if choice.channels_last else "channels_last"
     turned[name] = {"channels_last": not choice.channels_last}
+    if choice.in_place_relu:
+        turned["without in_place_relu"] = {"in_place_relu": False}
     return turned
 
 

@@ -170,6 +170,9 @@ class AccelerationRecipe:
     channels_last: bool | None = option(
         None, "Convolutions with the channels innermost in memory; by default for backbones made of them."
     )
+    in_place_relu: bool | None = option(
+        None, "ReLUs that overwrite their input, which nothing else reads in a resnet; by default there."
+    )
     attn_implementation: str | None = option(
         None,
         "sdpa, eager, flash_attention_2 or another that transformers knows; by default, for mocov3_vit, sdpa, and"

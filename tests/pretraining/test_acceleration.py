@@ -35,6 +35,7 @@ del DINOV2["intermediate_size"]
 PLAIN = {
     "tf32": False,
     "channels_last": False,
+    "in_place_relu": False,
     "attn_implementation": None,
     "views_in_one_pass": False,
     "pooled_query_only": False,
@@ -99,6 +100,8 @@ def test_vit(switch, chunk_size):
     ("backbone", "switches"),
     [
         (RESNET, {"channels_last": True}),
+        (RESNET, {"in_place_relu": True}),
+        (RESNET, {"in_place_relu": True, "channels_last": True}),
         (CONV_STEM, {"channels_last": True}),
         (CONV_STEM, {"channels_last": True, "pooled_query_only": True, "gradient_checkpointing": True}),
         (DINOV2, {"views_in_one_pass": True, "attn_implementation": "sdpa", "gradient_checkpointing": True}),
@@ -184,7 +187,7 @@ def choose(arguments, backbone, device="cpu"):
         (VIT, "no", {"attn_implementation": "sdpa", "pooled_query_only": True}),
         (VIT, "bf16", {"attn_implementation": "eager", "pooled_query_only": True}),
         (CONV_STEM, "no", {"attn_implementation": "sdpa", "pooled_query_only": True, "channels_last": True}),
-        (RESNET, "bf16", {"channels_last": True}),
+        (RESNET, "bf16", {"channels_last": True, "in_place_relu": True}),
         (DINOV2, "no", {}),
     ],
 )
@@ -213,6 +216,7 @@ def test_what_is_asked_for_is_what_is_chosen():
     ("arguments", "backbone", "message"),
     [
         (["--tf32", "true"], VIT, "--tf32 needs a CUDA GPU"),
+        (["--in_place_relu", "true"], VIT, "--in_place_relu is for the backbone 'resnet'"),
         (["--views_in_one_pass", "true"], RESNET, "'resnet' has batch normalisation"),
         (["--pooled_query_only", "true"], RESNET, "is for the backbone 'mocov3_vit'"),
         (["--gradient_checkpointing"], RESNET, "cannot recompute its activations"),

@@ -148,7 +148,8 @@ def eager_attention_forward(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of `(B, heads, L, D / heads)` in plain matrix products; gives the weights `(B, heads, L, L)` too."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    # The query is smaller than the scores: scaled first.
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = nn.functional.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)

@@ -14,12 +14,17 @@ from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining, has_batch_
 from ..recipe import AccelerationRecipe, Recipe, RecipeError
 
 
+# Its ReLUs follow normalisations and sums, neither of which needs its own output for its gradient.
+RESNET = "resnet"
+
+
 @dataclass(frozen=True)
 class Acceleration:
     """A resolved choice; the fields are those of the recipe's group, without an open one."""
 
     tf32: bool
     channels_last: bool
+    in_place_relu: bool
     attn_implementation: str | None  # None for a backbone without attention, or whose own default stays
     views_in_one_pass: bool
     pooled_query_only: bool
@@ -52,6 +57,7 @@ def choose_acceleration(recipe: Recipe, model: MoCoV3ForPreTraining, device: tor
         # Under autocast only the loss is left in float32, where TF32 costs digits and gives no time.
         tf32=given(asked.tf32, has_tf32(device) and mixed_precision == "no"),
         channels_last=given(asked.channels_last, has_spatial_convolutions(model.mocov3)),
+        in_place_relu=given(asked.in_place_relu, model.config.backbone_config.model_type == RESNET),
         attn_implementation=given(
             asked.attn_implementation, fastest_attention(device, mixed_precision) if is_own_vit else None
         ),
@@ -84,6 +90,11 @@ def check_acceleration(asked: AccelerationRecipe, model: MoCoV3ForPreTraining, d
         raise RecipeError(
             f"--views_in_one_pass: the backbone {model_type!r} has batch normalisation, which must see the statistics"
             " of one view: leave it out"
+        )
+    if asked.in_place_relu and model_type != RESNET:
+        raise RecipeError(
+            f"--in_place_relu is for the backbone {RESNET!r}, where it is known to be safe, not {model_type!r}: leave it"
+            " out"
         )
     if asked.pooled_query_only and model_type != MoCoV3ViTConfig.model_type:
         raise RecipeError(f"--pooled_query_only is for the backbone 'mocov3_vit', not {model_type!r}: leave it out")
@@ -127,6 +138,11 @@ def accelerate(model: MoCoV3ForPreTraining, choice: Acceleration) -> None:
         torch.backends.cudnn.allow_tf32 = choice.tf32
     if choice.channels_last:
         model.to(memory_format=torch.channels_last)
+    if choice.in_place_relu:
+        for encoder in (model.mocov3, model.momentum_encoder.encoder):
+            for layer in encoder.modules():
+                if isinstance(layer, nn.ReLU):
+                    layer.inplace = True
     if choice.attn_implementation is not None:
         set_attention(model, choice.attn_implementation)
     model.set_views_in_one_pass(choice.views_in_one_pass)
