@@ -93,8 +93,8 @@ def check_acceleration(asked: AccelerationRecipe, model: MoCoV3ForPreTraining, d
         )
     if asked.in_place_relu and model_type != RESNET:
         raise RecipeError(
-            f"--in_place_relu is for the backbone {RESNET!r}, where it is known to be safe, not {model_type!r}: leave it"
-            " out"
+            f"--in_place_relu is for the backbone {RESNET!r}, where it is known to be safe, not {model_type!r}:"
+            " leave it out"
         )
     if asked.pooled_query_only and model_type != MoCoV3ViTConfig.model_type:
         raise RecipeError(f"--pooled_query_only is for the backbone 'mocov3_vit', not {model_type!r}: leave it out")
