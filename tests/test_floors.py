@@ -12,6 +12,7 @@ FLOORS = {
     "_version": 0,
     "model": 0,
     "recipe": 0,
+    "recipe_options": 0,
     "plan": 0,
     "processing": 0,
     "remote_code": 0,
@@ -26,10 +27,12 @@ FLOORS = {
     "report": 2,
     "zoo": 3,
 }
-# The one arrow between rooms of a floor: a plan is what a recipe comes to.
-ARROWS = {("plan", "recipe")}
+# The arrows between rooms of a floor: a plan is what a recipe comes to, and a recipe is made of its options.
+ARROWS = {("plan", "recipe"), ("recipe", "recipe_options")}
 # Floor 1 takes plain values: it never sees a recipe.
-NEVER = {(room, module) for room in ("data", "optim", "probes", "model") for module in ("recipe", "plan")}
+NEVER = {
+    (room, module) for room in ("data", "optim", "probes", "model") for module in ("recipe", "recipe_options", "plan")
+}
 
 
 def rooms():
