@@ -1,6 +1,5 @@
 """Two hosts on one machine: network namespaces that a virtual cable joins, each with its own processes and sockets."""
 
-import json
 import os
 import shlex
 import subprocess
@@ -112,11 +111,6 @@ class Hosts:
             except psutil.NoSuchProcess:
                 continue  # ended by itself in between
         psutil.wait_procs(processes, timeout=60)
-
-    def sent_bytes(self) -> int:
-        """What host 0 has put on the cable since it was made, headers included."""
-        (link,) = json.loads(ip("-n", self.names[0], "-statistics", "-json", "link", "show", "dev", INTERFACE))
-        return link["stats64"]["tx"]["bytes"]
 
 
 def wait(launches: list[subprocess.Popen], timeout: float) -> list[float]:

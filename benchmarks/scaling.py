@@ -6,6 +6,8 @@ The global batch stays and is shared, as in training. Every exchange goes round 
 fast as the slowest link on it: NVLink inside a node of 8 GPUs, the network beyond. Bandwidths, latency and the speed
 of one GPU are assumptions, and parameters: pass what yours reach. With overlap, gradients travel during the backward
 pass, half of the computation (two forward passes, and a backward pass of twice the work of one).
+With --step_json, computation is what step.py measured on one device instead of --tflops, in proportion to the images,
+for the models and the precision of that file.
 Prints a table in Markdown.
 """
 
@@ -22,6 +24,8 @@ from mocov3_hf.pretraining.communication import Exchange, exchanges
 from mocov3_hf.recipe import load_recipe
 
 
+# By their names in the files of step.py.
+BACKBONES = {"ResNet-50": "resnet50", "ViT-B": "vit_base", "ViT-L": "vit_large"}
 RECIPES = {
     "ResNet-50": "mocov3_resnet50_8xb512-amp-coslr-300e_in1k",
     "ViT-B": "mocov3_vit-base-p16_16xb256-amp-coslr-300e_in1k",
@@ -37,6 +41,10 @@ BACKWARD_SHARE = 0.5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tflops", type=float, default=316, help="Of one GPU; 316 is 40 %% of an H200's bf16.")
+    parser.add_argument(
+        "--step_json", type=Path, default=None, help="Measured steps, as step.py --output writes them."
+    )
+    parser.add_argument("--precision", default="bf16", help="Which of the measured steps.")
     parser.add_argument("--nvlink", type=float, default=450, help="GB/s of a ring inside a node.")
     parser.add_argument("--infiniband", type=float, default=200, help="GB/s between nodes: half of 8 × 400 Gb.")
     parser.add_argument("--ethernet", type=float, default=10, help="GB/s of a ring between nodes on 100 GbE.")
@@ -44,19 +52,51 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="File for the figures.")
     options = parser.parse_args()
     networks = {"InfiniBand": options.infiniband, "100 GbE": options.ethernet}
+    measured = None
+    if options.step_json is not None:
+        measured = seconds_per_image(json.loads(options.step_json.read_text(encoding="utf-8")), options.precision)
+        if not measured.keys() & BACKBONES.values():
+            known = ", ".join(BACKBONES.values())
+            parser.error(
+                f"{options.step_json} has no step of {known} in {options.precision}: pass another --precision"
+            )
     rows = [
         row
         for name, recipe in RECIPES.items()
-        for row in foretell(name, recipe, networks, options.tflops, options.nvlink, options.latency)
+        if measured is None or BACKBONES[name] in measured
+        for row in foretell(
+            name,
+            recipe,
+            networks,
+            options.tflops,
+            options.nvlink,
+            options.latency,
+            None if measured is None else measured[BACKBONES[name]],
+        )
     ]
     print(as_markdown(rows, list(networks)))
     if options.output is not None:
-        assumptions = {key: value for key, value in vars(options).items() if key != "output"}
-        report = {"single_gpu": "assumed, not measured", "assumptions": assumptions, "rows": rows}
+        unused = ("output", "step_json", "precision") if measured is None else ("output", "tflops")
+        assumptions = {
+            key: value.name if isinstance(value, Path) else value
+            for key, value in vars(options).items()
+            if key not in unused
+        }
+        source = "assumed, not measured" if measured is None else "measured by step.py"
+        report = {"single_gpu": source, "assumptions": assumptions, "rows": rows}
         options.output.write_text(f"{json.dumps(report, indent=2)}\n", encoding="utf-8")
 
 
-def foretell(name, recipe_name, networks, tflops, nvlink, latency) -> list[dict]:
+def seconds_per_image(report: dict, precision: str) -> dict[str, float]:
+    """Of each backbone that step.py has measured in this precision, on one device."""
+    return {
+        point["backbone"]: point["seconds_median"]["ours"] / point["batch"]
+        for point in report["points"]
+        if point["mixed_precision"] == precision
+    }
+
+
+def foretell(name, recipe_name, networks, tflops, nvlink, latency, image_seconds=None) -> list[dict]:
     """Milliseconds of a step for every number of processes and network, with and without overlap."""
     recipe = load_recipe(recipe_name)
     with torch.device("meta"):
@@ -66,7 +106,10 @@ def foretell(name, recipe_name, networks, tflops, nvlink, latency) -> list[dict]
     rows = []
     for number in NUM_PROCESSES:
         batch_size = recipe.optimization.train_batch_size // number
-        compute = OPERATIONS_PER_MULTIPLY_ADD * macs * batch_size / (tflops * 1e12)
+        if image_seconds is None:
+            compute = OPERATIONS_PER_MULTIPLY_ADD * macs * batch_size / (tflops * 1e12)
+        else:
+            compute = image_seconds * batch_size
         row = {"model": name, "processes": number, "batch_size": batch_size, "compute_ms": compute * 1e3}
         exchanged = exchanges(model, batch_size, number)
         row["sent_mb"] = sum(exchange.sent_bytes(number) for exchange in exchanged) / 1e6

@@ -60,3 +60,5 @@ def test_the_line_of_a_dry_run_adds_up():
     assert line.startswith(
         f"{sum(exchange.num_bytes for exchange in foretold) / 1e6:.1f} MB (432.6 gradients, 8.4 keys"
     )
+    assert " batch statistics as on GPUs);" in line
+    assert " batch statistics as on CPUs);" in describe(exchanges(vit_base(), 64, 64, on_gpu=False), 64)

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from benchmarks.scaling import step_seconds
+from benchmarks.scaling import RECIPES, foretell, seconds_per_image, step_seconds
 from mocov3_hf.pretraining.build import SHARDED_LAUNCHES, check_launch
 from mocov3_hf.pretraining.communication import Exchange
 from mocov3_hf.pretraining.loop import parse
@@ -90,3 +90,19 @@ def test_foretold_step_times():
     # 100 ms of the backward pass hide all but 21 ms.
     assert step_seconds(0.2, exchanged, 4, 1e9, 0.001, overlap=True) == pytest.approx(0.2 + 0.021 + keys)
     assert step_seconds(0.2, exchanged, 1, 1e9, 0.001, overlap=False) == 0.2
+
+
+def test_measured_steps_take_the_place_of_an_assumed_speed():
+    points = [
+        {
+            "backbone": "resnet50",
+            "mixed_precision": precision,
+            "batch": 8,
+            "seconds_median": {"plain": 9.0, "ours": ours},
+        }
+        for precision, ours in {"no": 4.0, "bf16": 2.0}.items()
+    ]
+    measured = seconds_per_image({"points": points}, "bf16")
+    assert measured == {"resnet50": 0.25}
+    rows = foretell("ResNet-50", RECIPES["ResNet-50"], {"fast": 1e9}, 1.0, 1e9, 0.0, measured["resnet50"])
+    assert [row["compute_ms"] for row in rows] == pytest.approx([0.25e3 * 4096 / row["processes"] for row in rows])

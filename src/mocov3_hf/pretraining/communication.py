@@ -88,7 +88,9 @@ def batch_norms(*modules: nn.Module) -> Iterator[tuple[GlobalBatchNorm, bool]]:
 
 
 def describe(exchanged: list[Exchange], num_processes: int) -> str:
-    """One line: `433.6 MB per step and process (gradients 432.6, keys 8.4, ...), 862.1 MB sent in a ring`."""
+    """
+    One line: `463.1 MB (432.6 gradients, 8.4 keys, 22.0 batch statistics as on GPUs); 881.8 MB sent where they ...`.
+    """
     total = sum(exchange.num_bytes for exchange in exchanged)
     sent = sum(exchange.sent_bytes(num_processes) for exchange in exchanged)
     parts = {
@@ -96,5 +98,7 @@ def describe(exchanged: list[Exchange], num_processes: int) -> str:
         "keys": sum(e.num_bytes for e in exchanged if e.name == "keys"),
         "batch statistics": sum(e.num_bytes for e in exchanged if e.name.startswith("batch statistics")),
     }
+    is_gathered = any(e.name == "batch statistics, forward" and e.kind == "all-gather" for e in exchanged)
     named = ", ".join(f"{num_bytes / 1e6:.1f} {name}" for name, num_bytes in parts.items())
-    return f"{total / 1e6:.1f} MB ({named}); {sent / 1e6:.1f} MB sent where they form a ring"
+    form = "GPUs" if is_gathered else "CPUs"
+    return f"{total / 1e6:.1f} MB ({named} as on {form}); {sent / 1e6:.1f} MB sent where they form a ring"
