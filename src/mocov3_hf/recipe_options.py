@@ -38,6 +38,7 @@ class ModelRecipe:
     num_projector_layers: int = option(3, "Linear layers of the projector: 3 for ViT, 2 for ResNet.")
     num_predictor_layers: int = option(2, "Linear layers of the predictor; 0 for none.")
     predictor_final_norm: bool = option(True, "Whether the predictor ends in batch normalisation: not for ResNet.")
+    head_batch_norm: bool = option(True, "Whether projector and predictor have batch normalisation at all.")
     temperature: float = option(0.2, "Temperature of the loss: 0.2 for ViT, 1.0 for ResNet.")
     zero_init_residual: bool = option(True, "Whether a ResNet's residual blocks start as the identity.")
 

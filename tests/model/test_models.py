@@ -105,6 +105,22 @@ def test_any_backbone_pretrains_and_loads(backbone, tmp_path):
     torch.testing.assert_close(features, model(views[0]).pooler_output)
 
 
+@pytest.mark.parametrize("predictor_final_norm", [True, False])
+def test_heads_without_batch_norm(predictor_final_norm, tmp_path):
+    model = MoCoV3ForPreTraining(tiny_config(head_batch_norm=False, predictor_final_norm=predictor_final_norm))
+    assert not [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.BatchNorm1d)]
+
+    first, second, third = (layer.dense.weight for layer in model.projector.layers)
+    features = torch.randn(4, 32)
+    expected = torch.relu(torch.relu(features @ first.T) @ second.T) @ third.T
+    torch.testing.assert_close(model.projector(features), expected)
+
+    views = two_views()
+    model(pixel_values=views[0], pixel_values_2=views[1]).loss.backward()
+    model.save_pretrained(tmp_path)
+    assert MoCoV3ForPreTraining.from_pretrained(tmp_path).config.head_batch_norm is False
+
+
 def test_published_parameter_counts():
     heads = {"resnet": {"num_projector_layers": 2, "predictor_final_norm": False}}
     vit = {"model_type": "mocov3_vit"}

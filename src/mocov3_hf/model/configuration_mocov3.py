@@ -143,6 +143,8 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
         Number of linear layers of the predictor.
     predictor_final_norm (`bool`, *optional*, defaults to `True`):
         Whether the predictor ends in a batch normalisation without affine parameters: yes for ViT, no for ResNet.
+    head_batch_norm (`bool`, *optional*, defaults to `True`):
+        Whether projector and predictor have batch normalisation at all; without is the paper's ablation (table 8).
     temperature (`float`, *optional*, defaults to 0.2):
         Temperature of the contrastive loss: 0.2 for ViT, 1.0 for ResNet.
     zero_init_residual (`bool`, *optional*, defaults to `True`):
@@ -173,6 +175,7 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
     num_projector_layers: int = 3
     num_predictor_layers: int = 2
     predictor_final_norm: bool = True
+    head_batch_norm: bool = True
     temperature: float | int = 0.2
     zero_init_residual: bool = True
     initializer_range: float | int = 0.01

@@ -85,12 +85,25 @@ class MoCoV3MLPLayer(nn.Module):
 class MoCoV3MLP(nn.Module):
     """Projector or predictor, `(B, in_features)` to `(B, P)`: `num_layers - 1` hidden layers and the output layer."""
 
-    def __init__(self, in_features: int, hidden_features: int, out_features: int, num_layers: int, final_norm: bool):
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        num_layers: int,
+        hidden_norm: bool,
+        final_norm: bool,
+    ):
         super().__init__()
         widths = [in_features, *[hidden_features] * (num_layers - 1), out_features]
         last = num_layers - 1
         self.layers = nn.ModuleList(
-            MoCoV3MLPLayer(widths[index], widths[index + 1], hidden=index < last, norm=index < last or final_norm)
+            MoCoV3MLPLayer(
+                widths[index],
+                widths[index + 1],
+                hidden=index < last,
+                norm=hidden_norm if index < last else final_norm,
+            )
             for index in range(num_layers)
         )
 
@@ -102,19 +115,25 @@ class MoCoV3MLP(nn.Module):
 
 def build_projector(config: MoCoV3Config, in_features: int) -> MoCoV3MLP:
     return MoCoV3MLP(
-        in_features, config.head_hidden_size, config.projection_dim, config.num_projector_layers, final_norm=True
+        in_features,
+        config.head_hidden_size,
+        config.projection_dim,
+        config.num_projector_layers,
+        hidden_norm=config.head_batch_norm,
+        final_norm=config.head_batch_norm,
     )
 
 
 def build_predictor(config: MoCoV3Config) -> nn.Module:
-    if config.num_predictor_layers == 0:  # the ablation of the paper's table 4
+    if config.num_predictor_layers == 0:  # the paper's ablation of the predictor (§5.1)
         return nn.Identity()
     return MoCoV3MLP(
         config.projection_dim,
         config.head_hidden_size,
         config.projection_dim,
         config.num_predictor_layers,
-        final_norm=config.predictor_final_norm,
+        hidden_norm=config.head_batch_norm,
+        final_norm=config.head_batch_norm and config.predictor_final_norm,
     )
 
 

@@ -152,6 +152,7 @@ def build_config(recipe: Recipe) -> MoCoV3Config:
             num_projector_layers=recipe.model.num_projector_layers,
             num_predictor_layers=recipe.model.num_predictor_layers,
             predictor_final_norm=recipe.model.predictor_final_norm,
+            head_batch_norm=recipe.model.head_batch_norm,
             temperature=recipe.model.temperature,
             zero_init_residual=recipe.model.zero_init_residual,
         )

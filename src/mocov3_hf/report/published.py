@@ -20,6 +20,7 @@ RECIPE_KEYS = (
     "num_projector_layers",
     "num_predictor_layers",
     "predictor_final_norm",
+    "head_batch_norm",
     "temperature",
     "image_size",
     "crop_scale",
