@@ -4,14 +4,15 @@
     python benchmarks/step.py --device cuda [--data DIR] [--batch N] [--output FILE.json]
 
 On a CPU: one core, CPU time. Both steps start from the same weights and views, must agree on the first loss, and take
-turns; figures are medians of the rounds, ratios are of neighbouring rounds. With --switches, every switch of the
-recipe's AccelerationRecipe is also turned over alone, against what is chosen by itself.
+turns, with the operation that bounds them (limits.py); figures are medians of the rounds, ratios of neighbouring ones.
+With --switches, every switch of the recipe's AccelerationRecipe is also turned over alone, against what is chosen by
+itself.
 
 On a GPU: images per second and the share of the card's peak (MFU; multiply-adds of both views in the base encoder,
 forward and backward, and the momentum encoder), on synthetic views and, with --data, on images from a folder through
 loader and photometric stage; compiled and not.
 
-A quick try: --backbones vit_small --precisions no --batch 2 --rounds 1. The last line is JSON with every run.
+A quick try: --backbones vit_small --precisions no --batch 4 --rounds 1. The last line is JSON with every run.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from limits import Convolution, Gemm, clock, cpu_name, step_flop_per_image
 from plain_step import PlainStep
 
 from mocov3_hf import MoCoV3ForPreTraining
@@ -150,7 +152,10 @@ def against_plain(backbone: str, mixed_precision: str, batch: int, rounds: int) 
     print(f"{backbone} {mixed_precision}: first loss {first}, relative difference {difference:.1e}", file=sys.stderr)
     if mixed_precision == "no" and difference > 1e-5:
         raise SystemExit(f"error: the first losses differ: {first}")
-    seconds = alternate({"plain": plain, "ours": ours}, views, rounds, f"{backbone} {mixed_precision}")
+    limit = limit_of(backbone, mixed_precision, "cpu")
+    steps = {"plain": plain, "ours": ours, "limit": limit}
+    seconds = alternate(steps, views, rounds, f"{backbone} {mixed_precision}")
+    limit_seconds = seconds.pop("limit")
     return {
         "backbone": backbone,
         "mixed_precision": mixed_precision,
@@ -160,7 +165,17 @@ def against_plain(backbone: str, mixed_precision: str, batch: int, rounds: int) 
         "cpu_seconds": seconds,
         "seconds_median": {name: statistics.median(values) for name, values in seconds.items()},
         "speedup": ratio(seconds, "plain", "ours"),
+        "limit": {"operation": type(limit).__name__, "flop": limit.flop, "seconds": limit_seconds},
+        "flop_per_image": {
+            "plain": step_flop_per_image(model.config, SIZE, False),
+            "ours": step_flop_per_image(model.config, SIZE, ours.choice.pooled_query_only),
+        },
     }
+
+
+def limit_of(backbone: str, mixed_precision: str, device: str) -> Gemm | Convolution:
+    """What the step is mostly made of, at the rate that the machine reaches alone."""
+    return (Convolution if backbone == "resnet50" else Gemm)(mixed_precision, device)
 
 
 def switch_overrides(choice: Acceleration, backbone: str) -> dict[str, dict]:
@@ -237,6 +252,8 @@ def on_gpu(backbone: str, mixed_precision: str, batch: int, steps: int, data: st
         return {"images_per_second": runs, "median": rate, "mfu": mfu}
 
     fixed = random_views(batch, "cuda")
+    limit = limit_of(backbone, mixed_precision, "cuda")
+    clock(limit, "cuda")  # warms up
     result = {
         "backbone": backbone,
         "mixed_precision": mixed_precision,
@@ -245,6 +262,11 @@ def on_gpu(backbone: str, mixed_precision: str, batch: int, steps: int, data: st
         "acceleration": ours.choice.describe(),
         "gflop_per_image": flops_per_image / 1e9,
         "synthetic": timed(iter(lambda: fixed, None)),
+        "limit": {
+            "operation": type(limit).__name__,
+            "flop": limit.flop,
+            "seconds": [clock(limit, "cuda") for _ in range(3)],
+        },
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
     if data is not None:
@@ -306,14 +328,6 @@ def show(point: dict) -> None:
     for name, figures in point.get("switches", {}).items():
         times = figures["times_as_long"]
         print(f"  {name}: {times['median']:.3f} times as long ({times['min']:.3f} to {times['max']:.3f})")
-
-
-def cpu_name() -> str:
-    """As the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
