@@ -138,6 +138,7 @@ def one_core(paths: list[str], rounds: int, with_reference: bool, batch: int = 6
         "images_per_second_per_core": rates,
         "milliseconds_per_image": {name: 1000 / rate for name, rate in rates.items()},
         "ours_over_decode": ratio("decode", "ours"),
+        "cpu_seconds": seconds,
     }
     if with_reference:
         table["ours_over_classic"] = ratio("classic", "ours")
@@ -181,6 +182,8 @@ def loaders(directory: str, paths: list[str], workers: int, rounds: int, with_re
     table = {
         "images_per_cpu_second": {name: 1 / statistics.median(taken) for name, taken in cpu.items()},
         "images_per_wall_second": {name: 1 / statistics.median(taken) for name, taken in wall.items()},
+        "cpu_seconds_per_image": cpu,
+        "wall_seconds_per_image": wall,
     }
     if with_reference:
         pairs = zip(cpu["classic"], cpu["ours"], strict=True)

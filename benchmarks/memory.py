@@ -2,10 +2,11 @@
 
     python benchmarks/memory.py [--batches 64 128 256 512] [--chunk_size 32] [--cost_batch 64] [--output FILE.json]
 
-Peak memory: every point is a process of its own, in which one step is taken; its figure is the
-highest resident size during one step, less that before it (weights, gradients and moments are there by then). The
-curve of the plain step ends where --limit_gib would not hold the next batch. Cost: CPU time per image of both steps at
-one batch, taking turns on one core.
+Peak memory: every point is a process of its own, in which one step is taken; its figure is the highest resident size
+during one step, less that before it (weights, gradients and moments are there by then). `counted_gib` is what cannot
+be less: the views, and what autograd must keep, counted on tensors without data. The curve of the plain step ends
+where --limit_gib would not hold the next batch. Cost: CPU time per image of both steps at one batch, taking turns on
+one core.
 
 A quick try: --batches 4 8 --chunk_size 2 --cost_batch 4 --rounds 1. The last line is JSON with every run.
 """
@@ -23,7 +24,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from step import RECIPES, OurStep, alternate, cpu_name, fresh_model, random_views, ratio, write
+from step import RECIPES, SIZE, OurStep, alternate, cpu_name, fresh_model, random_views, ratio, write
+
+from mocov3_hf.pretraining.estimate import estimate
+from mocov3_hf.recipe import load_recipe
 
 
 def build(kind: str, backbone: str, mixed_precision: str, chunk_size: int) -> OurStep:
@@ -64,6 +68,15 @@ class Peak:
 def measure_point(kind: str, backbone: str, mixed_precision: str, batch: int, chunk_size: int) -> dict:
     """Of this process: a step with two images makes the moments, the next is measured."""
     step = build(kind, backbone, mixed_precision, chunk_size)
+    counted = estimate(
+        step.model.config,
+        SIZE,
+        batch,
+        load_recipe(RECIPES[backbone]).optimization.optimizer,
+        mixed_precision,
+        chunk_size if kind == "cached" else None,
+        step.choice,
+    )
     step(random_views(2, "cpu"), 0.99)
     before = resident_bytes()
     views = random_views(batch, "cpu")
@@ -73,6 +86,7 @@ def measure_point(kind: str, backbone: str, mixed_precision: str, batch: int, ch
     return {
         "batch": batch,
         "peak_gib": (peak.bytes - before) / 2**30,
+        "counted_gib": (counted.activation_bytes + counted.view_bytes) / 2**30,
         "resident_before_gib": before / 2**30,
         "cpu_seconds_per_image": (time.process_time() - start) / batch,
     }

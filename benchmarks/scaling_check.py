@@ -29,8 +29,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--megabits", type=int, nargs="+", default=[100], help="Mbit/s of the cable.")
     parser.add_argument("--output", type=Path, default=None, help="File for the figures.")
+    parser.add_argument(
+        "--or_why_not", action="store_true", help="Where hosts cannot be made, write the reason and succeed."
+    )
     options = parser.parse_args()
     reason = why_not()
+    if reason is not None and options.or_why_not and options.output is not None:
+        options.output.write_text(f"{json.dumps({'impossible': reason})}\n", encoding="utf-8")
+        print(f"left out: {reason}")
+        return
     if reason is not None:
         sys.exit(f"error: {reason}")
     with tempfile.TemporaryDirectory(prefix="scaling_check_") as folder:
