@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test lint format quickstart clean
+.PHONY: test lint format quickstart bench clean
 
 $(INSTALLED): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,6 +25,11 @@ format: $(INSTALLED)
 
 quickstart: $(INSTALLED)
 	$(BIN)/python scripts/quickstart.py --output_dir runs/quickstart
+
+# Under 20 minutes on two quiet cores; BENCH_OPTIONS goes to benchmarks/bench.py.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/bench.py $(BENCH_OPTIONS)
+	$(BIN)/python -m benchmarks.performance
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,103 @@
+"""One plot for each machine: every part against the plain implementation, and the fraction of its limit reached."""
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from .performance_figures import Spread, plain_and_ours, ratio, result, step_name, step_reached, update_reached
+
+
+OURS, PLAIN = "#2563ab", "#b0b7c0"
+# The same file for the same figures: no date, no random identifiers, and text that stays text.
+STABLE = {"svg.hashsalt": "mocov3_hf", "svg.fonttype": "none"}
+Bar = tuple[str, Spread, Spread]  # what, plain, ours
+
+
+def fractions(results: dict) -> list[Bar]:
+    """Of the limit, by the plain implementation and by ours."""
+    bars = []
+    data, step, updates = (result(results, part) for part in ("data_path", "step", "updates"))
+    if data is not None:
+        seconds = data["one_core"]["cpu_seconds"]
+        bars.append(("files to views", *(ratio(seconds["decode"], seconds[who]) for who in ("classic", "ours"))))
+    if step is not None and results["device_type"] == "cpu":
+        bars += [
+            (step_name(point), *(step_reached(point, who) for who in ("plain", "ours"))) for point in step["points"]
+        ]
+    if updates is not None:
+        bars += [
+            (point["update"], *(update_reached(point, who) for who in ("plain", "ours")))
+            for point in updates["points"]
+        ]
+    return bars
+
+
+def times_plain(results: dict) -> list[tuple[str, Spread]]:
+    """How many times as fast as the plain implementation."""
+    bars = []
+    data, step, updates = (result(results, part) for part in ("data_path", "step", "updates"))
+    if data is not None:
+        seconds = data["one_core"]["cpu_seconds"]
+        bars.append(("files to views", ratio(seconds["classic"], seconds["ours"])))
+    if step is not None and results["device_type"] == "cpu":
+        bars += [(step_name(point), ratio(*plain_and_ours(point["cpu_seconds"]))) for point in step["points"]]
+    if updates is not None:
+        bars += [(point["update"], ratio(*plain_and_ours(point["seconds"]))) for point in updates["points"]]
+    return bars
+
+
+def error(spreads: list[Spread]) -> list[list[float]]:
+    """Down to the least and up to the most, as matplotlib takes it."""
+    return [[s.median - s.least for s in spreads], [s.most - s.median for s in spreads]]
+
+
+def draw(results: dict, path: Path) -> None:
+    """Write the plot of a machine as SVG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STABLE):
+        figure = Figure(figsize=(11, 3.6), layout="constrained")
+        axes = figure.subplots(1, 3)
+        draw_fractions(axes[0], fractions(results))
+        draw_times(axes[1], times_plain(results))
+        memory = result(results, "memory")
+        if memory is None:
+            axes[2].remove()
+        else:
+            draw_memory(axes[2], memory)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+    # Trailing blanks of matplotlib's paths would be the only ones of the repository.
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("".join(f"{line.rstrip()}\n" for line in lines), encoding="utf-8")
+
+
+def draw_fractions(axes, bars: list[Bar]) -> None:
+    for offset, which, name, color in ((-0.2, 1, "plain", PLAIN), (0.2, 2, "ours", OURS)):
+        spreads = [bar[which] for bar in bars]
+        places = [index + offset for index in range(len(bars))]
+        axes.barh(places, [s.median for s in spreads], 0.38, xerr=error(spreads), color=color, label=name)
+    axes.set_yticks(range(len(bars)), [bar[0] for bar in bars])
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_title("fraction of the machine's limit", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def draw_times(axes, bars: list[tuple[str, Spread]]) -> None:
+    spreads = [bar[1] for bar in bars]
+    axes.barh(range(len(bars)), [s.median for s in spreads], 0.6, xerr=error(spreads), color=OURS)
+    axes.set_yticks(range(len(bars)), [bar[0] for bar in bars])
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_title("times as fast as the plain implementation", fontsize=10)
+
+
+def draw_memory(axes, memory: dict) -> None:
+    for kind, name, color in (("plain", "plain step", PLAIN), ("cached", "gradient cache", OURS)):
+        batches = [point["batch"] for point in memory[kind]]
+        axes.plot(batches, [point["peak_gib"] for point in memory[kind]], "o-", color=color, label=name)
+        axes.plot(batches, [point["counted_gib"] for point in memory[kind]], ":", color=color, label="must be kept")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("images in a step")
+    axes.set_title("memory of a step, GiB", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)

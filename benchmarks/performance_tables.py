@@ -1,0 +1,298 @@
+"""Figures of bench.py as text: pure functions from the results of a machine to Markdown."""
+
+from .performance_figures import (
+    LIMITS,
+    NAMES,
+    OPERATIONS,
+    PRECISIONS,
+    limit_rates,
+    plain_and_ours,
+    ratio,
+    result,
+    spread,
+    step_name,
+    step_reached,
+    table,
+    update_reached,
+)
+
+
+def report(results: dict) -> str:
+    """The section of one machine in docs/performance.md."""
+    writers = {
+        "limits_before": limits_section,
+        "data_path": data_path_section,
+        "step": step_section,
+        "updates": updates_section,
+        "memory": memory_section,
+        "inference": inference_section,
+        "scaling": scaling_section,
+    }
+    sections = [heading(results)]
+    for part, write in writers.items():
+        if part in results["parts"]:
+            sections.append(write(results))
+        elif part in results["failed"]:
+            sections.append(f"### {part}\n\nFailed with exit code {results['failed'][part]['exit_code']}.\n")
+    sections.append(runs_section(results))
+    return "\n".join(sections)
+
+
+def heading(results: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    where = f"{results['device']}, {results['cores']} cores" if results["device_type"] == "cpu" else results["device"]
+    return (
+        f"## {where}\n\n![Figures of this machine](performance/{results['machine']}.svg)\n\n"
+        f"[{results['machine']}.json](../benchmarks/results/{results['machine']}.json); {results['system']}, Python"
+        f" {results['python']}, {versions}. Photographs: {results['images']}.\n"
+    )
+
+
+def limits_section(results: dict) -> str:
+    before, after = (result(results, f"limits_{when}") for when in ("before", "after"))
+    rows = []
+    for name, limit in before["limits"].items():
+        digits = 0 if limit["unit"] == "GFLOP/s" else 1
+        later = spread(after["limits"][name]["rates"]).text(digits) if after else "–"
+        drift = f"{results['drift'][name]:.2f}" if after else "–"
+        rows.append([LIMITS[name], limit["unit"], spread(limit["rates"]).text(digits), later, drift])
+    return (
+        "### Limits\n\nBefore and after all parts; a drift from 1 is how much the machine itself changed.\n\n"
+        f"{table(['operation', 'unit', 'before', 'after', 'drift'], rows)}\n"
+    )
+
+
+def data_path_section(results: dict) -> str:
+    data = result(results, "data_path")
+    core = data["one_core"]
+    seconds, images = core["cpu_seconds"], data["images"]
+    names = {
+        "classic": "classic: PIL and torchvision transforms",
+        "ours": "ours",
+        "decode": "decoding alone: the limit",
+    }
+    rows = [
+        [
+            text,
+            spread([1e3 * taken / images for taken in seconds[name]]).text(),
+            ratio(seconds["classic"], seconds[name]).text(),
+            ratio(seconds["decode"], seconds[name]).percent(),
+        ]
+        for name, text in names.items()
+    ]
+    text = (
+        f"### Data path\n\nBoth views of {images} photographs of {data['mean_file_bytes'] / 1e3:.0f} KB, one core,"
+        f" CPU time.\n\n{table(['', 'ms per image', 'times classic', 'of the limit'], rows)}\n"
+    )
+    rows = [
+        [
+            workers,
+            *(
+                spread([1 / taken for taken in figures["wall_seconds_per_image"][who]]).text(0)
+                for who in ("classic", "ours")
+            ),
+            ratio(*(figures["wall_seconds_per_image"][who] for who in ("classic", "ours"))).text(),
+            ratio(*(figures["cpu_seconds_per_image"][who] for who in ("classic", "ours"))).text(),
+        ]
+        for workers, figures in data["loaders"].items()
+    ]
+    head = ["whole loader", "classic, images/s", "ours, images/s", "times, wall", "times, CPU"]
+    text += f"\n{table(head, rows)}\n"
+    if "device_stage" in data:
+        stage = data["device_stage"]
+        text += (
+            f"\nThe photometric stage on {stage['device']} makes both views of {stage['images_per_second']:.0f}"
+            f" images/s: {100 * stage['share_of_step']:.1f} % of a ViT-S step.\n"
+        )
+    return text
+
+
+def step_section(results: dict) -> str:
+    points = result(results, "step")["points"]
+    if results["device_type"] == "cuda":
+        return gpu_step_section(points)
+    rows = [
+        [
+            step_name(point),
+            *(spread(point["cpu_seconds"][who]).text() for who in ("plain", "ours")),
+            ratio(*plain_and_ours(point["cpu_seconds"])).text(),
+            f"{limit_rates(point).text(0)}, {OPERATIONS[point['limit']['operation']]}",
+            *(step_reached(point, who).percent() for who in ("plain", "ours")),
+        ]
+        for point in points
+    ]
+    head = ["step", "plain, s", "ours, s", "times plain", "limit, GFLOP/s", "plain reaches", "ours reaches"]
+    batches = ", ".join(sorted({str(point["batch"]) for point in points}, key=int))
+    counted = "; ".join(
+        f"{NAMES[point['backbone']]} {point['flop_per_image']['plain'] / 1e9:.1f} GFLOP an image"
+        f" (ours {point['flop_per_image']['ours'] / 1e9:.1f})"
+        for point in points
+        if point["mixed_precision"] == points[0]["mixed_precision"]
+    )
+    choices = "; ".join(f"{step_name(point)}: {point['acceleration']}" for point in points)
+    return (
+        f"### Pre-training step\n\nBatch {batches}, one core, CPU time. {counted}.\n\n{table(head, rows)}\n\n"
+        f"Chosen for ours: {choices}.\n"
+    )
+
+
+def gpu_step_section(points: list[dict]) -> str:
+    rows = []
+    for point in points:
+        reached = [rate * point["gflop_per_image"] for rate in point["synthetic"]["images_per_second"]]
+        limit = limit_rates(point)
+        rows.append(
+            [
+                f"{step_name(point)}{', compiled' if point['torch_compile'] else ''}",
+                str(point["batch"]),
+                spread(point["synthetic"]["images_per_second"]).text(0),
+                spread(point["data"]["images_per_second"]).text(0) if "data" in point else "–",
+                f"{limit.text(0, 1e-3)}, {OPERATIONS[point['limit']['operation']]}",
+                spread([rate / limit.median for rate in reached]).percent(),
+                "–" if point["synthetic"]["mfu"] is None else f"{100 * point['synthetic']['mfu']:.0f} %",
+                f"{point['peak_memory_gib']:.1f}",
+            ]
+        )
+    head = [
+        "step",
+        "batch",
+        "images/s, synthetic",
+        "images/s, data path",
+        "limit, TFLOP/s",
+        "reached",
+        "of data sheet",
+        "GiB",
+    ]
+    return f"### Pre-training step\n\n{table(head, rows)}\n"
+
+
+def updates_section(results: dict) -> str:
+    rows = []
+    for point in result(results, "updates")["points"]:
+        seconds = point["seconds"]
+        rates = spread([point["limit_bytes"] / taken / 1e9 for taken in seconds["limit"]])
+        rows.append(
+            [
+                f"{point['update']}, {NAMES[point['backbone']]}",
+                *(spread(seconds[who]).text(1, 1e3) for who in ("plain", "ours")),
+                ratio(*plain_and_ours(seconds)).text(1),
+                rates.text(1),
+                *(update_reached(point, who).percent() for who in ("plain", "ours")),
+            ]
+        )
+    head = ["update", "loop, ms", "ours, ms", "times the loop", "limit, GB/s", "loop reaches", "ours reaches"]
+    return f"### Updates of the weights\n\n{table(head, rows)}\n"
+
+
+def memory_section(results: dict) -> str:
+    memory = result(results, "memory")
+    plain, cached = ({point["batch"]: point for point in memory[kind]} for kind in ("plain", "cached"))
+    rows = [
+        [
+            str(batch),
+            *(
+                f"{kind[batch][key]:.2f}" if batch in kind else "–"
+                for kind in (plain, cached)
+                for key in ("peak_gib", "counted_gib")
+            ),
+        ]
+        for batch in sorted(plain | cached)
+    ]
+    head = ["batch", "plain step, GiB", "least", "gradient cache, GiB", "least"]
+    cost = memory["cost"]
+    return (
+        f"### Memory\n\n{NAMES[memory['backbone']]} in {PRECISIONS[memory['mixed_precision']]}, chunks of"
+        f" {memory['chunk_size']}: peak of a step above weights, gradients and moments, and what views and the tensors"
+        f" that autograd must keep come to, counted.\n\n{table(head, rows)}\n\nAn image costs"
+        f" {ratio(cost['cpu_seconds']['cached'], cost['cpu_seconds']['plain']).text()} times the plain step's CPU time"
+        f" (batch {cost['batch']}).\n"
+    )
+
+
+def inference_section(results: dict) -> str:
+    return ""
+
+
+def scaling_section(results: dict) -> str:
+    scaling = result(results, "scaling")
+    networks = [
+        key.removesuffix(", with overlap, ms") for key in scaling["rows"][0] if key.endswith(", with overlap, ms")
+    ]
+    rows = [
+        [
+            row["model"],
+            str(row["processes"]),
+            str(row["batch_size"]),
+            f"{row['compute_ms'] / 1e3:.1f}",
+            f"{row['sent_mb']:.0f}",
+            *(
+                f"{100 * row['compute_ms'] / row[f'{network}, {how} overlap, ms']:.0f} %"
+                for network in networks
+                for how in ("without", "with")
+            ),
+        ]
+        for row in scaling["rows"]
+    ]
+    assumed = scaling["assumptions"]
+    head = ["model", "processes", "images each", "computation, s", "MB sent"]
+    head += [f"{network}, {how} overlap" for network in networks for how in ("without", "with")]
+    text = (
+        "### Scaling\n\n**Derived, not measured:** the step measured above (bf16), shared by processes of one device"
+        " each, and the bytes that they exchange, counted, at assumed"
+        f" {assumed['nvlink']:g} GB/s inside a node of 8, {assumed['infiniband']:g} GB/s (InfiniBand) or"
+        f" {assumed['ethernet']:g} GB/s (Ethernet) between nodes and {assumed['latency']:g} µs an exchange. The share"
+        f" of the step that is computation, global batch {scaling['rows'][0]['batch_size']}:\n\n{table(head, rows)}\n"
+    )
+    check = result(results, "scaling_check")
+    if check is None:
+        return text
+    if "impossible" in check:
+        return f"{text}\nNot held against a measurement here: {check['impossible']}.\n"
+    rows = [
+        [
+            str(row["megabits_per_second"]),
+            *(
+                f"{row[key]:.0f}"
+                for key in (
+                    "measured_ms",
+                    "foretold_without_overlap_ms",
+                    "foretold_with_overlap_ms",
+                    "foretold_from_unlimited_ms",
+                )
+            ),
+        ]
+        for row in check["rates"]
+    ]
+    head = [
+        "cable, Mbit/s",
+        "measured, ms",
+        "foretold without overlap",
+        "with overlap",
+        "from the cable without limit",
+    ]
+    return (
+        f"{text}\n**Measured**, to hold this way of foretelling against: a small ViT on two hosts of one core each,"
+        f" joined by a cable, {check['sent_mb']:.1f} MB a step. One process takes"
+        f" {check['one_process_ms']:.0f} ms, two hosts without limit"
+        f" {check['two_hosts_without_limit_ms']:.0f} ms.\n\n{table(head, rows)}\n"
+    )
+
+
+def runs_section(results: dict) -> str:
+    """Commands, dates and times of all parts."""
+    rows = [
+        [
+            name,
+            f"`{run['command']}`",
+            run["date"],
+            f"`{run['revision']}`",
+            f"{run['load_before']:.1f}",
+            f"{run['seconds']:.0f}",
+        ]
+        for name, run in ((name, part["run"]) for name, part in results["parts"].items())
+    ]
+    total = sum(part["run"]["seconds"] for part in results["parts"].values())
+    return (
+        f"### Runs\n\nAll parts together took {total / 60:.0f} minutes.\n\n"
+        f"{table(['part', 'command', 'date', 'revision', 'load before', 's'], rows)}\n"
+    )

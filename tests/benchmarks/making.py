@@ -1,0 +1,93 @@
+"""Results of a machine in numbers that one can follow."""
+
+
+def small_results() -> dict:
+    """Every part, with ours twice as fast as the plain implementation and half as fast as the limit, or near it."""
+    parts = {
+        "limits_before": limits(100.0),
+        "data_path": {
+            "images": 10,
+            "mean_file_bytes": 110_000,
+            "one_core": {"cpu_seconds": {"classic": [4.0, 5.0], "ours": [2.0, 2.0], "decode": [1.0, 1.0]}},
+            "loaders": {
+                "2 workers": {
+                    "wall_seconds_per_image": {"classic": [0.04, 0.04], "ours": [0.01, 0.01]},
+                    "cpu_seconds_per_image": {"classic": [0.06, 0.06], "ours": [0.02, 0.02]},
+                }
+            },
+        },
+        "step": {
+            "points": [
+                step("vit_small", "no", [8.0, 12.0, 8.0], [4.0, 4.0, 4.0]),
+                step("vit_small", "bf16", [6.0, 6.0, 6.0], [4.0, 4.0, 4.0]),
+                step("resnet50", "no", [5.0, 5.0, 5.0], [4.0, 4.0, 4.0]),
+            ]
+        },
+        "updates": {
+            "points": [
+                {
+                    "update": "AdamW",
+                    "backbone": "vit_small",
+                    "bytes": 7e9,
+                    "limit_bytes": 3.5e9,
+                    "seconds": {"plain": [10.0], "ours": [4.0], "limit": [1.0]},
+                }
+            ]
+        },
+        "memory": {
+            "backbone": "vit_small",
+            "mixed_precision": "bf16",
+            "chunk_size": 32,
+            "plain": [{"batch": 64, "peak_gib": 6.94, "counted_gib": 4.5}],
+            "cached": [
+                {"batch": 64, "peak_gib": 2.01, "counted_gib": 1.5},
+                {"batch": 256, "peak_gib": 2.44, "counted_gib": 1.75},
+            ],
+            "cost": {"batch": 64, "cpu_seconds": {"plain": [10.0], "cached": [11.0]}},
+        },
+        "limits_after": limits(80.0),
+    }
+    run = {
+        "command": "python benchmarks/x.py",
+        "date": "2026-01-02",
+        "revision": "abc",
+        "load_before": 0.1,
+        "seconds": 60,
+    }
+    return {
+        "machine": "small",
+        "device": "A processor",
+        "device_type": "cpu",
+        "cpu": "A processor",
+        "cores": 2,
+        "quick": False,
+        "images": "made by photos.py",
+        "python": "3.11.0",
+        "system": "Linux x86_64",
+        "versions": {"torch": "2.0"},
+        "parts": {name: {"run": run, "result": result} for name, result in parts.items()},
+        "failed": {},
+        "drift": {"gemm_no": 0.8},
+        "seconds": 420.0,
+    }
+
+
+def limits(rate: float) -> dict:
+    return {"limits": {"gemm_no": {"unit": "GFLOP/s", "rates": [rate, rate]}}}
+
+
+def step(backbone: str, mixed_precision: str, plain: list[float], ours: list[float]) -> dict:
+    """16 images of 10 and 5 GFLOP, at a limit of 40 GFLOP/s: 4 seconds for the plain step, 2 for ours at least."""
+    return {
+        "backbone": backbone,
+        "mixed_precision": mixed_precision,
+        "batch": 16,
+        "acceleration": "nothing",
+        "cpu_seconds": {"plain": plain, "ours": ours},
+        "limit": {
+            "operation": "Gemm" if backbone != "resnet50" else "Convolution",
+            "flop": 80e9,
+            "seconds": [2.0] * 3,
+        },
+        "flop_per_image": {"plain": 10e9, "ours": 5e9},
+    }
