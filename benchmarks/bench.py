@@ -90,8 +90,8 @@ def plan_parts(device: str, quick: bool, images: str, rounds: int, step_json: st
     inference = ("--images", images, "--rounds", "1" if quick else "3", "--num_images", "8" if quick else "32")
     parts.append(Part("inference", "inference", inference, 20 if quick else 150))
     scaling = ("--step_json", step_json)
-    if device == "cpu":  # hosts with one such core each: Ethernet, and no link inside a node that is faster
-        scaling += words("--ethernet 1.25 --infiniband 10 --nvlink 10")
+    if device == "cpu":  # cores of one host, and hosts on Ethernet of 1 and 10 Gbit/s
+        scaling += words("--ethernet 0.125 --infiniband 1.25 --nvlink 10")
     parts.append(Part("scaling", "scaling", scaling, 20, as_module=True))
     if device == "cpu" and not quick:
         parts.append(Part("scaling_check", "scaling_check", ("--or_why_not",), 95, as_module=True))
@@ -117,8 +117,8 @@ def revision() -> str:
 
 def run_part(part: Part, folder: Path, label: str) -> tuple[dict | None, dict]:
     """
-    The JSON that a part wrote, `None` if it failed, and the record of its run: command, seconds, date, revision, load.
-    What it prints is passed on.
+    The JSON that a part wrote, `None` if it failed, and the record of its run: command, seconds, date, load. What it
+    prints is passed on.
     """
     output = folder / f"{part.name}.json"
     command = [*part.command(), "--output", str(output)]
@@ -127,7 +127,6 @@ def run_part(part: Part, folder: Path, label: str) -> tuple[dict | None, dict]:
     record = {
         "command": shown,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "revision": revision(),
         "load_before": os.getloadavg()[0],
     }
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -212,12 +211,14 @@ def run(options: argparse.Namespace, device: str, folder: Path) -> tuple[Path, d
     if options.only:
         parts = [part for part in parts if part.name in options.only or part.name.startswith("limits")]
     output, before, header, finished, failed = None, {}, {}, {}, {}
+    measured = revision()  # before anything is written: results are files of the repository
     for index, part in enumerate(parts):
         left = sum(later.seconds for later in parts[index:])
         so_far = time.perf_counter() - start
         result, record = run_part(
             part, folder, f"[{index + 1}/{len(parts)} {part.name}; {so_far:.0f} s so far, about {left} s to go]"
         )
+        record["revision"] = measured
         if output is None:
             if result is None:
                 sys.exit("error: the limits of this machine could not be measured; the lines above tell why")

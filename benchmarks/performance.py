@@ -80,7 +80,8 @@ def rewritten(root: Path, machines: dict[str, dict]) -> dict[Path, str]:
 def readme_table(results: dict) -> str:
     """At most eight lines: every part against the plain implementation and against its limit."""
     rows = []
-    data, step, updates, memory = (result(results, part) for part in ("data_path", "step", "updates", "memory"))
+    parts = ("data_path", "step", "updates", "memory", "inference")
+    data, step, updates, memory, inference = (result(results, part) for part in parts)
     if data is not None:
         seconds = data["one_core"]["cpu_seconds"]
         rows.append(
@@ -124,6 +125,11 @@ def readme_table(results: dict) -> str:
                 f"{cached['counted_gib']:.1f} GiB must be kept",
             ]
         )
+    if inference is not None:
+        ways = [list(point["cpu_seconds"].values()) for point in inference["points"]]
+        times = [f"{ratio(way[0], way[-1]).median:.1f}" for way in ways]
+        names = [NAMES[point["model"]] for point in inference["points"]]
+        rows.append([f"inference, {', '.join(names)}", f"{', '.join(times)} times the default pipeline", "–"])
     return table([results["device"], "against the plain implementation", "of its limit"], rows)
 
 

@@ -17,6 +17,9 @@ from .performance_figures import (
 )
 
 
+SHOWN_PROCESSES = (2, 8, 16, 64)
+
+
 def report(results: dict) -> str:
     """The section of one machine in docs/performance.md."""
     writers = {
@@ -210,14 +213,33 @@ def memory_section(results: dict) -> str:
 
 
 def inference_section(results: dict) -> str:
-    return ""
+    """Ways to the same outputs; the first of each point is the plain one."""
+    inference = result(results, "inference")
+    rows = []
+    for point in inference["points"]:
+        images, plain = point.get("num_images", inference["num_images"]), next(iter(point["cpu_seconds"].values()))
+        for way, seconds in point["cpu_seconds"].items():
+            limit = point.get("limits", {}).get(way, point.get("limit"))
+            reached = "–"
+            if limit is not None:
+                flop = images * point["flop_per_image"]
+                reached = ratio([flop * taken / limit["flop"] for taken in limit["seconds"]], seconds).percent()
+            rows.append(
+                [
+                    f"{NAMES[point['model']]}{', ' + point['task'] if 'task' in point else ''}",
+                    way,
+                    spread([images / taken for taken in seconds]).text(1),
+                    ratio(plain, seconds).text(),
+                    reached,
+                ]
+            )
+    return f"### Inference\n\n{table(['model', 'way', 'images/s', 'times the first', 'of the limit'], rows)}\n"
 
 
 def scaling_section(results: dict) -> str:
     scaling = result(results, "scaling")
-    networks = [
-        key.removesuffix(", with overlap, ms") for key in scaling["rows"][0] if key.endswith(", with overlap, ms")
-    ]
+    assumed = scaling["assumptions"]
+    networks = {"InfiniBand": assumed["infiniband"], "100 GbE": assumed["ethernet"]}
     rows = [
         [
             row["model"],
@@ -226,22 +248,22 @@ def scaling_section(results: dict) -> str:
             f"{row['compute_ms'] / 1e3:.1f}",
             f"{row['sent_mb']:.0f}",
             *(
-                f"{100 * row['compute_ms'] / row[f'{network}, {how} overlap, ms']:.0f} %"
+                f"{100 * row['compute_ms'] / row[f'{network}, {how} overlap, ms']:.1f} %"
                 for network in networks
                 for how in ("without", "with")
             ),
         ]
         for row in scaling["rows"]
+        if row["processes"] in SHOWN_PROCESSES
     ]
-    assumed = scaling["assumptions"]
     head = ["model", "processes", "images each", "computation, s", "MB sent"]
-    head += [f"{network}, {how} overlap" for network in networks for how in ("without", "with")]
+    head += [f"{rate:g} GB/s, {how} overlap" for rate in networks.values() for how in ("without", "with")]
     text = (
-        "### Scaling\n\n**Derived, not measured:** the step measured above (bf16), shared by processes of one device"
+        "### Scaling\n\n**Derived, not measured:** the step measured above (bf16), shared by processes with a device"
         " each, and the bytes that they exchange, counted, at assumed"
-        f" {assumed['nvlink']:g} GB/s inside a node of 8, {assumed['infiniband']:g} GB/s (InfiniBand) or"
-        f" {assumed['ethernet']:g} GB/s (Ethernet) between nodes and {assumed['latency']:g} µs an exchange. The share"
-        f" of the step that is computation, global batch {scaling['rows'][0]['batch_size']}:\n\n{table(head, rows)}\n"
+        f" {assumed['nvlink']:g} GB/s inside a node of 8, the rates of the table's head between nodes, and"
+        f" {assumed['latency']:g} µs an exchange. The share of the step that is computation, global batch"
+        f" {scaling['rows'][0]['batch_size']}:\n\n{table(head, rows)}\n"
     )
     check = result(results, "scaling_check")
     if check is None:

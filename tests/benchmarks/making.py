@@ -45,6 +45,35 @@ def small_results() -> dict:
             ],
             "cost": {"batch": 64, "cpu_seconds": {"plain": [10.0], "cached": [11.0]}},
         },
+        "inference": {
+            "num_images": 8,
+            "points": [
+                {
+                    "model": "vit_small",
+                    "cpu_seconds": {"pipeline": [4.0], "ours": [1.0]},
+                    "flop_per_image": 10e9,
+                    "limit": {"operation": "Gemm", "flop": 80e9, "seconds": [0.5]},
+                }
+            ],
+        },
+        "scaling": {
+            "assumptions": {"nvlink": 10, "infiniband": 1.25, "ethernet": 0.125, "latency": 30},
+            "rows": [
+                {
+                    "model": "ViT-S",
+                    "processes": processes,
+                    "batch_size": 4096 // processes,
+                    "compute_ms": 8000.0 / processes,
+                    "sent_mb": 100.0,
+                    "InfiniBand, without overlap, ms": 16000.0 / processes,
+                    "InfiniBand, with overlap, ms": 10000.0 / processes,
+                    "100 GbE, without overlap, ms": 80000.0 / processes,
+                    "100 GbE, with overlap, ms": 32000.0 / processes,
+                }
+                for processes in (1, 4, 8)
+            ],
+        },
+        "scaling_check": {"impossible": "no hosts here"},
         "limits_after": limits(80.0),
     }
     run = {
