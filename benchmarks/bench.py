@@ -82,7 +82,7 @@ def plan_parts(device: str, quick: bool, images: str, rounds: int, step_json: st
         parts.append(Part("step", "step", step, 60 if quick else 400))
     else:
         step = words("--batch 4 --rounds 1") if quick else ("--rounds", str(rounds))
-        parts.append(Part("step", "step", step, 60 if quick else 100 * (rounds + 2) * 55 // 100))
+        parts.append(Part("step", "step", step, 60 if quick else 55 * (rounds + 2)))
     parts.append(Part("updates", "updates", (*on, "--rounds", "1" if quick else "7"), 15 if quick else 35))
     if device == "cpu":
         memory = "--batches 4 8 --chunk_size 2 --cost_batch 4 --rounds 1" if quick else "--batches 64 256 --rounds 1"

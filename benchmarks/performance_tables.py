@@ -89,7 +89,7 @@ def data_path_section(results: dict) -> str:
     )
     rows = [
         [
-            workers,
+            workers if workers != "1 workers" else "1 worker",
             *(
                 spread([1 / taken for taken in figures["wall_seconds_per_image"][who]]).text(0)
                 for who in ("classic", "ours")
