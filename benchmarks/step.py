@@ -3,10 +3,10 @@
     python benchmarks/step.py [--backbones vit_small resnet50] [--precisions no bf16] [--switches] [--output FILE.json]
     python benchmarks/step.py --device cuda [--data DIR] [--batch N] [--output FILE.json]
 
-On a CPU: one core, CPU time. Both steps start from the same weights and views, must agree on the first loss, and take
-turns, with the operation that bounds them (limits.py); figures are medians of the rounds, ratios of neighbouring ones.
-With --switches, every switch of the recipe's AccelerationRecipe is also turned over alone, against what is chosen by
-itself.
+On a CPU: one core, CPU time. Each step has a process of its own, as ours changes how its process handles memory. Both
+start from the same weights and views, must agree on the first loss, and take turns, with the operation that bounds
+them (limits.py); figures are medians of the rounds, ratios of neighbouring ones. With --switches, every switch of the
+recipe's AccelerationRecipe is also turned over alone, against what is chosen by itself.
 
 On a GPU: images per second and the share of the card's peak (MFU; multiply-adds of both views in the base encoder,
 forward and backward, and the momentum encoder), on synthetic views and, with --data, on images from a folder through
@@ -17,12 +17,15 @@ A quick try: --backbones vit_small --precisions no --batch 4 --rounds 1. The las
 
 import argparse
 import json
+import multiprocessing
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -36,7 +39,7 @@ from mocov3_hf.complexity import multiply_adds
 from mocov3_hf.data.photometric import PhotometricStage
 from mocov3_hf.plan import make_plan
 from mocov3_hf.pretraining.acceleration import Acceleration, accelerate, choose_acceleration
-from mocov3_hf.pretraining.build import build_loader, build_model, build_optimizer, build_source
+from mocov3_hf.pretraining.build import build_config, build_loader, build_model, build_optimizer, build_source
 from mocov3_hf.pretraining.instability import GradientWatch
 from mocov3_hf.pretraining.step import train_step
 from mocov3_hf.recipe import load_recipe
@@ -114,6 +117,53 @@ def random_views(batch: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     return views[0], views[1]
 
 
+def serve(
+    connection: Connection, kind: str, backbone: str, mixed_precision: str, batch: int, overrides: dict | None
+) -> None:
+    """What the process of a `StepProcess` does: tell of the first step, then take a step for every request."""
+    torch.set_num_threads(1)
+    recipe_name, views = RECIPES[backbone], random_views(batch, "cpu")
+    model, optimizer = fresh_model(recipe_name), load_recipe(recipe_name).optimization.optimizer
+    if kind == "plain":
+        step = PlainStep(model, optimizer, LEARNING_RATE[optimizer], mixed_precision, "cpu")
+    else:
+        step = OurStep(model, recipe_name, mixed_precision, "cpu", overrides)
+    del model
+    connection.send((step(views, MOMENTUM).item(), getattr(step, "choice", None)))
+    while connection.recv():
+        connection.send(cpu_seconds(lambda: step(views, MOMENTUM)))
+
+
+class StepProcess:
+    """
+    A step on random views in a process of its own, which waits between its turns: `seconds()` takes one.
+
+    `kind` is "plain" or "ours", `overrides` are fields of `Acceleration` that are turned over. `first_loss` is that of
+    the first step, `choice` the acceleration, `None` for the plain step.
+    """
+
+    def __init__(self, kind: str, backbone: str, mixed_precision: str, batch: int, overrides: dict | None = None):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        arguments = (theirs, kind, backbone, mixed_precision, batch, overrides)
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()  # so that a process that fails ends the wait for its answer
+        self.first_loss, self.choice = self.connection.recv()
+
+    def __enter__(self) -> "StepProcess":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.connection.send(False)
+        self.process.join()
+
+    def seconds(self) -> float:
+        """CPU seconds of one step."""
+        self.connection.send(True)
+        return self.connection.recv()
+
+
 def cpu_seconds(function: Callable[[], object]) -> float:
     start = time.process_time()
     function()
@@ -126,7 +176,9 @@ def alternate(steps: dict[str, Callable], views: tuple, rounds: int, label: str)
     for index in range(rounds + 1):
         names = list(steps) if index % 2 else list(steps)[::-1]
         for name in names:
-            taken = cpu_seconds(lambda name=name: steps[name](views, MOMENTUM))
+            step = steps[name]
+            own_process = isinstance(step, StepProcess)
+            taken = step.seconds() if own_process else cpu_seconds(lambda step=step: step(views, MOMENTUM))
             if index:
                 seconds[name].append(taken)
         show = ", ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items() if values)
@@ -143,32 +195,34 @@ def ratio(seconds: dict[str, list[float]], of: str, over: str) -> dict:
 def against_plain(backbone: str, mixed_precision: str, batch: int, rounds: int) -> dict:
     """Both steps on one core."""
     recipe_name = RECIPES[backbone]
-    optimizer = load_recipe(recipe_name).optimization.optimizer
-    model, views = fresh_model(recipe_name), random_views(batch, "cpu")
-    plain = PlainStep(model, optimizer, LEARNING_RATE[optimizer], mixed_precision, "cpu")
-    ours = OurStep(model, recipe_name, mixed_precision, "cpu")
-    first = {"plain": plain(views, MOMENTUM).item(), "ours": ours(views, MOMENTUM).item()}
-    difference = abs(first["ours"] - first["plain"]) / abs(first["plain"])
-    print(f"{backbone} {mixed_precision}: first loss {first}, relative difference {difference:.1e}", file=sys.stderr)
-    if mixed_precision == "no" and difference > 1e-5:
-        raise SystemExit(f"error: the first losses differ: {first}")
+    with torch.device("meta"):
+        config = MoCoV3ForPreTraining(build_config(load_recipe(recipe_name))).config
     limit = limit_of(backbone, mixed_precision, "cpu")
-    steps = {"plain": plain, "ours": ours, "limit": limit}
-    seconds = alternate(steps, views, rounds, f"{backbone} {mixed_precision}")
-    limit_seconds = seconds.pop("limit")
+    with ExitStack() as stack:
+        kinds = ("plain", "ours")
+        steps = {kind: stack.enter_context(StepProcess(kind, backbone, mixed_precision, batch)) for kind in kinds}
+        first = {kind: step.first_loss for kind, step in steps.items()}
+        difference = abs(first["ours"] - first["plain"]) / abs(first["plain"])
+        print(f"{backbone} {mixed_precision}: first loss {first}, difference {difference:.1e}", file=sys.stderr)
+        if mixed_precision == "no" and difference > 1e-5:
+            raise SystemExit(f"error: the first losses differ: {first}")
+        views = random_views(batch, "cpu")
+        seconds = alternate({**steps, "limit": limit}, views, rounds, f"{backbone} {mixed_precision}")
+    limit_seconds, choice = seconds.pop("limit"), steps["ours"].choice
     return {
         "backbone": backbone,
         "mixed_precision": mixed_precision,
         "batch": batch,
-        "acceleration": ours.choice.describe(),
+        "acceleration": choice.describe(),
+        "processes": "one for each step",
         "first_loss": first,
         "cpu_seconds": seconds,
         "seconds_median": {name: statistics.median(values) for name, values in seconds.items()},
         "speedup": ratio(seconds, "plain", "ours"),
         "limit": {"operation": type(limit).__name__, "flop": limit.flop, "seconds": limit_seconds},
         "flop_per_image": {
-            "plain": step_flop_per_image(model.config, SIZE, False),
-            "ours": step_flop_per_image(model.config, SIZE, ours.choice.pooled_query_only),
+            "plain": step_flop_per_image(config, SIZE, False),
+            "ours": step_flop_per_image(config, SIZE, choice.pooled_query_only),
         },
     }
 
@@ -190,17 +244,20 @@ def switch_overrides(choice: Acceleration, backbone: str) -> dict[str, dict]:
     turned[name] = {"channels_last": not choice.channels_last}
     if choice.in_place_relu:
         turned["without in_place_relu"] = {"in_place_relu": False}
+    if choice.keep_freed_memory:
+        turned["without keep_freed_memory"] = {"keep_freed_memory": False}
     return turned
 
 
 def each_switch(backbone: str, mixed_precision: str, batch: int, rounds: int) -> dict:
     """How many times as long a step takes with one switch turned over."""
-    recipe_name, views, results = RECIPES[backbone], random_views(batch, "cpu"), {}
-    chosen = OurStep(fresh_model(recipe_name), recipe_name, mixed_precision, "cpu")
-    for name, overrides in switch_overrides(chosen.choice, backbone).items():
-        other = OurStep(fresh_model(recipe_name), recipe_name, mixed_precision, "cpu", overrides)
-        seconds = alternate({"turned": other, "chosen": chosen}, views, rounds, f"{backbone} {mixed_precision} {name}")
-        results[name] = {"times_as_long": ratio(seconds, "turned", "chosen"), "cpu_seconds": seconds}
+    views, results = random_views(batch, "cpu"), {}
+    with StepProcess("ours", backbone, mixed_precision, batch) as chosen:
+        for name, overrides in switch_overrides(chosen.choice, backbone).items():
+            label = f"{backbone} {mixed_precision} {name}"
+            with StepProcess("ours", backbone, mixed_precision, batch, overrides) as other:
+                seconds = alternate({"turned": other, "chosen": chosen}, views, rounds, label)
+            results[name] = {"times_as_long": ratio(seconds, "turned", "chosen"), "cpu_seconds": seconds}
     return results
 
 

@@ -159,6 +159,11 @@ class AccelerationRecipe:
     pooled_query_only: bool | None = option(
         None, "The last block of mocov3_vit for the CLS token alone, which is all that the loss reads; by default so."
     )
+    keep_freed_memory: bool | None = option(
+        None,
+        "The process keeps the memory that it frees instead of fetching it from the system anew in every step (glibc's"
+        " mallopt); by default on CPUs where the C library is glibc.",
+    )
     torch_compile: bool = option(False, "Compile both encoders: faster after minutes, worth it on GPUs.")
     gradient_checkpointing: bool = option(
         False, "Recompute the encoder's activations in the backward pass: less memory, a quarter more work."

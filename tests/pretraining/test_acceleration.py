@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +12,15 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining, MoCoV3ViTModel
-from mocov3_hf.pretraining import build
-from mocov3_hf.pretraining.acceleration import Acceleration, accelerate, choose_acceleration, has_tf32
+from mocov3_hf.pretraining import acceleration, build
+from mocov3_hf.pretraining.acceleration import (
+    KEEP_FREED_MEMORY,
+    Acceleration,
+    accelerate,
+    choose_acceleration,
+    has_glibc,
+    has_tf32,
+)
 from mocov3_hf.pretraining.dry_run import describe
 from mocov3_hf.pretraining.estimate import estimate
 from mocov3_hf.pretraining.gradient_cache import cached_backward
@@ -39,6 +49,7 @@ PLAIN = {
     "attn_implementation": None,
     "views_in_one_pass": False,
     "pooled_query_only": False,
+    "keep_freed_memory": False,
     "torch_compile": False,
     "gradient_checkpointing": False,
 }
@@ -191,8 +202,11 @@ def choose(arguments, backbone, device="cpu"):
         (DINOV2, "no", {}),
     ],
 )
-def test_choice_on_a_cpu(backbone, precision, chosen):
-    assert choose(["--mixed_precision", precision], backbone) == Acceleration(**{**PLAIN, **chosen})
+@pytest.mark.parametrize("glibc", [True, False])
+def test_choice_on_a_cpu(monkeypatch, backbone, precision, chosen, glibc):
+    monkeypatch.setattr(acceleration, "has_glibc", lambda: glibc)
+    expected = Acceleration(**{**PLAIN, "keep_freed_memory": glibc, **chosen})
+    assert choose(["--mixed_precision", precision], backbone) == expected
 
 
 @pytest.mark.parametrize(("capability", "precision", "tf32"), [((8, 0), "no", True), ((7, 5), "no", False)])
@@ -201,6 +215,7 @@ def test_choice_on_a_gpu(monkeypatch, capability, precision, tf32):
     assert choose(["--mixed_precision", precision], VIT, "cuda").tf32 is tf32
     bf16 = choose(["--mixed_precision", "bf16"], VIT, "cuda")
     assert bf16.tf32 is False
+    assert bf16.keep_freed_memory is False
     assert bf16.attn_implementation == "sdpa"
     assert has_tf32(torch.device("cuda")) is tf32
 
@@ -208,8 +223,71 @@ def test_choice_on_a_gpu(monkeypatch, capability, precision, tf32):
 def test_what_is_asked_for_is_what_is_chosen():
     arguments = ["--channels_last", "true", "--attn_implementation", "eager", "--views_in_one_pass", "true"]
     arguments += ["--pooled_query_only", "false", "--torch_compile", "--gradient_checkpointing"]
+    arguments += ["--keep_freed_memory", "false"]
     asked = {**PLAIN, "channels_last": True, "attn_implementation": "eager", "views_in_one_pass": True}
     assert choose(arguments, VIT) == Acceleration(**asked | {"torch_compile": True, "gradient_checkpointing": True})
+
+
+class CLibrary:
+    """Stands in for the C library and notes what it is asked for."""
+
+    def __init__(self, answer=1):
+        self.answer, self.asked = answer, []
+
+    def mallopt(self, name, value):
+        self.asked.append((name, value))
+        return self.answer
+
+
+def test_the_c_library_is_asked_to_keep_memory_only_where_that_is_chosen(monkeypatch):
+    library = CLibrary()
+    monkeypatch.setattr(acceleration, "ctypes", SimpleNamespace(CDLL=lambda name: library))
+    accelerate(build_model(VIT), Acceleration(**PLAIN))
+    estimate(build_model(VIT).config, 16, 2, "adamw", "no", acceleration=choose([], VIT))
+    assert library.asked == []
+    accelerate(build_model(VIT), Acceleration(**{**PLAIN, "keep_freed_memory": True}))
+    assert library.asked == list(KEEP_FREED_MEMORY)
+    monkeypatch.setattr(acceleration, "ctypes", SimpleNamespace(CDLL=lambda name: CLibrary(answer=0)))
+    with pytest.raises(RecipeError, match="--keep_freed_memory: glibc refused mallopt"):
+        accelerate(build_model(VIT), Acceleration(**{**PLAIN, "keep_freed_memory": True}))
+
+
+def test_keeping_memory_is_refused_without_glibc(monkeypatch):
+    monkeypatch.setattr(acceleration, "has_glibc", lambda: False)
+    assert choose([], VIT).keep_freed_memory is False
+    with pytest.raises(RecipeError, match="--keep_freed_memory is an option of glibc"):
+        choose(["--keep_freed_memory", "true"], VIT)
+
+
+COUNT_PAGE_FAULTS = """
+import ctypes, resource
+from mocov3_hf.pretraining.acceleration import keep_freed_memory
+
+def faults(size=1 << 28, times=4):
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        buffer = libc.malloc(size)
+        ctypes.memset(buffer, 1, size)
+        libc.free(buffer)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+usual = faults()
+keep_freed_memory()
+faults()
+print(usual, faults())
+"""
+
+
+@pytest.mark.skipif(not has_glibc(), reason="only glibc is asked")
+def test_freed_memory_is_kept():
+    """In a process of its own, which it changes: large buffers after the first ones touch no new page."""
+    done = subprocess.run([sys.executable, "-c", COUNT_PAGE_FAULTS], capture_output=True, text=True, check=True)
+    usual, kept = map(int, done.stdout.split())
+    assert usual > 100
+    assert kept <= usual / 10
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ The step itself (step.py) knows nothing of it. Every choice but `tf32` gives the
 order in which they are summed; benchmarks/step.py measures what each is worth.
 """
 
+import ctypes
+import platform
 from dataclasses import asdict, dataclass
 
 import torch
@@ -17,6 +19,11 @@ from ..recipe import AccelerationRecipe, Recipe, RecipeError
 # Its ReLUs follow normalisations and sums, neither of which needs its own output for its gradient.
 RESNET = "resnet"
 
+# Options of glibc's mallopt (its malloc.h): nothing is mapped anew for each allocation, nothing is given back, and the
+# heap grows in large pieces.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+KEEP_FREED_MEMORY = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28))
+
 
 @dataclass(frozen=True)
 class Acceleration:
@@ -28,6 +35,7 @@ class Acceleration:
     attn_implementation: str | None  # None for a backbone without attention, or whose own default stays
     views_in_one_pass: bool
     pooled_query_only: bool
+    keep_freed_memory: bool
     torch_compile: bool
     gradient_checkpointing: bool
 
@@ -64,6 +72,7 @@ def choose_acceleration(recipe: Recipe, model: MoCoV3ForPreTraining, device: tor
         # Measured on a CPU: 2 to 4 % slower than two passes, in float32 and in bf16.
         views_in_one_pass=given(asked.views_in_one_pass, False),
         pooled_query_only=given(asked.pooled_query_only, is_own_vit),
+        keep_freed_memory=given(asked.keep_freed_memory, device.type == "cpu" and has_glibc()),
         torch_compile=asked.torch_compile,
         gradient_checkpointing=asked.gradient_checkpointing,
     )
@@ -86,6 +95,8 @@ def check_acceleration(asked: AccelerationRecipe, model: MoCoV3ForPreTraining, d
     model_type = model.config.backbone_config.model_type
     if asked.tf32 and not has_tf32(device):
         raise RecipeError("--tf32 needs a CUDA GPU of compute capability 8.0 (Ampere) or later: leave it out")
+    if asked.keep_freed_memory and not has_glibc():
+        raise RecipeError("--keep_freed_memory is an option of glibc, which this system does not have: leave it out")
     if asked.views_in_one_pass and has_batch_norm(model.mocov3):
         raise RecipeError(
             f"--views_in_one_pass: the backbone {model_type!r} has batch normalisation, which must see the statistics"
@@ -113,6 +124,10 @@ def has_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def has_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"
+
+
 def fastest_attention(device: torch.device, mixed_precision: str) -> str:
     """The fused kernel, except for bf16 on CPUs, where plain matrix products are faster (benchmarks/step.py)."""
     return "eager" if device.type == "cpu" and mixed_precision == "bf16" else "sdpa"
@@ -128,7 +143,7 @@ def accelerate(model: MoCoV3ForPreTraining, choice: Acceleration) -> None:
     """
     Set up `model`, in place and before the optimizer is built; weights keep their values and their names.
 
-    `tf32` is a state of the whole process.
+    `tf32` and `keep_freed_memory` are states of the whole process.
 
     Raises:
         RecipeError: an attention that is unknown or not installed.
@@ -136,6 +151,8 @@ def accelerate(model: MoCoV3ForPreTraining, choice: Acceleration) -> None:
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high" if choice.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = choice.tf32
+    if choice.keep_freed_memory:
+        keep_freed_memory()
     if choice.channels_last:
         model.to(memory_format=torch.channels_last)
     if choice.in_place_relu:
@@ -151,6 +168,22 @@ def accelerate(model: MoCoV3ForPreTraining, choice: Acceleration) -> None:
         enable_gradient_checkpointing(model)
     if choice.torch_compile:
         compile_encoders(model)
+
+
+def keep_freed_memory() -> None:
+    """
+    Let this process keep the memory that it frees, until it ends.
+
+    Otherwise glibc takes every large tensor from the system anew and gives it back at once, and the system clears each
+    of its pages on first touch.
+
+    Raises:
+        RecipeError: the C library refuses.
+    """
+    library = ctypes.CDLL(None)
+    for name, value in KEEP_FREED_MEMORY:
+        if not library.mallopt(name, value):
+            raise RecipeError(f"--keep_freed_memory: glibc refused mallopt({name}, {value}): pass false")
 
 
 def set_attention(model: MoCoV3ForPreTraining, name: str) -> None:
