@@ -25,6 +25,7 @@ FLOORS = {
     "interop": 2,
     "hub": 2,
     "report": 2,
+    "inference": 2,
     "zoo": 3,
 }
 # The arrows between rooms of a floor: a plan is what a recipe comes to, and a recipe is made of its options.

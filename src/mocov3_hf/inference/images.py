@@ -1,0 +1,116 @@
+"""Whatever names or holds images, decoded and prepared in order, by threads beside the model."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from ..data.decode import BadImageError, decode_rgb
+
+
+# A path, an encoded image, an image.
+ImageInput = str | os.PathLike | bytes | Image.Image | torch.Tensor
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """One image of the input: its pixels, or why it has none."""
+
+    name: str
+    pixels: torch.Tensor | None
+    error: BadImageError | None = None
+
+
+def find_images(folder: str | os.PathLike) -> list[str]:
+    """
+    Paths of the images in a folder and the folders inside it, by suffix, sorted.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise ValueError(
+            f"folder {os.fspath(folder)!r} holds no images: expected files that end in {', '.join(sorted(SUFFIXES))}"
+        )
+    return found
+
+
+def decode(image: ImageInput) -> torch.Tensor:
+    """
+    An image as uint8 (3, H, W) RGB: upright by its Exif orientation and converted as the pipelines do it.
+
+    Raises:
+        BadImageError: it cannot be decoded.
+        ValueError: a tensor of another kind, or no image at all.
+    """
+    if isinstance(image, Image.Image):
+        try:
+            return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB"))).permute(2, 0, 1)
+        # PIL reads lazily, and raises OSError, SyntaxError, ValueError, ... on damaged files.
+        except Exception as error:
+            raise BadImageError(f"cannot be decoded: {type(error).__name__}: {error}") from error
+    if isinstance(image, torch.Tensor):
+        if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
+            raise ValueError(
+                f"a tensor must be one image, uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}: unbind a batch"
+                " into a list, and undo any normalisation"
+            )
+        return image.cpu()
+    if isinstance(image, (str, os.PathLike, bytes)):
+        return decode_rgb(image)
+    raise ValueError(
+        f"an image must be a path, encoded bytes, a PIL image or a uint8 tensor (3, H, W), got {type(image).__name__}"
+    )
+
+
+def name_of(image: ImageInput, index: int) -> str:
+    """Its path, or its place in the input."""
+    if isinstance(image, (str, os.PathLike)):
+        return os.fspath(image)
+    return getattr(image, "filename", None) or f"image {index}"
+
+
+def prepared_images(
+    images: Iterable[ImageInput],
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+    num_workers: int,
+    ahead: int,
+) -> Iterator[PreparedImage]:
+    """
+    Every image, in order, decoded and prepared.
+
+    Args:
+        images: read one by one, no further ahead than needed.
+        prepare: of `Preprocessing`.
+        num_workers: threads; 0 to decode where the caller waits. Decoding and resizing leave Python's lock alone.
+        ahead: how many images the threads may be in front of the caller.
+    """
+
+    def prepared(index: int, image: ImageInput) -> PreparedImage:
+        name = name_of(image, index)
+        try:
+            return PreparedImage(name, prepare(decode(image)))
+        except BadImageError as error:
+            return PreparedImage(name, None, error)
+
+    if num_workers == 0:
+        yield from (prepared(index, image) for index, image in enumerate(images))
+        return
+    pool, waiting = ThreadPoolExecutor(num_workers, thread_name_prefix="decode"), deque()
+    try:
+        for index, image in enumerate(images):
+            waiting.append(pool.submit(prepared, index, image))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,290 @@
+"""`ImageClassifier` and `FeatureExtractor`: the pipelines' work in batches, with their results."""
+
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.utils import logging
+
+from .acceleration import BATCH_SIZES, OTHER_BATCH_SIZE, PACKED, accelerate, choose_dtype, is_own_vit
+from .images import ImageInput, PreparedImage, find_images, prepared_images
+from .loading import load_classifier, load_encoder
+from .preprocessing import Preprocessing
+
+
+logger = logging.get_logger(__name__)
+
+# Legend of dimensions: n images, B batch, D width of the pooled vector, C classes.
+
+FUNCTIONS = ("sigmoid", "softmax", "none")
+BAD_IMAGES = ("stop", "skip")
+
+
+class Predictor:
+    """
+    A saved model applied to images: what both classes below share.
+
+    Args:
+        model: folder of `save_pretrained`, or Hub id, with an image processor.
+        batch_size: images per forward pass; None for 8 on a CPU and 128 elsewhere.
+        dtype: "auto" (bfloat16 where the device has instructions for it, else float32), "float32" for the digits of
+            the pipelines, "bfloat16", "float16", or a torch dtype.
+        device: None for the accelerator of this machine, or its CPU.
+        num_workers: threads that decode beside the model; None for one per core, 8 at most, and none on one core.
+        bad_images: "stop" to raise at an image that cannot be decoded, "skip" to tell and go on.
+
+    Raises:
+        ValueError: as `load_classifier`, or a wrong argument.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike,
+        *,
+        batch_size: int | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        num_workers: int | None = None,
+        bad_images: str = "stop",
+    ):
+        if bad_images not in BAD_IMAGES:
+            raise ValueError(f"bad_images must be one of {', '.join(BAD_IMAGES)}, got {bad_images!r}")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if num_workers is not None and num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+        self.device = _device(device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self.batch_size = batch_size or BATCH_SIZES.get(self.device.type, OTHER_BATCH_SIZE)
+        self.num_workers = default_workers() if num_workers is None else num_workers
+        self.bad_images = bad_images
+        self.model, processor = self.load(model)
+        self.preprocessing = Preprocessing(processor)
+        done = accelerate(self.model, self.dtype, self.device, self.batch_size)
+        self.channels_last, self.is_packed = "channels_last" in done, PACKED in done
+        self.options = {"pooled_query_only": True} if is_own_vit(self.model) else {}
+        logger.info(f"{self.dtype} on {self.device}, batches of {self.batch_size}, {', '.join(done) or 'as it is'}")
+
+    @staticmethod
+    def load(model: str | os.PathLike):
+        raise NotImplementedError
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def batches(
+        self, images: str | os.PathLike | Iterable[ImageInput]
+    ) -> Iterator[tuple[list[PreparedImage], torch.Tensor]]:
+        """
+        Batch by batch, in the order of the input.
+
+        Args:
+            images: one image, a folder, or any iterable of images, which is read as it is needed.
+
+        Returns:
+            Pairs of the images of a batch and the outputs (B', ·) float32 on the CPU for those that have pixels: all,
+            unless bad ones are skipped.
+
+        Raises:
+            ValueError: an image that cannot be used, by name.
+        """
+        prepared = prepared_images(
+            as_images(images), self.preprocessing.prepare, self.num_workers, ahead=2 * self.batch_size
+        )
+        while batch := list(islice(prepared, self.batch_size)):
+            for image in batch:
+                if image.error is not None:
+                    self._report(image)
+            pixels = [image.pixels for image in batch if image.pixels is not None]
+            if not pixels:
+                yield batch, torch.empty(0)
+                continue
+            with torch.inference_mode():
+                pixel_values = self.preprocessing.finish(pixels, self.device).to(self.dtype)
+                if self.channels_last:
+                    pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+                outputs = self.forward(pixel_values)
+                if self.is_packed and not outputs.isfinite().all():
+                    self._leave_one_pass_attention()
+                    outputs = self.forward(pixel_values)
+                outputs = outputs.float().cpu()
+            yield batch, outputs.clone()  # outside of inference mode: an ordinary tensor
+
+    def _leave_one_pass_attention(self) -> None:
+        logger.warning("attention scores leave the range of a softmax in one pass: going on with the plain one")
+        self.model.set_attn_implementation("eager")
+        self.is_packed = False
+
+    def _report(self, image: PreparedImage) -> None:
+        if self.bad_images == "stop":
+            raise ValueError(f"{image.name} {image.error}: repair it, or pass bad_images skip") from image.error
+        logger.warning(f"skipped: {image.name} {image.error}")
+
+
+class ImageClassifier(Predictor):
+    """
+    `pipeline("image-classification")` in batches.
+
+    ```python
+    classify = ImageClassifier("runs/my-classifier")
+    classify("cat.jpg")  # [{"label": "tabby", "score": 0.97}, ...]
+    classify(["cat.jpg", "dog.jpg"], top_k=1)  # a list of such lists
+    ```
+    """
+
+    @staticmethod
+    def load(model: str | os.PathLike):
+        return load_classifier(model)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=pixel_values, **self.options).logits
+
+    def __call__(
+        self,
+        images: str | os.PathLike | Iterable[ImageInput],
+        top_k: int = 5,
+        function_to_apply: str | None = None,
+    ) -> list[dict] | list[list[dict] | None]:
+        """
+        Labels and scores, the best first: one list for one image, a list of lists for several and for a folder.
+
+        Args:
+            images: one image (path, encoded bytes, PIL image, uint8 tensor (3, H, W)), a folder, or an iterable.
+            top_k, function_to_apply: as the pipeline's.
+
+        Returns:
+            None in place of the list of a bad image, where those are skipped.
+
+        Raises:
+            ValueError: an image that cannot be used, a wrong argument.
+        """
+        results = [result for _, result in self.stream(images, top_k, function_to_apply)]
+        return results[0] if is_one_image(images) else results
+
+    def stream(
+        self,
+        images: str | os.PathLike | Iterable[ImageInput],
+        top_k: int = 5,
+        function_to_apply: str | None = None,
+    ) -> Iterator[tuple[str, list[dict] | None]]:
+        """Name and result of each image, in order, while the next are computed: memory holds one batch."""
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        function = self.function(function_to_apply)
+        for batch, logits in self.batches(images):
+            rows = iter(self.best(apply(function, logits.numpy()), top_k))
+            for image in batch:
+                yield image.name, None if image.pixels is None else next(rows)
+
+    def best(self, scores: np.ndarray, top_k: int) -> list[list[dict]]:
+        """The `top_k` best of scores (B, C), equal ones in the order of their classes."""
+        names = self.model.config.id2label
+        order = np.argsort(-scores, axis=-1, kind="stable")[:, :top_k] if scores.size else []
+        return [
+            [{"label": names[int(number)], "score": row[number].item()} for number in best]
+            for row, best in zip(scores, order, strict=True)
+        ]
+
+    def function(self, name: str | None) -> str:
+        """The pipeline's choice: none for regression, sigmoid for one class or several at once, else softmax."""
+        if name is not None:
+            if name.lower() not in FUNCTIONS:
+                raise ValueError(f"function_to_apply must be one of {', '.join(FUNCTIONS)}, got {name!r}")
+            return name.lower()
+        config = self.model.config
+        if config.problem_type == "regression":
+            return "none"
+        if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+            return "sigmoid"
+        return "softmax"
+
+
+class FeatureExtractor(Predictor):
+    """
+    `pipeline("image-feature-extraction", pool=True)` in batches.
+
+    ```python
+    extract = FeatureExtractor("runs/my-run")
+    features = extract("path/to/images")  # (n, D) float32
+    ```
+    """
+
+    @staticmethod
+    def load(model: str | os.PathLike):
+        return load_encoder(model)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        pooled = self.model(pixel_values=pixel_values, **self.options).get("pooler_output")
+        if pooled is None:
+            raise ValueError(f"{type(self.model).__name__} gives no pooled vector (pooler_output)")
+        return pooled.flatten(1)
+
+    def __call__(self, images: str | os.PathLike | Iterable[ImageInput]) -> torch.Tensor:
+        """
+        Features (n, D) float32 of a folder or an iterable of images, (1, D) of one image.
+
+        Returns:
+            A row of NaN for a bad image, where those are skipped.
+
+        Raises:
+            ValueError: no images, none that can be used, or as `batches`.
+        """
+        good, features, number = [], [], 0
+        for batch, rows in self.batches(images):
+            good += [number + place for place, image in enumerate(batch) if image.pixels is not None]
+            number += len(batch)
+            if rows.numel():
+                features.append(rows)
+        if not features:
+            raise ValueError(f"there are no features: {number} images were given, and none could be used")
+        found = torch.cat(features)
+        if len(found) == number:
+            return found
+        return found.new_full((number, found.shape[1]), float("nan")).index_copy(0, torch.tensor(good), found)
+
+    def stream(self, images: str | os.PathLike | Iterable[ImageInput]) -> Iterator[tuple[list[str], torch.Tensor]]:
+        """Names and features (B', D) batch by batch, bad images left out: memory holds one batch."""
+        for batch, rows in self.batches(images):
+            yield [image.name for image in batch if image.pixels is not None], rows
+
+
+def apply(function: str, logits: np.ndarray) -> np.ndarray:
+    """Scores of logits (B, C) float32, in float32 as the pipeline computes them."""
+    if function == "sigmoid":
+        return 1 / (1 + np.exp(-logits))
+    if function == "softmax" and logits.size:
+        shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return shifted / shifted.sum(axis=-1, keepdims=True)
+    return logits
+
+
+def is_one_image(images) -> bool:
+    """Whether an input is an image, not a folder and not an iterable of images."""
+    if isinstance(images, (str, os.PathLike)):
+        return not os.path.isdir(images)
+    return isinstance(images, (bytes, Image.Image)) or (isinstance(images, torch.Tensor) and images.dim() == 3)
+
+
+def as_images(images: str | os.PathLike | Iterable[ImageInput]) -> Iterable[ImageInput]:
+    """Any input as an iterable of images."""
+    if is_one_image(images):
+        return [images]
+    return find_images(images) if isinstance(images, (str, os.PathLike)) else images
+
+
+def default_workers() -> int:
+    """One thread per core of this process, 8 at most; none on one core, where they only take turns."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8) if cores > 1 else 0
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is unknown: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,97 @@
+"""A saved image processor, image by image up to uint8 pixels and batch by batch from there."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import BaseImageProcessor
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# Legend of dimensions: B batch, H W image as decoded, h w as the model sees it.
+
+# Odd, upright and lengthwise, smaller and larger than any usual crop.
+_PROBE_SIZES = ((97, 141), (333, 250), (260, 519))
+
+
+class Preprocessing:
+    """
+    The pixels that an image processor gives, to the bit.
+
+    Resize and centre crop are the processor's own methods on the decoded uint8 image; rescaling and normalisation are
+    its own too, but on a batch. A processor that does anything else (its results on noise tell) is called as a whole
+    for each image, and `is_batched` is False.
+
+    Args:
+        processor: as `AutoImageProcessor` loads it.
+    """
+
+    def __init__(self, processor: BaseImageProcessor):
+        self.processor = processor
+        self.is_batched = self._reproduces()
+        if not self.is_batched:
+            logger.warning(
+                f"{type(processor).__name__} does more than resize, crop and normalise with torchvision: it is called"
+                " for each image, which takes longer"
+            )
+
+    def prepare(self, image: torch.Tensor) -> torch.Tensor:
+        """uint8 (3, H, W) RGB, in any memory layout, to uint8 (3, h, w); float32 where `is_batched` is False."""
+        if self.is_batched:
+            return self._crop(image)
+        return self._process(image)
+
+    def finish(self, images: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+        """
+        What `prepare` gave, to float32 (B, 3, h, w) on a device.
+
+        Raises:
+            ValueError: images of several sizes.
+        """
+        sizes = {tuple(image.shape) for image in images}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"{type(self.processor).__name__} makes images of several sizes, {min(sizes)} and {max(sizes)}: pass"
+                " batch_size=1, or let the processor crop"
+            )
+        batch = torch.stack(list(images)).to(device, non_blocking=True)
+        return self._normalize(batch) if self.is_batched else batch
+
+    def _process(self, image: torch.Tensor) -> torch.Tensor:
+        # Three rows of pixels could be taken for channels: the layout is told.
+        return self.processor(image, return_tensors="pt", input_data_format="channels_first")["pixel_values"][0]
+
+    def _crop(self, image: torch.Tensor) -> torch.Tensor:
+        processor, image = self.processor, image[None]
+        if processor.do_resize:
+            image = processor.resize(image=image, size=processor.size, resample=processor.resample)
+        if processor.do_center_crop:
+            image = processor.center_crop(image, processor.crop_size)
+        return image[0]
+
+    def _normalize(self, batch: torch.Tensor) -> torch.Tensor:
+        processor = self.processor
+        mean, std = (
+            tuple(values) if isinstance(values, list) else values
+            for values in (processor.image_mean, processor.image_std)
+        )
+        return processor.rescale_and_normalize(
+            batch, processor.do_rescale, processor.rescale_factor, processor.do_normalize, mean, std
+        )
+
+    def _reproduces(self) -> bool:
+        if getattr(self.processor, "backend", None) != "torchvision" or getattr(self.processor, "do_pad", False):
+            return False
+        generator = torch.Generator().manual_seed(0)
+        for size in _PROBE_SIZES:
+            noise = torch.randint(256, (*size, 3), dtype=torch.uint8, generator=generator).permute(2, 0, 1)
+            expected = self._process(noise)
+            try:
+                found = self._normalize(self._crop(noise)[None])[0]
+            # Another kind of processor: its methods take other arguments, or it lacks the attributes.
+            except (AttributeError, TypeError, ValueError):
+                return False
+            if not torch.equal(found, expected):
+                return False
+        return True
