@@ -5,6 +5,7 @@ from .performance_figures import (
     NAMES,
     OPERATIONS,
     PRECISIONS,
+    Spread,
     limit_rates,
     plain_and_ours,
     ratio,
@@ -213,27 +214,29 @@ def memory_section(results: dict) -> str:
 
 
 def inference_section(results: dict) -> str:
-    """Ways to the same outputs; the first of each point is the plain one."""
-    inference = result(results, "inference")
+    """Ways to the same outputs."""
+    points = result(results, "inference")["points"]
     rows = []
-    for point in inference["points"]:
-        images, plain = point.get("num_images", inference["num_images"]), next(iter(point["cpu_seconds"].values()))
-        for way, seconds in point["cpu_seconds"].items():
-            limit = point.get("limits", {}).get(way, point.get("limit"))
-            reached = "–"
-            if limit is not None:
-                flop = images * point["flop_per_image"]
-                reached = ratio([flop * taken / limit["flop"] for taken in limit["seconds"]], seconds).percent()
+    for point in points:
+        for way, figures in point["variants"].items():
+            limit, reached = "–", "–"
+            if "fraction_of_limit" in figures:
+                limit, reached = f"{figures['limit_ms_per_image']:.1f}", f"{100 * figures['fraction_of_limit']:.0f} %"
             rows.append(
                 [
-                    f"{NAMES[point['model']]}{', ' + point['task'] if 'task' in point else ''}",
+                    f"{NAMES[point['model']]}, {point['task']}",
                     way,
-                    spread([images / taken for taken in seconds]).text(1),
-                    ratio(plain, seconds).text(),
+                    Spread(*figures["ms_per_image"].values()).text(1),
+                    Spread(*figures["times_the_pipeline"].values()).text(),
+                    limit,
                     reached,
                 ]
             )
-    return f"### Inference\n\n{table(['model', 'way', 'images/s', 'times the first', 'of the limit'], rows)}\n"
+    head = ["model", "way", "ms per image", "times the pipeline", "limit, ms", "reached"]
+    return (
+        f"### Inference\n\n{points[0]['images']} photographs, one core, CPU time. The limit is decoding them, and the"
+        f" model's operations at the rate of a large matrix product.\n\n{table(head, rows)}\n"
+    )
 
 
 def scaling_section(results: dict) -> str:

@@ -46,13 +46,20 @@ def small_results() -> dict:
             "cost": {"batch": 64, "cpu_seconds": {"plain": [10.0], "cached": [11.0]}},
         },
         "inference": {
-            "num_images": 8,
             "points": [
                 {
                     "model": "vit_small",
-                    "cpu_seconds": {"pipeline": [4.0], "ours": [1.0]},
-                    "flop_per_image": 10e9,
-                    "limit": {"operation": "Gemm", "flop": 80e9, "seconds": [0.5]},
+                    "task": "classification",
+                    "images": 8,
+                    "variants": {
+                        "pipeline": {"ms_per_image": same(80.0), "times_the_pipeline": same(1.0)},
+                        "ours, bfloat16": {
+                            "ms_per_image": {"median": 20.0, "min": 16.0, "max": 40.0},
+                            "times_the_pipeline": {"median": 4.0, "min": 2.0, "max": 5.0},
+                            "limit_ms_per_image": 10.0,
+                            "fraction_of_limit": 0.5,
+                        },
+                    },
                 }
             ],
         },
@@ -99,6 +106,10 @@ def small_results() -> dict:
         "drift": {"gemm_no": 0.8},
         "seconds": 420.0,
     }
+
+
+def same(value: float) -> dict:
+    return {"median": value, "min": value, "max": value}
 
 
 def limits(rate: float) -> dict:
