@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test lint format quickstart bench clean
+.PHONY: test lint format quickstart bench cifar10-study clean
 
 $(INSTALLED): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +30,11 @@ quickstart: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py $(BENCH_OPTIONS)
 	$(BIN)/python -m benchmarks.performance
+
+# About two hours of two cores; started again, it continues. STUDY_OPTIONS goes to benchmarks/cifar10_study.py.
+cifar10-study: $(INSTALLED)
+	$(BIN)/python -m benchmarks.cifar10_study $(STUDY_OPTIONS)
+	$(BIN)/python -m benchmarks.study_report
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -144,7 +144,7 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
     predictor_final_norm (`bool`, *optional*, defaults to `True`):
         Whether the predictor ends in a batch normalisation without affine parameters: yes for ViT, no for ResNet.
     head_batch_norm (`bool`, *optional*, defaults to `True`):
-        Whether projector and predictor have batch normalisation at all; without is the paper's ablation (table 8).
+        Whether projector and predictor have batch normalisation at all; without is an ablation of the paper.
     temperature (`float`, *optional*, defaults to 0.2):
         Temperature of the contrastive loss: 0.2 for ViT, 1.0 for ResNet.
     zero_init_residual (`bool`, *optional*, defaults to `True`):

@@ -1,0 +1,224 @@
+"""What matters for learning, on CIFAR-10: accuracy against epochs, and the paper's ablations in miniature.
+
+    python -m benchmarks.cifar10_study [--jobs 2] [--groups curves ablations tuning failure] [--dataset_name ID|FOLDER]
+    python -m benchmarks.cifar10_study --long       (a GPU: the same arms on ViT-tiny/4, 200 epochs)
+
+Every run is a process that pre-trains with the command of the package on the 50,000 images and evaluates checkpoints:
+kNN (k = 20) and logistic regression on frozen features of 20,000 training images, tested on all 10,000. It leaves one
+file in --results; runs whose file is there are passed over, and a run that was cut off continues at its checkpoint, so
+the study can be stopped at any time. Arms and budgets are in study_arms.py, tables and plots come from
+study_report.py.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from transformers import AutoModel
+
+from mocov3_hf.data.labelled import open_labelled
+from mocov3_hf.data.photometric import IMAGENET_MEAN, IMAGENET_STD
+from mocov3_hf.evaluation.linear import fit_linear_classifier
+from mocov3_hf.pretraining.build import build_model
+from mocov3_hf.pretraining.loop import main as pretrain
+from mocov3_hf.probes.knn import knn_accuracy
+from mocov3_hf.recipe import load_recipe
+
+from .study_arms import ARMS, LONG_ARMS, Arm, arguments_of
+
+
+ROOT = Path(__file__).parent.parent
+HUB_ID = "uoft-cs/cifar10"
+KNN_K = 20
+TRAIN_SPLIT, TEST_SPLIT = "train[:20000]", "test"
+# What of every line of metrics.jsonl is kept.
+KEPT_METRICS = (
+    *("step", "epoch", "loss", "loss_normalized", "positive_top1", "grad_norm", "first_layer_grad_max"),
+    *("last_layer_grad_max", "projection_std_ratio", "projection_effective_rank", "gradient_spikes", "skipped_steps"),
+)
+BATCH_SIZE = 500
+
+
+class LabelledSplit:
+    """A split of CIFAR-10 in memory: normalised images as they are, without resize and crop, (N, 3, 32, 32)."""
+
+    def __init__(self, dataset_name: str, split: str):
+        images = open_labelled(dataset_name, split=split)
+        pixels = torch.stack([images.decode(index) for index in range(len(images))])
+        mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        self.pixels = (pixels.float() / 255 - mean) / deviation
+        self.labels = torch.from_numpy(images.labels)
+
+    @torch.inference_mode()
+    def features(self, encoder: torch.nn.Module) -> torch.Tensor:
+        """(N, D) float32 on the CPU."""
+        device = next(encoder.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16):
+            pooled = [encoder(batch.to(device)).pooler_output for batch in self.pixels.split(BATCH_SIZE)]
+        return torch.cat(pooled).float().cpu()
+
+
+def evaluate(encoder: torch.nn.Module, train: LabelledSplit, test: LabelledSplit) -> dict[str, float]:
+    """kNN and linear accuracy, between 0 and 1, of the features in eval mode."""
+    encoder = encoder.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    bank, queries = train.features(encoder), test.features(encoder)
+    classifier = fit_linear_classifier(bank, train.labels, max_iterations=200)
+    return {
+        "knn_top1": knn_accuracy(queries, test.labels, bank, train.labels, KNN_K)[KNN_K],
+        "linear_top1": classifier.accuracy(queries, test.labels),
+    }
+
+
+def run(arm: Arm, seed: int, options: argparse.Namespace) -> None:
+    """One run of one arm, in this process: pre-train, evaluate, write its file."""
+    folder = options.output_dir / f"{arm.key}_seed{seed}"
+    arguments = [*arguments_of(arm), "--seed", str(seed)]
+    started = time.process_time()
+    pretrain(
+        [
+            *arguments,
+            *("--dataset_name", options.dataset_name, "--output_dir", str(folder), "--save_total_limit", "1000"),
+            *("--resume_from_checkpoint", "auto"),
+        ]
+    )
+    seconds = {"pretraining": time.process_time() - started}
+    recipe = load_recipe(arguments[1], arguments[2:])
+    started = time.process_time()
+    train, test = (LabelledSplit(options.dataset_name, split) for split in (TRAIN_SPLIT, TEST_SPLIT))
+    metrics = read_lines(folder / "metrics.jsonl")
+    epoch_of = {line["step"]: line["epoch"] for line in metrics}
+    steps_per_epoch = metrics[-1]["step"] / metrics[-1]["epoch"]
+    points = []
+    if arm.points > 1:
+        points.append({"step": 0, "epoch": 0.0, **evaluate(build_model(recipe).mocov3, train, test)})
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
+        step = int(checkpoint.name.rpartition("-")[2])
+        epoch = epoch_of.get(step, step / steps_per_epoch)
+        points.append({"step": step, "epoch": epoch, **evaluate(AutoModel.from_pretrained(checkpoint), train, test)})
+    seconds["evaluation"] = time.process_time() - started
+    result = {
+        "arm": arm.name,
+        "group": arm.group,
+        "recipe": arm.recipe,
+        "seed": seed,
+        "command": ["python", "scripts/pretrain.py", *arguments, "--dataset_name", HUB_ID],
+        "points": points,
+        "metrics": [{name: line[name] for name in KEPT_METRICS if name in line} for line in metrics],
+        "knn_while_training": read_lines(folder / "knn.jsonl"),
+        "events": read_lines(folder / "events.jsonl"),
+        "cpu_seconds": seconds,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+    path = result_path(arm, seed, options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.rename(path)
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def result_path(arm: Arm, seed: int, options: argparse.Namespace) -> Path:
+    return options.results / f"{arm.key}_seed{seed}.json"
+
+
+def run_all(arms: list[Arm], options: argparse.Namespace) -> None:
+    """Every run that has no file yet, `--jobs` at a time, each on one core."""
+    todo = [
+        (arm, seed)
+        for seed in range(max(arm.seeds for arm in arms))
+        for arm in arms
+        if seed < arm.seeds and not result_path(arm, seed, options).exists()
+    ]
+    print(f"{len(todo)} runs to do, {options.jobs} at a time", flush=True)
+    started, done, failed = time.perf_counter(), [], []
+
+    def start(task: tuple[Arm, int]) -> None:
+        arm, seed = task
+        log = options.output_dir / f"{arm.key}_seed{seed}.log"
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.cifar10_study",
+            "--run",
+            arm.name,
+            "--run_seed",
+            str(seed),
+            *shared_arguments(options),
+        ]
+        with log.open("w") as stream:
+            code = subprocess.run(command, cwd=ROOT, stdout=stream, stderr=stream, env=one_core(options)).returncode
+        (done if code == 0 else failed).append(task)
+        outcome = "done" if code == 0 else f"FAILED (exit code {code}, see {log})"
+        place = f"{len(done) + len(failed)}/{len(todo)}, {(time.perf_counter() - started) / 60:.0f} min"
+        print(f"[{place}] {arm.name}, seed {seed}: {outcome}", flush=True)
+
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(start, todo))
+    if failed:
+        sys.exit(f"error: {len(failed)} of {len(todo)} runs failed; start the command again to repeat them")
+
+
+def shared_arguments(options: argparse.Namespace) -> list[str]:
+    paths = ("--output_dir", str(options.output_dir.resolve()), "--results", str(options.results.resolve()))
+    # A folder may be given relative to where the study was started.
+    name = str(Path(options.dataset_name).resolve()) if Path(options.dataset_name).exists() else options.dataset_name
+    return [*paths, "--dataset_name", name, *(["--long"] if options.long else [])]
+
+
+def one_core(options: argparse.Namespace) -> dict[str, str]:
+    """Environment of a run: its share of the cores, and memory that stays with the process (fewer page faults)."""
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_name", default=HUB_ID, help="Hub id, or folder of CIFAR-10's parquet files")
+    parser.add_argument("--groups", nargs="+", help="groups of arms to run; all by default")
+    parser.add_argument("--arms", nargs="+", help="names of arms to run; all by default")
+    parser.add_argument("--long", action="store_true", help="the form for a GPU")
+    parser.add_argument("--jobs", type=int, help="runs at a time; one per core, or 1 on a GPU")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/cifar10-study"), help="checkpoints and logs")
+    parser.add_argument("--results", type=Path, help="one file per run; benchmarks/results/cifar10_study_cpu or _gpu")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--run_seed", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.jobs = options.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    options.results = options.results or Path(__file__).parent / "results" / (
+        "cifar10_study_gpu" if options.long else "cifar10_study_cpu"
+    )
+    arms = LONG_ARMS if options.long else ARMS
+    if options.run is not None:
+        run(next(arm for arm in arms if arm.name == options.run), options.run_seed, options)
+        return
+    for wanted, known in ((options.groups, {arm.group for arm in arms}), (options.arms, {arm.name for arm in arms})):
+        if unknown := set(wanted or ()) - known:
+            parser.error(f"no {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
+    arms = [
+        arm
+        for arm in arms
+        if (options.groups is None or arm.group in options.groups)
+        and (options.arms is None or arm.name in options.arms)
+    ]
+    run_all(arms, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What the CIFAR-10 study compares: arms that each change one thing of a recipe of the package."""
+
+from dataclasses import dataclass, replace
+
+
+LOGGING = ("--logging_steps", "5")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting, run once for every seed.
+
+    Attributes:
+        name: as the tables show it, unique.
+        group: the table or plot it belongs to.
+        recipe: of the package.
+        epochs: passes over the images; a tenth of them is warm-up.
+        options: of pretrain.py, changed against the recipe.
+        seeds: how many.
+        paper: linear accuracy on ImageNet in % of the changed and of the original setting in the paper, and where;
+            None where the paper has no such comparison.
+        points: evaluations at equal distances; the last is the end.
+        batch_size, num_images: of a step, and of the data.
+    """
+
+    name: str
+    group: str
+    recipe: str
+    epochs: int = 1
+    options: tuple[str, ...] = ()
+    seeds: int = 3
+    paper: tuple[float, float, str] | None = None
+    points: int = 1
+    batch_size: int = 64
+    num_images: int = 50_000
+
+    @property
+    def key(self) -> str:
+        """Name of its folder and files."""
+        return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in self.name).lower()
+
+
+def arguments_of(arm: Arm) -> list[str]:
+    """The command line of pretrain.py, without data set, seed and folder."""
+    steps = arm.epochs * (arm.num_images // arm.batch_size)
+    return [
+        *("--recipe", arm.recipe),
+        *("--num_train_epochs", str(arm.epochs), "--warmup_epochs", str(arm.epochs / 10)),
+        *("--train_batch_size", str(arm.batch_size), "--save_steps", str(max(1, steps // arm.points))),
+        *LOGGING,
+        *arm.options,
+    ]
+
+
+NANO = "cifar10_vit-nano-p8"
+RESNET = "cifar10_resnet10"
+TINY = "cifar10_vit-tiny-p4"
+ABLATION_BASELINE = "ViT-nano/8"
+FAILURE = "rate too high, patch projection trained"
+TRAINED_PROJECTION = ("--backbone_config", '{"freeze_patch_projection": false}')
+POSITION_LEARNED = ("--backbone_config", '{"position_embedding": "learned"}')
+TOO_HIGH = ("--learning_rate", "3e-2")
+FEW_IMAGES = ("--train_split", "train[:5000]")
+IN_MEMORY = ("--mixed_precision", "bf16", "--cache_images_on_device", "--dataloader_num_workers", "0")
+TINY_OPTIONS = (*IN_MEMORY, "--learning_rate", "5e-4", "--momentum", "0.9")
+WATCHED = ("--knn_steps", "40", "--knn_train_split", "train[:5000]", "--knn_test_split", "test[:1000]")
+# Where the paper's figures stand: ViT-B/16, linear accuracy on ImageNet.
+IN_100_EPOCHS, IN_300_EPOCHS = "ViT-B, 100 epochs", "ViT-B, 300 epochs"
+
+
+def ablation(name: str, *options: str, paper: tuple[float, float, str] | None = None, **values) -> Arm:
+    return Arm(name, "ablations", NANO, options=options, paper=paper, **values)
+
+
+def tuning(name: str, recipe: str, *options: str, **values) -> Arm:
+    return Arm(name, "tuning", recipe, options=options, seeds=1, **values)
+
+
+def small_batch(name: str, *options: str) -> Arm:
+    return tuning(f"batch 32, {name}", NANO, "--learning_rate", "7e-4", *options, batch_size=32)
+
+
+def small_data(name: str, *options: str) -> Arm:
+    values = {"epochs": 10, "num_images": 5000}
+    return tuning(f"5,000 images, {name}", NANO, *FEW_IMAGES, *options, **values)
+
+
+def resnet(name: str, *options: str) -> Arm:
+    return tuning(f"ResNet-10, {name}", RESNET, *options, batch_size=256)
+
+
+def failure(name: str, *options: str) -> Arm:
+    return Arm(name, "failure", NANO, options=(*TOO_HIGH, *WATCHED, *options), seeds=1)
+
+
+ARMS = [
+    Arm("ViT-tiny/4", "curves", TINY, options=TINY_OPTIONS, seeds=2, points=2),
+    Arm("ResNet-10", "curves", RESNET, epochs=2, points=2, batch_size=256),
+    ablation(ABLATION_BASELINE),
+    ablation("patch projection trained", *TRAINED_PROJECTION, paper=(71.7, 73.4, IN_100_EPOCHS)),
+    ablation("position learned", *POSITION_LEARNED, paper=(76.1, 76.5, IN_300_EPOCHS)),
+    ablation("no predictor", "--num_predictor_layers", "0", paper=(75.5, 76.5, IN_300_EPOCHS)),
+    ablation("no batch norm in heads", "--no_head_batch_norm", paper=(74.4, 76.5, IN_300_EPOCHS)),
+    ablation("momentum 0", "--momentum", "0", "--momentum_schedule", "constant", paper=(74.3, 76.5, IN_300_EPOCHS)),
+    ablation("momentum 0.9", "--momentum", "0.9", paper=(75.6, 76.5, IN_300_EPOCHS)),
+    ablation("momentum 0.999", "--momentum", "0.999", paper=(75.0, 76.5, IN_300_EPOCHS)),
+    ablation("temperature 0.1", "--temperature", "0.1"),
+    ablation("temperature 0.5", "--temperature", "0.5"),
+    ablation("batch 256", "--learning_rate", "2e-3", batch_size=256, paper=(69.7, 72.2, IN_100_EPOCHS)),
+    failure(FAILURE, *TRAINED_PROJECTION),
+    failure(f"{FAILURE[: -len('trained')]}frozen"),
+    tuning("ViT-nano/8, learning rate 5e-4", NANO, "--learning_rate", "5e-4"),
+    tuning("ViT-nano/8, learning rate 2e-3", NANO, "--learning_rate", "2e-3"),
+    small_batch("momentum 0.99", "--momentum", "0.99"),
+    small_batch("momentum 0.9", "--momentum", "0.9"),
+    small_batch("momentum 0.9, learning rate 3e-4", "--momentum", "0.9", "--learning_rate", "3e-4"),
+    small_data("momentum 0.99", "--momentum", "0.99"),
+    small_data("momentum 0.9", "--momentum", "0.9"),
+    small_data("momentum 0.9, crops from 0.08", "--momentum", "0.9", "--crop_scale", "0.08", "1.0"),
+    resnet("temperature 0.2", "--temperature", "0.2"),
+    resnet("temperature 1", "--temperature", "1.0"),
+    resnet("AdamW", "--optimizer", "adamw", "--learning_rate", "1e-3", "--weight_decay", "0.1"),
+]
+
+
+def in_long_form(arm: Arm) -> Arm:
+    """The same comparison on ViT-tiny/4, for 200 epochs with batches eight times as large, by the recipe's rate."""
+    options = (*IN_MEMORY, *without(arm.options, "--learning_rate"))
+    recipe = TINY if arm.recipe == NANO else arm.recipe
+    return replace(arm, recipe=recipe, epochs=200, options=options, batch_size=8 * arm.batch_size)
+
+
+def without(options: tuple[str, ...], name: str) -> tuple[str, ...]:
+    """Options without one that takes one value."""
+    if name not in options:
+        return options
+    place = options.index(name)
+    return options[:place] + options[place + 2 :]
+
+
+LONG_ARMS = [in_long_form(arm) for arm in ARMS if arm.group in ("curves", "ablations")]

@@ -1,0 +1,149 @@
+"""The CIFAR-10 study: its command lines, and its tables and verdicts from results in numbers that one can follow."""
+
+import json
+import math
+
+import pytest
+
+from benchmarks import study_report
+from benchmarks.study_arms import ABLATION_BASELINE, ARMS, FAILURE, LONG_ARMS, arguments_of, without
+from benchmarks.study_report import (
+    ablation_table,
+    paired_differences,
+    pooled_deviation,
+    replace_section,
+    sections,
+    verdict,
+)
+from mocov3_hf.plan import make_plan
+from mocov3_hf.recipe import load_recipe
+
+
+def result(arm: str, seed: int, linear: float, knn: float = 0.4) -> dict:
+    return {
+        "arm": arm,
+        "seed": seed,
+        "points": [{"step": 10, "epoch": 1.0, "knn_top1": knn, "linear_top1": linear}],
+        "events": [{"step": 3, "event": "spike", "grad_norm": 2.5}],
+        "metrics": [
+            {"step": 10, "epoch": 1.0, "loss_normalized": 0.5, "positive_top1": 0.25, "first_layer_grad_max": 0.1}
+            | {"projection_effective_rank": 7.0}
+        ],
+        "knn_while_training": [{"step": 10, "epoch": 1.0, "knn_top1": 0.3}],
+        "cpu_seconds": {"pretraining": 90.0, "evaluation": 30.0},
+    }
+
+
+RUNS = {
+    ABLATION_BASELINE: [result(ABLATION_BASELINE, seed, linear) for seed, linear in enumerate((0.40, 0.42, 0.44))],
+    # 3 points below the baseline on every seed but for ± 0.1
+    "no predictor": [result("no predictor", seed, linear) for seed, linear in enumerate((0.371, 0.390, 0.409))],
+    # now above, now below
+    "momentum 0.9": [result("momentum 0.9", seed, linear) for seed, linear in enumerate((0.401, 0.420, 0.439))],
+    # better here, worse in the paper
+    "momentum 0": [result("momentum 0", seed, linear) for seed, linear in enumerate((0.421, 0.440, 0.459))],
+    "ResNet-10": [result("ResNet-10", seed, 0.5) for seed in range(2)],
+    FAILURE: [result(FAILURE, 0, 0.2)],
+}
+
+
+ABLATIONS = [arm for arm in ARMS if arm.group == "ablations"]
+
+
+@pytest.mark.parametrize("arms", [ARMS, LONG_ARMS], ids=["short", "long"])
+def test_every_arm_is_a_run_of_its_own(arms):
+    assert len({arm.key for arm in arms}) == len({arm.name for arm in arms}) == len(arms)
+    command_lines = [arguments_of(arm) for arm in arms]
+    assert len(set(map(tuple, command_lines))) == len(arms)
+    for arm, arguments in zip(arms, command_lines, strict=True):
+        recipe = load_recipe(arguments[1], arguments[2:])
+        plan = make_plan(recipe, arm.num_images, 1)
+        assert plan.total_steps == arm.epochs * (arm.num_images // arm.batch_size)
+        assert plan.total_steps // recipe.run.save_steps in (arm.points, arm.points + 1)
+
+
+def test_an_arm_differs_from_the_baseline_in_what_its_name_says():
+    recipes = {}
+    for arm in ARMS:
+        arguments = arguments_of(arm)
+        recipes[arm.name] = load_recipe(arguments[1], arguments[2:]).to_dict()
+    baseline = recipes[ABLATION_BASELINE]
+    changed = {
+        arm.name: {name for name, value in recipes[arm.name].items() if value != baseline[name]}
+        for arm in ARMS
+        if arm.group == "ablations" and arm.name != ABLATION_BASELINE
+    }
+    batch = changed.pop("batch 256")
+    assert batch == {"train_batch_size", "learning_rate", "save_steps"}
+    assert changed.pop("momentum 0") == {"momentum", "momentum_schedule"}
+    for name, options in changed.items():
+        assert len(options) == 1, name
+    assert recipes["position learned"]["backbone_config"]["position_embedding"] == "learned"
+    assert recipes["patch projection trained"]["backbone_config"]["freeze_patch_projection"] is False
+
+
+def test_without():
+    assert without(("--a", "1", "--b", "2"), "--a") == ("--b", "2")
+    assert without(("--b", "2"), "--a") == ("--b", "2")
+
+
+def test_differences_are_taken_seed_by_seed():
+    differences = paired_differences(RUNS["no predictor"], RUNS[ABLATION_BASELINE], "linear_top1")
+    assert differences == pytest.approx([-2.9, -3.0, -3.1])
+    only_second = paired_differences(RUNS["no predictor"][1:2], RUNS[ABLATION_BASELINE], "linear_top1")
+    assert only_second == pytest.approx([-3.0])
+
+
+def test_pooled_deviation():
+    assert pooled_deviation([[1.0, 3.0], [10.0, 10.0, 10.0], [5.0]]) == pytest.approx((2.0 / 3.0) ** 0.5)
+    assert math.isnan(pooled_deviation([[1.0], [2.0]]))  # one value each: nothing to tell it from
+
+
+@pytest.mark.parametrize(
+    ("here", "error", "there", "expected"),
+    [
+        (-3.0, 0.1, -1.0, "yes"),
+        (3.0, 0.1, -1.0, "no"),
+        (0.1, 0.1, -1.0, "within noise"),
+        (-3.0, float("nan"), -1.0, "one seed"),
+    ],
+)
+def test_verdict(here, error, there, expected):
+    assert verdict(here, error, there) == expected
+
+
+def test_ablation_table():
+    rows = {line.split(" | ")[0].strip("| "): line for line in ablation_table(RUNS, ABLATIONS).splitlines()[2:]}
+    assert "| 42.0 ± 2.0 |" in rows[ABLATION_BASELINE]
+    assert "| -3.0 ± 0.1 | 75.5 (ViT-B, 300 epochs) | -1.0 | yes |" in rows["no predictor"]
+    assert rows["momentum 0.9"].endswith("| within noise |")
+    assert "| +2.0 ± 0.1 |" in rows["momentum 0"]
+    assert rows["momentum 0"].endswith("| -2.2 | no |")
+    assert set(rows) == {ABLATION_BASELINE, "no predictor", "momentum 0.9", "momentum 0"}
+
+
+def test_report_writes_the_document_and_plots_and_is_stable(tmp_path, monkeypatch):
+    results = tmp_path / "results"
+    results.mkdir()
+    for runs in RUNS.values():
+        for run in runs:
+            (results / f"{run['arm'].replace(' ', '_').replace('/', '_')}_seed{run['seed']}.json").write_text(
+                json.dumps(run)
+            )
+    document = tmp_path / "study.md"
+    document.write_text("".join(f"<!-- {name} -->\n<!-- end {name} -->\n" for name in sections(RUNS)) + "kept\n")
+    monkeypatch.setattr("sys.argv", ["study_report.py", "--results", str(results), "--document", str(document)])
+    study_report.main()
+    first, plot = document.read_text(), (tmp_path / "study" / "failure.svg").read_bytes()
+    assert "| no predictor | 3 |" in first
+    assert f"| {FAILURE} | 10 | 0.500 | 0.250 | 0.1 | 7.0 | 30.0 |" in first
+    assert f"{FAILURE}: 1 (spike)" in first
+    assert first.endswith("kept\n")
+    study_report.main()
+    assert document.read_text() == first
+    assert (tmp_path / "study" / "failure.svg").read_bytes() == plot
+
+
+def test_document_without_markers_is_refused():
+    with pytest.raises(ValueError, match="no section between '<!-- curves -->' and '<!-- end curves -->'"):
+        replace_section("text", "curves", "body")
