@@ -15,6 +15,7 @@ FLOORS = {
     "recipe_options": 0,
     "plan": 0,
     "processing": 0,
+    "published_sizes": 0,
     "remote_code": 0,
     "complexity": 0,
     "data": 1,

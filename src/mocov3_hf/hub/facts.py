@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig
+from ..published_sizes import VIT_SIZES
 
 
 LIBRARY = "transformers"
@@ -28,16 +29,6 @@ ARCHITECTURES = {
 }
 STAGES = {"pretrained": "pre-trained", "linear": "linear evaluation", "finetuned": "fine-tuned"}
 FEATURE_WIDTHS = {"resnet50": 2048, "vit-small": 384, "vit-base": 768, "vit-large": 1024}
-VIT_SIZES = {
-    "vit-small": {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
-    "vit-base": {},
-    "vit-large": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-    },
-}
 
 
 @dataclass(frozen=True)

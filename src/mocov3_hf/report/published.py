@@ -9,6 +9,7 @@ import yaml
 from transformers import ResNetConfig
 
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, build_backbone_config
+from ..published_sizes import VIT_SIZES
 from ..recipe import RecipeError, load_recipe
 from .folder import ModelFolder
 
@@ -50,16 +51,6 @@ BODY_KEYS = (
     "image_size",
     "patch_size",
 )
-VIT_SIZES = {
-    "vit-small": {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
-    "vit-base": {},
-    "vit-large": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-    },
-}
 TASK_STAGES = {"linear": "linear", "linear_cached": "linear", "finetune": "finetuned"}
 
 
