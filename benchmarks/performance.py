@@ -66,7 +66,7 @@ def between_markers(text: str, machines: dict[str, dict], name: str) -> str:
     else:
         known = ", ".join(machines) or "none"
         raise ValueError(f"{name} names the machine {machine!r}, and there are results of {known}: name one of them")
-    return f"{text[: begin.end()]}\n{body}\n{text[end:]}"
+    return f"{text[: begin.end()]}\n{body.rstrip()}\n\n{text[end:]}"
 
 
 def rewritten(root: Path, machines: dict[str, dict]) -> dict[Path, str]:
