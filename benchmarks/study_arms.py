@@ -95,7 +95,7 @@ def failure(name: str, *options: str) -> Arm:
 
 ARMS = [
     Arm("ViT-tiny/4", "curves", TINY, options=TINY_OPTIONS, seeds=2, points=2),
-    Arm("ResNet-10", "curves", RESNET, epochs=2, points=2, batch_size=256),
+    Arm("ResNet-10", "curves", RESNET, epochs=2, seeds=2, points=2, batch_size=256),
     ablation(ABLATION_BASELINE),
     ablation("patch projection trained", *TRAINED_PROJECTION, paper=(71.7, 73.4, IN_100_EPOCHS)),
     ablation("position learned", *POSITION_LEARNED, paper=(76.1, 76.5, IN_300_EPOCHS)),
@@ -109,7 +109,6 @@ ARMS = [
     ablation("batch 256", "--learning_rate", "2e-3", batch_size=256, paper=(69.7, 72.2, IN_100_EPOCHS)),
     failure(FAILURE, *TRAINED_PROJECTION),
     failure(f"{FAILURE[: -len('trained')]}frozen"),
-    tuning("ViT-nano/8, learning rate 5e-4", NANO, "--learning_rate", "5e-4"),
     tuning("ViT-nano/8, learning rate 2e-3", NANO, "--learning_rate", "2e-3"),
     small_batch("momentum 0.99", "--momentum", "0.99"),
     small_batch("momentum 0.9", "--momentum", "0.9"),
