@@ -90,9 +90,11 @@ def run(arm: Arm, seed: int, options: argparse.Namespace) -> None:
     )
     seconds = {"pretraining": time.process_time() - started}
     recipe = load_recipe(arguments[1], arguments[2:])
+    metrics = read_lines(folder / "metrics.jsonl")
+    if not metrics or metrics[-1]["step"] < arm.steps:  # a signal ends pre-training like its last step does
+        sys.exit("stopped before its end; it continues when it is started again")
     started = time.process_time()
     train, test = (LabelledSplit(options.dataset_name, split) for split in (TRAIN_SPLIT, TEST_SPLIT))
-    metrics = read_lines(folder / "metrics.jsonl")
     epoch_of = {line["step"]: line["epoch"] for line in metrics}
     steps_per_epoch = metrics[-1]["step"] / metrics[-1]["epoch"]
     points = []

@@ -39,14 +39,17 @@ class Arm:
         """Name of its folder and files."""
         return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in self.name).lower()
 
+    @property
+    def steps(self) -> int:
+        return self.epochs * (self.num_images // self.batch_size)
+
 
 def arguments_of(arm: Arm) -> list[str]:
     """The command line of pretrain.py, without data set, seed and folder."""
-    steps = arm.epochs * (arm.num_images // arm.batch_size)
     return [
         *("--recipe", arm.recipe),
         *("--num_train_epochs", str(arm.epochs), "--warmup_epochs", str(arm.epochs / 10)),
-        *("--train_batch_size", str(arm.batch_size), "--save_steps", str(max(1, steps // arm.points))),
+        *("--train_batch_size", str(arm.batch_size), "--save_steps", str(-(-arm.steps // arm.points))),
         *LOGGING,
         *arm.options,
     ]
