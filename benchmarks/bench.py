@@ -87,8 +87,9 @@ def plan_parts(device: str, quick: bool, images: str, rounds: int, step_json: st
     if device == "cpu":
         memory = "--batches 4 8 --chunk_size 2 --cost_batch 4 --rounds 1" if quick else "--batches 64 256 --rounds 1"
         parts.append(Part("memory", "memory", words(memory), 40 if quick else 220))
-    inference = ("--images", images, "--rounds", "1" if quick else "3", "--num_images", "8" if quick else "32")
-    parts.append(Part("inference", "inference", inference, 20 if quick else 90))
+    inference = ("--images", images, "--rounds", "1" if quick else "3", "--num_images", "4" if quick else "16")
+    inference += ("--tasks", "classification", "features")
+    parts.append(Part("inference", "inference", inference, 20 if quick else 110))
     scaling = ("--step_json", step_json)
     if device == "cpu":  # cores of one host, and hosts on Ethernet of 1 and 10 Gbit/s
         scaling += words("--ethernet 0.125 --infiniband 1.25 --nvlink 10")

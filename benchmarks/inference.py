@@ -5,7 +5,7 @@
 Random weights, JPEG files (without --images those of benchmarks/photos.py). Every variant goes over the same files in
 turn, round after round; CPU time per image, medians and ranges, and ratios of neighbouring rounds. The limit of the
 machine is measured in the same rounds: decoding alone, plus the model's multiply-adds at the rate of a large matrix
-product in the same precision. The last line is the result as JSON.
+product in the same precision. Results are held against the pipeline's. The last line is the result as JSON.
 """
 
 import argparse
@@ -99,9 +99,22 @@ def summary(values: list[float], scale: float = 1.0) -> dict:
     return {"median": statistics.median(values), "min": values[0], "max": values[-1]}
 
 
+def agreement(task: str, found, expected) -> dict[str, float]:
+    """How far results are from the pipeline's: of classifiers the first labels and their scores, else the features."""
+    if task == "features":
+        expected = torch.tensor(expected).flatten(1)
+        return {"relative_distance": (torch.linalg.norm(found - expected) / torch.linalg.norm(expected)).item()}
+    pairs = [(ours[0], theirs[0]) for ours, theirs in zip(found, expected, strict=True)]
+    return {
+        "same_first_label": statistics.fmean(ours["label"] == theirs["label"] for ours, theirs in pairs),
+        "largest_score_difference": max(abs(ours["score"] - theirs["score"]) for ours, theirs in pairs),
+    }
+
+
 def run(name: str, task: str, files: list[str], rounds: int, batch_size: int, folder: Path) -> dict:
     path, macs = save_model(name, folder)
     variants = make_variants(path, task, batch_size)
+    expected = variants["pipeline"](files)
     prepare = ImageClassifier(path, dtype="float32", device="cpu").preprocessing.prepare
     extra = {f"gemm {dtype}": product for dtype, product in limits().items()}
     extra["decode and crop"] = lambda files: [prepare(decode(file)) for file in files]
@@ -120,6 +133,7 @@ def run(name: str, task: str, files: list[str], rounds: int, batch_size: int, fo
             limit = decoding + 2 * macs / rate
             entry |= {"gemm_gflops": rate / 1e9, "limit_ms_per_image": 1e3 * limit}
             entry["fraction_of_limit"] = limit * count / statistics.median(seconds[variant])
+            entry["agreement"] = agreement(task, variants[variant](files), expected)
         result["variants"][variant] = entry
         spread = entry["times_the_pipeline"]
         print(

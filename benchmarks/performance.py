@@ -126,12 +126,13 @@ def readme_table(results: dict) -> str:
             ]
         )
     if inference is not None:
-        last = [list(point["variants"].values())[-1] for point in inference["points"]]
+        points = [point for point in inference["points"] if point["task"] == "classification"]
+        last = [list(point["variants"].values())[-1] for point in points]
         times = [f"{figures['times_the_pipeline']['median']:.1f}" for figures in last]
         reached = [f"{100 * figures['fraction_of_limit']:.0f} %" for figures in last]
         rows.append(
             [
-                f"inference in bf16, {', '.join(NAMES[point['model']] for point in inference['points'])}",
+                f"classification in bf16, {', '.join(NAMES[point['model']] for point in points)}",
                 f"{', '.join(times)} times transformers' pipeline",
                 f"{', '.join(reached)} of decoding and matrix products",
             ]

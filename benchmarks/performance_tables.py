@@ -230,13 +230,24 @@ def inference_section(results: dict) -> str:
                     Spread(*figures["times_the_pipeline"].values()).text(),
                     limit,
                     reached,
+                    agreement_text(figures.get("agreement")),
                 ]
             )
-    head = ["model", "way", "ms per image", "times the pipeline", "limit, ms", "reached"]
+    head = ["model", "way", "ms per image", "times the pipeline", "limit, ms", "reached", "against its results"]
     return (
         f"### Inference\n\n{points[0]['images']} photographs, one core, CPU time. The limit is decoding them, and the"
         f" model's operations at the rate of a large matrix product.\n\n{table(head, rows)}\n"
     )
+
+
+def agreement_text(agreement: dict | None) -> str:
+    """How far the results are from the pipeline's."""
+    if agreement is None:
+        return "–"
+    if "relative_distance" in agreement:
+        return f"{agreement['relative_distance']:.1g} away"
+    same, largest = agreement["same_first_label"], agreement["largest_score_difference"]
+    return f"{100 * same:.0f} % same label, scores within {largest:.1g}"
 
 
 def scaling_section(results: dict) -> str:

@@ -58,6 +58,7 @@ def small_results() -> dict:
                             "times_the_pipeline": {"median": 4.0, "min": 2.0, "max": 5.0},
                             "limit_ms_per_image": 10.0,
                             "fraction_of_limit": 0.5,
+                            "agreement": {"same_first_label": 1.0, "largest_score_difference": 0.003},
                         },
                     },
                 }
