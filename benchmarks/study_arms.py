@@ -21,6 +21,7 @@ class Arm:
             None where the paper has no such comparison.
         points: evaluations at equal distances; the last is the end.
         batch_size, num_images: of a step, and of the data.
+        max_steps: to end before the epochs do.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Arm:
     points: int = 1
     batch_size: int = 64
     num_images: int = 50_000
+    max_steps: int | None = None
 
     @property
     def key(self) -> str:
@@ -41,7 +43,7 @@ class Arm:
 
     @property
     def steps(self) -> int:
-        return self.epochs * (self.num_images // self.batch_size)
+        return self.max_steps or self.epochs * (self.num_images // self.batch_size)
 
 
 def arguments_of(arm: Arm) -> list[str]:
@@ -50,6 +52,7 @@ def arguments_of(arm: Arm) -> list[str]:
         *("--recipe", arm.recipe),
         *("--num_train_epochs", str(arm.epochs), "--warmup_epochs", str(arm.epochs / 10)),
         *("--train_batch_size", str(arm.batch_size), "--save_steps", str(-(-arm.steps // arm.points))),
+        *(("--max_steps", str(arm.max_steps)) if arm.max_steps else ()),
         *LOGGING,
         *arm.options,
     ]
@@ -97,7 +100,7 @@ def failure(name: str, *options: str) -> Arm:
 
 
 ARMS = [
-    Arm("ViT-tiny/4", "curves", TINY, options=TINY_OPTIONS, seeds=2, points=2),
+    Arm("ViT-tiny/4", "curves", TINY, options=TINY_OPTIONS, seeds=2, points=2, max_steps=312),
     Arm("ResNet-10", "curves", RESNET, epochs=2, seeds=2, points=2, batch_size=256),
     ablation(ABLATION_BASELINE),
     ablation("patch projection trained", *TRAINED_PROJECTION, paper=(71.7, 73.4, IN_100_EPOCHS)),
@@ -129,7 +132,7 @@ def in_long_form(arm: Arm) -> Arm:
     """The same comparison on ViT-tiny/4, for 200 epochs with batches eight times as large, by the recipe's rate."""
     options = (*IN_MEMORY, *without(arm.options, "--learning_rate"))
     recipe = TINY if arm.recipe == NANO else arm.recipe
-    return replace(arm, recipe=recipe, epochs=200, options=options, batch_size=8 * arm.batch_size)
+    return replace(arm, recipe=recipe, epochs=200, max_steps=None, options=options, batch_size=8 * arm.batch_size)
 
 
 def without(options: tuple[str, ...], name: str) -> tuple[str, ...]:

@@ -57,7 +57,8 @@ def test_tables_of_a_machine():
         "| 64 | 6.94 | 4.50 | 2.01 | 1.50 |",
         "| 256 | – | – | 2.44 | 1.75 |",
         "| ViT-S/16, classification | pipeline | 80.0 | 1.00 | – | – | – |",
-        "| ViT-S/16, classification | ours, bfloat16 | 20.0 (16.0–40.0) | 4.00 (2.00–5.00) | 10.0 | 50 % | 100 % same label, scores within 0.003 |",
+        "| ViT-S/16, classification | ours, bfloat16 | 20.0 (16.0–40.0) | 4.00 (2.00–5.00) | 10.0 | 50 % |"
+        " 100 % same label, scores within 0.003 |",
         "| ViT-S | 8 | 512 | 1.0 | 100 | 50.0 % | 80.0 % | 10.0 % | 25.0 % |",
         "Not held against a measurement here: no hosts here.",
     ):
@@ -75,7 +76,8 @@ def test_lines_of_readme():
         "| ResNet-50 step, float32 | 1.25 times the plain step | 50 % of the rate of a 3×3 convolution |",
         "| AdamW | 2.5 times a loop over parameters | 50 % of memory bandwidth |",
         "| memory, batch 256 in chunks of 32 | 2.4 GiB; the plain step 6.9 GiB at batch 64 | 1.8 GiB must be kept |",
-        "| classification in bf16, ViT-S/16 | 4.0 times transformers' pipeline | 50 % of decoding and matrix products |",
+        "| classification in bf16, ViT-S/16 | 4.0 times transformers' pipeline |"
+        " 50 % of decoding and matrix products |",
     ]
 
 

@@ -58,7 +58,8 @@ def test_every_arm_is_a_run_of_its_own(arms):
     for arm, arguments in zip(arms, command_lines, strict=True):
         recipe = load_recipe(arguments[1], arguments[2:])
         plan = make_plan(recipe, arm.num_images, 1)
-        assert plan.total_steps == arm.epochs * (arm.num_images // arm.batch_size)
+        assert plan.total_steps == arm.steps
+        assert arm.max_steps is not None or arm.steps == arm.epochs * (arm.num_images // arm.batch_size)
         assert math.ceil(plan.total_steps / recipe.run.save_steps) == arm.points
 
 
