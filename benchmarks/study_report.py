@@ -21,6 +21,7 @@ from .study_arms import ABLATION_BASELINE, ARMS, FAILURE, Arm
 
 
 ROOT = Path(__file__).parent.parent
+METRICS = ("knn_top1", "linear_top1")  # the last judges the signs
 # Differences smaller than so many standard errors are noise.
 SIGNIFICANT = 2.0
 # Measurements of a watched run between two lines of its table.
@@ -76,34 +77,37 @@ def verdict(here: float, error: float, there: float) -> str:
 
 
 def ablation_table(runs: dict[str, list[dict]], arms: list[Arm]) -> str:
-    lines = [
-        "| setting | seeds | kNN % | linear % | linear, against the baseline | ImageNet, paper | against its own |"
-        " sign agrees |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """Every arm against the baseline, beside the paper's difference; its sign is judged by linear accuracy."""
     arms = [arm for arm in arms if arm.name in runs]
-    baseline = runs[ABLATION_BASELINE]
+    changed = [arm for arm in arms if arm.name != ABLATION_BASELINE]
     differences = {
-        arm.name: paired_differences(runs[arm.name], baseline, "linear_top1")
-        for arm in arms
-        if arm.name != ABLATION_BASELINE
+        metric: {arm.name: paired_differences(runs[arm.name], runs[ABLATION_BASELINE], metric) for arm in changed}
+        for metric in METRICS
     }
-    deviation = pooled_deviation(differences.values())
+    deviations = {metric: pooled_deviation(differences[metric].values()) for metric in METRICS}
+    lines = [
+        "| setting | seeds | kNN % | against the baseline | linear % | against the baseline | ImageNet, paper |"
+        " against its own | sign agrees |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for arm in arms:
-        knn, linear = (spread(final(runs[arm.name], metric)) for metric in ("knn_top1", "linear_top1"))
-        row = f"| {arm.name} | {len(runs[arm.name])} | {knn} | {linear} |"
+        row = f"| {arm.name} | {len(runs[arm.name])} |"
+        for metric in METRICS:
+            row += f" {spread(final(runs[arm.name], metric))} |"
+            if arm.name == ABLATION_BASELINE:
+                row += " |"
+                continue
+            sample = differences[metric][arm.name]
+            here, error = statistics.fmean(sample), deviations[metric] / math.sqrt(len(sample))
+            row += f" {here:+.1f} ± {error:.1f} |"
         if arm.name == ABLATION_BASELINE:
-            lines.append(f"{row} | | | |")
-            continue
-        here = statistics.fmean(differences[arm.name])
-        error = deviation / math.sqrt(len(differences[arm.name]))
-        row = f"{row} {here:+.1f} ± {error:.1f} |"
-        if arm.paper is None:
+            lines.append(f"{row} | | |")
+        elif arm.paper is None:
             lines.append(f"{row} not in the paper | | |")
-            continue
-        changed, original, place = arm.paper
-        there = changed - original
-        lines.append(f"{row} {changed} ({place}) | {there:+.1f} | {verdict(here, error, there)} |")
+        else:
+            original, place = arm.paper[1:]
+            there = arm.paper[0] - original
+            lines.append(f"{row} {arm.paper[0]} ({place}) | {there:+.1f} | {verdict(here, error, there)} |")
     return "\n".join(lines)
 
 

@@ -115,7 +115,8 @@ def test_verdict(here, error, there, expected):
 
 def test_ablation_table():
     rows = {line.split(" | ")[0].strip("| "): line for line in ablation_table(RUNS, ABLATIONS).splitlines()[2:]}
-    assert "| 42.0 ± 2.0 |" in rows[ABLATION_BASELINE]
+    assert "| 42.0 ± 2.0 | | | | |" in rows[ABLATION_BASELINE]
+    assert "| 40.0 ± 0.0 | +0.0 ± 0.0 |" in rows["no predictor"]
     assert "| -3.0 ± 0.1 | 75.5 (ViT-B, 300 epochs) | -1.0 | yes |" in rows["no predictor"]
     assert rows["momentum 0.9"].endswith("| within noise |")
     assert "| +2.0 ± 0.1 |" in rows["momentum 0"]

@@ -129,7 +129,12 @@ def test_stochastic_depth_draws_the_same(switch):
     assert not torch.equal(first_step(VIT, {})[0], plain[0]), "nothing was dropped"
 
 
+# torch 2.11 warns of its own code when it compiles.
+torch_warns_of_itself = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+@torch_warns_of_itself
 def test_compiled():
     """The trained encoder alone, as kernels take their time to build; dropout must draw what it draws otherwise."""
     torch.compiler.reset()
@@ -140,6 +145,7 @@ def test_compiled():
     assert_same_step(step_of(model, 16, None), first_step(VIT, {}, **settings))
 
 
+@torch_warns_of_itself
 def test_compilation_has_no_graph_breaks_and_leaves_the_names_alone():
     model = build_model(VIT)
     names = list(model.state_dict())
