@@ -26,6 +26,7 @@ from transformers import AutoModel
 from mocov3_hf.data.labelled import open_labelled
 from mocov3_hf.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from mocov3_hf.evaluation.linear import fit_linear_classifier
+from mocov3_hf.pretraining.acceleration import fastest_attention
 from mocov3_hf.pretraining.build import build_model
 from mocov3_hf.pretraining.loop import main as pretrain
 from mocov3_hf.probes.knn import knn_accuracy
@@ -68,6 +69,8 @@ class LabelledSplit:
 def evaluate(encoder: torch.nn.Module, train: LabelledSplit, test: LabelledSplit) -> dict[str, float]:
     """kNN and linear accuracy, between 0 and 1, of the features in eval mode."""
     encoder = encoder.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if encoder.backbone._supports_sdpa:
+        encoder.set_attn_implementation(fastest_attention(encoder.device, "bf16"))
     bank, queries = train.features(encoder), test.features(encoder)
     classifier = fit_linear_classifier(bank, train.labels, max_iterations=200)
     return {
