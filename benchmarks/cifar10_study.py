@@ -83,6 +83,7 @@ def run(arm: Arm, seed: int, options: argparse.Namespace) -> None:
     """One run of one arm, in this process: pre-train, evaluate, write its file."""
     folder = options.output_dir / f"{arm.key}_seed{seed}"
     arguments = [*arguments_of(arm), "--seed", str(seed)]
+    is_continued = (folder / "metrics.jsonl").exists()
     started = time.process_time()
     pretrain(
         [
@@ -91,7 +92,8 @@ def run(arm: Arm, seed: int, options: argparse.Namespace) -> None:
             *("--resume_from_checkpoint", "auto"),
         ]
     )
-    seconds = {"pretraining": time.process_time() - started}
+    # Of a run that was cut off, only the last part is known.
+    seconds = {"pretraining": None if is_continued else time.process_time() - started}
     recipe = load_recipe(arguments[1], arguments[2:])
     metrics = read_lines(folder / "metrics.jsonl")
     if not metrics or metrics[-1]["step"] < arm.steps:  # a signal ends pre-training like its last step does
