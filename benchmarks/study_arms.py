@@ -115,6 +115,7 @@ ARMS = [
     ablation("batch 256", "--learning_rate", "2e-3", batch_size=256, paper=(69.7, 72.2, IN_100_EPOCHS)),
     failure(FAILURE, *TRAINED_PROJECTION),
     failure(f"{FAILURE[: -len('trained')]}frozen"),
+    Arm("the recipe's rate, patch projection frozen", "failure", NANO, options=WATCHED, seeds=1),
     tuning("ViT-nano/8, learning rate 2e-3", NANO, "--learning_rate", "2e-3"),
     small_batch("momentum 0.99", "--momentum", "0.99"),
     small_batch("momentum 0.9", "--momentum", "0.9"),
