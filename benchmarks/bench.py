@@ -85,8 +85,8 @@ def plan_parts(device: str, quick: bool, images: str, rounds: int, step_json: st
         parts.append(Part("step", "step", step, 60 if quick else 100 * (rounds + 2)))
     parts.append(Part("updates", "updates", (*on, "--rounds", "1" if quick else "7"), 15 if quick else 35))
     if device == "cpu":
-        memory = "--batches 4 8 --chunk_size 2 --cost_batch 4 --rounds 1" if quick else "--batches 32 128 --cost_batch 32 --rounds 1"
-        parts.append(Part("memory", "memory", words(memory), 40 if quick else 190))
+        sizes = "--batches 4 8 --chunk_size 2 --cost_batch 4" if quick else "--batches 32 128 --cost_batch 32"
+        parts.append(Part("memory", "memory", words(f"{sizes} --rounds 1"), 40 if quick else 190))
     inference = ("--images", images, "--rounds", "1" if quick else "3", "--num_images", "4" if quick else "8")
     inference += ("--tasks", "classification", "features")
     parts.append(Part("inference", "inference", inference, 20 if quick else 90))
