@@ -184,7 +184,7 @@ def plot_curves(runs: dict[str, list[dict]], arms: list[Arm], path: Path) -> Non
 
 def plot_failure(shown: dict[str, dict], path: Path) -> None:
     """Loss, gradient of the first layer, effective rank and kNN of the failed run and those beside it."""
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
     axes = figure.subplots(1, 4)
     for name, run in shown.items():
         steps = [line["step"] for line in run["metrics"]]
@@ -205,7 +205,7 @@ def plot_failure(shown: dict[str, dict], path: Path) -> None:
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
     axes[1].set_yscale("log")
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     save(figure, path)
 
 
