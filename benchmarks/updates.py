@@ -15,12 +15,11 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from limits import Sum, clock, cpu_name
 from plain_step import PlainLARS
-from step import MOMENTUM, RECIPES, fresh_model
+from step import MOMENTUM, RECIPES, fresh_model, write
 
 from mocov3_hf.plan import make_plan
 from mocov3_hf.pretraining.build import build_optimizer
@@ -102,8 +101,7 @@ def main() -> None:
         limit = point["limit_bytes"] / statistics.median(seconds["limit"]) / 1e9
         print(f"{point['update']}: {times:.2f} times the plain loop, {rate:.1f} GB/s; a sum in place {limit:.1f} GB/s")
     if options.output:
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.output).write_text(f"{json.dumps(result, indent=1)}\n", encoding="utf-8")
+        write(result, options.output)
     print(json.dumps(result))
 
 
