@@ -89,7 +89,8 @@ class LARS(Optimizer):
             torch._foreach_add_(parameters, buffers, alpha=-lr)
             return
         skip = found_inf.bool()
-        updates = [torch.where(skip, 0.0, update) for update in updates]  # a product with 0 would keep NaN
+        zero = updates[0].new_zeros(())
+        updates = [torch.where(skip, zero, update) for update in updates]  # a product with 0 would keep NaN
         # In the precision of the parameters: `torch.where` on plain numbers would round them to float32.
         dtype = torch.promote_types(buffers[0].dtype, torch.float32)
         kept = skip.to(dtype)

@@ -1,0 +1,30 @@
+"""The projection of patches as a matrix product, which GPUs get, is the convolution."""
+
+import pytest
+import torch
+
+from mocov3_hf import MoCoV3ViTConfig
+from mocov3_hf.model.modeling_mocov3_vit import MoCoV3ViTPatchEmbeddings
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "image"), [(4, (3, 16, 24)), ((4, 8), (3, 16, 32)), ((4, 8), (3, 18, 35)), (1, (1, 3, 2))]
+)
+def test_both_ways_give_the_same(patch_size, image):
+    config = MoCoV3ViTConfig(
+        patch_size=patch_size, num_channels=image[0], hidden_size=12, num_attention_heads=2, image_size=64
+    )
+    torch.manual_seed(0)
+    embeddings = MoCoV3ViTPatchEmbeddings(config).double()
+    pixel_values = torch.randn(2, *image, dtype=torch.float64, requires_grad=True)
+    variables = [pixel_values, *embeddings.parameters()]
+    convolved, multiplied = embeddings.projection(pixel_values), embeddings.multiply(pixel_values)
+    torch.testing.assert_close(multiplied, convolved, rtol=1e-12, atol=1e-13)
+    weights = torch.randn_like(convolved)
+    torch.testing.assert_close(
+        torch.autograd.grad(multiplied, variables, weights),
+        torch.autograd.grad(convolved, variables, weights),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+    assert torch.equal(embeddings(pixel_values), convolved)  # on a CPU the convolution stays
