@@ -1,10 +1,12 @@
 """Images that live on the device give the views of the CPU stage."""
 
+import threading
+
 import pytest
 import torch
 
 from mocov3_hf.data.device_cache import DeviceCache, crop_and_resize_batch
-from mocov3_hf.data.loader import TwoViewLoader
+from mocov3_hf.data.loader import TwoViewLoader, one_ahead
 from mocov3_hf.data.sources import open_source
 from mocov3_hf.data.views import two_views
 
@@ -75,3 +77,21 @@ def test_what_does_not_fit_is_refused(jpeg_folder):
     Image.new("RGB", (2, 900)).save(tall)
     with pytest.raises(ValueError, match="20 images padded to 900x900 pixels fill 46 MiB, more than the 9 MiB"):
         DeviceCache(open_source(folder), "cpu", max_bytes=10_000_000)
+
+
+def test_drawing_ahead_keeps_order_and_errors_and_can_be_left():
+    def double(number):
+        if number == 3:
+            raise ValueError("three")
+        return 2 * number
+
+    assert list(one_ahead(double, range(3))) == [0, 2, 4]
+    assert list(one_ahead(double, range(0))) == []
+    ahead = one_ahead(double, range(5))
+    assert [next(ahead), next(ahead), next(ahead)] == [0, 2, 4]
+    with pytest.raises(ValueError, match="three"):
+        next(ahead)
+    left = one_ahead(double, range(3))
+    next(left)
+    left.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]

@@ -75,16 +75,35 @@ class DeviceCache:
         Returns:
             pixels uint8 (2, B, 3, S, S) and parameters float32 (2, B, K) on the device, sample_ids as given.
         """
-        device, size = self.images.device, settings[0].image_size
+        return self.crop(self.draw(sample_ids, settings, seed, epoch), settings[0].image_size)
+
+    def draw(
+        self, sample_ids: torch.Tensor, settings: tuple[ViewSettings, ViewSettings], seed: int, epoch: int
+    ) -> dict:
+        """The first half of `make_views`, on the CPU: boxes int64 (2, B, 4), parameters and sample_ids."""
         heights, widths = self.heights[sample_ids], self.widths[sample_ids]
-        images = self.images[sample_ids.to(device, non_blocking=True)].to(torch.float32)
-        pixels, parameters = [], []
-        for view in range(2):
-            draws = draw_view(settings[view], seed, epoch, sample_ids, view)
-            boxes = crop_boxes(draws, heights, widths, settings[view]).to(device, non_blocking=True)
-            pixels.append(crop_and_resize_batch(images, boxes, size))
-            parameters.append(draws.parameters.to(device, non_blocking=True))
-        return {"pixels": torch.stack(pixels), "parameters": torch.stack(parameters), "sample_ids": sample_ids}
+        draws = [draw_view(settings[view], seed, epoch, sample_ids, view) for view in range(2)]
+        boxes = [crop_boxes(draws[view], heights, widths, settings[view]) for view in range(2)]
+        return {
+            "boxes": torch.stack(boxes),
+            "parameters": torch.stack([view.parameters for view in draws]),
+            "sample_ids": sample_ids,
+        }
+
+    def crop(self, drawn: dict, size: int) -> dict:
+        """The second half, on the device."""
+        boxes, rows = self._to_device(drawn["boxes"]), self._to_device(drawn["sample_ids"])
+        images = self.images[rows].to(torch.float32)
+        return {
+            "pixels": torch.stack([crop_and_resize_batch(images, boxes[view], size) for view in range(2)]),
+            "parameters": self._to_device(drawn["parameters"]),
+            "sample_ids": drawn["sample_ids"],
+        }
+
+    def _to_device(self, numbers: torch.Tensor) -> torch.Tensor:
+        """A copy that nobody waits for: on a GPU, that takes memory which the system does not move."""
+        device = self.images.device
+        return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
 
 
 def crop_and_resize_batch(images: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:

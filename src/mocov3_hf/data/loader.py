@@ -5,7 +5,9 @@ number of processes change nothing in it. Do not `prepare` the loader with accel
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -141,10 +143,15 @@ class TwoViewLoader:
 
     def _cached_epoch(self, epoch: int, start_step: int) -> Iterator[dict]:
         order = sample_order(self.seed, epoch, self.source.num_samples)
-        for step in range(start_step, self.steps_per_epoch):
+
+        def draw(step: int) -> dict:
             start = step * self.global_batch_size
             sample_ids = order[start + self._rows.start : start + self._rows.stop]
-            yield self._cache.make_views(sample_ids, self.settings, self.seed, epoch)
+            return self._cache.draw(sample_ids, self.settings, self.seed, epoch)
+
+        steps = range(start_step, self.steps_per_epoch)
+        for drawn in map(draw, steps) if self._cache.images.device.type == "cpu" else one_ahead(draw, steps):
+            yield self._cache.crop(drawn, self.settings[0].image_size)
 
     def _joined(self, parts: list[dict]) -> dict:
         pixels = [part["pixels"].permute(0, 1, 3, 4, 2) for part in parts]
@@ -172,6 +179,17 @@ class TwoViewLoader:
                 causes = "; ".join(f"worker {worker.pid} was {describe_exit(worker.exitcode)}" for worker in dead)
                 raise RuntimeError(f"a data loading worker died: {causes}") from error
             yield batch
+
+
+def one_ahead(function: Callable, arguments: Iterable) -> Iterator:
+    """`map`, with the next result computed by a thread while this one is used: what waits for a GPU has the time."""
+    arguments = iter(arguments)
+    with ThreadPoolExecutor(1) as pool:
+        pending = [pool.submit(function, argument) for argument in islice(arguments, 1)]
+        while pending:
+            result = pending.pop().result()
+            pending = [pool.submit(function, argument) for argument in islice(arguments, 1)]
+            yield result
 
 
 def _checked_steps(num_samples: int | None, global_batch_size: int, steps_per_epoch: int | None) -> int:
