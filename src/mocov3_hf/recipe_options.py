@@ -164,7 +164,16 @@ class AccelerationRecipe:
         "The process keeps the memory that it frees instead of fetching it from the system anew in every step (glibc's"
         " mallopt); by default on CPUs where the C library is glibc.",
     )
-    torch_compile: bool = option(False, "Compile both encoders: faster after minutes, worth it on GPUs.")
+    deterministic: bool | None = option(
+        None,
+        "Only algorithms that give the same bits every time, so that a run that was interrupted ends in the same"
+        " weights as one that was not; by default on GPUs, which have faster ones besides.",
+    )
+    torch_compile: bool = option(
+        False,
+        "Compile both encoders and, on GPUs, the augmentation: faster after a minute, worth it there for all but short"
+        " runs.",
+    )
     gradient_checkpointing: bool = option(
         False, "Recompute the encoder's activations in the backward pass: less memory, a quarter more work."
     )

@@ -32,7 +32,7 @@ class PhotometricStage(nn.Module):
     Args:
         mean, std: of the channels, for pixels in [0, 1].
         max_blur_sigma: the largest standard deviation in pixels that parameters may hold: it fixes the width of the
-            kernel. A larger one in the parameters gives a wrong blur, so take it from the settings.
+            kernel. A larger one in the parameters gives a wrong blur, so take it from the settings. 0 for no blur.
     """
 
     def __init__(self, mean=IMAGENET_MEAN, std=IMAGENET_STD, max_blur_sigma: float = 2.0):
@@ -70,7 +70,8 @@ class PhotometricStage(nn.Module):
         )
         image = self._jitter(pixels.to(torch.float32) / 255, values)
         image = torch.where(values["grayscale"] > 0.5, grayscale(image), image)
-        image = gaussian_blur(image, parameters[:, PARAMETER_NAMES.index("blur_sigma")], self.max_blur_sigma)
+        if self.max_blur_sigma > 0:
+            image = gaussian_blur(image, parameters[:, PARAMETER_NAMES.index("blur_sigma")], self.max_blur_sigma)
         image = solarize(image, values["solarize_threshold"])
         image = torch.where(values["flip"] > 0.5, image.flip(-1), image)
         return ((image - self.mean) / self.std).to(dtype)

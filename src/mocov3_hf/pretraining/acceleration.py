@@ -5,12 +5,14 @@ order in which they are summed; benchmarks/step.py measures what each is worth.
 """
 
 import ctypes
+import os
 import platform
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
+from ..data.photometric import PhotometricStage
 from ..model.configuration_mocov3 import MoCoV3ViTConfig
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining, has_batch_norm
 from ..recipe import AccelerationRecipe, Recipe, RecipeError
@@ -36,6 +38,7 @@ class Acceleration:
     views_in_one_pass: bool
     pooled_query_only: bool
     keep_freed_memory: bool
+    deterministic: bool
     torch_compile: bool
     gradient_checkpointing: bool
 
@@ -69,10 +72,14 @@ def choose_acceleration(recipe: Recipe, model: MoCoV3ForPreTraining, device: tor
         attn_implementation=given(
             asked.attn_implementation, fastest_attention(device, mixed_precision) if is_own_vit else None
         ),
-        # Measured on a CPU: 2 to 4 % slower than two passes, in float32 and in bf16.
-        views_in_one_pass=given(asked.views_in_one_pass, False),
+        # Measured on a CPU 2 to 4 % slower than two passes, in float32 and in bf16; on a GPU faster.
+        views_in_one_pass=given(
+            asked.views_in_one_pass, device.type == "cuda" and is_own_vit and not has_batch_norm(model.mocov3)
+        ),
         pooled_query_only=given(asked.pooled_query_only, is_own_vit),
         keep_freed_memory=given(asked.keep_freed_memory, device.type == "cpu" and has_glibc()),
+        # CPUs have no algorithms of the other kind.
+        deterministic=given(asked.deterministic, device.type == "cuda"),
         torch_compile=asked.torch_compile,
         gradient_checkpointing=asked.gradient_checkpointing,
     )
@@ -143,7 +150,7 @@ def accelerate(model: MoCoV3ForPreTraining, choice: Acceleration) -> None:
     """
     Set up `model`, in place and before the optimizer is built; weights keep their values and their names.
 
-    `tf32` and `keep_freed_memory` are states of the whole process.
+    `tf32`, `keep_freed_memory` and `deterministic` are states of the whole process.
 
     Raises:
         RecipeError: an attention that is unknown or not installed.
@@ -151,6 +158,7 @@ def accelerate(model: MoCoV3ForPreTraining, choice: Acceleration) -> None:
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high" if choice.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = choice.tf32
+        choose_algorithms(choice.deterministic, model.config.backbone_config.model_type == MoCoV3ViTConfig.model_type)
     if choice.keep_freed_memory:
         keep_freed_memory()
     if choice.channels_last:
@@ -167,7 +175,23 @@ def accelerate(model: MoCoV3ForPreTraining, choice: Acceleration) -> None:
     if choice.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     if choice.torch_compile:
-        compile_encoders(model)
+        for encoder in (model.mocov3, model.momentum_encoder.encoder):
+            compile_in_place(encoder)
+
+
+def choose_algorithms(deterministic: bool, strictly: bool) -> None:
+    """
+    Whether GPUs take only algorithms that sum in the same order every time.
+
+    Where torch has none for an operation, it stops if `strictly`, and otherwise warns and takes what it has. That also
+    keeps a faster backward pass of the fused attention, whose sums are in no order.
+    """
+    if deterministic:
+        # cuBLAS reads it when it is first used: a workspace of fixed size, which its own documentation asks for.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic, warn_only=not strictly)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a help for finding bugs that costs time
 
 
 def keep_freed_memory() -> None:
@@ -201,12 +225,24 @@ def enable_gradient_checkpointing(model: MoCoV3ForPreTraining) -> None:
     enable()
 
 
-def compile_encoders(model: MoCoV3ForPreTraining) -> None:
+def accelerate_augmentation(stage: PhotometricStage, choice: Acceleration, device: torch.device) -> None:
     """
-    Compile both encoders in place, which leaves the names of the weights alone.
+    Set up the device half of the augmentation, in place. On a CPU nothing is compiled: there it takes image by image,
+    and only what applies to each (docs/LOG.md).
+    """
+    if choice.torch_compile and device.type != "cpu":
+        compile_in_place(stage)
 
-    Heads and loss stay as they are: they are little work, and exchange numbers between processes. Random numbers are
-    those of the step that is not compiled, which also makes the second pass of the gradient cache repeat the first.
+
+def compile_in_place(module: nn.Module) -> None:
     """
-    for encoder in (model.mocov3, model.momentum_encoder.encoder):
-        encoder.compile(options={"fallback_random": True})
+    Compile a module and leave the names of its weights alone.
+
+    Meant for the encoders and the augmentation; heads and loss stay as they are: they are little work, and exchange
+    numbers between processes. Random numbers are those of the step that is not compiled, which also makes the second
+    pass of the gradient cache repeat the first. Kernels are not chosen by the clock where a run asks for the same bits
+    every time.
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    # One size is compiled, as a run has it: kernels for any size are slower.
+    module.compile(dynamic=False, options={"fallback_random": True, "deterministic": deterministic})

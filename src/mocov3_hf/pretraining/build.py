@@ -14,6 +14,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from ..data.loader import TwoViewLoader
+from ..data.photometric import PhotometricStage
 from ..data.sources import open_source
 from ..data.views import ViewSettings, two_views
 from ..model.batchnorm_mocov3 import GlobalBatchNorm
@@ -248,6 +249,13 @@ def build_view_settings(recipe: Recipe) -> tuple[ViewSettings, ViewSettings]:
         replace(first, blur_probability=views.blur_probability_1, solarize_probability=views.solarize_probability_1),
         replace(second, blur_probability=views.blur_probability_2, solarize_probability=views.solarize_probability_2),
     )
+
+
+def build_photometric(recipe: Recipe, device: torch.device) -> PhotometricStage:
+    """The device half of the augmentation."""
+    views = recipe.views
+    is_blurred = views.blur_probability_1 > 0 or views.blur_probability_2 > 0
+    return PhotometricStage(max_blur_sigma=views.blur_sigma[1] if is_blurred else 0.0).to(device)
 
 
 def build_loader(recipe: Recipe, source, plan: Plan, accelerator: Accelerator) -> TwoViewLoader:

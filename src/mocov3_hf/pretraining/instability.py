@@ -159,6 +159,8 @@ class GradientNorms:
 
     total: torch.Tensor  # L2 norm of all of them, 0-dim
     blocks: torch.Tensor  # and of each block, (blocks,)
+    first_max: torch.Tensor  # largest component of the gradient of the first trained layer, 0-dim
+    last_max: torch.Tensor  # and of the last
     times_usual: torch.Tensor  # for a spike, how many times the usual norm; otherwise 0; 0-dim
     refused: torch.Tensor  # whether the step must change nothing, 0-dim
 
@@ -185,6 +187,8 @@ class GradientWatch:
         # A row for each block, with ones for its parameters.
         self.members = (blocks == torch.arange(len(self.names), device=device)[:, None]).double()
         self.zero = torch.zeros((), device=device)
+        self.backbone = model.mocov3.backbone
+        self.first_and_last: tuple[nn.Parameter, nn.Parameter] | None = None
         self.spikes = SpikeDetector(spike_factor, device=device)
         self.refuse_spikes = refuse_spikes
 
@@ -194,6 +198,9 @@ class GradientWatch:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         found = iter(torch._foreach_norm(gradients))
         norms = torch.stack([self.zero if parameter.grad is None else next(found) for parameter in self.parameters])
+        if self.first_and_last is None:  # known once there are gradients
+            self.first_and_last = first_and_last_weight(self.backbone)
+        first_max, last_max = (weight.grad.abs().max() for weight in self.first_and_last)
         total = torch.linalg.vector_norm(norms)
         blocks = (self.members @ norms.double().square()).sqrt()
         times_usual = self.spikes.add(total)
@@ -201,4 +208,4 @@ class GradientWatch:
         refused = ~total.isfinite()
         if self.refuse_spikes:
             refused = refused | (times_usual > 0)
-        return GradientNorms(total, blocks, times_usual, refused)
+        return GradientNorms(total, blocks, first_max, last_max, times_usual, refused)

@@ -15,11 +15,10 @@ from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from ..data.bad_images import TooManyBadImagesError
-from ..data.photometric import PhotometricStage
 from ..optim import cosine_momentum, warmup_cosine
 from ..plan import Plan, make_plan
 from ..recipe import Recipe, RecipeError, load_recipe, recipe_help, recipe_names
-from .acceleration import accelerate, choose_acceleration
+from .acceleration import accelerate, accelerate_augmentation, choose_acceleration
 from .agreement import find_common_checkpoint
 from .batches import batches, timed
 from .build import (
@@ -27,6 +26,7 @@ from .build import (
     build_loader,
     build_model,
     build_optimizer,
+    build_photometric,
     build_source,
     check_model,
     doubtful_choices,
@@ -171,7 +171,8 @@ class Run:
         self.knn = None
         if recipe.data.knn_steps is not None:
             self.knn = OnlineKNN(recipe, self.accelerator, num_workers(recipe, self.accelerator))
-        self.photometric = PhotometricStage(max_blur_sigma=recipe.views.blur_sigma[1]).to(self.accelerator.device)
+        self.photometric = build_photometric(recipe, self.accelerator.device)
+        accelerate_augmentation(self.photometric, acceleration, self.accelerator.device)
 
     def train(self) -> None:
         """Run to the end, or to a signal, and leave weights, metrics and the resolved recipe in the output folder."""

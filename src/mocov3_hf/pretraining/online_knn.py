@@ -76,7 +76,8 @@ class OnlineKNN:
         done = 0
         for pixel_values, _ in loader:
             with self.accelerator.autocast():
-                pooled = encoder(pixel_values.to(self.accelerator.device)).pooler_output
+                # `forward`, since a call would compile a compiled encoder anew, for this mode and each batch size.
+                pooled = encoder.forward(pixel_values.to(self.accelerator.device)).pooler_output
             own[done : done + len(pooled)] = pooled.float()
             done += len(pooled)
         return self.accelerator.gather(own)[: len(images)].cpu(), torch.from_numpy(images.labels)

@@ -9,7 +9,7 @@ from torch import nn
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTrainingOutput
 from ..optim import LARS
 from .gradient_cache import cached_backward
-from .instability import GradientWatch, first_and_last_weight
+from .instability import GradientWatch
 
 
 # Distance of the seeds of neighbouring steps: more processes than a run will have.
@@ -57,22 +57,20 @@ def train_step(
         gradient_cache_chunk_size: Images per pass of the backbone, for batches larger than memory; `None` for all.
         watch: Of the gradients, and what it has seen of the steps before; `None` for one that has seen nothing.
     """
-    watch = watch or GradientWatch(accelerator.unwrap_model(model))
+    unwrapped = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    watch = watch or GradientWatch(unwrapped)
     statistics = RunningStatistics(model)
     # θk ← m·θk + (1 - m)·θq; before the forward, as base weights do not move in between.
-    accelerator.unwrap_model(model).update_momentum_encoder(momentum)
+    unwrapped.update_momentum_encoder(momentum)
 
     if gradient_cache_chunk_size is None:
         output: MoCoV3ForPreTrainingOutput = model(pixel_values=views[0], pixel_values_2=views[1], even_batches=True)
         accelerator.backward(output.loss)
     else:
-        output = cached_backward(accelerator.unwrap_model(model), views, gradient_cache_chunk_size, accelerator)
+        output = cached_backward(unwrapped, views, gradient_cache_chunk_size, accelerator)
 
     accelerator.unscale_gradients(optimizer)
     norms = watch.look()
-    first, last = (
-        weight.grad.abs().max() for weight in first_and_last_weight(accelerator.unwrap_model(model).mocov3.backbone)
-    )
     if max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norms.total)
     for group in optimizer.param_groups:
@@ -86,8 +84,8 @@ def train_step(
         loss=output.loss.detach(),
         positive_top1=positive_top1,
         grad_norm=norms.total,
-        first_layer_grad_max=first,
-        last_layer_grad_max=last,
+        first_layer_grad_max=norms.first_max,
+        last_layer_grad_max=norms.last_max,
         times_usual=norms.times_usual,
         skipped=norms.refused,
         block_grad_norms=norms.blocks,
@@ -111,12 +109,20 @@ class RunningStatistics:
     """The running statistics of a model's batch normalisation before a step, to go back to after a bad one."""
 
     def __init__(self, model: nn.Module):
-        self.buffers = list(model.buffers())
-        self.before = [buffer.clone() for buffer in self.buffers]
+        buffers = list(model.buffers())
+        dtypes = dict.fromkeys(buffer.dtype for buffer in buffers)
+        # Hundreds of small tensors: joined, they are copied and chosen from in a few operations.
+        self.groups = [[buffer for buffer in buffers if buffer.dtype == dtype] for dtype in dtypes]
+        self.before = [joined(buffers) for buffers in self.groups]
 
     def restore_where(self, bad: torch.Tensor) -> None:
-        for buffer, before in zip(self.buffers, self.before, strict=True):
-            buffer.copy_(torch.where(bad, before, buffer))
+        for buffers, before in zip(self.groups, self.before, strict=True):
+            kept = torch.where(bad, before, joined(buffers)).split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(kept, buffers, strict=True)])
+
+
+def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def seed_step(seed: int, step: int, process_index: int) -> None:
