@@ -25,7 +25,9 @@ def test_loss_and_gradients_are_those_of_the_cpu(backbone):
         model.update_momentum_encoder(1.0)
         loss = model(pixel_values=views[0].to(device), pixel_values_2=views[1].to(device)).loss
         loss.backward()
-        results.append([loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters() if p.grad is not None)])
+        results.append(
+            [loss.detach().cpu(), *(p.grad.cpu().clone() for p in model.parameters() if p.grad is not None)]
+        )
     torch.testing.assert_close(results[0], results[1], rtol=1e-8, atol=1e-10)
 
 
