@@ -1,16 +1,11 @@
 """How fast a pre-training step is, against a step without any regard to speed (plain_step.py).
 
     python benchmarks/step.py [--backbones vit_small resnet50] [--precisions no bf16] [--switches] [--output FILE.json]
-    python benchmarks/step.py --device cuda [--data DIR] [--batch N] [--output FILE.json]
 
-On a CPU: one core, CPU time. Each step has a process of its own, as ours changes how its process handles memory. Both
-start from the same weights and views, must agree on the first loss, and take turns, with the operation that bounds
-them (limits.py); figures are medians of the rounds, ratios of neighbouring ones. With --switches, every switch of the
-recipe's AccelerationRecipe is also turned over alone, against what is chosen by itself.
-
-On a GPU: images per second and the share of the card's peak (MFU; multiply-adds of both views in the base encoder,
-forward and backward, and the momentum encoder), on synthetic views and, with --data, on images from a folder through
-loader and photometric stage; compiled and not.
+One core, CPU time; step_gpu.py measures a GPU. Each step has a process of its own, as ours changes how its process
+handles memory. Both start from the same weights and views, must agree on the first loss, and take turns, with the
+operation that bounds them (limits.py); figures are medians of the rounds, ratios of neighbouring ones. With
+--switches, each switch of the recipe's AccelerationRecipe is turned over by itself too, against the chosen ones.
 
 A quick try: --backbones vit_small --precisions no --batch 4 --rounds 1. The last line is JSON with every run.
 """
@@ -22,7 +17,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -31,15 +26,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from limits import Convolution, Gemm, clock, cpu_name, step_flop_per_image
+from limits import Convolution, Gemm, cpu_name, step_flop_per_image
 from plain_step import PlainStep
 
 from mocov3_hf import MoCoV3ForPreTraining
-from mocov3_hf.complexity import multiply_adds
-from mocov3_hf.data.photometric import PhotometricStage
 from mocov3_hf.plan import make_plan
 from mocov3_hf.pretraining.acceleration import Acceleration, accelerate, choose_acceleration
-from mocov3_hf.pretraining.build import build_config, build_loader, build_model, build_optimizer, build_source
+from mocov3_hf.pretraining.build import build_config, build_model, build_optimizer
 from mocov3_hf.pretraining.instability import GradientWatch
 from mocov3_hf.pretraining.step import train_step
 from mocov3_hf.recipe import load_recipe
@@ -52,12 +45,7 @@ RECIPES = {
     "vit_base": "mocov3_vit-base-p16_16xb256-amp-coslr-300e_in1k",
     "resnet50": "mocov3_resnet50_8xb512-amp-coslr-100e_in1k",
 }
-BATCHES = {
-    "cpu": {"vit_small": 16, "vit_base": 8, "resnet50": 16},
-    "cuda": {"vit_small": 256, "vit_base": 128, "resnet50": 256},
-}
-# Dense peak of tensor cores in bf16, TFLOP/s, from the makers' data sheets.
-PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "4090": 165.2}
+BATCHES = {"vit_small": 16, "vit_base": 8, "resnet50": 16}
 LEARNING_RATE = {"adamw": 1e-4, "lars": 0.1}
 
 
@@ -261,103 +249,23 @@ def each_switch(backbone: str, mixed_precision: str, batch: int, rounds: int) ->
     return results
 
 
-def real_views(recipe_name: str, data: str, batch: int, accelerator: Accelerator) -> Iterator[tuple]:
-    """Both views of the images of a folder, epoch after epoch, through loader and photometric stage."""
-    recipe = load_recipe(
-        recipe_name, ["--dataset_name", data, "--per_device_train_batch_size", str(batch), "--output_dir", "runs"]
-    )
-    source = build_source(recipe)
-    loader = build_loader(recipe, source, make_plan(recipe, source.num_samples, 1), accelerator)
-    stage = PhotometricStage(max_blur_sigma=recipe.views.blur_sigma[1]).to(accelerator.device)
-    epoch = 0
-    while True:
-        for batch_of_crops in loader.epoch(epoch, 0):
-            pixels, parameters = (
-                batch_of_crops[name].to(accelerator.device, non_blocking=True) for name in ("pixels", "parameters")
-            )
-            yield stage(pixels[0], parameters[0]), stage(pixels[1], parameters[1])
-        epoch += 1
-
-
-def on_gpu(backbone: str, mixed_precision: str, batch: int, steps: int, data: str | None, compiled: bool) -> dict:
-    """Wall time of `steps` steps after a warm-up, waiting for the device at both ends only."""
-    recipe_name = RECIPES[backbone]
-    ours = OurStep(fresh_model(recipe_name), recipe_name, mixed_precision, "cuda", {"torch_compile": compiled})
-    with torch.device("meta"):
-        encoder = MoCoV3ForPreTraining(ours.accelerator.unwrap_model(ours.model).config).mocov3
-        macs = multiply_adds(encoder, torch.empty(1, 3, SIZE, SIZE))
-    flops_per_image = 2 * macs * 2 * (3 + 1)  # two views; forward and backward count three, and the momentum encoder
-
-    def timed(views: Iterator[tuple]) -> dict:
-        runs = []
-        for _ in range(5):
-            ours(next(views), MOMENTUM)
-        for _ in range(3):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(steps):
-                ours(next(views), MOMENTUM)
-            torch.cuda.synchronize()
-            runs.append(steps * batch / (time.perf_counter() - start))
-        rate = statistics.median(runs)
-        peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
-        mfu = rate * flops_per_image / (peak * 1e12) if peak is not None else None
-        print(
-            f"{backbone} {mixed_precision} compiled={compiled}: {rate:.0f} images/s, MFU {mfu or float('nan'):.3f}",
-            file=sys.stderr,
-        )
-        return {"images_per_second": runs, "median": rate, "mfu": mfu}
-
-    fixed = random_views(batch, "cuda")
-    limit = limit_of(backbone, mixed_precision, "cuda")
-    clock(limit, "cuda")  # warms up
-    result = {
-        "backbone": backbone,
-        "mixed_precision": mixed_precision,
-        "batch": batch,
-        "torch_compile": compiled,
-        "acceleration": ours.choice.describe(),
-        "gflop_per_image": flops_per_image / 1e9,
-        "synthetic": timed(iter(lambda: fixed, None)),
-        "limit": {
-            "operation": type(limit).__name__,
-            "flop": limit.flop,
-            "seconds": [clock(limit, "cuda") for _ in range(3)],
-        },
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
-    }
-    if data is not None:
-        result["data"] = timed(real_views(recipe_name, data, batch, ours.accelerator))
-    torch.cuda.reset_peak_memory_stats()
-    return result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--backbones", nargs="+", choices=list(RECIPES), default=["vit_small", "resnet50"])
     parser.add_argument("--precisions", nargs="+", choices=["no", "bf16"], default=["no", "bf16"])
-    parser.add_argument("--batch", type=int, help="images per step; default 16 on a CPU, 256 on a GPU (ViT-B half)")
-    parser.add_argument("--rounds", type=int, default=7, help="measured rounds on a CPU")
-    parser.add_argument("--steps", type=int, default=30, help="steps per run on a GPU; three runs are made")
-    parser.add_argument("--switches", action="store_true", help="measure every switch alone too (CPU)")
-    parser.add_argument("--data", help="folder of images for the real data path (GPU)")
+    parser.add_argument("--batch", type=int, help="images per step; default 16, of ViT-B 8")
+    parser.add_argument("--rounds", type=int, default=7, help="measured rounds")
+    parser.add_argument("--switches", action="store_true", help="measure every switch alone too")
     parser.add_argument("--output", help="write the JSON here as well")
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no CUDA device")
     result = {
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else f"one core of {cpu_name()}",
+        "device": f"one core of {cpu_name()}",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "points": [],
     }
     for backbone in options.backbones:
         for precision in options.precisions:
-            batch = options.batch or BATCHES[options.device][backbone]
-            if options.device == "cuda":
-                for compiled in (False, True):
-                    result["points"].append(on_gpu(backbone, precision, batch, options.steps, options.data, compiled))
-                continue
+            batch = options.batch or BATCHES[backbone]
             torch.set_num_threads(1)
             point = against_plain(backbone, precision, batch, options.rounds)
             if options.switches:
