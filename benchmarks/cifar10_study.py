@@ -1,10 +1,11 @@
 """What matters for learning, on CIFAR-10: accuracy against epochs, and the paper's ablations in miniature.
 
     python -m benchmarks.cifar10_study [--jobs 2] [--groups curves ablations tuning failure] [--dataset_name ID|FOLDER]
-    python -m benchmarks.cifar10_study --long       (a GPU: the same arms on ViT-tiny/4, 200 epochs)
+    python -m benchmarks.cifar10_study --long       (a GPU: the same arms on ViT-tiny/4, 200 epochs, and ResNet-14)
 
 Every run is a process that pre-trains with the command of the package on the 50,000 images and evaluates checkpoints:
-kNN (k = 20) and logistic regression on frozen features of 20,000 training images, tested on all 10,000. It leaves one
+kNN (k = 20) and logistic regression on frozen features of 20,000 training images (all in the long form), tested on all
+10,000. It leaves one
 file in --results; runs whose file is there are passed over, and a run that was cut off continues at its checkpoint, so
 the study can be stopped at any time. Arms and budgets are in study_arms.py, tables and plots come from
 study_report.py.
@@ -21,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 from transformers import AutoModel
 
 from mocov3_hf.data.labelled import open_labelled
@@ -39,6 +41,7 @@ ROOT = Path(__file__).parent.parent
 HUB_ID = "uoft-cs/cifar10"
 KNN_K = 20
 TRAIN_SPLIT, TEST_SPLIT = "train[:20000]", "test"
+LONG_TRAIN_SPLIT = "train"
 # What of every line of metrics.jsonl is kept.
 KEPT_METRICS = (
     *("step", "epoch", "loss", "loss_normalized", "positive_top1", "grad_norm", "first_layer_grad_max"),
@@ -48,9 +51,13 @@ BATCH_SIZE = 500
 
 
 class LabelledSplit:
-    """A split of CIFAR-10 in memory: normalised images as they are, without resize and crop, (N, 3, 32, 32)."""
+    """
+    A split of CIFAR-10 in memory: whole images, normalised, (N, 3, 32, 32); enlarged where the model has seen views of
+    more pixels.
+    """
 
-    def __init__(self, dataset_name: str, split: str):
+    def __init__(self, dataset_name: str, split: str, image_size: int):
+        self.image_size = image_size
         images = open_labelled(dataset_name, split=split)
         pixels = torch.stack([images.decode(index) for index in range(len(images))])
         mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -62,8 +69,15 @@ class LabelledSplit:
         """(N, D) float32 on the CPU."""
         device = next(encoder.parameters()).device
         with torch.autocast(device.type, torch.bfloat16):
-            pooled = [encoder(batch.to(device)).pooler_output for batch in self.pixels.split(BATCH_SIZE)]
-        return torch.cat(pooled).float().cpu()
+            pooled = [
+                encoder(self.enlarged(batch.to(device))).pooler_output for batch in self.pixels.split(BATCH_SIZE)
+            ]
+        return torch.cat(pooled).flatten(1).float().cpu()
+
+    def enlarged(self, pixels: torch.Tensor) -> torch.Tensor:
+        if pixels.shape[-1] == self.image_size:
+            return pixels
+        return F.interpolate(pixels, size=(self.image_size, self.image_size), mode="bilinear")
 
 
 def evaluate(encoder: torch.nn.Module, train: LabelledSplit, test: LabelledSplit) -> dict[str, float]:
@@ -72,7 +86,7 @@ def evaluate(encoder: torch.nn.Module, train: LabelledSplit, test: LabelledSplit
     if encoder.backbone._supports_sdpa:
         encoder.set_attn_implementation(fastest_attention(encoder.device, "bf16"))
     bank, queries = train.features(encoder), test.features(encoder)
-    classifier = fit_linear_classifier(bank, train.labels, max_iterations=200)
+    classifier = fit_linear_classifier(bank, train.labels, max_iterations=200, device=encoder.device)
     return {
         "knn_top1": knn_accuracy(queries, test.labels, bank, train.labels, KNN_K)[KNN_K],
         "linear_top1": classifier.accuracy(queries, test.labels),
@@ -84,7 +98,7 @@ def run(arm: Arm, seed: int, options: argparse.Namespace) -> None:
     folder = options.output_dir / f"{arm.key}_seed{seed}"
     arguments = [*arguments_of(arm), "--seed", str(seed)]
     is_continued = (folder / "metrics.jsonl").exists()
-    started = time.process_time()
+    started, started_at = time.process_time(), time.perf_counter()
     pretrain(
         [
             *arguments,
@@ -94,12 +108,14 @@ def run(arm: Arm, seed: int, options: argparse.Namespace) -> None:
     )
     # Of a run that was cut off, only the last part is known.
     seconds = {"pretraining": None if is_continued else time.process_time() - started}
+    wall = None if is_continued else time.perf_counter() - started_at
     recipe = load_recipe(arguments[1], arguments[2:])
     metrics = read_lines(folder / "metrics.jsonl")
     if not metrics or metrics[-1]["step"] < arm.steps:  # a signal ends pre-training like its last step does
         sys.exit("stopped before its end; it continues when it is started again")
     started = time.process_time()
-    train, test = (LabelledSplit(options.dataset_name, split) for split in (TRAIN_SPLIT, TEST_SPLIT))
+    splits = (LONG_TRAIN_SPLIT if options.long else TRAIN_SPLIT, TEST_SPLIT)
+    train, test = (LabelledSplit(options.dataset_name, split, recipe.views.image_size) for split in splits)
     epoch_of = {line["step"]: line["epoch"] for line in metrics}
     steps_per_epoch = metrics[-1]["step"] / metrics[-1]["epoch"]
     points = []
@@ -121,6 +137,7 @@ def run(arm: Arm, seed: int, options: argparse.Namespace) -> None:
         "knn_while_training": read_lines(folder / "knn.jsonl"),
         "events": read_lines(folder / "events.jsonl"),
         "cpu_seconds": seconds,
+        "wall_seconds_of_pretraining": wall,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }

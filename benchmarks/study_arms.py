@@ -144,4 +144,16 @@ def without(options: tuple[str, ...], name: str) -> tuple[str, ...]:
     return options[:place] + options[place + 2 :]
 
 
-LONG_ARMS = [in_long_form(arm) for arm in ARMS if arm.group in ("curves", "ablations")]
+LONG_ARMS = [
+    Arm(
+        "ResNet-14",
+        "long",
+        "cifar10_resnet14",
+        epochs=300,
+        options=("--torch_compile", "--logging_steps", "97"),
+        seeds=1,
+        points=10,
+        batch_size=512,
+    ),
+    *(in_long_form(arm) for arm in ARMS if arm.group in ("curves", "ablations")),
+]
