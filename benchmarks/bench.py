@@ -77,9 +77,12 @@ def plan_parts(device: str, quick: bool, images: str, rounds: int, step_json: st
         stage = ("--device_stage",) if device == "cuda" else ()
         parts.append(Part("data_path", "data_path", (*data, *stage), 75))
     if device == "cuda":
-        step = (*on, "--data", images, "--steps", "5" if quick else "30")
-        step += words("--backbones vit_small --precisions bf16 --batch 32") if quick else ()
-        parts.append(Part("step", "step", step, 60 if quick else 400))
+        step = (
+            "--data",
+            images,
+            *words("--backbones vit_small --batch 32 --rounds 1 --steps 5" if quick else "--profile"),
+        )
+        parts.append(Part("step", "step_gpu", step, 60 if quick else 400))
     else:
         step = words("--batch 4 --rounds 1") if quick else ("--rounds", str(rounds))
         parts.append(Part("step", "step", step, 60 if quick else 100 * (rounds + 2)))

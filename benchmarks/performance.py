@@ -3,7 +3,7 @@
     python -m benchmarks.performance [--check]
 
 Reads benchmarks/results/MACHINE.json of every machine, and replaces what stands between the markers of both files: all
-machines in docs/performance.md, the one that README's marker names there. The text follows from the files alone;
+machines in docs/performance.md, those that README's marker names there. The text follows from the files alone;
 --check writes nothing and ends with exit code 1 where it differs. Plots need matplotlib.
 """
 
@@ -17,12 +17,15 @@ from .performance_figures import (
     NAMES,
     OPERATIONS,
     PRECISIONS,
+    gpu_step_reached,
+    gpu_times_plain,
     plain_and_ours,
     ratio,
     result,
     step_reached,
     table,
     update_reached,
+    variant_of,
 )
 from .performance_tables import report
 
@@ -31,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE, README = Path("docs/performance.md"), Path("README.md")
 PLOTS = Path("docs/performance")
-BEGIN = re.compile(r"<!-- figures(?: of (?P<machine>[^ ]+))?: written by make bench, not by hand -->\n")
+BEGIN = re.compile(r"<!-- figures(?: of (?P<machines>[^:]+))?: written by make bench, not by hand -->\n")
 END = "<!-- end of figures -->"
 
 
@@ -58,14 +61,17 @@ def between_markers(text: str, machines: dict[str, dict], name: str) -> str:
         raise ValueError(
             f"{name} lacks the markers '<!-- figures: written by make bench, not by hand -->' and '{END}'"
         )
-    machine = begin["machine"]
-    if machine is None:
+    if begin["machines"] is None:
         body = "\n".join(report(results) for results in machines.values())
-    elif machine in machines:
-        body = readme_table(machines[machine])
     else:
-        known = ", ".join(machines) or "none"
-        raise ValueError(f"{name} names the machine {machine!r}, and there are results of {known}: name one of them")
+        named = begin["machines"].split(" and ")
+        for machine in named:
+            if machine not in machines:
+                known = ", ".join(machines) or "none"
+                raise ValueError(
+                    f"{name} names the machine {machine!r}, and there are results of {known}: name one of them"
+                )
+        body = readme_table([machines[machine] for machine in named])
     return f"{text[: begin.end()]}\n{body.rstrip()}\n\n{text[end:]}"
 
 
@@ -77,8 +83,17 @@ def rewritten(root: Path, machines: dict[str, dict]) -> dict[Path, str]:
     }
 
 
-def readme_table(results: dict) -> str:
-    """At most eight lines: every part against the plain implementation and against its limit."""
+def readme_table(machines: list[dict]) -> str:
+    """The first machine's parts, and with its name before them those of the others."""
+    first, *others = machines
+    rows = readme_rows(first)
+    for results in others:
+        rows += [[f"{results['device']}: {what}", *figures] for what, *figures in readme_rows(results)]
+    return table([first["device"], "against the plain implementation", "of its limit"], rows)
+
+
+def readme_rows(results: dict) -> list[list[str]]:
+    """At most six: every part against the plain implementation and against its limit."""
     rows = []
     parts = ("data_path", "step", "updates", "memory", "inference")
     data, step, updates, memory, inference = (result(results, part) for part in parts)
@@ -105,6 +120,8 @@ def readme_table(results: dict) -> str:
                     f"{', '.join(reached)} of the rate of a {operation}",
                 ]
             )
+    elif step is not None:
+        rows.append(gpu_step_row(step["points"]))
     if updates is not None:
         points = updates["points"]
         times = [f"{ratio(*plain_and_ours(point['seconds'])).median:.1f}" for point in points]
@@ -137,7 +154,21 @@ def readme_table(results: dict) -> str:
                 f"{', '.join(reached)} of decoding and matrix products",
             ]
         )
-    return table([results["device"], "against the plain implementation", "of its limit"], rows)
+    return rows
+
+
+def gpu_step_row(points: list[dict]) -> list[str]:
+    compiled = ", compiled" if all(variant_of(point) == "compiled" for point in points) else ""
+    times = [f"{gpu_times_plain(point, variant_of(point)).median:.1f}" for point in points]
+    reached: dict[str, list[str]] = {}
+    for point in points:
+        percent = f"{100 * gpu_step_reached(point, variant_of(point)).median:.0f} %"
+        reached.setdefault(OPERATIONS[point["limit"]["operation"]], []).append(percent)
+    return [
+        f"{', '.join(NAMES[point['backbone']] for point in points)} step, bf16{compiled}",
+        f"{', '.join(times)} times the plain step",
+        ", ".join(f"{', '.join(percents)} of the rate of a {operation}" for operation, percents in reached.items()),
+    ]
 
 
 def main() -> None:

@@ -78,3 +78,19 @@ def limit_rates(point: dict) -> Spread:
 
 def step_name(point: dict) -> str:
     return f"{NAMES[point['backbone']]}, {PRECISIONS[point['mixed_precision']]}"
+
+
+def variant_of(point: dict) -> str:
+    """Of a step on a GPU: the compiled one, if it was measured, stands for ours."""
+    return "compiled" if "compiled" in point["variants"] else "ours"
+
+
+def gpu_times_plain(point: dict, variant: str) -> Spread:
+    """Of a variant of the step on a GPU, turn by turn."""
+    return ratio(*(point["variants"][name]["images_per_second"] for name in (variant, "plain")))
+
+
+def gpu_step_reached(point: dict, variant: str) -> Spread:
+    """Rate of the operations computed, over the rate of the matrix product in the same run."""
+    figures = point["variants"][variant]
+    return spread([figures["of_limit"] * rate / figures["median"] for rate in figures["images_per_second"]])

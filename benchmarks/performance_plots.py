@@ -5,7 +5,18 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from .performance_figures import Spread, plain_and_ours, ratio, result, step_name, step_reached, update_reached
+from .performance_figures import (
+    Spread,
+    gpu_step_reached,
+    gpu_times_plain,
+    plain_and_ours,
+    ratio,
+    result,
+    step_name,
+    step_reached,
+    update_reached,
+    variant_of,
+)
 
 
 OURS, PLAIN = "#2563ab", "#b0b7c0"
@@ -25,6 +36,11 @@ def fractions(results: dict) -> list[Bar]:
         bars += [
             (step_name(point), *(step_reached(point, who) for who in ("plain", "ours"))) for point in step["points"]
         ]
+    elif step is not None:
+        bars += [
+            (step_name(point), *(gpu_step_reached(point, name) for name in ("plain", variant_of(point))))
+            for point in step["points"]
+        ]
     if updates is not None:
         bars += [
             (point["update"], *(update_reached(point, who) for who in ("plain", "ours")))
@@ -42,6 +58,8 @@ def times_plain(results: dict) -> list[tuple[str, Spread]]:
         bars.append(("files to views", ratio(seconds["classic"], seconds["ours"])))
     if step is not None and results["device_type"] == "cpu":
         bars += [(step_name(point), ratio(*plain_and_ours(point["cpu_seconds"]))) for point in step["points"]]
+    elif step is not None:
+        bars += [(step_name(point), gpu_times_plain(point, variant_of(point))) for point in step["points"]]
     if updates is not None:
         bars += [(point["update"], ratio(*plain_and_ours(point["seconds"]))) for point in updates["points"]]
     return bars

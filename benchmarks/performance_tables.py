@@ -6,6 +6,8 @@ from .performance_figures import (
     OPERATIONS,
     PRECISIONS,
     Spread,
+    gpu_step_reached,
+    gpu_times_plain,
     limit_rates,
     plain_and_ours,
     ratio,
@@ -19,6 +21,7 @@ from .performance_figures import (
 
 
 SHOWN_PROCESSES = (2, 8, 16, 64)
+LEAST_SHARE = 0.01  # of a kind of kernel, to be named
 
 
 def report(results: dict) -> str:
@@ -143,31 +146,53 @@ def step_section(results: dict) -> str:
 def gpu_step_section(points: list[dict]) -> str:
     rows = []
     for point in points:
-        reached = [rate * point["gflop_per_image"] for rate in point["synthetic"]["images_per_second"]]
-        limit = limit_rates(point)
-        rows.append(
-            [
-                f"{step_name(point)}{', compiled' if point['torch_compile'] else ''}",
-                str(point["batch"]),
-                spread(point["synthetic"]["images_per_second"]).text(0),
-                spread(point["data"]["images_per_second"]).text(0) if "data" in point else "–",
-                f"{limit.text(0, 1e-3)}, {OPERATIONS[point['limit']['operation']]}",
-                spread([rate / limit.median for rate in reached]).percent(),
-                "–" if point["synthetic"]["mfu"] is None else f"{100 * point['synthetic']['mfu']:.0f} %",
-                f"{point['peak_memory_gib']:.1f}",
-            ]
-        )
-    head = [
-        "step",
-        "batch",
-        "images/s, synthetic",
-        "images/s, data path",
-        "limit, TFLOP/s",
-        "reached",
-        "of data sheet",
-        "GiB",
+        for name, figures in point["variants"].items():
+            rows.append(
+                [
+                    step_name(point),
+                    str(point["batch"]),
+                    name,
+                    spread(figures["images_per_second"]).text(0),
+                    gpu_times_plain(point, name).text(),
+                    gpu_step_reached(point, name).percent(),
+                    "–" if figures["mfu"] is None else f"{100 * figures['mfu']:.1f} %",
+                    f"{figures['peak_memory_gib']:.1f}",
+                ]
+            )
+    head = ["step", "batch", "variant", "images/s", "times plain", "of the limit", "MFU", "GiB at most"]
+    limits = "; ".join(
+        f"{step_name(point)}: {spread(point['limit']['tflops']).text(0)}, {OPERATIONS[point['limit']['operation']]}"
+        for point in points
+    )
+    sentences = [
+        f"Limit in the same run, TFLOP/s: {limits}. MFU: operations as published (two views, two encoders), over the"
+        " data sheet's rate for bf16.",
+        *(profile_text(point) for point in points if "profile" in point),
+        *(data_text(point) for point in points if "data" in point),
     ]
-    return f"### Pre-training step\n\n{table(head, rows)}\n"
+    return "\n\n".join(["### Pre-training step", table(head, rows), *sentences]) + "\n"
+
+
+def profile_text(point: dict) -> str:
+    profile = point["profile"]
+    shares = ", ".join(
+        f"{kind} {100 * share:.0f} %" for kind, share in profile["shares_of_busy"].items() if share >= LEAST_SHARE
+    )
+    return (
+        f"Where the time of {step_name(point)}, {profile['variant']}, goes: the GPU is busy"
+        f" {100 * profile['busy']:.0f} % of it, of which {shares}."
+    )
+
+
+def data_text(point: dict) -> str:
+    """Photographs from disk against views that lie ready."""
+    data = point["data"]
+    ready, read = (spread(data["images_per_second"][how]).text(0) for how in ("ready", "data"))
+    return (
+        f"{step_name(point)}, {data['variant']}, on photographs from disk, {data['workers']} workers: {read} images/s"
+        f" against {ready} on views that lie ready, {100 * data['slower_than_ready']:.0f} % slower. The loader alone"
+        f" gives {data['loader_alone']:.0f} images/s, the augmentation on the GPU {data['augmentation_alone']:.0f}."
+    )
 
 
 def updates_section(results: dict) -> str:
@@ -315,20 +340,20 @@ def scaling_section(results: dict) -> str:
 
 
 def runs_section(results: dict) -> str:
-    """Commands, dates and times of all parts."""
+    """Commands, dates and times of all parts; a dash where a part was run by hand and that was not recorded."""
     rows = [
         [
             name,
             f"`{run['command']}`",
             run["date"],
             f"`{run['revision']}`",
-            f"{run['load_before']:.1f}",
-            f"{run['seconds']:.0f}",
+            *(
+                "–" if run[key] is None else f"{run[key]:.{digits}f}"
+                for key, digits in (("load_before", 1), ("seconds", 0))
+            ),
         ]
         for name, run in ((name, part["run"]) for name, part in results["parts"].items())
     ]
-    total = sum(part["run"]["seconds"] for part in results["parts"].values())
-    return (
-        f"### Runs\n\nAll parts together took {total / 60:.0f} minutes.\n\n"
-        f"{table(['part', 'command', 'date', 'revision', 'load before', 's'], rows)}\n"
-    )
+    taken = [part["run"]["seconds"] for part in results["parts"].values()]
+    total = "" if None in taken else f"All parts together took {sum(taken) / 60:.0f} minutes.\n\n"
+    return f"### Runs\n\n{total}{table(['part', 'command', 'date', 'revision', 'load before', 's'], rows)}\n"

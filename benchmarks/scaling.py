@@ -6,8 +6,8 @@ The global batch stays and is shared, as in training. Every exchange goes round 
 fast as the slowest link on it: NVLink inside a node of 8 GPUs, the network beyond. Bandwidths, latency and the speed
 of one GPU are assumptions, and parameters: pass what yours reach. With overlap, gradients travel during the backward
 pass, half of the computation (two forward passes, and a backward pass of twice the work of one).
-With --step_json, computation is what step.py measured on one device instead of --tflops, in proportion to the images,
-for the models and the precision of that file.
+With --step_json, computation is what step.py or step_gpu.py (there the compiled step) measured on one device instead
+of --tflops, in proportion to the images, for the models and the precision of that file.
 Prints a table in Markdown.
 """
 
@@ -24,7 +24,7 @@ from mocov3_hf.pretraining.communication import Exchange, exchanges
 from mocov3_hf.recipe import load_recipe
 
 
-# By their names in the files of step.py.
+# By their names in the files of step.py and step_gpu.py.
 BACKBONES = {"ResNet-50": "resnet50", "ViT-S": "vit_small", "ViT-B": "vit_base", "ViT-L": "vit_large"}
 RECIPES = {
     "ResNet-50": "mocov3_resnet50_8xb512-amp-coslr-300e_in1k",
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tflops", type=float, default=316, help="Of one GPU; 316 is 40 %% of an H200's bf16.")
     parser.add_argument(
-        "--step_json", type=Path, default=None, help="Measured steps, as step.py --output writes them."
+        "--step_json", type=Path, default=None, help="Measured steps: of step.py, step_gpu.py or bench.py."
     )
     parser.add_argument("--precision", default="bf16", help="Which of the measured steps.")
     parser.add_argument("--nvlink", type=float, default=450, help="GB/s of a ring inside a node.")
@@ -84,18 +84,27 @@ def main() -> None:
             for key, value in vars(options).items()
             if key not in unused
         }
-        source = "assumed, not measured" if measured is None else "measured by step.py"
+        source = "assumed, not measured" if measured is None else "measured"
         report = {"single_gpu": source, "assumptions": assumptions, "rows": rows}
         options.output.write_text(f"{json.dumps(report, indent=2)}\n", encoding="utf-8")
 
 
 def seconds_per_image(report: dict, precision: str) -> dict[str, float]:
-    """Of each backbone that step.py has measured in this precision, on one device."""
+    """Of each backbone that was measured in this precision, on one device; also from a whole file of bench.py."""
+    steps = report["parts"]["step"]["result"] if "parts" in report else report
     return {
-        point["backbone"]: point["seconds_median"]["ours"] / point["batch"]
-        for point in report["points"]
+        point["backbone"]: seconds_of_point(point)
+        for point in steps["points"]
         if point["mixed_precision"] == precision
     }
+
+
+def seconds_of_point(point: dict) -> float:
+    """Of our step for an image: on a GPU compiled, if that was measured."""
+    if "variants" not in point:
+        return point["seconds_median"]["ours"] / point["batch"]
+    variants = point["variants"]
+    return 1 / variants["compiled" if "compiled" in variants else "ours"]["median"]
 
 
 def foretell(name, recipe_name, networks, tflops, nvlink, latency, image_seconds=None) -> list[dict]:

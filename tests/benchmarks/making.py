@@ -132,3 +132,54 @@ def step(backbone: str, mixed_precision: str, plain: list[float], ours: list[flo
         },
         "flop_per_image": {"plain": 10e9, "ours": 5e9},
     }
+
+
+def gpu_results() -> dict:
+    """A GPU with its step alone, run by hand: the compiled step does 3 times the plain one, at half of the limit."""
+    variants = {
+        "plain": gpu_variant([100.0, 100.0], 0.25, 0.2),
+        "ours": gpu_variant([200.0, 150.0], 0.4375, 0.35),
+        "compiled": gpu_variant([300.0, 300.0], 0.5, 0.45),
+    }
+    point = {
+        "backbone": "vit_small",
+        "mixed_precision": "bf16",
+        "batch": 256,
+        "limit": {"operation": "Gemm", "tflops": [600.0, 700.0]},
+        "variants": variants,
+        "profile": {
+            "variant": "compiled",
+            "busy": 0.75,
+            "shares_of_busy": {"matrix products": 0.6, "attention": 0.395, "copies": 0.005},
+        },
+        "data": {
+            "variant": "compiled",
+            "workers": 16,
+            "images_per_second": {"ready": [300.0, 300.0], "data": [240.0, 240.0]},
+            "slower_than_ready": 0.2,
+            "loader_alone": 400.0,
+            "augmentation_alone": 500.0,
+        },
+    }
+    other = {"backbone": "resnet50", "limit": {"operation": "Convolution", "tflops": [600.0]}}
+    shared = {key: value for key, value in point.items() if key not in ("profile", "data")}
+    results = small_results()
+    run = {**results["parts"]["step"]["run"], "load_before": None, "seconds": None}
+    points = [point, {**shared, **other}]
+    return {
+        **results,
+        "machine": "gpu",
+        "device": "A GPU",
+        "device_type": "cuda",
+        "parts": {"step": {"run": run, "result": {"points": points}}},
+    }
+
+
+def gpu_variant(rates: list[float], of_limit: float, mfu: float) -> dict:
+    return {
+        "images_per_second": rates,
+        "median": sum(rates) / len(rates),
+        "of_limit": of_limit,
+        "mfu": mfu,
+        "peak_memory_gib": 10.0,
+    }

@@ -15,8 +15,9 @@ def test_plans():
     assert "memory" not in [part.name for part in plan_parts("cuda", False, "photos", 3, "step.json")]
     for quick in (True, False):
         for part in plan_parts("cuda", quick, "photos", 3, "step.json"):
-            on_gpu = part.name not in ("data_path", "inference", "scaling")
-            assert (part.arguments[:2] == ("--device", "cuda")) == on_gpu
+            takes_a_device = part.name not in ("data_path", "step", "inference", "scaling")
+            assert (part.arguments[:2] == ("--device", "cuda")) == takes_a_device
+            assert part.name != "step" or part.script == "step_gpu"
     full = sum(part.seconds for part in plan_parts("cpu", False, "photos", 3, "step.json"))
     assert full < 20 * 60
 

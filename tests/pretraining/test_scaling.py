@@ -12,6 +12,7 @@ from mocov3_hf.pretraining.build import SHARDED_LAUNCHES, check_launch
 from mocov3_hf.pretraining.communication import Exchange
 from mocov3_hf.pretraining.loop import parse
 from mocov3_hf.recipe import RecipeError
+from tests.benchmarks.making import gpu_results
 from tests.launch import ROOT
 
 
@@ -106,3 +107,8 @@ def test_measured_steps_take_the_place_of_an_assumed_speed():
     assert measured == {"resnet50": 0.25}
     rows = foretell("ResNet-50", RECIPES["ResNet-50"], {"fast": 1e9}, 1.0, 1e9, 0.0, measured["resnet50"])
     assert [row["compute_ms"] for row in rows] == pytest.approx([0.25e3 * 4096 / row["processes"] for row in rows])
+
+
+def test_measured_steps_of_a_gpu_are_the_compiled_ones():
+    measured = seconds_per_image(gpu_results(), "bf16")
+    assert measured == {name: pytest.approx(1 / 300) for name in ("vit_small", "resnet50")}
