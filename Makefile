@@ -26,7 +26,7 @@ format: $(INSTALLED)
 quickstart: $(INSTALLED)
 	$(BIN)/python scripts/quickstart.py --output_dir runs/quickstart
 
-# About 20 minutes on two quiet cores; BENCH_OPTIONS goes to benchmarks/bench.py.
+# About 18 minutes on two quiet cores; BENCH_OPTIONS goes to benchmarks/bench.py.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py $(BENCH_OPTIONS)
 	$(BIN)/python -m benchmarks.performance

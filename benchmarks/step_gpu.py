@@ -282,7 +282,7 @@ def with_data(step: Variant, backbone: str, batch: int, options: argparse.Namesp
     loader = real_batches(step, backbone, batch, options.data)
     augment = augmentation(step, backbone)
     crops = next(loader)
-    alone = images_per_second(lambda _: augment(crops), repeat(None), options.steps, batch)
+    augment(crops)  # compiles
     alone = images_per_second(lambda _: augment(crops), repeat(None), options.steps, batch)
     views = map(augment, loader)
     for _ in range(2 * (os.cpu_count() or 1) + 3):  # what the loader has made ready meanwhile

@@ -203,6 +203,29 @@ def test_the_batched_stage_is_one_graph_without_data_dependent_shapes(pictures):
     assert torch.allclose(compiled(pixels, values), stage.batched(pixels, values, torch.float32), atol=1e-6)
 
 
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gpus_shift_and_add_what_cpus_convolve(dim, memory_format):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(4, 3, 20, 24, generator=generator, dtype=torch.float64).to(memory_format=memory_format)
+    kernel = torch.rand(4, 7, generator=generator, dtype=torch.float64)
+    added = photometric._shift_and_add(image, kernel, dim)
+    torch.testing.assert_close(added, photometric._convolve(image, kernel, dim), rtol=1e-12, atol=1e-14)
+    assert added.shape[dim] == image.shape[dim] - 6
+
+
+def test_the_stage_that_gpus_compile(pictures, monkeypatch):
+    values = draw_view(two_views()[0], 0, 0, torch.arange(6), 0).parameters
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    stage = PhotometricStage()
+    expected = stage(pixels, values)
+    monkeypatch.setattr(photometric, "_convolve", photometric._shift_and_add)
+    compiled = torch.compile(stage, fullgraph=True, dynamic=False, backend="aot_eager")
+    apart = (compiled(pixels, values) - expected).abs()
+    assert apart.max() < 0.02
+    assert (apart > 1e-4).float().mean() < 1e-4
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same(pictures):
