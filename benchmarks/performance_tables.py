@@ -156,7 +156,7 @@ def gpu_step_section(points: list[dict]) -> str:
                     gpu_times_plain(point, name).text(),
                     gpu_step_reached(point, name).percent(),
                     "–" if figures["mfu"] is None else f"{100 * figures['mfu']:.1f} %",
-                    f"{figures['peak_memory_gib']:.1f}",
+                    "–" if figures["peak_memory_gib"] is None else f"{figures['peak_memory_gib']:.1f}",
                 ]
             )
     head = ["step", "batch", "variant", "images/s", "times plain", "of the limit", "MFU", "GiB at most"]

@@ -42,7 +42,7 @@ BACKWARD_SHARE = 0.5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tflops", type=float, default=316, help="Of one GPU; 316 is 40 %% of an H200's bf16.")
+    parser.add_argument("--tflops", type=float, default=316, help="Of one GPU; 316 is 32 %% of an H200's bf16.")
     parser.add_argument(
         "--step_json", type=Path, default=None, help="Measured steps: of step.py, step_gpu.py or bench.py."
     )

@@ -62,7 +62,7 @@ BATCHES = {"vit_small": 256, "vit_base": 256, "resnet50": 256}
 PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "4090": 165.2}
 # What a kernel belongs to, by the first of these words in its name.
 KINDS = {
-    "attention": ("flash", "fmha", "attention", "sdpa"),
+    "attention": ("flash", "fmha", "attention", "sdpa", "dot_do_o", "convert_dq"),
     "convolutions": ("conv", "cudnn", "implicit", "wgrad", "dgrad", "fprop", "nhwc"),
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
     "fused by the compiler": ("triton",),
@@ -126,13 +126,17 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory(reset: bool = False) -> float:
-    """GiB allocated at most since the last reset."""
-    if DEVICE == "cpu":
-        return 0.0
-    if reset:
-        torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.max_memory_allocated() / 2**30
+class PeakMemory:
+    """`with PeakMemory() as memory`: `memory.gib` is what was allocated at most beyond what there was before."""
+
+    def __enter__(self):
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *_):
+        self.gib = (torch.cuda.max_memory_allocated() - self.before) / 2**30 if DEVICE == "cuda" else 0.0
 
 
 def images_per_second(step: Callable, views: Iterator, steps: int, batch: int) -> float:
@@ -152,9 +156,9 @@ def measure(backbone: str, options: argparse.Namespace) -> dict:
     model = fresh_model(RECIPES[backbone])
     variants, rates, memory = [], {}, {}
     for name in options.variants:
-        peak_memory(reset=True)
-        variants.append(Variant(name, backbone, model, views))
-        memory[name] = peak_memory()
+        with PeakMemory() as used:
+            variants.append(Variant(name, backbone, model, views))
+        memory[name] = used.gib
         rates[name] = []
         first = variants[-1]
         print(f"{backbone} {name}: first loss {first.first_loss:.4f} after {first.first_seconds:.0f} s", flush=True)

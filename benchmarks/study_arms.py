@@ -144,16 +144,17 @@ def without(options: tuple[str, ...], name: str) -> tuple[str, ...]:
     return options[:place] + options[place + 2 :]
 
 
+RESNET_14 = Arm(
+    "ResNet-14",
+    "curves",
+    "cifar10_resnet14",
+    epochs=300,
+    options=("--torch_compile", "--deterministic", "false", "--logging_steps", "48", "--warmup_epochs", "10"),
+    seeds=1,
+    points=10,
+    batch_size=1024,
+)
 LONG_ARMS = [
-    Arm(
-        "ResNet-14",
-        "long",
-        "cifar10_resnet14",
-        epochs=300,
-        options=("--torch_compile", "--deterministic", "false", "--logging_steps", "48"),
-        seeds=1,
-        points=10,
-        batch_size=1024,
-    ),
+    RESNET_14,
     *(in_long_form(arm) for arm in ARMS if arm.group in ("curves", "ablations")),
 ]

@@ -17,10 +17,11 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from .study_arms import ABLATION_BASELINE, ARMS, FAILURE, Arm
+from .study_arms import ABLATION_BASELINE, ARMS, FAILURE, RESNET_14, Arm
 
 
 ROOT = Path(__file__).parent.parent
+CURVES = [*(arm for arm in ARMS if arm.group == "curves"), RESNET_14]
 METRICS = ("knn_top1", "linear_top1")  # the last judges the signs
 # Differences smaller than so many standard errors are noise.
 SIGNIFICANT = 2.0
@@ -233,7 +234,7 @@ def sections(runs: dict[str, list[dict]]) -> dict[str, str]:
     """The tables by the names of their markers."""
     groups = {group: [arm for arm in ARMS if arm.group == group] for group in dict.fromkeys(a.group for a in ARMS)}
     made = {
-        "curves": curve_table(runs, groups["curves"]),
+        "curves": curve_table(runs, CURVES),
         "ablations": ablation_table(runs, groups["ablations"]),
         "tuning": plain_table(runs, groups["tuning"]),
     }
@@ -255,7 +256,7 @@ def main() -> None:
         text = replace_section(text, name, body)
     options.document.write_text(text)
     plots = options.document.parent / options.document.stem
-    plot_curves(runs, [arm for arm in ARMS if arm.group == "curves"], plots / "curves.svg")
+    plot_curves(runs, CURVES, plots / "curves.svg")
     if FAILURE in runs:
         plot_failure(watched(runs), plots / "failure.svg")
 

@@ -154,7 +154,9 @@ class AccelerationRecipe:
         " eager with bf16 on CPUs.",
     )
     views_in_one_pass: bool | None = option(
-        None, "Both views in one batch through an encoder; not for backbones with batch normalisation."
+        None,
+        "Both views in one batch through an encoder; not for backbones with batch normalisation. By default for"
+        " mocov3_vit on GPUs.",
     )
     pooled_query_only: bool | None = option(
         None, "The last block of mocov3_vit for the CLS token alone, which is all that the loss reads; by default so."
@@ -171,8 +173,8 @@ class AccelerationRecipe:
     )
     torch_compile: bool = option(
         False,
-        "Compile both encoders and, on GPUs, the augmentation: faster after a minute, worth it there for all but short"
-        " runs.",
+        "Compile both encoders and, on GPUs, the augmentation: faster after the first half minute, worth it there for"
+        " all but short runs.",
     )
     gradient_checkpointing: bool = option(
         False, "Recompute the encoder's activations in the backward pass: less memory, a quarter more work."

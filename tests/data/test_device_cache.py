@@ -79,6 +79,20 @@ def test_what_does_not_fit_is_refused(jpeg_folder):
         DeviceCache(open_source(folder), "cpu", max_bytes=10_000_000)
 
 
+def test_the_next_is_drawn_while_one_is_used():
+    started = [threading.Event() for _ in range(3)]
+
+    def draw(number):
+        started[number].set()
+        return number
+
+    ahead = one_ahead(draw, range(3))
+    assert next(ahead) == 0
+    assert started[1].wait(timeout=10)
+    assert not started[2].is_set()  # one, not all
+    assert list(ahead) == [1, 2]
+
+
 def test_drawing_ahead_keeps_order_and_errors_and_can_be_left():
     def double(number):
         if number == 3:

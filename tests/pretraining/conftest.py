@@ -1,10 +1,12 @@
-"""A folder of small pictures, and accelerate as a fresh process finds it."""
+"""A folder of small pictures, and accelerate and torch as a fresh process finds them."""
 
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from datasets import Dataset, Features, Image
 from PIL import Image as Picture
+
+from mocov3_hf.pretraining.acceleration import choose_algorithms
 
 
 @pytest.fixture(scope="session")
@@ -32,10 +34,11 @@ def shards(pictures, tmp_path_factory):
 
 @pytest.fixture
 def fresh():
-    """Makes accelerate forget device and precision of the runs before, which it keeps for the whole process."""
+    """Forgets device, precision and algorithms of the runs before, which are kept for the whole process."""
 
     def forget():
         AcceleratorState._reset_state(reset_partial_state=True)
+        choose_algorithms(deterministic=False, strictly=False)
 
     return forget
 

@@ -1,6 +1,7 @@
 """The fast step against the plain one in float64: first loss and whole gradient vectors; and what is chosen when."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch import nn
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining, MoCoV3ViTModel
 from mocov3_hf.pretraining import acceleration, build
@@ -18,6 +20,7 @@ from mocov3_hf.pretraining.acceleration import (
     Acceleration,
     accelerate,
     choose_acceleration,
+    choose_algorithms,
     has_glibc,
     has_tf32,
 )
@@ -25,6 +28,7 @@ from mocov3_hf.pretraining.dry_run import describe
 from mocov3_hf.pretraining.estimate import estimate
 from mocov3_hf.pretraining.gradient_cache import cached_backward
 from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.step import unwrap
 from mocov3_hf.recipe import RecipeError, load_recipe
 
 
@@ -256,6 +260,29 @@ def test_the_c_library_is_asked_to_keep_memory_only_where_that_is_chosen(monkeyp
     monkeypatch.setattr(acceleration, "ctypes", SimpleNamespace(CDLL=lambda name: CLibrary(answer=0)))
     with pytest.raises(RecipeError, match="--keep_freed_memory: glibc refused mallopt"):
         accelerate(build_model(VIT), Acceleration(**{**PLAIN, "keep_freed_memory": True}))
+
+
+@pytest.mark.parametrize("strictly", [True, False])
+def test_algorithms_are_chosen_for_the_process(monkeypatch, strictly):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    choose_algorithms(deterministic=True, strictly=strictly)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled() is not strictly
+    assert torch.backends.cudnn.deterministic
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    estimate(build_model(VIT).config, 16, 2, "adamw", "no", acceleration=choose([], VIT))
+    assert torch.are_deterministic_algorithms_enabled()  # a plan leaves the process as it is
+    choose_algorithms(deterministic=False, strictly=strictly)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.deterministic
+
+
+def test_the_model_is_found_inside_what_launchers_make_of_it():
+    model = build_model(VIT)
+    wrapped = nn.Module()
+    wrapped.module = model  # as DDP holds it
+    for outer in (model, wrapped, torch.compile(wrapped), torch.compile(model)):
+        assert unwrap(outer) is model
 
 
 def test_keeping_memory_is_refused_without_glibc(monkeypatch):

@@ -52,30 +52,35 @@ def sincos_position_embedding(hidden_size: int, grid: tuple[int, int]) -> torch.
     return torch.cat([patches.new_zeros(1, hidden_size), patches])[None].float()
 
 
+class MoCoV3ViTPatchProjection(nn.Conv2d):
+    """A convolution whose stride is its kernel. GPUs compute the matrix product that it is."""
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.multiply(pixel_values) if pixel_values.is_cuda else super().forward(pixel_values)
+
+    def multiply(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """cuDNN has no fast kernel for the convolution in half precision: it took 5 % of a step of ViT-B."""
+        height, width = self.kernel_size
+        rows, columns = pixel_values.shape[2] // height, pixel_values.shape[3] // width
+        patches = pixel_values[:, :, : rows * height, : columns * width]
+        patches = patches.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # B C h p w q
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        projected = nn.functional.linear(patches, self.weight.flatten(1), self.bias)
+        return projected.transpose(1, 2).unflatten(2, (rows, columns))
+
+
 class MoCoV3ViTPatchEmbeddings(nn.Module):
     """Projects non-overlapping patches: `(B, C, H, W)` to `(B, D, h, w)`."""
 
     def __init__(self, config: MoCoV3ViTConfig):
         super().__init__()
         patch_size = to_pair(config.patch_size)
-        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.projection = MoCoV3ViTPatchProjection(
+            config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size
+        )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        pixel_values = pixel_values.to(self.projection.weight.dtype)
-        return self.multiply(pixel_values) if pixel_values.is_cuda else self.projection(pixel_values)
-
-    def multiply(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """
-        The convolution as the matrix product that it is: cuDNN has no fast kernel for it in half precision, and spends
-        5 % of a step of ViT-B on it.
-        """
-        height, width = self.projection.kernel_size
-        rows, columns = pixel_values.shape[2] // height, pixel_values.shape[3] // width
-        patches = pixel_values[:, :, : rows * height, : columns * width]
-        patches = patches.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # B C h p w q
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        projected = nn.functional.linear(patches, self.projection.weight.flatten(1), self.projection.bias)
-        return projected.transpose(1, 2).unflatten(2, (rows, columns))
+        return self.projection(pixel_values.to(self.projection.weight.dtype))
 
 
 class MoCoV3ViTConvLayer(nn.Module):

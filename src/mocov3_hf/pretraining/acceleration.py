@@ -148,12 +148,10 @@ def has_spatial_convolutions(module: nn.Module) -> bool:
 
 def accelerate(model: MoCoV3ForPreTraining, choice: Acceleration) -> None:
     """
-    Set up `model`, in place and before the optimizer is built; weights keep their values and their names.
-
-    `tf32`, `keep_freed_memory` and `deterministic` are states of the whole process.
+    Set up `model`, in place and before the optimizer is built, and what is a state of the whole process.
 
     Raises:
-        RecipeError: an attention that is unknown or not installed.
+        RecipeError: an attention that is unknown or not installed; a C library that refuses.
     """
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high" if choice.tf32 else "highest")
@@ -161,6 +159,16 @@ def accelerate(model: MoCoV3ForPreTraining, choice: Acceleration) -> None:
         choose_algorithms(choice.deterministic, model.config.backbone_config.model_type == MoCoV3ViTConfig.model_type)
     if choice.keep_freed_memory:
         keep_freed_memory()
+    accelerate_model(model, choice)
+
+
+def accelerate_model(model: MoCoV3ForPreTraining, choice: Acceleration) -> None:
+    """
+    Set up `model` alone, in place; weights keep their values and their names.
+
+    Raises:
+        RecipeError: an attention that is unknown or not installed.
+    """
     if choice.channels_last:
         model.to(memory_format=torch.channels_last)
     if choice.in_place_relu:

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..complexity import multiply_adds
 from ..model.configuration_mocov3 import MoCoV3Config
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
-from .acceleration import Acceleration, accelerate
+from .acceleration import Acceleration, accelerate_model
 
 
 BYTES_FLOAT32 = 4
@@ -55,7 +55,7 @@ def estimate(
     with torch.device("meta"):
         model = MoCoV3ForPreTraining(config)
     if acceleration is not None:
-        accelerate(model, replace(acceleration, torch_compile=False, tf32=False, keep_freed_memory=False))
+        accelerate_model(model, replace(acceleration, torch_compile=False))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")  # shapes only, but the operators of a real device
         views = [torch.zeros(batch_size, 3, image_size, image_size) for _ in range(2)]

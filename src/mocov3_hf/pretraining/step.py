@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTrainingOutput
+from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining, MoCoV3ForPreTrainingOutput
 from ..optim import LARS
 from .gradient_cache import cached_backward
 from .instability import GradientWatch
@@ -57,7 +57,7 @@ def train_step(
         gradient_cache_chunk_size: Images per pass of the backbone, for batches larger than memory; `None` for all.
         watch: Of the gradients, and what it has seen of the steps before; `None` for one that has seen nothing.
     """
-    unwrapped = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    unwrapped = unwrap(model)
     watch = watch or GradientWatch(unwrapped)
     statistics = RunningStatistics(model)
     # θk ← m·θk + (1 - m)·θq; before the forward, as base weights do not move in between.
@@ -91,6 +91,13 @@ def train_step(
         block_grad_norms=norms.blocks,
         projection=output.projection,
     )
+
+
+def unwrap(model: nn.Module) -> MoCoV3ForPreTraining:
+    """Out of DDP and of what a launcher compiled; accelerate's function walks through all layers for it."""
+    while not isinstance(model, MoCoV3ForPreTraining):
+        model = getattr(model, "_orig_mod", None) or model.module
+    return model
 
 
 def update_unless(skipped: torch.Tensor, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
