@@ -179,6 +179,11 @@ class AccelerationRecipe:
     gradient_checkpointing: bool = option(
         False, "Recompute the encoder's activations in the backward pass: less memory, a quarter more work."
     )
+    fsdp: bool = option(
+        False,
+        "Spread weights, gradients and optimizer over the processes (FSDP2) instead of a copy on each (DDP): less"
+        " memory, more communication; of no effect on a single process.",
+    )
 
 
 @dataclass(frozen=True)

@@ -276,11 +276,12 @@ def test_a_bad_image_can_be_an_error(images):
         load(map_source(images), on_bad_image="ignore")
 
 
-def test_storage_that_is_gone_is_no_bad_image(images, monkeypatch):
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_storage_that_is_gone_is_no_bad_image(images, monkeypatch, num_workers):
     monkeypatch.setattr(cpu_stage, "MAX_NEIGHBOURS", 5)
     source = map_source([b""] * 20 + images[20:])
-    with pytest.raises(RuntimeError, match=r"5 images in a row are unusable.*is the storage still there"):
-        load(source, max_bad_fraction=1)
+    with pytest.raises(TooManyBadImagesError, match=r"^5 images in a row are unusable.*is the storage still there\?$"):
+        load(source, max_bad_fraction=1, num_workers=num_workers)
 
 
 class KillingSource(MapSource):

@@ -16,13 +16,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
 from mocov3_hf.pretraining.build import ddp_options
 from mocov3_hf.pretraining.communication import exchanges
+from mocov3_hf.pretraining.sharding import shard
 from mocov3_hf.pretraining.signals import StopRequest
 from mocov3_hf.pretraining.step import train_step
 from tests.model.distributed_worker import BACKBONES, HEADS
 
 
 BATCH_SIZE = 4
-KINDS = {"allreduce_": "all-reduce", "allgather_": "all-gather"}  # no other operation belongs into a step
+KINDS = {  # no other operation belongs into a step
+    "allreduce_": "all-reduce",
+    "allgather_": "all-gather",
+    "_allgather_base_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+}
 
 
 class Counted(TorchDispatchMode):
@@ -34,9 +40,16 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         if function.namespace == "c10d":
-            kind = KINDS[function._schema.name.removeprefix("c10d::")]
-            results = arguments[0][0] if kind == "all-gather" else arguments[0]
-            self.num_bytes[kind] += sum(tensor.nbytes for tensor in results)
+            name = function._schema.name.removeprefix("c10d::")
+            kind = KINDS[name]
+            # The tensors of whole size: what is put together, summed in place, or still to be summed and shared out.
+            wholes = {
+                "allreduce_": lambda: arguments[0],
+                "allgather_": lambda: arguments[0][0],
+                "_allgather_base_": lambda: arguments[:1],
+                "_reduce_scatter_base_": lambda: arguments[1:2],
+            }[name]()
+            self.num_bytes[kind] += sum(tensor.nbytes for tensor in wholes)
             self.count[kind] += 1
         return function(*arguments, **(keywords or {}))
 
@@ -48,18 +61,22 @@ def main(output: str) -> None:
     results = {}
     for backbone in BACKBONES:
         for chunk_size in (None, 2) if backbone == "vit" else (None,):
-            results[f"{backbone}, chunks of {chunk_size}"] = count(accelerator, backbone, chunk_size)
+            for fsdp in (False, True):
+                case = f"{backbone}, chunks of {chunk_size}, {'FSDP2' if fsdp else 'DDP'}"
+                results[case] = count(accelerator, backbone, chunk_size, fsdp)
     if accelerator.is_main_process:
         with open(output, "w", encoding="utf-8") as file:
             json.dump(results, file)
     accelerator.end_training()
 
 
-def count(accelerator: Accelerator, backbone: str, chunk_size: int | None) -> dict:
+def count(accelerator: Accelerator, backbone: str, chunk_size: int | None, fsdp: bool) -> dict:
     model = MoCoV3ForPreTraining(MoCoV3Config(backbone_config=BACKBONES[backbone], **HEADS))
+    foretold = exchanges(model, BATCH_SIZE, accelerator.num_processes, on_gpu=False, fsdp=fsdp, chunk_size=chunk_size)
+    if fsdp:
+        shard(model, accelerator.device, accelerator.num_processes)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    foretold = exchanges(model, BATCH_SIZE, accelerator.num_processes, on_gpu=False)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = (model, accelerator.prepare(optimizer)) if fsdp else accelerator.prepare(model, optimizer)
     size = BACKBONES[backbone].get("image_size", 32)
     views = torch.randn(2, BATCH_SIZE, 3, size, size)
     with StopRequest(accelerator) as stop:

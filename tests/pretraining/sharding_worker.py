@@ -9,12 +9,11 @@ import sys
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
 from mocov3_hf.optim import LARS
+from mocov3_hf.pretraining.sharding import shard, whole
 from tests.model.distributed_worker import BACKBONES, HEADS
 
 
@@ -32,7 +31,8 @@ def main(output: str) -> None:
     expected = {"loss": step(whole, views)}
     dist.init_process_group("gloo")
     assert dist.get_world_size() == 2
-    spread = spread_over_processes(build_model())
+    spread = build_model()
+    shard(spread, torch.device("cpu"), num_processes=2)
     start = dist.get_rank() * BATCH_SIZE
     actual = {"loss": step(spread, views[:, start : start + BATCH_SIZE])}
     dist.all_reduce(actual["loss"])
@@ -76,16 +76,6 @@ def build_views() -> torch.Tensor:
     return torch.randn(2, 2 * BATCH_SIZE, 3, 16, 16, generator=generator, dtype=torch.float64)
 
 
-def spread_over_processes(model: MoCoV3ForPreTraining) -> nn.Module:
-    """Every block of both encoders and every head a unit of its own; buffers stay whole."""
-    mesh = init_device_mesh("cpu", (2,))
-    momentum = model.momentum_encoder
-    blocks = [layer for encoder in (model.mocov3, momentum.encoder) for layer in encoder.backbone.encoder.layer]
-    for unit in (*blocks, model.projector, model.predictor, momentum.projector, model):
-        fully_shard(unit, mesh=mesh)
-    return model
-
-
 def step(model: nn.Module, views: torch.Tensor) -> torch.Tensor:
     loss = model(pixel_values=views[0], pixel_values_2=views[1], even_batches=True).loss
     loss.backward()
@@ -94,10 +84,7 @@ def step(model: nn.Module, views: torch.Tensor) -> torch.Tensor:
 
 def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Whole copies."""
-    return {
-        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-        for name, tensor in tensors.items()
-    }
+    return {name: whole(tensor).detach().clone() for name, tensor in tensors.items()}
 
 
 if __name__ == "__main__":

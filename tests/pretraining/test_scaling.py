@@ -78,7 +78,7 @@ def test_a_lost_host_queues_the_job_again_and_a_mistake_does_not(tmp_path):
 
 @pytest.mark.parametrize(("name", "switch"), SHARDED_LAUNCHES.items())
 def test_launches_that_spread_the_weights_are_refused(name, switch):
-    with pytest.raises(RecipeError, match=rf"asks for {name}: .* Leave it out, for DDP"):
+    with pytest.raises(RecipeError, match=rf"asks for {name}: leave it out .* --fsdp true"):
         check_launch({switch: "true"})
     check_launch({switch: "false"})
 

@@ -17,6 +17,10 @@ class BadImage:
 class TooManyBadImagesError(RuntimeError):
     """More images of the data set are bad than allowed."""
 
+    def __init__(self, message: str):
+        # Out of a worker torch makes a new one, of the whole traceback there, which ends in the message.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
 
 class BadImageLog:
     """Counts bad images by id and lists them in a file, one JSON object `{"id": ..., "reason": ...}` a line.

@@ -3,7 +3,7 @@
 import torch
 from torch.utils.data import get_worker_info
 
-from .bad_images import BadImage
+from .bad_images import BadImage, TooManyBadImagesError
 from .decode import BadImageError, decode_shrunk
 from .views import ViewSettings, crop_and_resize, crop_box, draw_view, shrink_factor
 
@@ -59,7 +59,7 @@ def decode_first_usable(candidates, choose_shrink, bad: list[BadImage]) -> tuple
         What `decode_shrunk` returns.
 
     Raises:
-        RuntimeError: none of `MAX_NEIGHBOURS` candidates can be used.
+        TooManyBadImagesError: none of `MAX_NEIGHBOURS` candidates can be used.
     """
     tried = 0
     for sample_id, read in candidates:
@@ -70,7 +70,7 @@ def decode_first_usable(candidates, choose_shrink, bad: list[BadImage]) -> tuple
         tried += 1
         if tried == MAX_NEIGHBOURS:
             break
-    raise RuntimeError(
+    raise TooManyBadImagesError(
         f"{tried} images in a row are unusable, the last of them ({bad[-1].sample_id}) {bad[-1].reason}: "
         f"is the storage still there?"
     )

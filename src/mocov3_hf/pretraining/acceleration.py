@@ -41,6 +41,7 @@ class Acceleration:
     deterministic: bool
     torch_compile: bool
     gradient_checkpointing: bool
+    fsdp: bool
 
     def describe(self) -> str:
         """One line: `sdpa attention, pooled_query_only`, or `nothing`."""
@@ -63,11 +64,14 @@ def choose_acceleration(recipe: Recipe, model: MoCoV3ForPreTraining, device: tor
             f"--attn_implementation {asked.attn_implementation} computes in half precision only: pass"
             " --mixed_precision bf16, or --attn_implementation sdpa"
         )
+    if asked.fsdp and mixed_precision == "fp16":
+        raise RecipeError("--fsdp true has no gradient scaler, which --mixed_precision fp16 needs: pass bf16")
     is_own_vit = model.config.backbone_config.model_type == MoCoV3ViTConfig.model_type
     return Acceleration(
         # Under autocast only the loss is left in float32, where TF32 costs digits and gives no time.
         tf32=given(asked.tf32, has_tf32(device) and mixed_precision == "no"),
-        channels_last=given(asked.channels_last, has_spatial_convolutions(model.mocov3)),
+        # FSDP2 gathers weights in the order in which they are written down.
+        channels_last=given(asked.channels_last, has_spatial_convolutions(model.mocov3) and not asked.fsdp),
         in_place_relu=given(asked.in_place_relu, model.config.backbone_config.model_type == RESNET),
         attn_implementation=given(
             asked.attn_implementation, fastest_attention(device, mixed_precision) if is_own_vit else None
@@ -82,6 +86,7 @@ def choose_acceleration(recipe: Recipe, model: MoCoV3ForPreTraining, device: tor
         deterministic=given(asked.deterministic, device.type == "cuda"),
         torch_compile=asked.torch_compile,
         gradient_checkpointing=asked.gradient_checkpointing,
+        fsdp=asked.fsdp,
     )
 
 
@@ -120,6 +125,16 @@ def check_acceleration(asked: AccelerationRecipe, model: MoCoV3ForPreTraining, d
         raise RecipeError(
             f"--gradient_checkpointing: the backbone {model_type!r} cannot recompute its activations: leave it out, or"
             " use a smaller --per_device_train_batch_size"
+        )
+    if asked.fsdp and asked.channels_last:
+        raise RecipeError(
+            "--channels_last true: --fsdp true gathers weights in the order in which they are written down: leave one"
+            " of them out"
+        )
+    if asked.fsdp and asked.torch_compile:
+        raise RecipeError(
+            "--torch_compile true: encoders are compiled as a whole, and --fsdp true takes them apart: leave one of"
+            " them out"
         )
     if asked.attn_implementation is not None and not model.mocov3.backbone._supports_attention_backend:
         raise RecipeError(

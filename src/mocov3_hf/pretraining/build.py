@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from torch import nn
@@ -23,6 +24,7 @@ from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from ..optim import LARS, parameter_groups
 from ..plan import Plan
 from ..recipe import NO_ACCUMULATION, Recipe, RecipeError
+from .sharding import shard
 
 
 # Base learning rates (per 256 images) between which each optimizer is known to work with MoCo v3: the paper has
@@ -30,7 +32,7 @@ from ..recipe import NO_ACCUMULATION, Recipe, RecipeError
 LARGEST_ADAMW_BASE_LEARNING_RATE = 0.01
 SMALLEST_LARS_BASE_LEARNING_RATE = 0.03
 
-# How accelerate asks a process for what would spread the weights over the processes.
+# How accelerate asks a process for what would spread the weights over the processes in its own way.
 SHARDED_LAUNCHES = {
     "FSDP": "ACCELERATE_USE_FSDP",
     "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
@@ -90,14 +92,15 @@ def check_launch(environment: dict[str, str]) -> None:
     Its configuration can also ask for what this method cannot do.
 
     Raises:
-        RecipeError: such a launch, or one with gradient accumulation or with weights spread over the processes.
+        RecipeError: such a launch, or one with gradient accumulation or with weights spread over the processes in
+            accelerate's way, which knows no momentum encoder, and none at all on CPUs.
     """
     for name, switch in SHARDED_LAUNCHES.items():
         if environment.get(switch, "false").lower() in ("true", "1"):
             raise RecipeError(
-                f"accelerate launch asks for {name}: momentum encoder, optimizer and checkpoints need whole weights on"
-                " every process. Leave it out, for DDP; where memory is short, pass --gradient_cache_chunk_size or"
-                " --gradient_checkpointing"
+                f"accelerate launch asks for {name}: leave it out of its configuration. To spread weights and"
+                " optimizer over the processes pass --fsdp true instead; where activations are what fills the memory,"
+                " --gradient_cache_chunk_size or --gradient_checkpointing true"
             )
     asked_for_several = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
     is_alone = not any(name in environment for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
@@ -207,6 +210,18 @@ def build_optimizer(recipe: Recipe, model: nn.Module, plan: Plan) -> torch.optim
         eps=options.adam_epsilon,
         fused=True,
     )
+
+
+def distribute(
+    recipe: Recipe, model: MoCoV3ForPreTraining, plan: Plan, accelerator: Accelerator, fsdp: bool
+) -> tuple[nn.Module, AcceleratedOptimizer]:
+    """The model and its optimizer on their devices: a copy on every process (DDP), or spread over them (FSDP2)."""
+    if not fsdp or accelerator.num_processes == 1:
+        return accelerator.prepare(model, build_optimizer(recipe, model, plan))
+    # To the device and under autocast; "evaluation" is accelerate's word for no DDP.
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    shard(model, accelerator.device, accelerator.num_processes)
+    return model, accelerator.prepare(build_optimizer(recipe, model, plan))
 
 
 def build_source(recipe: Recipe):

@@ -27,6 +27,7 @@ from .._version import __version__
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from ..processing import build_image_processor
 from ..recipe import Recipe
+from .sharding import is_sharded, spread_like, whole
 
 
 MANIFEST = "manifest.json"
@@ -58,10 +59,43 @@ class RunState:
     torch_version: str = torch.__version__
 
 
+@dataclass(frozen=True)
+class RunTensors:
+    """What a checkpoint holds of model and optimizer, whole."""
+
+    weights: dict[str, torch.Tensor] | None  # None for those of the model, which are whole themselves
+    moments: dict[str, torch.Tensor]  # by `parameter name/key`
+    settings: list[dict]  # of the optimizer's groups
+
+
+def gather_tensors(model: MoCoV3ForPreTraining, optimizer: torch.optim.Optimizer, keep: bool) -> RunTensors | None:
+    """
+    Put together what is spread over the processes, all of which must call this; `None` where it is not to be kept.
+    """
+    is_spread = is_sharded(model)
+    if not (is_spread or keep):
+        return None
+    moments, settings = named_optimizer_state(model, optimizer)
+    if not is_spread:
+        return RunTensors(None, moments, settings)
+    weights, moments = (collected(tensors, keep) for tensors in (model.state_dict(), moments))
+    return RunTensors(weights, moments, settings) if keep else None
+
+
+def collected(tensors: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+    """Whole tensors in the memory of the CPU, one after the other, so that only one lies on the device as well."""
+    found = {}
+    for name, tensor in tensors.items():
+        tensor = whole(tensor)
+        if keep:
+            found[name] = tensor.cpu()
+    return found
+
+
 def save_checkpoint(
     output_dir: Path,
     model: MoCoV3ForPreTraining,
-    optimizer: torch.optim.Optimizer,
+    tensors: RunTensors,
     recipe: Recipe,
     state: RunState,
     save_total_limit: int | None = None,
@@ -77,11 +111,10 @@ def save_checkpoint(
     """
     folder = output_dir / f"{PREFIX}{state.step}"
     with written_aside(folder) as aside:
-        model.save_pretrained(aside)
+        model.save_pretrained(aside, state_dict=tensors.weights)
         build_image_processor(recipe.views.image_size).save_pretrained(aside)
-        moments, settings = named_optimizer_state(model, optimizer)
-        save_file(moments, aside / "optimizer.safetensors")
-        write_json(aside / "state.json", {"run": asdict(state), "optimizer": settings})
+        save_file(tensors.moments, aside / "optimizer.safetensors")
+        write_json(aside / "state.json", {"run": asdict(state), "optimizer": tensors.settings})
         recipe.save(aside / "recipe.yaml")
         write_json(aside / MANIFEST, {file.name: describe_file(file) for file in sorted(aside.iterdir())})
     publish(folder, output_dir)
@@ -233,6 +266,10 @@ def load_checkpoint(folder: Path, model: MoCoV3ForPreTraining, optimizer: torch.
         moments = load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
+    current = model.state_dict()
+    weights = {
+        name: spread_like(tensor, current[name]) if name in current else tensor for name, tensor in weights.items()
+    }
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
@@ -277,6 +314,7 @@ def restore_optimizer(
         if kind != "step" and value.shape != parameters[name].shape:
             raise CheckpointError(f"{key} of the optimizer has shape {tuple(value.shape)}, not the parameter's")
         if kind != "step":  # fused optimizers take it for granted that both lie in memory in the same order
+            value = spread_like(value, parameters[name])
             value = torch.empty_like(parameters[name], dtype=value.dtype, device=value.device).copy_(value)
         state.setdefault(order.index(name), {})[kind] = value
     groups, start = [], 0

@@ -42,9 +42,18 @@ def describe(recipe: Recipe) -> str:
         recipe.run.mixed_precision,
         options.gradient_cache_chunk_size,
         acceleration,
+        num_processes,
     )
     doubts = doubtful_choices(recipe, plan, model, num_processes)
-    exchanged = exchanges(model, plan.batch_size, num_processes, on_gpu=device.type == "cuda")
+    model.set_views_in_one_pass(acceleration.views_in_one_pass)
+    exchanged = exchanges(
+        model,
+        plan.batch_size,
+        num_processes,
+        on_gpu=device.type == "cuda",
+        fsdp=acceleration.fsdp and num_processes > 1,
+        chunk_size=options.gradient_cache_chunk_size,
+    )
     lines = [
         yaml.safe_dump(recipe.to_dict(), sort_keys=False),
         *plan_lines(plan, costs, num_processes, describe_exchanges(exchanged, num_processes)),

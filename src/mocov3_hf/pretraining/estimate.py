@@ -1,5 +1,6 @@
 """What a recipe will cost, found without running it: parameters, multiply-adds, memory."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ from ..complexity import multiply_adds
 from ..model.configuration_mocov3 import MoCoV3Config
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from .acceleration import Acceleration, accelerate_model
+from .sharding import unit_parameters
 
 
 BYTES_FLOAT32 = 4
@@ -42,12 +44,16 @@ def estimate(
     mixed_precision: str,
     chunk_size: int | None = None,
     acceleration: Acceleration | None = None,
+    num_processes: int = 1,
 ) -> Estimate:
     """
     Count parameters, multiply-adds and bytes of a training step on tensors without data.
 
     With a `chunk_size` activations are those of one chunk in the backbone, or of the whole batch in the heads, the
     larger of the two. With an `acceleration` they are those of the model set up so, compilation apart.
+
+    Weights, gradients and optimizer state that are spread over `num_processes` (the `acceleration` says so) count as
+    this process's share, with two units gathered, one of them with its gradients.
 
     Memory is that of float32 weights, gradients, optimizer state, both views of `batch_size` images and the
     activations that autograd saves for them; allocator overhead and temporary buffers come on top.
@@ -72,15 +78,23 @@ def estimate(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_trained = sum(parameter.numel() for parameter in trained)
+    num_states = num_parameters + num_trained * (1 + OPTIMIZER_STATES[optimizer])
+    if acceleration is not None and acceleration.fsdp and num_processes > 1:
+        num_states = math.ceil(num_states / num_processes) + 3 * largest_unit(model)
     return Estimate(
         num_parameters=num_parameters,
         num_trained_parameters=num_trained,
         num_backbone_parameters=sum(parameter.numel() for parameter in model.mocov3.parameters()),
         backbone_macs=macs,
-        weight_bytes=BYTES_FLOAT32 * (num_parameters + num_trained * (1 + OPTIMIZER_STATES[optimizer])),
+        weight_bytes=BYTES_FLOAT32 * num_states,
         activation_bytes=activation_bytes,
         view_bytes=BYTES_FLOAT32 * 2 * views[0].numel(),
     )
+
+
+def largest_unit(model: MoCoV3ForPreTraining) -> int:
+    """Parameters of the largest part that FSDP2 gathers at once."""
+    return max(sum(parameter.numel() for parameter in parameters) for _, parameters in unit_parameters(model, model))
 
 
 def saved_bytes(forward: Callable[[], object], model: MoCoV3ForPreTraining, mixed_precision: str) -> int:

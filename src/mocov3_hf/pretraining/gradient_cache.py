@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining, MoCoV3ForPreTrainingOutput
+from .sharding import is_sharded
 
 
 def check_chunkable(model: MoCoV3ForPreTraining) -> None:
@@ -67,7 +68,8 @@ def cached_backward(
                 (chunk_features,) = model.encode(model.mocov3, (chunk,))
             # The scale of fp16 is in the gradient already.
             torch.autograd.backward(chunk_features, gradient.to(chunk_features.dtype))
-    average_gradients(model)
+    if not is_sharded(model):  # such gradients are averaged as they come
+        average_gradients(model)
     return output
 
 

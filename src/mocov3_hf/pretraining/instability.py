@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
+
+from .sharding import is_sharded, own_part
 
 
 # How many robust standard deviations of its logarithm a gradient norm may lie above the median of those before.
@@ -191,16 +194,20 @@ class GradientWatch:
         self.first_and_last: tuple[nn.Parameter, nn.Parameter] | None = None
         self.spikes = SpikeDetector(spike_factor, device=device)
         self.refuse_spikes = refuse_spikes
+        self.is_sharded = is_sharded(model)
 
     @torch.no_grad()
     def look(self) -> GradientNorms:
         """Once a step, when the gradients are complete and before they are clipped."""
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        gradients = [own_part(parameter.grad) for parameter in self.parameters if parameter.grad is not None]
         found = iter(torch._foreach_norm(gradients))
         norms = torch.stack([self.zero if parameter.grad is None else next(found) for parameter in self.parameters])
         if self.first_and_last is None:  # known once there are gradients
             self.first_and_last = first_and_last_weight(self.backbone)
-        first_max, last_max = (weight.grad.abs().max() for weight in self.first_and_last)
+        if self.is_sharded:
+            norms, first_max, last_max = self.of_all_processes(norms)
+        else:
+            first_max, last_max = (weight.grad.abs().max() for weight in self.first_and_last)
         total = torch.linalg.vector_norm(norms)
         blocks = (self.members @ norms.double().square()).sqrt()
         times_usual = self.spikes.add(total)
@@ -209,3 +216,13 @@ class GradientWatch:
         if self.refuse_spikes:
             refused = refused | (times_usual > 0)
         return GradientNorms(total, blocks, first_max, last_max, times_usual, refused)
+
+    def of_all_processes(self, norms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Norms of whole gradients from those of this process's parts of them, and the two largest components."""
+        squares = norms.double().square()
+        dist.all_reduce(squares)
+        # A process may hold nothing of a gradient, and nothing has no largest component.
+        parts = [own_part(weight.grad).abs().flatten() for weight in self.first_and_last]
+        maxima = torch.stack([torch.cat([part, part.new_zeros(1)]).max() for part in parts])
+        dist.all_reduce(maxima, dist.ReduceOp.MAX)
+        return squares.sqrt().to(norms.dtype), *maxima.unbind()

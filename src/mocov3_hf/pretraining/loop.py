@@ -25,10 +25,10 @@ from .build import (
     build_accelerator,
     build_loader,
     build_model,
-    build_optimizer,
     build_photometric,
     build_source,
     check_model,
+    distribute,
     doubtful_choices,
     num_workers,
 )
@@ -36,6 +36,7 @@ from .checkpoint import (
     CheckpointError,
     RunState,
     SaveError,
+    gather_tensors,
     load_checkpoint,
     read_state,
     remove_leftovers,
@@ -152,10 +153,9 @@ class Run:
         accelerate(model, acceleration)
         device = self.accelerator.device.type
         self.accelerator.print(f"acceleration on {device}: {acceleration.describe()}", file=sys.stderr)
-        optimizer = build_optimizer(recipe, model, self.plan)
         if recipe.optimization.gradient_cache_chunk_size is not None:
             check_chunkable(model)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = distribute(recipe, model, self.plan, self.accelerator, acceleration.fsdp)
         self.watch = GradientWatch(
             self.accelerator.unwrap_model(self.model),
             recipe.run.spike_factor,
@@ -342,12 +342,14 @@ class Run:
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
         )
         failure = None
+        model = self.accelerator.unwrap_model(self.model)
+        tensors = gather_tensors(model, self.optimizer.optimizer, keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             try:
                 save_checkpoint(
                     self.output_dir,
-                    self.accelerator.unwrap_model(self.model),
-                    self.optimizer.optimizer,
+                    model,
+                    tensors,
                     self.recipe,
                     state,
                     self.recipe.run.save_total_limit,

@@ -12,6 +12,7 @@ from ..data.labelled import EvaluationTransform, LabelledDataset, LabelledImages
 from ..model.modeling_mocov3 import MoCoV3Model
 from ..probes.knn import knn_accuracy
 from ..recipe import Recipe, RecipeError
+from .sharding import is_sharded, whole_copy
 
 
 BATCH_SIZE = 256
@@ -51,6 +52,8 @@ class OnlineKNN:
 
     def measure(self, encoder: MoCoV3Model, steps_done: int, epoch: float) -> float:
         """Top-1 accuracy at this moment, also written to `knn.jsonl`. The encoder is left as it was."""
+        if is_sharded(encoder):  # the processes have unequal numbers of batches, and could not gather it together
+            encoder = whole_copy(encoder)
         was_training = encoder.training
         encoder.eval()
         (features, labels), (bank, bank_labels) = (self.features(encoder, part) for part in (self.test, self.train))

@@ -26,6 +26,7 @@ FREE_OPTIONS = (
     "communication_timeout",
     "dataloader_num_workers",
     "dry_run",
+    "fsdp",  # as the number of processes
     "hub_model_id",
     "hub_private_repo",
     "hub_revision",
