@@ -32,6 +32,20 @@ def shards(pictures, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    """Two classes, dark and bright: 16 pictures to learn from and 7, an odd number, to classify."""
+    folder = tmp_path_factory.mktemp("labelled")
+    rng = np.random.default_rng(0)
+    for split, numbers in {"train": (8, 8), "test": (4, 3)}.items():
+        for label, number in zip(("bright", "dark"), numbers, strict=True):
+            (folder / split / label).mkdir(parents=True)
+            for index in range(number):
+                pixels = rng.integers(0, 60, (40, 40, 3)) + (180 if label == "bright" else 0)
+                Picture.fromarray(pixels.astype(np.uint8)).save(folder / split / label / f"{index}.png")
+    return folder
+
+
 @pytest.fixture
 def fresh():
     """Forgets device, precision and algorithms of the runs before, which are kept for the whole process."""

@@ -10,6 +10,7 @@ from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
 from mocov3_hf.pretraining.estimate import estimate
 from mocov3_hf.pretraining.gradient_cache import cached_backward, check_chunkable
 from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.sharding import shard, whole
 from mocov3_hf.pretraining.step import train_step
 from tests.launch import torchrun
 
@@ -35,14 +36,16 @@ def build(**backbone):
     return model
 
 
-def one_step(chunk_size, images=10):
+def one_step(chunk_size, images=10, fsdp=False):
     """Loss, gradient norm and weights after one step of SGD on this process's images."""
     accelerator = Accelerator(cpu=True)
     model = build()
+    if fsdp:
+        shard(model, accelerator.device, accelerator.num_processes)
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1.0)
     generator = torch.Generator().manual_seed(accelerator.process_index)
     views = torch.randn(2, images, 3, 16, 16, generator=generator, dtype=torch.float64)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = (model, accelerator.prepare(optimizer)) if fsdp else accelerator.prepare(model, optimizer)
     output = train_step(
         model,
         optimizer,
@@ -57,7 +60,7 @@ def one_step(chunk_size, images=10):
         "loss": output.loss,
         "grad_norm": output.grad_norm,
         "positive_top1": output.positive_top1,
-        "weights": accelerator.unwrap_model(model).state_dict(),
+        "weights": {name: whole(tensor) for name, tensor in accelerator.unwrap_model(model).state_dict().items()},
         "num_processes": accelerator.num_processes,
         "process_index": accelerator.process_index,
     }
@@ -73,7 +76,8 @@ def test_two_processes_with_chunks(tmp_path):
     worker = Path(__file__).parent / "gradient_cache_worker.py"
     torchrun(2, worker, str(tmp_path / "results"))
     results = torch.load(tmp_path / "results", weights_only=True)
-    torch.testing.assert_close(results["cached"], results["plain"], rtol=1e-9, atol=1e-12)
+    for case in ("cached", "cached, spread"):
+        torch.testing.assert_close(results[case], results["plain"], rtol=1e-9, atol=1e-12)
 
 
 def test_stochastic_depth_and_dropout_are_replayed():

@@ -2,10 +2,8 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor
 
@@ -17,20 +15,6 @@ from tests.launch import ROOT, torchrun
 
 
 KNN = ["--knn_steps", "2", "--knn_k", "3"]
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
-    """Two classes, dark and bright: 16 pictures to learn from and 7, an odd number, to classify."""
-    folder = tmp_path_factory.mktemp("labelled")
-    rng = np.random.default_rng(0)
-    for split, numbers in {"train": (8, 8), "test": (4, 3)}.items():
-        for label, number in zip(("bright", "dark"), numbers, strict=True):
-            (folder / split / label).mkdir(parents=True)
-            for index in range(number):
-                pixels = rng.integers(0, 60, (40, 40, 3)) + (180 if label == "bright" else 0)
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / label / f"{index}.png")
-    return folder
 
 
 def read(folder):

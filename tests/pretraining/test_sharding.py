@@ -46,9 +46,10 @@ LENGTH = ["--max_steps", "6", "--save_steps", "4", "--logging_steps", "2"]
 
 
 @pytest.fixture(scope="module")
-def run_of_parts(tmp_path_factory, tiny):
+def run_of_parts(tmp_path_factory, tiny, labelled):
     """Six steps on two processes that share the weights, and the arguments of the run."""
-    arguments = [*tiny, *LENGTH, "--mixed_precision", "bf16", "--max_grad_norm", "1.0", "--fsdp", "true"]
+    images = ["--dataset_name", str(labelled), "--knn_steps", "3", "--knn_k", "3"]
+    arguments = [*tiny, *LENGTH, *images, "--mixed_precision", "bf16", "--max_grad_norm", "1.0", "--fsdp", "true"]
     folder = tmp_path_factory.mktemp("parts")
     torchrun(2, SCRIPT, *arguments, "--output_dir", str(folder))
     return folder, arguments
@@ -69,6 +70,7 @@ def test_a_run_on_parts_is_that_on_copies(tmp_path, run_of_parts):
         for name in ("loss", "grad_norm", "first_layer_grad_max", "last_layer_grad_max"):
             assert parts[name] == pytest.approx(copies[name], rel=1e-5), name
         assert parts["block_grad_norms"] == pytest.approx(copies["block_grad_norms"], rel=1e-4, abs=1e-6)
+    assert (folder / "knn.jsonl").read_text() == (tmp_path / "knn.jsonl").read_text()
     assert MoCoV3Model.from_pretrained(folder).config.architectures == ["MoCoV3ForPreTraining"]
 
 
