@@ -56,6 +56,7 @@ PLAIN = {
     "deterministic": False,
     "torch_compile": False,
     "gradient_checkpointing": False,
+    "fsdp": False,
 }
 ALL = {
     "attn_implementation": "sdpa",

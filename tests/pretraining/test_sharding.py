@@ -49,7 +49,8 @@ LENGTH = ["--max_steps", "6", "--save_steps", "4", "--logging_steps", "2"]
 def run_of_parts(tmp_path_factory, tiny, labelled):
     """Six steps on two processes that share the weights, and the arguments of the run."""
     images = ["--dataset_name", str(labelled), "--knn_steps", "3", "--knn_k", "3"]
-    arguments = [*tiny, *LENGTH, *images, "--mixed_precision", "bf16", "--max_grad_norm", "1.0", "--fsdp", "true"]
+    memory = ["--fsdp", "true", "--gradient_checkpointing", "true"]
+    arguments = [*tiny, *LENGTH, *images, "--mixed_precision", "bf16", "--max_grad_norm", "1.0", *memory]
     folder = tmp_path_factory.mktemp("parts")
     torchrun(2, SCRIPT, *arguments, "--output_dir", str(folder))
     return folder, arguments
@@ -104,10 +105,11 @@ def test_what_cannot_be_spread_is_refused():
     for options, message in refused.items():
         recipe = load_recipe("quickstart", ["--fsdp", "true", *options])
         with pytest.raises(RecipeError, match=message):
-            choose_acceleration(recipe, model, torch.device("cpu"))
-    spread = choose_acceleration(load_recipe("quickstart", ["--fsdp", "true"]), model, torch.device("cpu"))
-    assert spread.fsdp
-    assert "fsdp" in spread.describe()
+            choose_acceleration(recipe, model, torch.device("cpu"), num_processes=2)
+        if "fp16" not in options:  # alone, a process has nothing to spread and nothing to refuse
+            assert not choose_acceleration(recipe, model, torch.device("cpu"), num_processes=1).fsdp
+    recipe = load_recipe("quickstart", ["--fsdp", "true"])
+    assert "fsdp" in choose_acceleration(recipe, model, torch.device("cpu"), num_processes=2).describe()
 
 
 def test_units_hold_every_parameter_once():

@@ -117,8 +117,8 @@ class TwoViewLoader:
         B = global_batch_size / num_processes. Only one epoch can be under way at a time.
 
         Raises:
-            TooManyBadImagesError: see `BadImageLog`.
-            RuntimeError: a worker died, or many images in a row are unusable.
+            TooManyBadImagesError: see `BadImageLog`; or many images in a row are unusable.
+            RuntimeError: a worker died.
         """
         if start_step < 0:
             raise ValueError(f"start_step must not be negative, got {start_step}")

@@ -7,7 +7,7 @@ order in which they are summed; benchmarks/step.py measures what each is worth.
 import ctypes
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
@@ -50,14 +50,18 @@ class Acceleration:
         return ", ".join(attention + switches) or "nothing"
 
 
-def choose_acceleration(recipe: Recipe, model: MoCoV3ForPreTraining, device: torch.device) -> Acceleration:
+def choose_acceleration(
+    recipe: Recipe, model: MoCoV3ForPreTraining, device: torch.device, num_processes: int = 1
+) -> Acceleration:
     """
     What the recipe asks for, and for what it leaves open what is fastest; the same on the same kind of device.
 
     Raises:
         RecipeError: an option that the device or the backbone does not have.
     """
-    asked, mixed_precision = recipe.acceleration, recipe.run.mixed_precision
+    # A single process has nobody to share its weights with.
+    asked = replace(recipe.acceleration, fsdp=recipe.acceleration.fsdp and num_processes > 1)
+    mixed_precision = recipe.run.mixed_precision
     check_acceleration(asked, model, device)
     if (asked.attn_implementation or "").startswith("flash") and mixed_precision == "no":
         raise RecipeError(

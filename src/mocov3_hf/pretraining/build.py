@@ -216,7 +216,7 @@ def distribute(
     recipe: Recipe, model: MoCoV3ForPreTraining, plan: Plan, accelerator: Accelerator, fsdp: bool
 ) -> tuple[nn.Module, AcceleratedOptimizer]:
     """The model and its optimizer on their devices: a copy on every process (DDP), or spread over them (FSDP2)."""
-    if not fsdp or accelerator.num_processes == 1:
+    if not fsdp:
         return accelerator.prepare(model, build_optimizer(recipe, model, plan))
     # To the device and under autocast; "evaluation" is accelerate's word for no DDP.
     model = accelerator.prepare_model(model, evaluation_mode=True)

@@ -33,7 +33,7 @@ def describe(recipe: Recipe) -> str:
     with torch.device("meta"):
         model = MoCoV3ForPreTraining(config)
     device = this_device()
-    acceleration = choose_acceleration(recipe, model, device)
+    acceleration = choose_acceleration(recipe, model, device, num_processes)
     costs = estimate(
         config,
         recipe.views.image_size,
@@ -51,7 +51,7 @@ def describe(recipe: Recipe) -> str:
         plan.batch_size,
         num_processes,
         on_gpu=device.type == "cuda",
-        fsdp=acceleration.fsdp and num_processes > 1,
+        fsdp=acceleration.fsdp,
         chunk_size=options.gradient_cache_chunk_size,
     )
     lines = [

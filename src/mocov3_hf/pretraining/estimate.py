@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..complexity import multiply_adds
@@ -14,7 +15,7 @@ from .acceleration import Acceleration, accelerate_model
 from .sharding import unit_parameters
 
 
-BYTES_FLOAT32 = 4
+BYTES_FLOAT32, BYTES_HALF = 4, 2
 # Two AdamW moments, or one LARS momentum, per trained parameter.
 OPTIMIZER_STATES = {"adamw": 2, "lars": 1}
 
@@ -74,12 +75,14 @@ def estimate(
                 saved_bytes(lambda: model.encode(model.mocov3, (chunk,)), model, mixed_precision),
                 saved_bytes(lambda: model.contrast(leaf, leaf, features, features), model, mixed_precision),
             )
+        if acceleration is not None and acceleration.gradient_checkpointing and mixed_precision != "no":
+            activation_bytes += cast_bytes(model.mocov3)
         macs = multiply_adds(model.mocov3, views[0][:1])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_trained = sum(parameter.numel() for parameter in trained)
     num_states = num_parameters + num_trained * (1 + OPTIMIZER_STATES[optimizer])
-    if acceleration is not None and acceleration.fsdp and num_processes > 1:
+    if acceleration is not None and acceleration.fsdp:
         num_states = math.ceil(num_states / num_processes) + 3 * largest_unit(model)
     return Estimate(
         num_parameters=num_parameters,
@@ -90,6 +93,14 @@ def estimate(
         activation_bytes=activation_bytes,
         view_bytes=BYTES_FLOAT32 * 2 * views[0].numel(),
     )
+
+
+def cast_bytes(encoder: nn.Module) -> int:
+    """
+    Copies of an encoder's trained matrices in half precision, which autocast keeps until the forward pass is over.
+    Where nothing is recomputed, autograd keeps them anyway.
+    """
+    return BYTES_HALF * sum(p.numel() for p in encoder.parameters() if p.requires_grad and p.ndim > 1)
 
 
 def largest_unit(model: MoCoV3ForPreTraining) -> int:

@@ -93,7 +93,8 @@ def main(arguments: list[str] | None = None, make_pusher: Callable[..., Pusher] 
     try:
         run.train()
     except (CheckpointError, DivergedError, SaveError, TooManyBadImagesError) as error:
-        if is_first_process():
+        # Images may be out of reach of one process alone.
+        if is_first_process() or isinstance(error, TooManyBadImagesError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
@@ -149,7 +150,7 @@ class Run:
         self.temperature = model.config.temperature
         for doubt in doubtful_choices(recipe, self.plan, model, self.accelerator.num_processes):
             self.accelerator.print(f"warning: {doubt}", file=sys.stderr)
-        acceleration = choose_acceleration(recipe, model, self.accelerator.device)
+        acceleration = choose_acceleration(recipe, model, self.accelerator.device, self.accelerator.num_processes)
         accelerate(model, acceleration)
         device = self.accelerator.device.type
         self.accelerator.print(f"acceleration on {device}: {acceleration.describe()}", file=sys.stderr)

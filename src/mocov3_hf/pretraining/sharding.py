@@ -4,6 +4,8 @@ Every parameter is then a `DTensor`, of which a process holds a part. Loss, grad
 copies; what reads parameters one by one (checkpoints, gradient norms) goes through the functions here.
 """
 
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -15,6 +17,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..model.modeling_mocov3 import MoCoV3Model
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
+
+
+# Kinds of devices on which this process has sharded a model.
+sharded_devices: set[str] = set()
 
 
 def shard(model: MoCoV3ForPreTraining, device: torch.device, num_processes: int) -> None:
@@ -29,8 +35,38 @@ def shard(model: MoCoV3ForPreTraining, device: torch.device, num_processes: int)
     # The pooled vector is a view of the tokens, and nobody writes to it.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (num_processes,))
+    sharded_devices.add(device.type)
     for unit in units(model):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    for root in (model.momentum_encoder.encoder, model.momentum_encoder.projector):
+        root.register_forward_hook(forget_pass)
+
+
+def leave_if_sharded() -> None:
+    """
+    At the end of a program that has sharded a model: end the process at once, with exit code 0.
+
+    Threads of FSDP2's collectives outlive the process group. Seen on CPUs (gloo, torch 2.14): once in some fifty times
+    they were still there when the interpreter ended, which then aborted, although all was done and written.
+    """
+    if sharded_devices:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def forget_pass(root: nn.Module, *_) -> None:
+    """
+    Drop FSDP2's notes on a forward pass without a backward pass, which would take them off: they grow with every step.
+    """
+    if hasattr(root, "reset_iter_state"):  # since torch 2.14
+        root.reset_iter_state()
+        return
+    state = root._get_fsdp_state()
+    state._comm_ctx.post_forward_order.clear()
+    for inner in state._state_ctx.all_states:
+        if inner._fsdp_param_group is not None:
+            inner._fsdp_param_group._post_forward_indices.clear()
 
 
 def units(model: MoCoV3ForPreTraining) -> list[nn.Module]:
@@ -78,9 +114,11 @@ def spread_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 def whole_copy(encoder: MoCoV3Model) -> MoCoV3Model:
     """An encoder like one that is spread, on this process alone; all processes must ask for it."""
-    weights = {name: whole(tensor) for name, tensor in encoder.state_dict().items()}
-    copy = MoCoV3Model(encoder.config).to(encoder.device)
-    copy.load_state_dict(weights)
+    with torch.device(encoder.device):
+        copy = MoCoV3Model(encoder.config)
+    spread = encoder.state_dict()
+    for name, tensor in copy.state_dict().items():
+        tensor.copy_(whole(spread[name]))
     return copy
 
 
