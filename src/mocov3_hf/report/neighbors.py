@@ -8,7 +8,7 @@ import torch
 from sklearn.manifold import TSNE
 from torch.nn import functional as F
 
-from ..probes.knn import nearest_neighbors
+from ..metrics.knn import nearest_neighbors
 
 
 # As many points as t-SNE needs for its perplexity to mean something.

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..probes.collapse import COLLAPSED_STD_RATIO
+from ..metrics.collapse import COLLAPSED_STD_RATIO
 from .curves import MARKS, Series, count_marks, loss_bounds, series, split_abandoned
 from .folder import ModelFolder, shown_name
 from .page import Section, Table, Text
