@@ -8,7 +8,7 @@ import pytest
 from benchmarks.performance import PAGE, README, RESULTS, between_markers, load_results, readme_table, rewritten
 from benchmarks.performance_figures import Spread, ratio, spread, step_reached, update_reached
 from benchmarks.performance_tables import report
-from tests.benchmarks.making import gpu_results, small_results
+from tests.benchmarks.results import gpu_results, small_results
 from tests.launch import ROOT
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.bench import Part, drift, machine_name, merge, plan_parts, run_part
-from tests.benchmarks.making import small_results
+from tests.benchmarks.results import small_results
 
 
 PARTS = ["limits_before", "data_path", "step", "updates", "memory", "inference", "scaling", "scaling_check"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mocov3_hf.processing import build_image_processor
-from tests.evaluation.making import tiny_model, write_images
+from tests.factories import pretraining_model, write_images
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,6 @@ def image_folder(tmp_path_factory):
 def model_folder(tmp_path_factory):
     """A pre-training checkpoint of a tiny ViT with its image processor."""
     folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
+    pretraining_model().save_pretrained(folder)
     build_image_processor(32).save_pretrained(folder)
     return folder

@@ -13,7 +13,7 @@ from mocov3_hf.evaluation.few_shot import few_shot_metrics
 from mocov3_hf.evaluation.linear_probe import main
 from mocov3_hf.evaluation.results import read_results
 from mocov3_hf.evaluation.sweep import choose_linear_classifier
-from tests.evaluation.making import VIT
+from tests.factories import VIT
 
 
 GRID = ("--learning_rates", "0.1", "1", "--weight_decays", "0", "--num_train_epochs", "5", "--train_batch_size", "16")

@@ -11,7 +11,7 @@ from mocov3_hf.data.labelled import open_labelled
 from mocov3_hf.evaluation import cached_linear, evaluate, finetune, knn, linear_probe
 from mocov3_hf.evaluation.classifier import load_with_new_head
 from mocov3_hf.evaluation.features import data_fingerprint
-from tests.evaluation.making import COLOURS
+from tests.factories import COLORS
 
 
 def write(path, rows, header=("file_name", "label")):
@@ -39,7 +39,7 @@ def csv_folder(image_folder, tmp_path_factory):
 def test_a_folder_of_csv_files_is_the_image_folder(csv_folder, image_folder):
     for split in ("train", "test", "train+test"):
         listed, found = (open_labelled(str(folder), split=split) for folder in (csv_folder, image_folder))
-        assert (listed.class_names, listed.labels.tolist()) == (list(COLOURS), found.labels.tolist())
+        assert (listed.class_names, listed.labels.tolist()) == (list(COLORS), found.labels.tolist())
         assert listed.decode(7).equal(found.decode(7))
     again = open_labelled(str(csv_folder), split="train")
     assert data_fingerprint(again) == data_fingerprint(open_labelled(str(csv_folder), split="train"))
@@ -60,7 +60,7 @@ def test_a_csv_beside_other_data_is_not_the_data_set(image_folder, tmp_path):
     folder = tmp_path / "images"
     shutil.copytree(image_folder, folder)
     write(folder / "notes.csv", [["train/ant/000.png", "x"]], ("file_name", "note"))
-    assert open_labelled(str(folder), split="train").class_names == list(COLOURS)
+    assert open_labelled(str(folder), split="train").class_names == list(COLORS)
     assert find_csv_files(str(folder), "train") == []
     (folder / "notes.csv").rename(folder / "metadata.csv")  # which `datasets` reads itself
     assert find_csv_files(str(folder), "metadata") == []
@@ -80,7 +80,7 @@ def test_all_commands_read_csv_files(csv_folder, image_folder, model_folder, tmp
         ("fine", finetune.main, (*fine, "--base_learning_rate", 0.01)),
     ):
         assert main(command(csv_folder, name, *more)) == main(command(image_folder, name, *more)), name
-    load_with_new_head(model_folder, list(COLOURS)).save_pretrained(tmp_path / "classifier")
+    load_with_new_head(model_folder, list(COLORS)).save_pretrained(tmp_path / "classifier")
     for data in (csv_folder, image_folder):
         evaluate.main(["--model", str(tmp_path / "classifier"), "--dataset_name", str(data)])
 

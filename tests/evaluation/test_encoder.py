@@ -27,7 +27,7 @@ from mocov3_hf.evaluation.encoder import (
     pooled_features,
     weights_hash,
 )
-from tests.evaluation.making import tiny_model
+from tests.factories import pretraining_model
 
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -137,7 +137,7 @@ def test_preprocessing_is_the_one_saved_with_the_model(model_folder, tmp_path):
 
 
 def test_without_saved_preprocessing_it_is_ours_at_the_size_of_the_model(model_folder, tmp_path):
-    tiny_model().save_pretrained(tmp_path)
+    pretraining_model().save_pretrained(tmp_path)
     image = torch.randint(256, (3, 74, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     encoder = load_encoder(tmp_path)
     expected = EvaluationTransform(32)(image)
@@ -155,16 +155,16 @@ def test_without_saved_preprocessing_it_is_ours_at_the_size_of_the_model(model_f
 def test_image_size_keeps_the_proportion_of_the_crop(model_folder, tmp_path, processor, expected):
     processor.save_pretrained(tmp_path)
     shutil.copy(model_folder / "config.json", tmp_path)
-    transform = load_transform(tmp_path, tiny_model(), image_size=64)
+    transform = load_transform(tmp_path, pretraining_model(), image_size=64)
     assert transform(torch.zeros(3, 90, 120, dtype=torch.uint8)).shape == (3, 64, 64)
     size = transform.processor.to_dict()["size"]
     assert size.get("shortest_edge", size.get("height")) == expected[1]
-    assert repr(transform) != repr(load_transform(tmp_path, tiny_model()))
+    assert repr(transform) != repr(load_transform(tmp_path, pretraining_model()))
 
 
 def test_image_size_must_be_positive(model_folder):
     with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
-        load_transform(model_folder, tiny_model(), image_size=0)
+        load_transform(model_folder, pretraining_model(), image_size=0)
 
 
 def test_other_image_sizes_interpolate_positions(model_folder):

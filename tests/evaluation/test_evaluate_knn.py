@@ -14,7 +14,7 @@ from mocov3_hf.evaluation.features import Features, data_fingerprint
 from mocov3_hf.evaluation.knn import evaluate_knn, knn_metrics, main
 from mocov3_hf.evaluation.results import read_results
 from mocov3_hf.metrics import knn_accuracy
-from tests.evaluation.making import tiny_model
+from tests.factories import pretraining_model
 
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "knn.py"
@@ -45,13 +45,13 @@ def test_command_and_function_agree(model_folder, image_folder, tmp_path):
     train, test = (open_labelled(str(image_folder), split=split) for split in ("train", "test"))
     by_function = evaluate_knn(load_encoder(model_folder), train, test, k=[1, 5], progress=False)
     assert by_function == by_command
-    pretraining = evaluate_knn(tiny_model().train(), train, test, k=[1, 5], progress=False)
+    pretraining = evaluate_knn(pretraining_model().train(), train, test, k=[1, 5], progress=False)
     assert pretraining == by_command, "the model as training holds it"
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_results_stand_next_to_the_model_by_default(image_folder, tmp_path):
-    tiny_model().save_pretrained(tmp_path)
+    pretraining_model().save_pretrained(tmp_path)
     main(command(tmp_path, image_folder))
     main(command(tmp_path, image_folder, "--temperature", 0.2))
     assert [result["settings"]["temperature"] for result in read_results(tmp_path)] == [0.07, 0.2]

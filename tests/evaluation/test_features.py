@@ -22,7 +22,7 @@ from mocov3_hf.evaluation.encoder import (
 )
 from mocov3_hf.evaluation.features import data_fingerprint, extract_features, labelled_features
 from mocov3_hf.processing import build_image_processor
-from tests.evaluation.making import VIT, tiny_model, write_images
+from tests.factories import VIT, pretraining_model, write_images
 from tests.launch import torchrun
 
 
@@ -236,7 +236,7 @@ def test_cache_is_not_used_for_anything_else(what, encoder, transform, tmp_path,
     labelled_features(encoder, open_labelled(str(folder), split="train"), transform, **options)
     images = open_labelled(str(folder), split="test" if what == "split" else "train")
     if what == "weights":
-        encoder = base_encoder(tiny_model(seed=1))
+        encoder = base_encoder(pretraining_model(seed=1))
     elif what == "transform":
         transform = EvaluationTransform(32, 32)
     elif what == "precision":

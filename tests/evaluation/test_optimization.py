@@ -11,7 +11,7 @@ from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification
 from mocov3_hf.evaluation.classifier import unfrozen
 from mocov3_hf.evaluation.finetune import FinetuneArguments, schedule_options, warn_of_young_average
 from mocov3_hf.evaluation.optimization import build_optimizer, fine_tuning_groups, parameter_depths
-from tests.evaluation.making import VIT
+from tests.factories import VIT
 
 
 def vit(**values):

@@ -6,21 +6,15 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 
-from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification, MoCoV3ForPreTraining, MoCoV3ViTConfig
+from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification, MoCoV3ForPreTraining
 from mocov3_hf.processing import build_image_processor
+from tests.factories import VIT
 from tests.hub.stand_in import TOKEN, HubStandIn
 
 
 def tiny_config(**values):
     return MoCoV3Config(
-        backbone_config=MoCoV3ViTConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            image_size=32,
-            patch_size=8,
-        ),
+        backbone_config=dict(VIT),
         head_hidden_size=64,
         projection_dim=16,
         **values,

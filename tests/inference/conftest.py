@@ -1,6 +1,6 @@
 import pytest
 
-from tests.inference.making import save_classifier, save_images
+from tests.factories import save_classifier, save_files
 
 
 @pytest.fixture(scope="session", params=["vit", "resnet", "native"])
@@ -15,4 +15,4 @@ def vit(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
-    return save_images(tmp_path_factory.mktemp("images"))
+    return save_files(tmp_path_factory.mktemp("images"))

@@ -9,7 +9,7 @@ from PIL import Image
 from mocov3_hf import MoCoV3Config, MoCoV3Model
 from mocov3_hf.inference import FeatureExtractor, ImageClassifier
 from mocov3_hf.processing import build_image_processor
-from tests.inference.making import BACKBONES
+from tests.factories import BACKBONES
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Co
 from mocov3_hf.inference import FeatureExtractor, ImageClassifier
 from mocov3_hf.inference.images import decode
 from mocov3_hf.inference.preprocessing import Preprocessing
-from tests.inference.making import NUM_LABELS, save_classifier, smooth
+from tests.factories import NUM_LABELS, save_classifier, smooth
 
 
 # transformers' `load_image` leaves the files it opens to the garbage collector.

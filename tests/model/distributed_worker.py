@@ -11,27 +11,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
+from tests.factories import NANO_VIT
 
 
 BACKBONES = {
-    "vit": {
-        "model_type": "mocov3_vit",
-        "image_size": 16,
-        "patch_size": 8,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-    },
-    "conv_stem": {
-        "model_type": "mocov3_vit",
-        "stem": "conv",
-        "image_size": 32,
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-    },
+    "vit": NANO_VIT,
+    "conv_stem": {**NANO_VIT, "stem": "conv", "image_size": 32, "patch_size": 16, "num_hidden_layers": 1},
     "resnet": {
         "model_type": "resnet",
         "embedding_size": 8,

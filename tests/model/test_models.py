@@ -24,17 +24,9 @@ from mocov3_hf import (
     MoCoV3ViTConfig,
     MoCoV3ViTModel,
 )
+from tests.factories import VIT
 
 
-VIT = {
-    "model_type": "mocov3_vit",
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-}
 BACKBONES = {
     "mocov3_vit": VIT,
     "conv_stem": {**VIT, "stem": "conv", "patch_size": 16},

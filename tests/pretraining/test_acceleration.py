@@ -30,17 +30,10 @@ from mocov3_hf.pretraining.gradient_cache import cached_backward
 from mocov3_hf.pretraining.loop import main
 from mocov3_hf.pretraining.step import unwrap
 from mocov3_hf.recipe import RecipeError, load_recipe
+from tests.factories import NANO_VIT
 
 
-VIT = {
-    "model_type": "mocov3_vit",
-    "image_size": 16,
-    "patch_size": 8,
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-}
+VIT = {**NANO_VIT, "num_hidden_layers": 3}
 CONV_STEM = {**VIT, "stem": "conv", "patch_size": 16, "image_size": 32}
 RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 DINOV2 = {**VIT, "model_type": "dinov2", "num_hidden_layers": 2}

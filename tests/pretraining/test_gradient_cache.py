@@ -12,23 +12,13 @@ from mocov3_hf.pretraining.gradient_cache import cached_backward, check_chunkabl
 from mocov3_hf.pretraining.loop import main
 from mocov3_hf.pretraining.sharding import shard, whole
 from mocov3_hf.pretraining.step import train_step
+from tests.factories import NANO_VIT
 from tests.launch import torchrun
-
-
-BACKBONE = {
-    "model_type": "mocov3_vit",
-    "image_size": 16,
-    "patch_size": 8,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-}
 
 
 def build(**backbone):
     torch.manual_seed(0)
-    config = MoCoV3Config(backbone_config={**BACKBONE, **backbone}, projection_dim=8, head_hidden_size=16)
+    config = MoCoV3Config(backbone_config={**NANO_VIT, **backbone}, projection_dim=8, head_hidden_size=16)
     model = MoCoV3ForPreTraining(config).double()
     with torch.no_grad():  # apart, so that keys and queries differ
         for parameter in model.momentum_encoder.parameters():
@@ -104,7 +94,7 @@ def test_stochastic_depth_and_dropout_are_replayed():
     assert not torch.equal(other, gradients[0][0]), "without random masks there is nothing to replay"
 
 
-@pytest.mark.parametrize("backbone", [{"model_type": "resnet"}, {**BACKBONE, "stem": "conv", "patch_size": 16}])
+@pytest.mark.parametrize("backbone", [{"model_type": "resnet"}, {**NANO_VIT, "stem": "conv", "patch_size": 16}])
 def test_batch_normalisation_in_the_backbone_is_refused(backbone):
     with torch.device("meta"):
         model = MoCoV3ForPreTraining(MoCoV3Config(backbone_config=backbone))

@@ -12,7 +12,7 @@ from mocov3_hf.pretraining.build import SHARDED_LAUNCHES, check_launch
 from mocov3_hf.pretraining.communication import Exchange
 from mocov3_hf.pretraining.loop import parse
 from mocov3_hf.recipe import RecipeError
-from tests.benchmarks.making import gpu_results
+from tests.benchmarks.results import gpu_results
 from tests.launch import ROOT
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.report.making import save_labelled, save_run, save_trained_classifier, save_unlabelled
+from tests.factories import save_labelled, save_run, save_trained_classifier, save_unlabelled
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,8 @@
 import pytest
 
 from mocov3_hf.report import command
+from tests.factories import save_run, save_trained_classifier
 from tests.report.browser import Browser, find_chromium
-from tests.report.making import save_run, save_trained_classifier
 
 
 pytestmark = [

@@ -16,7 +16,7 @@ from mocov3_hf.report.image_sections import chance_of_agreement, medoid, most_fr
 from mocov3_hf.report.neighbors import agreement, embed, neighbors_of_each
 from mocov3_hf.report.pictures import heat_map, over_image
 from mocov3_hf.report.samples import choose_rows, open_samples
-from tests.report.making import NAMES, RESNET, save_classifier
+from tests.factories import AWKWARD_NAMES, save_classifier
 
 
 def random(*shape, seed=0):
@@ -103,7 +103,7 @@ def test_patches_are_the_last_tokens_row_by_row(run):
 
 @pytest.mark.parametrize("backbone", ["vit", "resnet"])
 def test_features_are_those_of_the_model_and_logits_of_the_head(backbone, classifier, labelled, tmp_path):
-    path = classifier if backbone == "vit" else save_classifier(tmp_path / "resnet", RESNET, NAMES)
+    path = classifier if backbone == "vit" else save_classifier(tmp_path / "resnet", "resnet", AWKWARD_NAMES)
     samples = open_samples(str(labelled), num_images=5)
     viewer = Viewer(read_folder(path))
     seen = viewer.look(samples, batch_size=2)

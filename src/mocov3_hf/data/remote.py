@@ -1,11 +1,12 @@
-"""Reading over a network that drops: retries with back-off, going on at the byte that was missing."""
+"""Read files over an unreliable network: retry with exponential backoff and resume at the first missing byte."""
 
 import io
+import os
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-import fsspec
+import fsspec.asyn
 from fsspec.utils import get_protocol
 
 
@@ -18,9 +19,14 @@ LONGEST_WAIT = 32.0
 
 _GONE = (404, 410)
 
+# The thread of fsspec's event loop does not survive a fork, so a data-loading worker would wait for it forever.
+# fsspec 2025.3 leaves the reset to its callers; later releases do it themselves, and doing it twice is harmless.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
+
 
 def is_remote(url: str) -> bool:
-    """Whether a path goes through a network file system (http, hf, s3, ...)."""
+    """Return whether a path goes through a network file system (http, hf, s3, ...)."""
     return get_protocol(url) not in ("file", "local")
 
 
@@ -30,16 +36,21 @@ def retrying(
     *,
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
-    """Call until it succeeds, waiting twice as long each time.
+    """Call `function` until it succeeds; double the wait after each attempt.
+
+    Args:
+        function: what to call.
+        what: name of the file, for the error.
+        sleep: takes seconds.
 
     Raises:
         ConnectionError: after the last attempt, with its cause.
-        FileNotFoundError, PermissionError: at once, waiting does not help.
+        FileNotFoundError, PermissionError: at once, because waiting does not help.
     """
     for attempt in range(ATTEMPTS):
         try:
             return function()
-        # Every transport has its own errors: aiohttp's and httpx's are no OSErrors.
+        # Every transport has its own errors; those of aiohttp and httpx are not OSErrors.
         except Exception as error:
             if _is_final(error):
                 raise
@@ -51,15 +62,15 @@ def retrying(
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether trying again is of no use."""
+    """Return whether another attempt cannot succeed."""
     if isinstance(error, FileNotFoundError):
-        # fsspec says so of every HTTP error, an overloaded server included; the status is in the cause.
+        # fsspec raises this for every HTTP error, even from an overloaded server; the cause has the status.
         return getattr(error.__cause__, "status", 404) in _GONE
     return isinstance(error, (PermissionError, IsADirectoryError, NotImplementedError))
 
 
 class RemoteFile(io.RawIOBase):
-    """A file of any fsspec URL, read by ranges; a range that breaks off is asked for again.
+    """A file at any fsspec URL, read in ranges; an interrupted range is requested again.
 
     Args:
         url: path or URL.
@@ -75,7 +86,7 @@ class RemoteFile(io.RawIOBase):
     def _ask_size(self) -> int:
         size = self._fs.size(self._path)
         if size is None:
-            raise OSError("the server does not tell the size of the file")
+            raise OSError("the server does not report the size of the file")
         return size
 
     def size(self) -> int:
@@ -105,7 +116,7 @@ class RemoteFile(io.RawIOBase):
         def fetch() -> bytes:
             data = self._fs.cat_file(self._path, start=start, end=stop)
             if len(data) != stop - start:
-                raise OSError(f"{len(data)} bytes came of {stop - start}")
+                raise OSError(f"received {len(data)} of {stop - start} bytes")
             return data
 
         data = retrying(fetch, f"{self.url} (bytes {start} to {stop})")
@@ -119,7 +130,7 @@ class RemoteFile(io.RawIOBase):
 
 
 def read_file(url: str) -> bytes:
-    """The whole of a file, with retries where it is remote."""
+    """Read a whole file, with retries if it is remote."""
     if not is_remote(url):
         with open(url, "rb") as file:
             return file.read()
