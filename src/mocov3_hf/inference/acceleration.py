@@ -86,7 +86,7 @@ def fold_batch_norms(resnet: PreTrainedModel) -> int:
     Fold the batch norms of transformers' ResNet into the convolutions before them.
 
     Args:
-        resnet: In evaluation mode and in the precision of its file: folded in bfloat16, weights would be rounded twice.
+        resnet: In evaluation mode and in the precision of its file: in bfloat16, weights would be rounded twice.
 
     Returns:
         The number of batch norms.

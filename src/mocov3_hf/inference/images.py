@@ -37,9 +37,7 @@ def find_images(folder: str | os.PathLike) -> list[str]:
     """
     found = sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
     if not found:
-        raise ValueError(
-            f"folder {os.fspath(folder)!r} holds no images: expected files with the suffixes {', '.join(sorted(SUFFIXES))}"
-        )
+        raise ValueError(f"folder {os.fspath(folder)!r} holds no images: expected {', '.join(sorted(SUFFIXES))} files")
     return found
 
 

@@ -20,8 +20,8 @@ class Preprocessing:
     The pixels that an image processor returns, bit by bit.
 
     Resize and center crop are the processor's own methods on the decoded uint8 image; rescaling and normalization are
-    its own too, but on a batch. A processor that does anything else, as its results on noise show, is called as a whole
-    for each image, and `is_batched` is False.
+    its own too, but on a batch. A processor that does anything else, as its results on noise show, is called for each
+    image as a whole, and `is_batched` is False.
 
     Args:
         processor: As `AutoImageProcessor` loads it.
