@@ -161,6 +161,7 @@ def values_of_arguments(command: Command, arguments: Iterable[str]) -> dict[str,
         UsageError: an option that does not exist, a value that is missing or of another type.
     """
     types = command.types() | ({"recipe": str} if command.recipes is not None else {})
+    types |= {name: bool for name in command.removed if name not in types}
     given: list[tuple[str, Any]] = []
     loose: list[str] = []
     waiting = list(arguments)[::-1]
