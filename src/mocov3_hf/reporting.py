@@ -64,20 +64,19 @@ def fail(message: str, code: int) -> NoReturn:
 
 def typed_command(arguments: Iterable[str] | None = None) -> str:
     """
-    The command that started this process, as a shell takes it, with other `arguments` after the program if given.
+    The command that started this process, as a shell takes it. Of several hosts, the part of one.
+
+    Args:
+        arguments: Others after the program instead of those of this process.
     """
     program, rest = sys.argv[0], list(sys.argv[1:] if arguments is None else arguments)
-    if os.path.basename(program) == "__main__.py":
-        words = ["python", "-m", "mocov3_hf"]
-    elif program.endswith(".py"):
-        words = ["python", program]
+    is_module = os.path.basename(program) == "__main__.py"
+    words = ["-m", "mocov3_hf"] if is_module else [program if program.endswith(".py") else os.path.basename(program)]
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if any(name.startswith("ACCELERATE_") for name in os.environ):
+        launcher = ["accelerate", "launch", *(["--num_processes", str(num_processes)] if num_processes > 1 else [])]
+    elif num_processes > 1:
+        launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "N")]
     else:
-        words = [os.path.basename(program)]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        words = [
-            "torchrun",
-            "--nproc_per_node",
-            os.environ.get("LOCAL_WORLD_SIZE", "N"),
-            *words[words[0] == "python" :],
-        ]
-    return shlex.join([*words, *rest])
+        launcher = ["python"] if is_module or program.endswith(".py") else []
+    return shlex.join([*launcher, *words, *rest])

@@ -1,5 +1,6 @@
 """The command `mocov3`: its table, its exit codes, and what it does without torch."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -156,12 +157,17 @@ def test_one_process_speaks_for_all(monkeypatch, capsys):
             {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
             "torchrun --nproc_per_node 2 scripts/pretrain.py",
         ),
+        (
+            ["/lib/mocov3_hf/__main__.py", "pretrain"],
+            {"WORLD_SIZE": "8", "ACCELERATE_MIXED_PRECISION": "no"},
+            "accelerate launch --num_processes 8 -m mocov3_hf pretrain",
+        ),
     ],
 )
 def test_messages_name_the_command_that_was_typed(monkeypatch, argv, environment, shown):
     monkeypatch.setattr(sys, "argv", argv)
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))]:
+        monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert reporting.typed_command() == shown
