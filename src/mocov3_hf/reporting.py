@@ -73,7 +73,7 @@ def typed_command(arguments: Iterable[str] | None = None) -> str:
     is_module = os.path.basename(program) == "__main__.py"
     words = ["-m", "mocov3_hf"] if is_module else [program if program.endswith(".py") else os.path.basename(program)]
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if any(name.startswith("ACCELERATE_") for name in os.environ):
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by accelerate launch
         launcher = ["accelerate", "launch", *(["--num_processes", str(num_processes)] if num_processes > 1 else [])]
     elif num_processes > 1:
         launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "N")]
