@@ -151,13 +151,13 @@ def test_the_remainder_differs_each_epoch():
 
 
 def test_batches_that_do_not_fit_are_refused_with_the_repair():
-    with pytest.raises(ValueError, match="larger than the data set of 100 images: lower the batch to at most 100"):
+    with pytest.raises(ValueError, match="larger than the data set of 100 images: lower it to at most 100"):
         steps_in_epoch(100, 101)
-    with pytest.raises(ValueError, match="does not divide among 3 processes: take a multiple, 63 for instance"):
+    with pytest.raises(ValueError, match="is not divisible by 3 processes: choose a multiple of 3, for example 63"):
         rows_of_process(64, 0, 3)
     with pytest.raises(ValueError, match=r"process_index must be in \[0, 2\), got 2"):
         rows_of_process(64, 2, 2)
-    with pytest.raises(ValueError, match="lanes must divide the global batch of 10, got 3"):
+    with pytest.raises(ValueError, match="lanes must divide the global batch size 10, got 3"):
         StreamOrder((20,), 0, 0, 10, 1, 3)
     with pytest.raises(ValueError, match="at least 1 shard, got 0"):
         StreamOrder((20,), 0, 0, 10, 0, 2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mocov3_hf.optim import cosine_momentum, ema_update_, parameter_groups, warmup_cosine
+from mocov3_hf.optim import cosine_ema_decay, ema_update_, parameter_groups, warmup_cosine
 
 
 def test_learning_rate_of_the_official_schedule():
@@ -35,7 +35,7 @@ def test_learning_rate_refuses_impossible_positions(step, warmup):
 
 
 def test_momentum_rises_from_base_to_one():
-    values = [cosine_momentum(step, 1000, 0.99) for step in range(1001)]
+    values = [cosine_ema_decay(step, 1000, 0.99) for step in range(1001)]
     assert values[0] == pytest.approx(0.99)
     assert values[500] == pytest.approx(0.995)
     assert values[1000] == pytest.approx(1.0)
