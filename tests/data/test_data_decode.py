@@ -1,4 +1,4 @@
-"""Decoding gives PIL's pixels for every format, and one-line reasons for what cannot be decoded."""
+"""Decoding returns PIL's pixels for every format, and one-line reasons for bad images."""
 
 import io
 import random

@@ -1,4 +1,4 @@
-"""Images that live on the device give the views of the CPU stage."""
+"""The device cache returns the views of the CPU stage."""
 
 import threading
 

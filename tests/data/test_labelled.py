@@ -1,4 +1,4 @@
-"""Labelled splits: columns found, labels checked, transforms."""
+"""Labelled splits: detection of columns, validation of labels, transforms."""
 
 import datasets
 import numpy as np

@@ -1,4 +1,4 @@
-"""The loader: the same pixels for any number of workers and processes, exact resume, bad images, dead workers."""
+"""The loader: identical pixels for any number of workers and processes, exact resume, bad images, dead workers."""
 
 import json
 import os
@@ -24,7 +24,7 @@ SETTINGS = two_views(image_size=24)
 
 
 class ListShard:
-    """A shard in memory, whose size may be kept secret."""
+    """A shard in memory, with known or unknown size."""
 
     def __init__(self, images, tell_size=True):
         self.images, self.num_rows = images, len(images) if tell_size else None
@@ -169,7 +169,7 @@ def test_a_stream_lets_go_of_what_is_behind(images):
     loader = TwoViewLoader(source, SETTINGS, global_batch_size=6, window=2, lanes=2)
     reader = loader._loader.dataset.reader
     held = [len(reader._loading) for _ in loader.epoch(0)]
-    # Two lanes, each with the window in use, perhaps the one before in the same batch, and the next one.
+    # Two lanes, each with the current window, possibly the previous one in the same batch, and the next one.
     assert max(held) <= 2 * 3 * 2
     assert len(held) == 10
 
@@ -187,7 +187,7 @@ def test_sizes_that_are_unknown_need_steps(images):
     source = stream_source(images, [30, 30], tell_size=False)
     with pytest.raises(ValueError, match="length of this streamed data set is unknown: pass --steps_per_epoch"):
         TwoViewLoader(source, SETTINGS, global_batch_size=12)
-    # Each shard gives half of the epoch: once through both of them.
+    # Each shard contributes half of the epoch, so each image comes once.
     batches = load(source, steps_per_epoch=5)
     assert len(torch.cat([batch["sample_ids"] for batch in batches]).unique()) == 60
 
@@ -237,7 +237,7 @@ def test_bad_images_are_replaced_counted_and_listed(images, tmp_path, kind):
         for row, sample_id in enumerate(batch["sample_ids"].tolist()):
             replaced = not torch.equal(batch["pixels"][:, row], expected["pixels"][:, row])
             assert replaced == (sample_id in listed)
-    # The same in any other arrangement, and no id is counted or listed twice.
+    # The same for other numbers of processes, and no id is counted or listed twice.
     parts = [load(source, num_processes=3, process_index=index, **options) for index in range(3)]
     assert same(joined(parts), batches)
     list(loader.epoch(0))
@@ -287,7 +287,7 @@ def test_storage_that_is_gone_is_no_bad_image(images, monkeypatch, num_workers):
 
 
 class KillingSource(MapSource):
-    """Its worker is killed at the first image, as the kernel does it when memory runs out."""
+    """Its worker is killed at the first image, as by the kernel when memory runs out."""
 
     def read(self, sample_id):
         os.kill(os.getpid(), signal.SIGKILL)

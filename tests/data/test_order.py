@@ -1,4 +1,4 @@
-"""The order is a pure function: complete, the same for any world, cheap to enter anywhere."""
+"""The order is a pure function: complete, identical for any number of processes, cheap to start anywhere."""
 
 import time
 
@@ -20,7 +20,7 @@ from mocov3_hf.data.order import (
 
 @st.composite
 def layouts(draw):
-    """Shard sizes (zeros too), global batch, lanes, window, world size, workers, seed, epoch."""
+    """Shard sizes (possibly 0), global batch size, lanes, window, processes, workers, seed, epoch."""
     sizes = draw(st.lists(st.integers(0, 14), min_size=1, max_size=12).filter(any))
     world = draw(st.integers(1, 4))
     batch = world * draw(st.integers(1, max(1, min(8, sum(sizes) // world))))
@@ -29,7 +29,7 @@ def layouts(draw):
 
 
 def slow_order(sizes, seed, epoch, batch, window, lanes) -> list[list[tuple[int, int]]]:
-    """The streamed order by its definition, row after row: (shard, row) of every step."""
+    """The streamed order by its definition, row by row: (shard, row) of every step."""
     sequence = [
         (shard, row)
         for shard in permutation(seed, epoch, len(sizes), STREAM_SHARD_ORDER).tolist()
@@ -97,7 +97,7 @@ def test_a_process_needs_only_the_shards_of_its_lanes():
         needed.append({shard for step in range(order.steps) for shard, _ in order.places(step, rows)})
     assert all(len(shards) == 16 for shards in needed)
     assert set().union(*needed) == set(range(64))
-    # At any time no more than one window of each lane.
+    # At most one window of each lane at any time.
     assert all(len({s for s, _ in order.places(step, range(4))}) <= 2 for step in range(order.steps))
 
 

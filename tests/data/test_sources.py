@@ -1,4 +1,4 @@
-"""Every kind of source opens, map-style and streamed, to the same undecoded images; what is wrong is said."""
+"""Every kind of source returns the same undecoded images, map-style and streamed. Errors are one line."""
 
 import io
 import pickle

@@ -1,4 +1,4 @@
-"""Data sets in CSV files, in all commands; folders without labels."""
+"""Data sets in CSV files, in all commands. Image folders without labels."""
 
 import csv
 import shutil

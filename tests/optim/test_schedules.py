@@ -1,4 +1,4 @@
-"""Schedules against their closed forms, and the moving average against a loop."""
+"""Schedules compared with their closed forms, and the EMA with a loop."""
 
 import math
 
@@ -10,7 +10,7 @@ from mocov3_hf.optim import cosine_ema_decay, ema_update_, parameter_groups, war
 
 
 def test_learning_rate_of_the_official_schedule():
-    """300 epochs with 40 of warm-up, evaluated at epochs as the official code does, with 10 steps each."""
+    """300 epochs with 40 epochs of warmup, 10 steps each, compared with the official code at epochs."""
     for step in range(3000):
         epoch = step / 10
         if epoch < 40:

@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from .decode import decode_rgb
 from .photometric import IMAGENET_MEAN, IMAGENET_STD
-from .sources import MapSource, is_local, open_dataset
+from .sources import MapSource, find_image_column, is_local, open_dataset
 
 
 # Names of a label column where no column is a ClassLabel.
@@ -192,14 +192,12 @@ def _read_csv(file: Path, image_column: str | None) -> datasets.Dataset:
     try:
         # chunksize=None: otherwise types are inferred for each chunk of 10,000 rows.
         table = datasets.Dataset.from_csv(str(file), encoding="utf-8-sig", chunksize=None, **options)
+        if "__index_level_0__" in table.column_names:
+            raise ValueError("its rows are longer than its header")
+        return table
     except (DatasetGenerationError, ValueError, OSError) as error:
         reason = str(error.__cause__ or error).strip()
         raise ValueError(f"{str(file)!r} is not a CSV table with a header and rows: {reason}") from error
-    if "__index_level_0__" in table.column_names:
-        raise ValueError(
-            f"{str(file)!r} is not a CSV table with a header and rows: its rows are longer than its header"
-        )
-    return table
 
 
 def _find_path_column(columns: list[str]) -> str:
@@ -211,17 +209,12 @@ def _find_path_column(columns: list[str]) -> str:
 
 
 def _with_absolute_paths(table: datasets.Dataset, image_column: str, file: Path) -> datasets.Dataset:
-    if image_column not in table.column_names:
-        columns = ", ".join(table.column_names)
-        raise ValueError(f"image column {image_column!r} does not exist; columns: {columns}")
-    listed = table[image_column][:]
+    listed = table[find_image_column(table, image_column)][:]
     paths = [os.path.join(file.parent, os.path.expanduser(path)) for path in listed]
-    for row, path in enumerate(paths):
-        if not os.path.isfile(path):
-            raise ValueError(
-                f"image {listed[row]!r} in {str(file)!r} does not exist: paths must be absolute or relative to the "
-                f"CSV file"
-            )
+    missing = next((name for name, path in zip(listed, paths, strict=True) if not os.path.isfile(path)), None)
+    if missing is not None:
+        reason = "paths must be absolute or relative to the CSV file"
+        raise ValueError(f"image {missing!r} in {str(file)!r} does not exist: {reason}")
     return datasets.Dataset.from_dict(table.to_dict() | {image_column: paths})
 
 
