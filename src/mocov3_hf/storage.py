@@ -56,7 +56,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, replace: bool = False, durable: bool = True) -> Iterator[Path]:
     """
     A folder beside `path` to fill. When the block ends, everything in it is flushed and it takes the name `path`; when
     it fails, it is deleted and `path` stays as it was.
@@ -64,6 +64,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     Args:
         path: The new folder; may be an empty folder already.
         replace: Whether a folder with content is replaced. The old one is moved out of the way first and deleted last.
+        durable: Whether to wait until everything is on the disk, so that it survives a power failure.
 
     Raises:
         FileExistsError: `path` is a file, or a folder with content and `replace` is False.
@@ -78,8 +79,10 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         yield aside
         for inner in sorted(aside.rglob("*")):
             grant_usual_permissions(inner)
-            flush(inner)
-        flush(aside)
+            if durable:
+                flush(inner)
+        if durable:
+            flush(aside)
         displaced = path.with_name(f".{path.name}{DELETED}")
         if path.exists():
             shutil.rmtree(displaced, ignore_errors=True)

@@ -5,12 +5,12 @@ scikit-learn includes the test set of the UCI "Optical Recognition of Handwritte
 """
 
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ..storage import atomic_folder
 from .labelled import stratified_split
 
 
@@ -53,18 +53,11 @@ def write_digits(folder: str | os.PathLike, *, size: int = 32, seed: int = 0) ->
         raise ValueError(f"folder {str(folder)!r} is not empty and does not hold these digits: choose another folder")
     digits = load_digits()
     held_out = stratified_split(digits.target, TEST_FRACTION, seed)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
+    with atomic_folder(folder, durable=False) as aside:
         for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
             path = aside / ("test" if held_out[number] else "train") / str(label) / f"{number:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = np.round(image * (255 / 16)).astype(np.uint8)
             Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC).save(path)
         (aside / "digits.txt").write_text(note)
-        if folder.exists():
-            folder.rmdir()
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return folder

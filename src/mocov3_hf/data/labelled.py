@@ -11,9 +11,10 @@ import torch
 from datasets.exceptions import DatasetGenerationError
 from torchvision.transforms import InterpolationMode, v2
 
+from ..storage import is_local
 from .decode import decode_rgb
 from .photometric import IMAGENET_MEAN, IMAGENET_STD
-from .sources import MapSource, find_image_column, is_local, open_dataset
+from .sources import MapSource, find_image_column, open_dataset
 
 
 # Names of a label column where no column is a ClassLabel.

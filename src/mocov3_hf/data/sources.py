@@ -12,13 +12,8 @@ import datasets
 import torch
 from datasets.exceptions import DatasetNotFoundError
 
+from ..storage import is_local
 from .shards import builder_shards, encoded_image, table_shards, undecoded
-
-
-def is_local(dataset_name: str) -> bool:
-    """Whether a name means a path of this machine (it exists, or cannot be a Hub id)."""
-    name = os.fspath(dataset_name)
-    return os.path.exists(name) or name.startswith(("/", "./", "../", "~")) or name in (".", "..")
 
 
 def open_dataset(

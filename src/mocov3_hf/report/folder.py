@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..data.sources import is_local
+from ..storage import is_local
 from ..recipe import RecipeError, load_recipe
 
 
