@@ -69,6 +69,9 @@ def accelerate(model: PreTrainedModel, dtype: torch.dtype, device: torch.device,
         else:
             model.set_attn_implementation("sdpa")
             done.append("sdpa attention")
+        for module in model.modules():
+            if hasattr(module, "pooled_query_only"):
+                module.pooled_query_only = True
         done.append("last block for the pooled token")
     return done
 
@@ -80,7 +83,7 @@ def body_type(model: PreTrainedModel) -> str:
 
 
 def is_own_vit(model: PreTrainedModel) -> bool:
-    """Whether the model takes `pooled_query_only`."""
+    """Whether the backbone is MoCo v3's own ViT."""
     return body_type(model) == MoCoV3ViTConfig.model_type
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from .acceleration import BATCH_SIZES, OTHER_BATCH_SIZE, PACKED, accelerate, choose_dtype, is_own_vit
+from .acceleration import BATCH_SIZES, OTHER_BATCH_SIZE, PACKED, accelerate, choose_dtype
 from .images import ImageInput, PreparedImage, find_images, prepared_images
 from .loading import load_classifier, load_encoder
 from .preprocessing import Preprocessing
@@ -65,7 +65,6 @@ class Predictor:
         self.preprocessing = Preprocessing(processor)
         done = accelerate(self.model, self.dtype, self.device, self.batch_size)
         self.channels_last, self.is_packed = "channels_last" in done, PACKED in done
-        self.options = {"pooled_query_only": True} if is_own_vit(self.model) else {}
         logger.info(f"{self.dtype} on {self.device}, batches of {self.batch_size}, {', '.join(done) or 'as it is'}")
 
     @staticmethod
@@ -140,7 +139,7 @@ class ImageClassifier(Predictor):
         return load_classifier(model)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values=pixel_values, **self.options).logits
+        return self.model(pixel_values=pixel_values).logits
 
     def __call__(
         self,
@@ -217,7 +216,7 @@ class FeatureExtractor(Predictor):
         return load_encoder(model)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        pooled = self.model(pixel_values=pixel_values, **self.options).get("pooler_output")
+        pooled = self.model(pixel_values=pixel_values).get("pooler_output")
         if pooled is None:
             raise ValueError(f"{type(self.model).__name__} gives no pooled vector (pooler_output)")
         return pooled.flatten(1)
