@@ -78,12 +78,9 @@ def test_trainer_evaluates_the_loss(tmp_path):
 
 def test_trainer_gives_metrics_the_outputs(tmp_path):
     trainer = build_trainer(build(), tmp_path)
-    trainer.compute_metrics = lambda found: {
-        "rows": len(found.predictions[0]),
-        "columns": found.predictions[0].shape[1],
-    }
+    trainer.compute_metrics = lambda found: {"shape": found.predictions[0].shape}
     metrics = trainer.evaluate()
-    assert (metrics["eval_rows"], metrics["eval_columns"]) == (8, HEADS["projection_dim"])
+    assert metrics["eval_shape"] == (8, HEADS["projection_dim"])
     assert metrics["eval_loss"] > 0
 
 
@@ -144,6 +141,17 @@ def one_step(model, optimizer, forwards=1):
         model(pixel_values=views[0], pixel_values_2=views[1]).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_every_kind_of_optimizer_is_noticed(options, warned):
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, **options)
+    one_step(model, optimizer, forwards=2)
+    assert warned == []
+    one_step(model, optimizer)
+    one_step(model.double(), torch.optim.SGD(model.parameters(), lr=1e-5))
+    assert len(warned) == 1
 
 
 @pytest.mark.parametrize("update", ["before", "after"])
@@ -250,7 +258,7 @@ def test_eager_attention_is_attention(dtype, tolerance):
 
 
 def test_softmax_is_computed_in_float32():
-    """In half precision the sum of 4,096 equal weights, each rounded, would be off; the weights are rounded once."""
+    """Half precision rounds the weights once, at the end."""
     query, key = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16), torch.zeros(1, 1, 3, 8, dtype=torch.bfloat16)
     key[..., 0] = torch.tensor([0.0, 1.0, 2.0])
     query[..., 0] = 1.0

@@ -194,7 +194,7 @@ class MoCoV3ForPreTraining(MoCoV3PreTrainedModel):
     even_batches = False  # set to `True` if all processes have equally many images: saves an exchange of batch sizes
 
     accepts_loss_kwargs = False  # `Trainer` divides the loss by the number of accumulation steps itself
-    _weights_version = None  # at the last training forward since the last update of the momentum encoder
+    _trained_values = None  # of the last training forward, if the momentum encoder was not updated since
 
     def __init__(self, config: MoCoV3Config):
         super().__init__(config)
@@ -283,21 +283,25 @@ class MoCoV3ForPreTraining(MoCoV3PreTrainedModel):
             raise ValueError(f"ema_decay must be between 0 and 1, got {ema_decay}")
         averages, sources = zip(*self.momentum_pairs(), strict=True)
         ema_update_(list(averages), list(sources), ema_decay)
-        self._weights_version = None
+        self._trained_values = None
 
     def warn_without_momentum_updates(self) -> None:
-        """Warn, once per process, if an optimizer changes the weights and the momentum encoder is never updated."""
-        if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """Warn, once per process, if weights are trained between forward passes and the momentum encoder is not."""
+        weight = self.projector.layers[-1].dense.weight
+        is_training = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if not is_training or type(weight) is not nn.Parameter or weight.is_meta:
             return
-        # torch counts the in-place changes of a tensor: several forward passes in one step see the same version.
-        version = self.projector.layers[0].dense.weight._version
-        if self._weights_version not in (None, version):
+        # A few values, since fused optimizers do not change `_version`. They stay the same within a step.
+        values = weight.detach()[0, :256].clone()
+        before, self._trained_values = self._trained_values, values
+        if before is None or (before.device, before.dtype) != (values.device, values.dtype):
+            return
+        if not torch.equal(before, values):
             logger.warning_once(
                 "The weights changed since the last forward pass, but the momentum encoder did not: call"
                 " model.update_momentum_encoder(ema_decay) once per optimizer step. With Trainer, use the callback in"
                 " the docstring of MoCoV3ForPreTraining."
             )
-        self._weights_version = version
 
     @can_return_tuple
     @auto_docstring
