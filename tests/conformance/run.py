@@ -26,7 +26,7 @@ CACHE = HERE.parents[1] / "build" / "conformance"
 
 
 def unpack(sdist: Path | None, version: str) -> Path:
-    """Root of the unpacked source distribution of transformers. Downloads it if `sdist` is `None` and none is cached."""
+    """Root of the unpacked source distribution of transformers; `None` downloads it unless it is in the cache."""
     root = CACHE / f"transformers-{version}"
     if root.is_dir() and sdist is None:
         return root

@@ -22,7 +22,9 @@ trust = {"trust_remote_code": True}
 images = torch.load(f"{folder}/images.pt")
 with torch.no_grad():
     config = AutoConfig.from_pretrained(folder, out_indices=[1, 2], **trust)
-    backbone = AutoBackbone.from_pretrained(folder, config=config, **trust).eval()
+    # `AutoBackbone.from_pretrained` of transformers 5 takes names on the Hub only, not folders.
+    backbone_class = type(AutoBackbone.from_config(config, **trust))
+    backbone = backbone_class.from_pretrained(folder, config=config).eval()
     vit = AutoModel.from_pretrained(vit_folder, **trust).eval()
     results = {"maps": list(backbone(images).feature_maps), "tokens": vit(images).last_hidden_state}
 assert type(backbone).__name__ == "MoCoV3Backbone"
