@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test lint format quickstart bench cifar10-study clean
+.PHONY: test lint format conformance quickstart bench cifar10-study clean
 
 $(INSTALLED): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +22,10 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The common model tests of transformers, about three minutes. The first run downloads them.
+conformance: $(INSTALLED)
+	$(BIN)/python tests/conformance/run.py $(CONFORMANCE_OPTIONS)
 
 quickstart: $(INSTALLED)
 	$(BIN)/python scripts/quickstart.py --output_dir runs/quickstart

@@ -6,6 +6,7 @@ from importlib.resources import files
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import ResNetConfig
 
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, build_backbone_config
@@ -145,7 +146,7 @@ def body_of(backbone: dict[str, Any]) -> dict[str, Any] | None:
     """The keys of a backbone's configuration that decide what it is, with defaults; None where it cannot be built."""
     try:
         config = build_backbone_config({key: value for key, value in backbone.items() if key in BODY_KEYS})
-    except ValueError:
+    except (ValueError, StrictDataclassError):
         return None
     if isinstance(config, MoCoV3Config):
         return None
