@@ -22,7 +22,6 @@ from transformers.utils import logging
 
 from ..model.modeling_mocov3 import token_grid
 from ..processing import build_image_processor
-from .components import PatchStatistics
 from .folder import ModelFolder, ReportError
 from .samples import Samples
 
@@ -40,15 +39,11 @@ class Seen:
         views: n images uint8 (H, W, 3), as the model sees them but for the normalisation.
         features: (n, D) float32.
         logits: (n, C) float32, None for an encoder.
-        patches: of all images together, None where the model gives no map of features.
-        why_no_patches: a sentence then.
     """
 
     views: list[np.ndarray] = field(default_factory=list)
     features: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    patches: PatchStatistics | None = None
-    why_no_patches: str = ""
 
 
 class Viewer:
@@ -91,7 +86,7 @@ class Viewer:
     @torch.no_grad()
     def look(self, samples: Samples, batch_size: int) -> Seen:
         """
-        Features, patch statistics and answers for all images, in batches.
+        Features and answers for all images, in batches.
 
         Raises:
             ReportError: an image that cannot be decoded, a model without features, or features that are no numbers.
@@ -109,8 +104,6 @@ class Viewer:
             features.append(self.pooled(outputs))
             if answers is not None:
                 logits.append(answers.float())
-            if not seen.why_no_patches:
-                self.add_patches(seen, outputs.last_hidden_state, batch)
         seen.features = torch.cat(features)
         seen.logits = torch.cat(logits) if logits else None
         if not seen.features.isfinite().all():
@@ -137,19 +130,9 @@ class Viewer:
             pooled = tokens[:, 0] if tokens.dim() == 3 else tokens.mean(dim=(2, 3))
         return pooled.flatten(1).float()
 
-    def add_patches(self, seen: Seen, hidden_state: torch.Tensor, pixel_values: torch.Tensor) -> None:
-        try:
-            maps = patch_maps(hidden_state, pixel_values, self.backbone_config)
-        except ValueError as error:
-            seen.why_no_patches, seen.patches = f"{error}", None
-            return
-        if seen.patches is None:
-            seen.patches = PatchStatistics(maps.shape[-1])
-        seen.patches.add(maps)
-
     @torch.no_grad()
     def patches(self, samples: Samples, count: int) -> torch.Tensor:
-        """Patch features (count, h, w, D) float32 of the first images."""
+        """Patch features (count, h, w, D) float32 of the first images. Raises ValueError as `grid_of`."""
         batch = torch.stack([self.preprocess(samples.decode(index)) for index in range(count)])
         return patch_maps(
             self.body(pixel_values=batch, return_dict=True).last_hidden_state, batch, self.backbone_config
