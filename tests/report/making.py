@@ -1,4 +1,4 @@
-"""Builds a run that went wrong on the way, a classifier, and pictures of classes with awkward names."""
+"""Builds an unstable run, a classifier, and images of classes with awkward names."""
 
 import io
 import json
@@ -29,35 +29,35 @@ RESNET = {
     "depths": [1, 1],
     "layer_type": "basic",
 }
-# What a page, a chart's formulas and an SVG document could each stumble over.
+# Names that break a page, the formulas of a chart or an SVG document unless they are escaped.
 NAMES = ["<b>bold</b>", "</title></style><script>document.title = 'x'</script>", 'a & "b" $c_d$ -->']
-COLOURS = [(200, 40, 40), (40, 200, 40), (40, 40, 200)]
+COLORS = [(200, 40, 40), (40, 200, 40), (40, 40, 200)]
 
 
-def encoded(colour, draw):
-    """A PNG file's bytes: noise around a colour."""
-    pixels = np.clip(draw.normal(colour, 40, (40, 48, 3)), 0, 255).astype(np.uint8)
+def encoded(color, draw):
+    """A PNG file: noise around a color."""
+    pixels = np.clip(draw.normal(color, 40, (40, 48, 3)), 0, 255).astype(np.uint8)
     stream = io.BytesIO()
     Picture.fromarray(pixels).save(stream, "png")
     return {"bytes": stream.getvalue(), "path": None}
 
 
 def save_labelled(folder):
-    """36 pictures of three classes, as parquet."""
+    """36 images of three classes, as parquet."""
     draw = np.random.default_rng(0)
     labels = [number % 3 for number in range(36)]
-    columns = {"image": [encoded(COLOURS[label], draw) for label in labels], "label": labels}
+    columns = {"image": [encoded(COLORS[label], draw) for label in labels], "label": labels}
     features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
     Dataset.from_dict(columns, features=features).to_parquet(folder / "test-00000-of-00001.parquet")
     return folder
 
 
 def save_unlabelled(folder):
-    """12 pictures without labels, as files."""
+    """12 images without labels, as files."""
     draw = np.random.default_rng(1)
     (folder / "test").mkdir()
     for number in range(12):
-        (folder / "test" / f"{number:02}.png").write_bytes(encoded(COLOURS[number % 3], draw)["bytes"])
+        (folder / "test" / f"{number:02}.png").write_bytes(encoded(COLORS[number % 3], draw)["bytes"])
     return folder
 
 

@@ -61,7 +61,7 @@ def test_attention_is_softmax_of_query_and_keys(run, labelled):
     viewer = Viewer(read_folder(run))
     attention = viewer.attention(samples, 2)
     assert attention.shape == (2, 2, 4, 4)
-    # Once more from the weights: the input of the last block, its norm, and every head by itself.
+    # Derived again from the weights: the input of the last block, its norm, and each head separately.
     model = AutoModel.from_pretrained(run).eval()
     layer = model.backbone.encoder.layer[-1]
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_attention_is_softmax_of_query_and_keys(run, labelled):
                     assert attention[picture, head, row, column] == pytest.approx(expected, rel=1e-4)
 
 
-def test_attention_without_a_token_of_its_own_is_refused():
+def test_attention_without_a_cls_token_is_refused():
     with pytest.raises(ValueError, match="without a CLS token"):
         cls_attention(torch.zeros(1, 2, 16, 16), (4, 4))
 
@@ -113,8 +113,8 @@ def test_views_are_what_the_model_sees(run, labelled):
     view = viewer.view(viewer.preprocess(samples.decode(0)))
     assert view.shape == (32, 32, 3)
     assert view.dtype == np.uint8
-    colour = np.argmax(view.reshape(-1, 3).mean(axis=0))
-    assert colour == samples.labels[0]  # red, green or blue
+    color = np.argmax(view.reshape(-1, 3).mean(axis=0))
+    assert color == samples.labels[0]  # red, green or blue
 
 
 def test_weights_that_are_missing_are_refused(run):

@@ -37,20 +37,20 @@ def folder_of(tmp_path):
 
 
 def own(folder):
-    return [(entry.name, entry.top1) for entry in find_references(folder) if entry.is_same_recipe]
+    return [(entry.name, entry.top1) for entry, is_same_recipe in find_references(folder) if is_same_recipe]
 
 
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        (SMALL, [(LINEAR, 0.736)]),
+        (SMALL, [(LINEAR, 73.6)]),
         (
             "mocov3_resnet50_8xb512-amp-coslr-800e_in1k",
-            [("resnet50_mocov3-800e-pre_8xb128-linear-coslr-90e_in1k", 0.744)],
+            [("resnet50_mocov3-800e-pre_8xb128-linear-coslr-90e_in1k", 74.4)],
         ),
         (
             "mocov3_vit-large-p16_64xb64-amp-coslr-300e_in1k",
-            [("vit-large-p16_mocov3-pre_8xb64-coslr-100e_in1k", 0.837)],
+            [("vit-large-p16_mocov3-pre_8xb64-coslr-100e_in1k", 83.7)],
         ),
     ],
 )
@@ -65,7 +65,7 @@ def test_a_published_recipe_finds_its_own_accuracies(recipe, expected, folder_of
 def test_another_recipe_with_the_same_backbone_is_distinguished(changed, folder_of):
     folder = folder_of(SMALL, *changed)
     assert own(folder) == []
-    assert {entry.top1 for entry in find_references(folder)} == {0.736, 0.732}
+    assert {entry.top1 for entry, _ in find_references(folder)} == {73.6, 73.2}
 
 
 def test_another_batch_is_another_recipe(folder_of):
@@ -85,7 +85,7 @@ def test_an_accuracy_is_compared_with_top1_of_its_protocol_only(folder_of):
     ]
     folder = folder_of(SMALL, results=rows)
     references = find_references(folder)
-    assert reference_for(rows[0], "linear_top1", references, "pretraining").top1 == 0.736
+    assert reference_for(rows[0], "linear_top1", references, "pretraining").entry.top1 == 73.6
     assert reference_for(rows[0], "linear_top5", references, "pretraining") is None
     assert reference_for(rows[1], "knn20_top1", references, "pretraining") is None
     assert reference_for(rows[2], "finetune_top1", references, "pretraining") is None  # none was published for ViT-S
@@ -103,7 +103,7 @@ def test_a_converted_classifier_is_compared_with_its_source(folder_of, tmp_path)
     rows = [result("evaluate", {"top1": 0.73})]
     folder = folder_of(None, results=rows, config=config)
     references = find_references(folder)
-    assert reference_for(rows[0], "top1", references, "classifier").top1 == 0.732
+    assert reference_for(rows[0], "top1", references, "classifier").entry.top1 == 73.2
     assert reference_for(rows[0], "top1", references, "encoder") is None
 
 

@@ -32,7 +32,7 @@ WRONG_ANSWERS, WORST_CLASSES = 12, 10
 # Largest confusion matrix that is drawn in full, and the largest with a number in every cell.
 MATRIX_CLASSES, MATRIX_NUMBERS = 40, 12
 # Transparent at 0, so that the matrix fits the light and the dark theme.
-SHADES = LinearSegmentedColormap.from_list("shades", [(*to_rgb(SERIES[0]), alpha) for alpha in (0.0, 0.65)])
+SHADES = LinearSegmentedColormap.from_list("shades", [(*to_rgb(SERIES[5]), alpha) for alpha in (0.0, 0.65)])
 
 
 def confusion_parts(viewer: Viewer, samples: Samples, seen: Seen, plots: Path) -> list:
@@ -83,7 +83,7 @@ def matrix_chart(matrix: np.ndarray, names: list[str], plots: Path) -> Chart:
         worst = [label for one in worst_classes(matrix) for label in (one, most_confused(matrix, one))]
         shown = np.array(sorted(list(dict.fromkeys(worst))[:MATRIX_CLASSES]))
     shares = matrix[shown][:, shown] / np.maximum(matrix[shown].sum(axis=1, keepdims=True), 1)
-    side, is_large = 3.4 + 0.12 * len(shown), len(shown) > 15
+    side = 3.4 + 0.12 * len(shown)
     figure = new_figure((side + 0.6, side))
     axes = figure.subplots()
     display = ConfusionMatrixDisplay(shares, display_labels=[shorten(names[label]) for label in shown])
@@ -97,7 +97,7 @@ def matrix_chart(matrix: np.ndarray, names: list[str], plots: Path) -> Chart:
         text_kw={"color": INK},
     )
     axes.set(xlabel="prediction", ylabel="class")
-    axes.tick_params(length=0, labelsize=6 if is_large else 8)
+    axes.tick_params(length=0, labelsize=6 if len(shown) > 15 else 8)
     for label in axes.get_xticklabels():
         label.set(rotation=60, ha="right", rotation_mode="anchor")
     axes.spines[:].set_visible(False)
@@ -112,8 +112,6 @@ def matrix_chart(matrix: np.ndarray, names: list[str], plots: Path) -> Chart:
         title="Confusion matrix",
         caption=caption,
         alt=f"Confusion matrix of {len(shown)} classes; mean of the diagonal {100 * shares.diagonal().mean():.0f} %.",
-        wide=is_large,
-        min_width=round(80 * side) if is_large else 0,
     )
 
 

@@ -113,7 +113,7 @@ def map_parts(samples: Samples, seen: Seen, plots: Path, seed: int) -> list:
         return [Text(f"No t-SNE map: {len(samples)} images are too few, it needs at least {MIN_POINTS}.")]
     points, labels = embed(seen.features, seed), samples.labels
     shown = [] if labels is None else most_frequent(labels, len(SERIES), at_least=MAP_IMAGES)
-    figure = new_figure((5.6, 4.4))
+    figure = new_figure((5.4, 4.3))
     axes = figure.subplots()
     axes.set_axis_off()
     axes.set_aspect("equal", adjustable="datalim")
@@ -121,13 +121,12 @@ def map_parts(samples: Samples, seen: Seen, plots: Path, seed: int) -> list:
     others = ~np.isin(labels, shown) if shown else np.ones(len(points), dtype=bool)
     axes.scatter(*points[others].T, color=MUTED if shown else SERIES[0], alpha=0.4 if shown else 0.75, **options)
     for label, color in zip(shown, SERIES, strict=False):
-        members, name = points[labels == label], shorten(samples.class_names[label])
-        axes.scatter(*members.T, color=color, alpha=0.85, label=name, **options)
-        box = {"boxstyle": "round,pad=0.2", "facecolor": PAPER, "edgecolor": color, "alpha": 0.85}
-        place = {"ha": "center", "va": "center", "fontsize": 9, "fontweight": "bold", "bbox": box, "color": INK}
-        axes.annotate(name, medoid(members), **place)
+        members, name = points[labels == label], samples.class_names[label]
+        axes.scatter(*members.T, color=color, alpha=0.85, label=shorten(name), **options)
+        box = {"boxstyle": "round,pad=0.2", "facecolor": PAPER, "edgecolor": color, "alpha": 0.8}
+        axes.annotate(shorten(name, 14), medoid(members), ha="center", va="center", fontsize=7, color=INK, bbox=box)
     if shown:  # labels on the map overlap where classes do
-        figure.legend(loc="outside lower center", ncols=min(len(shown), 5), handletextpad=0.1)
+        figure.legend(loc="outside lower center", ncols=3, handletextpad=0.1)
     caption = (
         f"t-SNE of the features of {len(samples)} images. Neighbors are similar; distances between clusters mean"
         " little. "
@@ -143,7 +142,7 @@ def map_parts(samples: Samples, seen: Seen, plots: Path, seed: int) -> list:
         caption += "Healthy: several clusters, not one even cloud. " + samples.why_unlabelled
         if labels is not None:
             caption += f"Classes are not colored: none has {MAP_IMAGES} images here."
-    return [Charts([finish_chart(figure, "tsne", plots, title="t-SNE", caption=caption, alt=f"{alt}.", wide=True)])]
+    return [Charts([finish_chart(figure, "tsne", plots, title="t-SNE", caption=caption, alt=f"{alt}.")])]
 
 
 def neighbor_parts(samples: Samples, seen: Seen, plots: Path) -> list:

@@ -84,19 +84,15 @@ class Chart:
     """
     Attributes:
         name: anchor in the page and stem of the PNG file.
-        alt: description for screen readers.
         svg: inline SVG element.
-        wide: whether the chart takes the full width of the page.
-        min_width: width in pixels below which the labels are unreadable, so that the chart scrolls; 0 for none.
+        width: in inches.
     """
 
     name: str
     title: str
     caption: str
-    alt: str
     svg: Markup
-    wide: bool = False
-    min_width: int = 0
+    width: float
 
 
 @dataclass(frozen=True)
@@ -156,18 +152,8 @@ def new_figure(size: tuple[float, float] = CHART_SIZE) -> Figure:
     return Figure(figsize=size)
 
 
-def finish_chart(
-    figure: Figure,
-    name: str,
-    plots: Path,
-    *,
-    title: str,
-    caption: str,
-    alt: str,
-    wide: bool = False,
-    min_width: int = 0,
-) -> Chart:
-    """Turn a figure into a `Chart` (see there for the arguments) and write it to `plots/name.png`."""
+def finish_chart(figure: Figure, name: str, plots: Path, *, title: str, caption: str, alt: str) -> Chart:
+    """Turn a figure into a `Chart`, described by `alt` for screen readers, and write it to `plots/name.png`."""
     stream = io.StringIO()
     # Salted with the name, ids are unique in the page and the same in every run.
     with matplotlib.rc_context({"svg.hashsalt": name}):
@@ -175,7 +161,7 @@ def finish_chart(
         figure.savefig(stream, format="svg", transparent=True, metadata=metadata, dpi=PNG_DPI)
     figure.suptitle(title)
     figure.savefig(plots / f"{name}.png", dpi=PNG_DPI, facecolor=PAPER)
-    return Chart(name, title, caption, alt, inline_svg(stream.getvalue(), alt), wide, min_width)
+    return Chart(name, title, caption, inline_svg(stream.getvalue(), alt), figure.get_figwidth())
 
 
 def inline_svg(svg: str, alt: str) -> Markup:

@@ -1,10 +1,9 @@
 """Published accuracies to compare a folder with: those of its own recipe, and others of its backbone."""
 
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from transformers import ResNetConfig
@@ -25,50 +24,33 @@ BACKBONE_KEYS = (
 TASK_STAGES = {"linear": "linear", "linear_cached": "linear", "finetune": "finetuned"}
 
 
-@dataclass(frozen=True)
-class Reference:
-    """
-    A published ImageNet-1k accuracy.
+class Reference(NamedTuple):
+    """An entry of the zoo with an ImageNet-1k accuracy, and whether it was pre-trained with the recipe of the folder,
+    not just with the same backbone."""
 
-    Attributes:
-        name: of the published classifier.
-        source: who published it.
-        stage: "linear" or "finetuned".
-        epochs: of its pre-training.
-        top1: in 0..1.
-        is_same_recipe: whether it was pre-trained with the recipe of the folder, not just with the same backbone.
-    """
-
-    name: str
-    source: str
-    stage: str
-    epochs: int
-    top1: float
+    entry: SimpleNamespace
     is_same_recipe: bool
 
 
 def find_references(folder: ModelFolder) -> list[Reference]:
-    """Accuracies of classifiers with the backbone of the folder, those of its own recipe first."""
-    architecture, zoo, own, found = architecture_of(folder.backbone), load_zoo(), own_names(folder), []
-    for entry in zoo.values():
-        if architecture is not None and entry.architecture == architecture and entry.top1 is not None:
-            is_same = entry.name in own or entry.pretrained in own
-            epochs, top1 = zoo[entry.pretrained].epochs, round(entry.top1 / 100, 6)
-            found.append(Reference(entry.name, entry.source, entry.stage, epochs, top1, is_same))
-    return sorted(found, key=lambda reference: not reference.is_same_recipe)
+    """Published classifiers with the backbone of the folder, those of its own recipe first."""
+    architecture, own = architecture_of(folder.backbone), own_names(folder)
+    found = [entry for entry in load_zoo().values() if entry.architecture == architecture and entry.top1 is not None]
+    references = [Reference(entry, entry.name in own or entry.pretrained in own) for entry in found]
+    return sorted(references, key=lambda reference: not reference.is_same_recipe)
 
 
 def reference_for(result: dict[str, Any], metric: str, references: list[Reference], kind: str) -> Reference | None:
     """The published counterpart of a measured metric: top-1 of the same protocol and recipe."""
     stage = TASK_STAGES.get(result.get("task"))
     if stage is None and result.get("task") == "evaluate" and kind == "classifier":
-        stages = {reference.stage for reference in references if reference.is_same_recipe}
+        stages = {reference.entry.stage for reference in references if reference.is_same_recipe}
         stage = stages.pop() if len(stages) == 1 else None
     if stage is None or metric not in ("top1", f"{result['task']}_top1", "linear_top1", "finetune_top1"):
         return None
     recipe = (result.get("settings") or {}).get("recipe")
-    matching = [reference for reference in references if reference.stage == stage]
-    named = [reference for reference in matching if reference.name == recipe]
+    matching = [reference for reference in references if reference.entry.stage == stage]
+    named = [reference for reference in matching if reference.entry.name == recipe]
     return next(iter(named + [reference for reference in matching if reference.is_same_recipe]), None)
 
 

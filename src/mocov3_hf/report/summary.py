@@ -9,7 +9,7 @@ from ..probes.collapse import COLLAPSED_STD_RATIO
 from .curves import Series, loss_bounds, read_curves, series
 from .folder import ModelFolder, shown_name
 from .parts import Section, Table, Text
-from .published import Reference, find_references, reference_for
+from .published import Reference, find_references, load_zoo, reference_for
 
 
 # Stalls above this share of the time are reported, and accuracies this far below their best.
@@ -207,16 +207,11 @@ def results_section(folder: ModelFolder) -> Section:
         text = "No results yet. Evaluation adds them to results.json:"
         parts = [Text(text, f"{command} --dataset_name DATA")]
     if references:
-        rows = [
-            [
-                f"{100 * reference.top1:.2f} %",
-                STAGES[reference.stage],
-                f"{reference.epochs} epochs",
-                reference.source,
-                "recipe and backbone" if reference.is_same_recipe else "backbone",
-            ]
-            for reference in references
-        ]
+        rows = []
+        for entry, is_same_recipe in references:
+            epochs = load_zoo()[entry.pretrained].epochs
+            same = "recipe and backbone" if is_same_recipe else "backbone"
+            rows.append([f"{entry.top1:.2f} %", STAGES[entry.stage], f"{epochs} epochs", entry.source, same])
         columns = ["top-1", "protocol", "pre-training", "published by", "same"]
         caption = "Published ImageNet-1k accuracy of models with this backbone. Not measured here."
         parts.append(Table(columns, rows, caption, numeric=(0,)))
@@ -235,7 +230,7 @@ def results_table(folder: ModelFolder, references: list[Reference]) -> Table:
             is_share = "top" in metric or metric.endswith("mean_per_class")
             measured = f"{100 * value:.2f} %" if is_share else f"{value:.4g}"
             reference = reference_for(result, metric, references, folder.kind)
-            published = f"{100 * reference.top1:.2f} %" if reference else ""
+            published = f"{reference.entry.top1:.2f} %" if reference else ""
             task = TASKS.get(result.get("task"), str(result.get("task")))
             rows.append([metric, measured, published, task, where, str(result.get("date", ""))[:10]])
     columns = ["metric", "measured", "published, ImageNet-1k", "task", "dataset", "date"]

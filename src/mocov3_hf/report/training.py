@@ -257,8 +257,6 @@ def draw_blocks(curves: Curves, plots: Path) -> Chart | None:
         caption="From the input (top) to the loss (bottom); brighter is larger. Healthy: rows keep their order and"
         " change slowly. A bright column is a spike: look for the row where it began.",
         alt=f"Heat map of the gradient norms of {len(names)} blocks over {len(panels[''])} log lines.",
-        wide=True,
-        min_width=560,
     )
 
 
