@@ -170,7 +170,7 @@ def test_convolutional_encoder_has_no_attention(tmp_path, labelled):
     page = Page(tmp_path / "encoder" / "report.html")
     check(page)
     for words in (
-        "No attention maps: ResNetModel has no attention",
+        "No attention maps: ResNetModel has no CLS token",
         "28 × 28 patch features",
         "No t-SNE map: 9 images",
     ):

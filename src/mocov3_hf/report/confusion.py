@@ -37,7 +37,7 @@ SHADES = LinearSegmentedColormap.from_list("shades", [(*to_rgb(SERIES[5]), alpha
 
 def confusion_parts(viewer: Viewer, samples: Samples, seen: Seen, plots: Path) -> list:
     if samples.labels is None:
-        return [Text(f"No confusion matrix: it needs labels. {samples.why_unlabelled}")]
+        return [Text(f"No confusion matrix: it needs labels. {samples.why_unlabeled}")]
     config = viewer.model.config
     names = [str(config.id2label[number]) for number in range(config.num_labels)]
     try:

@@ -127,7 +127,7 @@ def newest_first(path: Path) -> list[Path]:
 
 
 def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
-    """A JSON object; empty, with a note, where it cannot be read, and without one where it is not there."""
+    """A JSON object; empty if the file does not exist, and with a note if it cannot be read."""
     if not path.is_file():
         return {}
     try:
@@ -142,8 +142,8 @@ def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def read_lines(path: Path, notes: list[str]) -> Lines:
-    """Objects of a file of JSON lines that name a step. Lines that are damaged, as a killed run leaves its last one,
-    are passed over with a note."""
+    """The objects in a file of JSON lines that have a step. Damaged lines, such as the last one of a killed run,
+    are skipped with a note."""
     if not path.is_file():
         return []
     try:
@@ -181,14 +181,14 @@ def read_recipe(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def read_results(path: Path, notes: list[str]) -> Lines:
-    """Evaluations that have metrics, the oldest first."""
+    """Evaluations with metrics, oldest first."""
     content = read_json(path, notes)
     results = content.get("results", []) if isinstance(content.get("results", []), list) else []
     return [row for row in results if isinstance(row, dict) and isinstance(row.get("metrics"), dict)]
 
 
 def trainer_history(checkpoints: list[Path], notes: list[str]) -> Lines:
-    """The log that `Trainer` keeps in its newest checkpoint, for classifiers without `metrics.jsonl`."""
+    """The log in the newest checkpoint of `Trainer`, for classifiers without `metrics.jsonl`."""
     for folder in checkpoints:
         history = read_json(folder / "trainer_state.json", notes).get("log_history")
         if isinstance(history, list):
@@ -197,13 +197,13 @@ def trainer_history(checkpoints: list[Path], notes: list[str]) -> Lines:
 
 
 def count_parameters(path: Path, notes: list[str]) -> dict[str, int]:
-    """Numbers in the weight files, by the first part of their names, read off the headers."""
+    """Number of parameters by the first part of their names, from the headers of the weight files."""
     counts: dict[str, int] = {}
     for file in sorted(path.glob("model*.safetensors")):
         try:
             with safe_open(file, framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118 - no mapping
-                    # Statistics of batch normalisation are buffers, not parameters.
+                    # Statistics of batch normalization are buffers, not parameters.
                     if name.endswith(("running_mean", "running_var", "num_batches_tracked")):
                         continue
                     size = 1

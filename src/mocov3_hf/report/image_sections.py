@@ -9,9 +9,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from scipy.spatial.distance import cdist
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
+from sklearn.metrics import pairwise_distances
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
@@ -139,7 +139,7 @@ def map_parts(samples: Samples, seen: Seen, plots: Path, seed: int) -> list:
         if classes > len(shown):
             caption += f" {len(shown)} of {classes} classes are colored, the others are gray."
     else:
-        caption += "Healthy: several clusters, not one even cloud. " + samples.why_unlabelled
+        caption += "Healthy: several clusters, not one even cloud. " + samples.why_unlabeled
         if labels is not None:
             caption += f"Classes are not colored: none has {MAP_IMAGES} images here."
     return [Charts([finish_chart(figure, "tsne", plots, title="t-SNE", caption=caption, alt=f"{alt}.")])]
@@ -246,4 +246,4 @@ def most_frequent(labels: np.ndarray, count: int, at_least: int = 1) -> list[int
 def medoid(points: np.ndarray) -> np.ndarray:
     """The one of the first thousand points (n, 2) closest to the others: unlike the mean it lies in a cluster."""
     points = points[:1000]
-    return points[cdist(points, points).sum(axis=0).argmin()]
+    return points[pairwise_distances(points).sum(axis=0).argmin()]

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,7 +180,7 @@ def inline_svg(svg: str, alt: str) -> Markup:
 def save_sheet(strips: list[tuple[str, list[Picture]]], path: Path, per_row: int) -> None:
     """Write the pictures of a gallery as one PNG on white."""
     tiles = []
-    for picture in (picture for _, pictures in strips for picture in pictures):
+    for picture in itertools.chain.from_iterable(pictures for _, pictures in strips):
         method = Image.Resampling.NEAREST if picture.is_grid else Image.Resampling.BICUBIC
         tile = Image.fromarray(picture.pixels).resize((TILE, TILE), method)
         tiles.append(torch.from_numpy(np.array(tile)).permute(2, 0, 1))

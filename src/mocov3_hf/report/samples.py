@@ -22,7 +22,7 @@ class Samples:
         rows: (n,) int64, rows of the split. Sections that show only some images show the first.
         labels: (n,) int64, None without labels.
         class_names: by label, None without labels.
-        why_unlabelled: a sentence, empty with labels.
+        why_unlabeled: a sentence, empty with labels.
         description: name and split of the dataset.
     """
 
@@ -30,7 +30,7 @@ class Samples:
     rows: np.ndarray
     labels: np.ndarray | None
     class_names: list[str] | None
-    why_unlabelled: str
+    why_unlabeled: str
     description: str
 
     def __len__(self) -> int:
