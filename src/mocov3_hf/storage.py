@@ -55,6 +55,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def is_occupied(path: str | Path, replace: bool = False) -> bool:
+    """Whether a new folder cannot take a name: it is a file, or, unless `replace`, a folder with content."""
+    path = Path(path)
+    return path.exists() and (not path.is_dir() or (any(path.iterdir()) and not replace))
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, *, replace: bool = False, durable: bool = True) -> Iterator[Path]:
     """
@@ -70,7 +76,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False, durable: bool = Tr
         FileExistsError: `path` is a file, or a folder with content and `replace` is False.
     """
     path = Path(os.path.abspath(path))
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not replace)):
+    if is_occupied(path, replace):
         raise FileExistsError(f"{path} exists and is not an empty folder")
     aside = aside_of(path)
     shutil.rmtree(aside, ignore_errors=True)

@@ -3,6 +3,8 @@ The published models by name, from one table (`zoo.yaml`), and `fetch`, which re
 """
 
 import difflib
+import hashlib
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,17 +12,23 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import yaml
+from huggingface_hub import get_hf_file_metadata
 from huggingface_hub.constants import HF_HOME
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock
 
 from .options import Command, parse
-from .reporting import UsageError, reporting
+from .reporting import RunError, UsageError, one_line, reporting
 from .run_folder import CONVERSION
+from .storage import INCOMPLETE, sha256_of
 
 
+# OpenMMLab's file names end in the first 8 hexadecimal digits of the file's SHA-256, before the suffix.
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8})\.(?:pth|pt|bin|safetensors)$")
 # Arguments of `MoCoV3ViTConfig` for the published ViTs, where they differ from its defaults.
 VIT_SIZES = {
     "vit-small": {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
@@ -115,7 +123,8 @@ def cache_folder() -> Path:
     return Path(HF_HOME) / "mocov3_hf"
 
 
-def downloads_folder(name: str) -> Path:
+def downloads_folder(name: str = "") -> Path:
+    """Where a file is kept until it is converted."""
     return cache_folder() / "downloads" / name
 
 
@@ -124,15 +133,69 @@ def at_mirror(url: str, mirror: str | None) -> str:
     return url if mirror is None else mirror.rstrip("/") + urlsplit(url).path
 
 
+def hash_in_name(name: str) -> str | None:
+    """The beginning of the SHA-256 that a file name carries; None without one."""
+    match = HASH_IN_NAME.search(name)
+    return match.group(1) if match else None
+
+
+def download(url: str, folder: str | Path, sha256: str | None = None) -> Path:
+    """
+    Download a file, verify its hash and return its path. A finished file is verified again, not downloaded again.
+
+    An interrupted download resumes, also in a later run, as long as the server has the same version of the file.
+
+    Args:
+        url: `http://` or `https://`.
+        folder: Where the file is kept under its own name.
+        sha256: Its SHA-256 or the beginning of it; read from the file name by default.
+
+    Raises:
+        UsageError: A URL without a file name.
+        RunError: No connection, no such file, or a wrong hash; a file with a wrong hash is deleted.
+    """
+    name = unquote(urlsplit(url).path).rpartition("/")[2]
+    if not name:
+        raise UsageError(f"{url} does not end in a file name")
+    target = Path(folder) / name
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # No token: the server is not the Hub.
+            metadata = get_hf_file_metadata(url, token=False, retry_on_errors=True)
+            # The name holds the version, so that the beginning of another version is never continued.
+            version = hashlib.sha256(f"{metadata.etag} {metadata.size}".encode()).hexdigest()[:8]
+            partial = target.with_name(f".{name}.{version}{INCOMPLETE}")
+            with partial.open("wb" if metadata.size is None else "ab") as file:
+                http_get(url, file, resume_size=file.tell(), expected_size=metadata.size, displayed_filename=name)
+        except OfflineModeIsEnabled as error:
+            raise RunError(f"{url} cannot be downloaded: HF_HUB_OFFLINE is set") from error
+        except HfHubHTTPError as error:
+            status, reason = error.response.status_code, error.response.reason_phrase
+            raise RunError(f"{url} cannot be downloaded: the server answers {status} {reason}") from error
+        except (HTTPError, OSError) as error:
+            raise RunError(
+                f"{url} cannot be downloaded ({one_line(error)}): run the command again to resume the download"
+            ) from error
+        partial.rename(target)
+    expected = (sha256 or hash_in_name(name) or "").lower()
+    actual = sha256_of(target) if expected else ""
+    if not actual.startswith(expected):
+        target.unlink()
+        raise RunError(
+            f"{url} has a wrong hash: its SHA-256 begins with {actual[: len(expected)]}, published is {expected}; the"
+            " file was deleted"
+        )
+    return target
+
+
 def convert_entry(name: str, output_dir: str | Path, mirror: str | None = None, **options: Any) -> dict[str, Any]:
     """Download a published model into the cache, convert it to `output_dir` and return the report."""
     # The only import uphill: fetching a model includes converting it.
     from .interop.convert import convert_checkpoint
-    from .interop.download import download
 
     entry = find_entry(name)
-    url = at_mirror(entry.url, mirror)
-    file = download(url, downloads_folder(name), entry.sha256)
+    file = download(at_mirror(entry.url, mirror), downloads_folder(name), entry.sha256)
     options = {"default_labels": entry.labels, "stage": entry.stage, "epochs": entry.epochs} | options
     return convert_checkpoint(file, output_dir, origin={"name": name, "url": entry.url}, **options)
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mocov3_hf.hub.push import main, push_folder
-from mocov3_hf.remote_code import add_code
+from mocov3_hf.hub.remote_code import add_code
 from tests.hub.conftest import save_run
 from tests.hub.stand_in import TOKEN
 
@@ -181,8 +181,8 @@ def test_pushed_models_load_with_the_package_and_data_streams(models, hub, api, 
     Image.open(folder / "image.png").save(folder / "classifier" / "plots" / "cat.png")
     hub.add_dataset("someone/digits", {"data/train-00000-of-00001.parquet": parquet_of_images()})
     monkeypatch.setattr("mocov3_hf.hub.push.HfApi", lambda: api)
-    assert main([str(folder / "pretraining"), "--hub_model_id", "pretraining"]) == 0
-    assert main([str(folder / "classifier"), "--hub_model_id", "someone/classifier", "--revision", "v2"]) == 0
+    main([str(folder / "pretraining"), "--hub_model_id", "pretraining"])
+    main([str(folder / "classifier"), "--hub_model_id", "someone/classifier", "--hub_revision", "v2"])
     assert capsys.readouterr().out.count("/commit/") == 2
     arguments = ["someone/pretraining", "someone/classifier", hub.url]
     results = run(WITH_PACKAGE, arguments, folder, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)

@@ -19,10 +19,11 @@ from transformers import (
 )
 
 from mocov3_hf import MoCoV3Config, MoCoV3Model, MoCoV3ViTConfig
-from mocov3_hf.interop import CheckpointError, convert_checkpoint, convert_state_dict
+from mocov3_hf.interop import convert_checkpoint, convert_state_dict
 from mocov3_hf.interop import export as export_module
 from mocov3_hf.interop.export import export_model, main
 from mocov3_hf.interop.export_timm import vit_arguments
+from mocov3_hf.reporting import RunError
 from tests.interop.conftest import (
     IMAGE_SIZES,
     OVERRIDES,
@@ -164,7 +165,7 @@ def test_an_export_that_differs_is_refused(folders, body, tmp_path, monkeypatch)
         return (lambda images: run(images) + 2e-4), usage
 
     monkeypatch.setitem(export_module.WRITERS, body, write_badly)
-    with pytest.raises(CheckpointError, match=r"differs from the model by 2\.0.e-04 and is not written"):
+    with pytest.raises(RunError, match=r"is not written: its outputs differ from the model's by 2\.0.e-04"):
         export_model(folders / "pre", tmp_path / "out", body)
     assert not list(tmp_path.iterdir())
 
@@ -176,11 +177,11 @@ def test_wrong_eps_or_heads_would_be_seen(tmp_path, monkeypatch):
         return ViTConfig(**values | {"num_attention_heads": 4})
 
     monkeypatch.setattr("mocov3_hf.interop.export_native.ViTConfig", config_of)
-    with pytest.raises(CheckpointError, match="differs from the model by"):
+    with pytest.raises(RunError, match="outputs differ from the model's by"):
         export_model(tmp_path / "pre", tmp_path / "out", "vit")
 
 
-def test_command_tells_what_cannot_be_exported(folders, body, tmp_path, capsys):
+def test_command_reports_what_cannot_be_exported(folders, body, tmp_path, capsys):
     other = {"vit": "resnet", "resnet": "vit"}[body]
     stem = MoCoV3Config(
         backbone_config=MoCoV3ViTConfig(
@@ -206,24 +207,49 @@ def test_command_tells_what_cannot_be_exported(folders, body, tmp_path, capsys):
     MoCoV3Model(dino).save_pretrained(tmp_path / "dino")
     (tmp_path / "vit").mkdir()
     ViTConfig().save_pretrained(tmp_path / "vit")
+    capsys.readouterr()
     for path, format, message in [
-        (folders / "pre", other, f"--format {other} holds a {other}, and this model's backbone is a {body}"),
-        (tmp_path / "stem", "vit", "has no convolutional stem: export such a model as onnx or torch_export"),
+        (folders / "pre", other, f"--format {other} is for a {other} backbone, but this model has a {body}"),
+        (tmp_path / "stem", "vit", "has no convolutional stem: pass --format onnx or --format torch_export"),
         (tmp_path / "stem", "timm", "has no convolutional stem"),
-        (tmp_path / "dino", "timm", "only the backbones ['mocov3_vit', 'resnet'] have a layout elsewhere"),
-        (tmp_path / "vit", "vit", "holds a model of type 'vit', expected 'mocov3'"),
-        (tmp_path, "vit", "is no model folder"),
+        (tmp_path / "dino", "timm", "the backbone is a 'dinov2', which other codebases have no names for"),
+        (tmp_path / "vit", "vit", "is a model of type 'vit', expected 'mocov3'"),
+        (tmp_path, "vit", "holds no model (no config.json)"),
+        (tmp_path / "none", "vit", "does not exist"),
     ]:
-        assert main([str(path), "--format", format, "--output_dir", str(tmp_path / "out")]) == 1
+        with pytest.raises(SystemExit) as end:
+            main([str(path), "--format", format, "--output_dir", str(tmp_path / "out")])
         error = capsys.readouterr().err
+        assert end.value.code == 2
         assert message in error
-        assert error.splitlines()[-1].startswith("export: ")
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_command_prints_the_error_and_the_use(folders, body, tmp_path, capsys):
-    assert main([str(folders / "cls"), "--format", body, "--output_dir", str(tmp_path / "out")]) == 0
+    main(["--model", str(folders / "cls"), "--format", body, "--output_dir", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert "max error of logits " in printed
     assert f"{NATIVE[body][1].__name__}.from_pretrained('{tmp_path / 'out'}')" in printed
     assert Path(tmp_path / "out" / "preprocessor_config.json").is_file()
+
+
+def test_existing_folder_is_kept_unless_told(folders, body, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    command = [str(folders / "cls"), "--format", body, "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    assert "--overwrite_output_dir to replace a folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    main([*command, "--overwrite"])
+    assert "--overwrite is deprecated: use --overwrite_output_dir" in capsys.readouterr().err
+    assert not (tmp_path / "mine.txt").exists()
+
+
+def test_a_folder_without_processor_is_exported_with_the_default_one(folders, body, tmp_path):
+    model = AutoModelForImageClassification.from_pretrained(folders / "cls")
+    model.save_pretrained(tmp_path / "bare")
+    export_model(tmp_path / "bare", tmp_path / "out", body)
+    crop = AutoImageProcessor.from_pretrained(tmp_path / "out").crop_size
+    assert crop["height"] == {"vit": 32, "resnet": 224}[body]

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
-from mocov3_hf.interop import CheckpointError, convert_checkpoint, convert_state_dict
-from mocov3_hf.interop.command import main
+from mocov3_hf.interop import convert_checkpoint, convert_state_dict
+from mocov3_hf.interop.convert import main, verify_folder
 from mocov3_hf.interop.files import read_labels
-from mocov3_hf.interop.folders import verify_folder
+from mocov3_hf.reporting import RunError
 from tests.interop.conftest import encoder_of, mmpretrain_classification, mmpretrain_pretraining, official
 
 
@@ -24,7 +24,12 @@ SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "convert_checkpoint.p
 
 
 def convert(*arguments):
-    return main([*map(str, arguments), "--num_attention_heads", "2"])
+    """The exit code of the command."""
+    try:
+        main([*map(str, arguments), "--num_attention_heads", "2"])
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 def test_official_file_becomes_a_folder_that_every_class_loads(official_file, tmp_path, capsys):
@@ -33,7 +38,7 @@ def test_official_file_becomes_a_folder_that_every_class_loads(official_file, tm
     printed = capsys.readouterr().out
     assert "layout official_pretraining -> MoCoV3ForPreTraining (pretrained, 300 epochs)" in printed
     assert "81,472 parameters" in printed
-    assert "left behind in the file: epoch, arch, optimizer" in printed
+    assert "not converted: epoch, arch, optimizer" in printed
     report = json.loads((folder / "conversion.json").read_text())
     assert (report["stage"], report["epochs"], report["source"]["file"]) == ("pretrained", 300, official_file.name)
     assert sum(part["tensors"] for part in report["parts"]) == 118
@@ -102,7 +107,7 @@ def test_labels_come_from_a_file_and_must_fit(tmp_path, capsys):
         assert convert(path, "--output_dir", tmp_path / name[7:], "--labels", tmp_path / name) == 0
         config = AutoModelForImageClassification.from_pretrained(tmp_path / name[7:]).config
         assert [config.id2label[index] for index in range(5)] == ["cat", "dog", "hen", "owl", "pig"]
-    assert convert(path, "--output_dir", tmp_path / "no", "--labels", "imagenet-1k") == 1
+    assert convert(path, "--output_dir", tmp_path / "no", "--labels", "imagenet-1k") == 2
     assert "1000 labels for a classification head of 5 classes" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
     names = read_labels("imagenet-1k")
@@ -133,25 +138,25 @@ def refused_files(folder):
         swapped[a], swapped[b] = swapped[b], swapped[a]
     torch.save({"state_dict": swapped}, folder / "swapped.pth")
     return {
-        "hostile.pth": "is refused: beside tensors it contains posix.system, which loading would execute",
-        "old.pth": "is refused: beside tensors it contains posix.system",
+        "hostile.pth": "is refused: besides tensors it contains posix.system, which loading would execute",
+        "old.pth": "is refused: besides tensors it contains posix.system",
         "deit.pth": "contains argparse.Namespace, which loading would execute. If you trust its origin",
-        "truncated.pth": "is truncated: its archive has no end",
-        "text.pth": "is no checkpoint: it begins with b'<html>not found</html>'",
-        "empty.pth": "is no checkpoint: it begins with b''",
-        "cut.safetensors": "is no readable safetensors file",
+        "truncated.pth": "is truncated: its zip archive has no end",
+        "text.pth": "is not a checkpoint: it begins with b'<html>not found</html>'",
+        "empty.pth": "is not a checkpoint: it begins with b''",
+        "cut.safetensors": "cannot be read as a safetensors file",
         "list.pth": "holds a list, expected a dictionary of tensors",
-        "entries.pth": "holds no state dict; its entries are epoch, weights: name the right one with --entry",
+        "entries.pth": "has no state dict; its entries are epoch, weights: pass the right one as --entry",
         "swapped.pth": "misshaped keys: .*predictor.0.weight",
         "missing.pth": "does not exist",
-        ".": "is a folder, expected one file",
+        ".": "is a folder, expected a file",
     }
 
 
 def test_bad_files_are_refused_in_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, reason in refused_files(tmp_path).items():
-        assert convert(tmp_path / name, "--output_dir", tmp_path / "out" / "model") == 1
+        assert convert(tmp_path / name, "--output_dir", tmp_path / "out" / "model") == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1, name
         assert re.search(reason, error), f"{name}: {error}"
@@ -164,8 +169,8 @@ def test_script_shows_no_traceback(tmp_path):
     (tmp_path / "text.pth").write_text("hello")
     command = [sys.executable, SCRIPT, tmp_path / "text.pth", "--output_dir", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"convert_checkpoint: {tmp_path}/text.pth is no checkpoint: it begins with b'hello'")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {tmp_path}/text.pth is not a checkpoint: it begins with b'hello'")
     assert done.stderr.count("\n") == 1
 
 
@@ -174,21 +179,29 @@ def test_existing_folder_is_kept_unless_told(official_file, tmp_path, capsys):
     folder.mkdir()
     assert convert(official_file, "--output_dir", folder) == 0  # an empty one is taken
     (folder / "mine.txt").write_text("mine")
-    assert convert(official_file, "--output_dir", folder) == 1
-    assert "is not an empty folder: choose another, or pass --overwrite" in capsys.readouterr().err
+    assert convert("missing.pth", "--output_dir", folder) == 2  # noticed before any work
+    error = capsys.readouterr().err
+    assert "is not an empty folder: pass another --output_dir, or --overwrite_output_dir to replace a folder" in error
     assert (folder / "mine.txt").exists()
-    assert convert(official_file, "--output_dir", folder, "--overwrite") == 0
+    assert convert(official_file, "--output_dir", folder, "--overwrite_output_dir") == 0
     assert not (folder / "mine.txt").exists()
+    capsys.readouterr()
+    assert convert(official_file, "--output_dir", folder, "--overwrite") == 0
+    assert capsys.readouterr().err == "warning: --overwrite is deprecated: use --overwrite_output_dir\n"
+    (tmp_path / "file").write_text("mine")
+    assert convert(official_file, "--output_dir", tmp_path / "file", "--overwrite_output_dir") == 2
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "file").unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", official_file.name]
 
 
 def test_failure_in_the_middle_leaves_nothing(official_file, tmp_path, monkeypatch):
     def fail(folder, model_class, expected):
         assert (folder / "model.safetensors").exists()
-        raise CheckpointError("the disk is gone")
+        raise RunError("the disk is gone")
 
     monkeypatch.setattr("mocov3_hf.interop.convert.verify_folder", fail)
-    with pytest.raises(CheckpointError, match="the disk is gone"):
+    with pytest.raises(RunError, match="the disk is gone"):
         convert_checkpoint(official_file, tmp_path / "out", num_attention_heads=2)
     assert [path.name for path in tmp_path.iterdir()] == [official_file.name]
 
@@ -198,5 +211,5 @@ def test_verification_finds_a_changed_tensor(official_file, tmp_path):
     converted = convert_state_dict(official("vit"), num_attention_heads=2)
     verify_folder(tmp_path / "out", converted.model_class, converted.state_dict)
     changed = converted.state_dict | {"predictor.layers.0.dense.weight": torch.zeros(64, 16)}
-    with pytest.raises(CheckpointError, match="loads back differently: predictor"):
+    with pytest.raises(RunError, match="loads back differently: predictor"):
         verify_folder(tmp_path / "out", converted.model_class, changed)

@@ -3,30 +3,32 @@
 import concurrent.futures
 import hashlib
 import http.server
+import json
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModel, pipeline
 
-from mocov3_hf.interop import CheckpointError
-from mocov3_hf.interop import zoo as zoo_module
-from mocov3_hf.interop.command import main
-from mocov3_hf.interop.download import download, hash_in_name
-from mocov3_hf.zoo import fetch, load_zoo
+from mocov3_hf import zoo as zoo_module
+from mocov3_hf.interop import ConversionError
+from mocov3_hf.interop import convert as convert_module
+from mocov3_hf.interop.convert import main
+from mocov3_hf.reporting import RunError, UsageError
+from mocov3_hf.zoo import download, fetch, find_entry, hash_in_name, load_zoo
 from tests.interop.conftest import mmpretrain_classification, official
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files` by path; `break_after` cuts the next answers off after so many bytes each."""
+    """Serves `files` by path. `break_after` cuts the next answers short, `failures` are statuses to send first."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.break_after, self.requests, self.etag, self.failures = {}, [], [], '"one"', []
+        self.tokens = []
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
@@ -35,36 +37,42 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.answer(0)
+
     def do_GET(self):
-        server = self.server
         wanted = self.headers.get("Range")
-        server.requests.append(wanted)
+        self.server.requests.append(wanted)
+        self.answer(int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0)
+
+    def answer(self, start):
+        server = self.server
+        server.tokens.append(self.headers.get("Authorization"))
         if server.failures:
-            self.send_error(server.failures.pop(0))
-            return
+            return self.send_error(server.failures.pop(0))
         if self.path not in server.files:
-            self.send_error(404)
-            return
+            return self.send_error(404)
         content = server.files[self.path]
-        start = 0
-        if wanted and self.headers.get("If-Range") == server.etag:
-            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-            if start >= len(content):
-                self.send_error(416)
-                return
         self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.send_header("Content-Length", str(len(content) - start))
         self.send_header("ETag", server.etag)
         self.end_headers()
-        body = content[start:]
-        self.wfile.write(body[: server.break_after.pop(0)] if server.break_after else body)
+        if self.command == "GET":
+            body = content[start:]
+            self.wfile.write(body[: server.break_after.pop(0)] if server.break_after else body)
+        return None
 
     def log_message(self, *args):
         pass
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
+    # No pauses between attempts, and no buffer that holds a whole file.
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 500)
     server = Server()
     yield server
     server.shutdown()
@@ -74,45 +82,59 @@ def server():
 CONTENT = bytes(range(256)) * 40
 
 
-def test_download_resumes_where_it_broke(server, tmp_path):
+def test_download_resumes_where_it_broke(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     server.files["/a/model.pth"] = CONTENT
     server.break_after = [3000, 2000]
-    path = download(f"{server.url}/a/model.pth", tmp_path, pause_seconds=0)
+    path = download(f"{server.url}/a/model.pth", tmp_path)
     assert path.read_bytes() == CONTENT
     assert server.requests == [None, "bytes=3000-", "bytes=5000-"]
     assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
     assert download(f"{server.url}/a/model.pth", tmp_path) == path
-    assert len(server.requests) == 3  # a finished file is not asked for again
+    assert len(server.requests) == 3  # a finished file is not requested again
+    assert set(server.tokens) == {None}  # the Hub's token stays here
 
 
-def test_download_goes_on_in_a_later_run(server, tmp_path):
+def test_download_resumes_in_a_later_run(server, tmp_path):
     server.files["/model.pth"] = CONTENT
-    server.break_after = [3000, 0, 0]
-    with pytest.raises(CheckpointError, match=r"ended after 3,000 of 10,240 bytes.*run again to resume"):
-        download(f"{server.url}/model.pth", tmp_path, attempts=2, pause_seconds=0)
-    assert (tmp_path / "model.pth.incomplete").stat().st_size == 3000
-    assert download(f"{server.url}/model.pth", tmp_path, pause_seconds=0).read_bytes() == CONTENT
+    server.break_after = [3000, *[0] * 6]
+    with pytest.raises(RunError, match=r"cannot be downloaded .*run the command again to resume"):
+        download(f"{server.url}/model.pth", tmp_path)
+    (partial,) = tmp_path.iterdir()
+    assert partial.stat().st_size == 3000
+    server.break_after = []
+    assert download(f"{server.url}/model.pth", tmp_path).read_bytes() == CONTENT
     assert server.requests[-1] == "bytes=3000-"
 
 
-def test_a_file_that_changed_meanwhile_starts_anew(server, tmp_path):
+def test_a_file_that_changed_in_the_meantime_is_downloaded_from_the_start(server, tmp_path):
     server.files["/model.pth"] = CONTENT
-    server.break_after = [3000, 0]
-    with pytest.raises(CheckpointError):
-        download(f"{server.url}/model.pth", tmp_path, attempts=1, pause_seconds=0)
+    server.break_after = [3000, *[0] * 6]
+    with pytest.raises(RunError):
+        download(f"{server.url}/model.pth", tmp_path)
     server.files["/model.pth"], server.etag, server.break_after = CONTENT[::-1], '"two"', []
-    assert download(f"{server.url}/model.pth", tmp_path, pause_seconds=0).read_bytes() == CONTENT[::-1]
+    assert download(f"{server.url}/model.pth", tmp_path).read_bytes() == CONTENT[::-1]
+    assert server.requests[-1] is None
 
 
 def test_server_errors_are_retried_and_absence_is_not(server, tmp_path):
     server.files["/model.pth"] = CONTENT
     server.failures = [503, 500]
-    assert download(f"{server.url}/model.pth", tmp_path, pause_seconds=0).read_bytes() == CONTENT
-    with pytest.raises(CheckpointError, match=r"other.pth answers 404"):
-        download(f"{server.url}/other.pth", tmp_path, pause_seconds=0)
-    assert len(server.requests) == 4
-    with pytest.raises(CheckpointError, match=r"cannot be downloaded .*refused"):
-        download("http://127.0.0.1:9/model.pth", tmp_path / "none", attempts=2, pause_seconds=0)
+    assert download(f"{server.url}/model.pth", tmp_path).read_bytes() == CONTENT
+    with pytest.raises(RunError, match=r"other.pth cannot be downloaded: the server answers 404 Not Found"):
+        download(f"{server.url}/other.pth", tmp_path)
+    assert len(server.requests) == 1
+    with pytest.raises(RunError, match=r"cannot be downloaded .*refused"):
+        download("http://127.0.0.1:9/model.pth", tmp_path / "none")
+    with pytest.raises(UsageError, match="does not end in a file name"):
+        download(server.url, tmp_path)
+
+
+def test_without_a_network_by_choice_the_error_names_the_switch(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RunError, match="HF_HUB_OFFLINE is set"):
+        download(f"{server.url}/model.pth", tmp_path)
+    assert server.requests == []
 
 
 def test_wrong_hash_is_refused_and_deleted(server, tmp_path):
@@ -121,12 +143,12 @@ def test_wrong_hash_is_refused_and_deleted(server, tmp_path):
     server.files |= {f"/{right}": CONTENT, f"/{wrong}": CONTENT, "/plain.pth": CONTENT}
     download(f"{server.url}/{right}", tmp_path)
     message = f"has a wrong hash: its SHA-256 begins with {digest[:8]}, published is 00000000; the file was deleted"
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(RunError, match=message):
         download(f"{server.url}/{wrong}", tmp_path)
-    assert not list(tmp_path.glob(f"{wrong}*"))
+    assert not list(tmp_path.glob(f"*{wrong}*"))
     assert download(f"{server.url}/plain.pth", tmp_path, sha256=digest.upper()).is_file()
-    with pytest.raises(CheckpointError, match="wrong hash"):
-        download(f"{server.url}/plain.pth", tmp_path, sha256="0" * 64)  # a kept file is checked as well
+    with pytest.raises(RunError, match="wrong hash"):
+        download(f"{server.url}/plain.pth", tmp_path, sha256="0" * 64)  # a kept file is verified as well
 
 
 @pytest.fixture
@@ -147,18 +169,21 @@ def saved(payload, tmp_path):
     return (tmp_path / "payload.pth").read_bytes()
 
 
-TINY = {"num_attention_heads": 2}
+def with_tiny_heads(monkeypatch):
+    convert = convert_module.convert_checkpoint
+    monkeypatch.setattr(
+        convert_module, "convert_checkpoint", lambda *args, **options: convert(*args, **options, num_attention_heads=2)
+    )
 
 
 def test_fetch_downloads_converts_once_and_needs_no_server_after(server, home, tmp_path, monkeypatch):
     name = "official_vit-s-300ep"  # its file name carries no hash
     content = saved({"epoch": 300, "state_dict": {f"module.{k}": v for k, v in official("vit").items()}}, tmp_path)
     published(server, name, content)
-    with pytest.raises(CheckpointError, match="pass num_attention_heads"):
+    with pytest.raises(ConversionError, match="pass num_attention_heads"):
         fetch(name, mirror=server.url)  # a tiny model is none of MoCo v3's
     assert not (home / "models" / name).exists()
-    convert = zoo_module.convert_checkpoint
-    monkeypatch.setattr(zoo_module, "convert_checkpoint", lambda *args, **options: convert(*args, **options, **TINY))
+    with_tiny_heads(monkeypatch)
     folder = fetch(name, mirror=server.url)
     assert folder == str(home / "models" / name)
     assert not (home / "downloads" / name).exists()
@@ -172,8 +197,7 @@ def test_fetch_downloads_converts_once_and_needs_no_server_after(server, home, t
 def test_two_at_once_download_once(server, home, tmp_path, monkeypatch):
     name = "official_vit-s-300ep"
     published(server, name, saved({"state_dict": official("vit")}, tmp_path))
-    convert = zoo_module.convert_checkpoint
-    monkeypatch.setattr(zoo_module, "convert_checkpoint", lambda *args, **options: convert(*args, **options, **TINY))
+    with_tiny_heads(monkeypatch)
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         folders = set(pool.map(lambda _: fetch(name, mirror=server.url), range(3)))
     assert folders == {str(home / "models" / name)}
@@ -188,11 +212,8 @@ def test_fetched_classifier_works_in_a_pipeline(server, home, tmp_path, monkeypa
         torch.zeros(1000),
     )
     digest = published(server, name, saved({"meta": {}, "state_dict": state_dict}, tmp_path))
-    convert = zoo_module.convert_checkpoint
-    monkeypatch.setattr(zoo_module, "convert_checkpoint", lambda *args, **options: convert(*args, **options, **TINY))
-    with pytest.raises(
-        CheckpointError, match=f"wrong hash: its SHA-256 begins with {digest[:8]}, published is f1e6c442"
-    ):
+    with_tiny_heads(monkeypatch)
+    with pytest.raises(RunError, match=f"wrong hash: its SHA-256 begins with {digest[:8]}, published is f1e6c442"):
         fetch(name, mirror=server.url)
     monkeypatch.setattr(
         zoo_module, "find_entry", lambda name: zoo_module.ZooEntry(**vars(load_zoo()[name]) | {"sha256": digest})
@@ -204,36 +225,55 @@ def test_fetched_classifier_works_in_a_pipeline(server, home, tmp_path, monkeypa
     assert classify.image_processor.resample == 3  # bicubic
 
 
+def fails(arguments, code, message, capsys):
+    """Run the command, which must end with this exit code and one line."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert end.value.code == code
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
 def test_command_takes_names_and_urls(server, home, tmp_path, capsys):
     content = saved({"state_dict": official("vit")}, tmp_path)
     server.files["/some/file.pth"] = content
     url = f"{server.url}/some/file.pth"
     tail = ["--output_dir", str(tmp_path / "out"), "--num_attention_heads", "2"]
-    assert main([url, *tail, "--sha256", "00"]) == 1
-    assert "wrong hash" in capsys.readouterr().err
-    assert main([url, *tail, "--sha256", hashlib.sha256(content).hexdigest()]) == 0
+    main([url, *tail, "--sha256", hashlib.sha256(content).hexdigest()])
     published(server, "official_vit-s-300ep", content)
-    assert main(["official_vit-s-300ep", "--mirror", server.url, *tail, "--overwrite"]) == 0
-    report = yaml.safe_load((tmp_path / "out" / "conversion.json").read_text())
+    main(["official_vit-s-300ep", "--mirror", server.url, *tail, "--overwrite_output_dir"])
+    report = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert report["source"]["name"] == "official_vit-s-300ep"
     assert report["source"]["url"] == "https://dl.fbaipublicfiles.com/moco-v3/vit-s-300ep/vit-s-300ep.pth.tar"
-    assert main(["vit-s-300ep", *tail]) == 1
-    assert "does not exist" in capsys.readouterr().err
+    capsys.readouterr()
+    tail[1] = str(tmp_path / "other")
+    fails([url, *tail, "--sha256", "00"], 1, "wrong hash", capsys)
+    fails(["vit-s-300ep", *tail], 2, "did you mean official_vit-s-300ep", capsys)
+    fails(["vit-s-300ep.pth", *tail], 2, "vit-s-300ep.pth does not exist", capsys)
+    fails(tail, 2, "--source is missing", capsys)
+    fails([url], 2, "--output_dir is missing", capsys)
+    fails([url, *tail, "--num_attention_head", "3"], 2, "did you mean '--num_attention_heads'", capsys)
 
 
 def test_unknown_name_is_answered_with_close_ones():
-    with pytest.raises(CheckpointError, match="no model 'official_vit-s-300': did you mean official_vit-s-300ep"):
+    with pytest.raises(UsageError, match="is called 'official_vit-s-300': did you mean official_vit-s-300ep"):
         fetch("official_vit-s-300")
 
 
 def test_zoo_holds_every_published_model(capsys):
     zoo = load_zoo()
     assert len(zoo) == 23
-    assert main(["--list"]) == 0
+    zoo_module.main([])
     table = capsys.readouterr().out
     assert len(table.splitlines()) == 24
+    main(["--list"])
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == (table, "warning: --list is deprecated: use mocov3 zoo\n")
     for name, entry in zoo.items():
         assert name in table
+        assert find_entry(name) is entry
         assert entry.pretrained is None or zoo[entry.pretrained].stage == "pretrained"
         file = Path(entry.url).name
         assert (hash_in_name(file) is not None) == (entry.source == "openmmlab")

@@ -1,7 +1,6 @@
-"""Models on the Hub: their cards and the push."""
+"""Models on the Hub: pushes, model cards, and the model's code beside its weights."""
 
-from .background import BackgroundPusher
-from .push import PushError, push_folder
+from .push import BackgroundPusher, push_folder
 
 
-__all__ = ["BackgroundPusher", "PushError", "push_folder"]
+__all__ = ["BackgroundPusher", "push_folder"]

@@ -1,270 +1,317 @@
-"""The command `scripts/push_to_hub.py`: a model folder to a Hub repository, whole, and again where it broke off."""
+"""The command `mocov3 push`, and pushes to the Hub during a run."""
 
-import argparse
+import logging
 import os
 import shutil
-import sys
 import tempfile
-import time
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
-    HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # of whichever client the Hub's library is built on
-    LocalTokenNotFoundError,
+    HTTPError,  # of the HTTP library that the Hub client is built on
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
-from ..remote_code import add_code
-from .run_card import MARKER, read_json, run_card
+from ..loading import resolve_model
+from ..options import Command, option, parse
+from ..reporting import RunError, UsageError, one_line, reporting
+from ..run_folder import (
+    CONFIG,
+    CONVERSION,
+    EVENTS,
+    KNN,
+    METRICS,
+    PROCESSOR,
+    RECIPE,
+    RESULTS,
+    read_object,
+    read_run_folder,
+)
+from ..storage import link_or_copy, process_is_alive
+from .remote_code import add_code
+from .run_card import MARKER, run_card
 
 
-# What a model folder gives to the Hub: weights, settings, record and plots; never checkpoints with optimizer states.
+logger = logging.getLogger(__name__)
+
+CARD, WEIGHTS = "README.md", "model*.safetensors"
+# What of a model folder is pushed; never checkpoints with optimizer states.
 PUSHED = (
-    "config.json",
-    "preprocessor_config.json",
-    "model*.safetensors",
+    CONFIG,
+    PROCESSOR,
+    WEIGHTS,
     "model.safetensors.index.json",
-    "results.json",
-    "recipe.yaml",
-    "metrics.jsonl",
-    "events.jsonl",
-    "knn.jsonl",
-    "conversion.json",
-    "README.md",
+    RESULTS,
+    RECIPE,
+    METRICS,
+    EVENTS,
+    KNN,
+    CONVERSION,
+    CARD,
     "*.png",
     "*.svg",
     "plots/*",
     "report.html",
 )
-MAX_SHARD_BYTES = 5 * 10**9
-AUTO_CLASSES = {"ForPreTraining": AutoModelForPreTraining, "ForImageClassification": AutoModelForImageClassification}
 
 
-class PushError(RuntimeError):
-    """A push that did not succeed: what the Hub answered and what to do, in one line."""
-
-
-def push_folder(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    license: str | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    message: str | None = None,
-    attempts: int = 5,
-    pause_seconds: float = 2.0,
-    api: HfApi | None = None,
-) -> str:
+def push_folder(folder: str | Path, repo_id: str, **options: Any) -> str:
     """
-    Push a model folder to the Hub: weights (in shards where they are large), processor, code, card, record and plots.
+    Push a model folder to the Hub: weights, configuration, processor, the model's code, records, plots and a card.
 
-    What was uploaded before is not uploaded again, so a push that broke off is resumed by the next one.
+    The folder itself is not changed. Files that the Hub has already are not sent again, so pushing again after a
+    failure resumes the upload.
 
     Args:
         folder (`str` or `Path`):
-            Of a saved model.
+            Of a saved model of this package.
         repo_id (`str`):
-            `USER/NAME`, or `NAME` for the user of the token; made where missing.
+            `USER/NAME`, or `NAME` for the user of the token; created if missing.
         private (`bool`, *optional*, defaults to `False`):
-            Whether a repository that is made now is private.
+            Whether a new repository is private.
         revision (`str`, *optional*):
-            A branch, made where missing.
+            A branch; created if missing.
         license (`str`, *optional*):
-            Identifier of the weights' license for the card.
-        max_shard_bytes (`int`, *optional*, defaults to 5 GB):
-            A larger file of weights is cut into shards.
-        attempts (`int`, *optional*, defaults to 5):
-            How often to try while the Hub does not answer; the pauses between double.
+            License of the weights, for the card.
+        message (`str`, *optional*):
+            Of the commit.
         api (`HfApi`, *optional*):
-            With another endpoint or token.
+            A client with another endpoint or token.
 
     Returns:
         URL of the commit.
 
     Raises:
-        PushError: no model in the folder, no or a wrong token, no permission, or no answer.
+        UsageError: No model in the folder, or a name that is not valid.
+        RunError: No valid token, no permission, or no connection.
     """
-    api = api or HfApi()
-    folder = Path(folder)
-    remove_stale(folder)
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or config.get("model_type") != "mocov3":
-        raise PushError(f"{folder} holds no MoCo v3 model: expected a config.json with model_type 'mocov3'")
-    if not list(folder.glob("model*.safetensors")):
-        raise PushError(f"{folder} holds no weights: expected model*.safetensors")
-    for attempt in range(1, attempts + 1):
-        try:
-            name = full_name(api, repo_id)
-            with tempfile.TemporaryDirectory(prefix=staging_prefix(), dir=staging_place(folder)) as staging:
-                stage(folder, Path(staging), config, name, license, max_shard_bytes)
-                api.create_repo(name, private=private or None, exist_ok=True)
-                if revision is not None:
-                    api.create_branch(name, branch=revision, exist_ok=True)
-                commit = api.upload_folder(
-                    repo_id=name,
-                    folder_path=staging,
-                    revision=revision,
-                    commit_message=message or "Upload model with mocov3_hf",
-                )
-            return commit.commit_url
-        except Exception as error:
-            reason = permanent_reason(error, api, repo_id)
-            if reason is not None:
-                raise PushError(reason) from error
-            if attempt == attempts:
-                raise PushError(
-                    f"the Hub at {api.endpoint} does not answer ({one_line(error)}): run the same command again, what"
-                    " was uploaded is kept"
-                ) from error
-            time.sleep(pause_seconds * 2 ** (attempt - 1))
-    raise AssertionError("unreachable")
+    staged = stage(Path(folder))
+    try:
+        return upload(staged, repo_id, **options)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
-def full_name(api: HfApi, repo_id: str) -> str:
-    """`USER/NAME`; asks who the token belongs to, so that a bad one is told before anything is read or sent."""
-    user = api.whoami()["name"]
-    return repo_id if "/" in repo_id else f"{user}/{repo_id}"
+def stage(folder: Path) -> Path:
+    """
+    A temporary folder with the files to push as they are now. Weights are linked where possible: no time, no space.
+
+    Raises:
+        UsageError: No model in the folder.
+    """
+    if read_object(folder / CONFIG, []).get("model_type") != "mocov3":
+        raise UsageError(f"{str(folder)!r} is not a MoCo v3 model: expected a {CONFIG} with model_type 'mocov3'")
+    if not list(folder.glob(WEIGHTS)):
+        raise UsageError(f"{str(folder)!r} has no weights: expected {WEIGHTS}")
+    remove_leftovers(folder)
+    # Links only work on the same file system.
+    place = folder if os.access(folder, os.W_OK) else None
+    staged = Path(tempfile.mkdtemp(prefix=f".push_{os.getpid()}_", dir=place))
+    try:
+        for path in {path for pattern in PUSHED for path in folder.glob(pattern) if path.is_file()}:
+            target = staged / path.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            if path.suffix == ".safetensors":
+                link_or_copy(path, target)
+            else:  # a run appends to its records while they are uploaded
+                shutil.copyfile(path, target)
+    except OSError:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    return staged
 
 
-def permanent_reason(error: Exception, api: HfApi, repo_id: str) -> str | None:
-    """One line for an error that no repetition mends; None for the others, of the network or the server."""
-    if isinstance(error, PushError):
-        return str(error)
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        return permanent_reason(error.__cause__, api, repo_id)  # how the client wraps what an upload met
-    if isinstance(error, LocalTokenNotFoundError):
-        return "no token for the Hub: run `hf auth login`, or set HF_TOKEN to a token that may write"
-    if isinstance(error, OfflineModeIsEnabled):
-        return "the Hub is switched off by HF_HUB_OFFLINE: unset it to push"
-    if isinstance(error, HFValidationError):
-        return f"{repo_id!r} is no name of a repository, expected USER/NAME: {one_line(error)}"
-    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
-        return f"the Hub knows no {repo_id!r} or hides it from this token: {one_line(error)}"
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code if error.response is not None else 0
-        if status == 401:
-            return f"the token is not valid at {api.endpoint}: make a new one and run `hf auth login` or set HF_TOKEN"
-        if status == 403:
-            return f"the token may not write to {repo_id!r}: take one with write access, or another name"
-        if 400 <= status < 500 and status not in (408, 409, 412, 429):
-            return f"the Hub refuses the push to {repo_id!r} ({status}): {one_line(error)}"
-        return None
-    if isinstance(error, HTTPError | OSError):
-        return f"{error}" if isinstance(error, FileNotFoundError) else None
-    if isinstance(error, ValueError):  # what upload_folder and the card's metadata raise for content
-        return one_line(error)
-    raise error
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:240] or type(error).__name__
-
-
-def stage(folder: Path, staging: Path, config: dict, repo_id: str, license: str | None, max_shard_bytes: int) -> None:
-    """Fill `staging` with exactly what goes to the Hub; files are linked where possible, at no cost in space."""
-    for pattern in PUSHED:
-        for path in sorted(folder.glob(pattern)):
-            if path.is_file():
-                link_or_copy(path, staging / path.relative_to(folder))
-    weights = sorted(staging.glob("model*.safetensors"))
-    if any(path.stat().st_size > max_shard_bytes for path in weights):
-        reshard(folder, staging, config, weights, max_shard_bytes)
-    add_code(replaceable(staging / "config.json").parent)
-    card = staging / "README.md"
-    if not card.exists() or MARKER in card.read_text(encoding="utf-8"):
-        text = run_card(staging, repo_id, license)
-        card.unlink(missing_ok=True)
-        card.write_text(text, encoding="utf-8")
-
-
-def staging_place(folder: Path) -> Path | None:
-    """The folder itself, where hard links work, unless it cannot be written; then the system's temporary folder."""
-    return folder if os.access(folder, os.W_OK) else None
-
-
-def staging_prefix() -> str:
-    """How temporary folders of this process begin."""
-    return f".push_{os.getpid()}_"
-
-
-def remove_stale(folder: Path) -> None:
-    """Delete temporary folders of processes that were killed in the middle of a push."""
+def remove_leftovers(folder: Path) -> None:
+    """Delete staged folders of processes that were killed during a push."""
     for path in folder.glob(".push_*_*"):
         owner = path.name.split("_")[1]
-        if owner.isdecimal() and not is_alive(int(owner)):
+        if owner.isdecimal() and not process_is_alive(int(owner)):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def is_alive(process_id: int) -> bool:
+def upload(
+    staged: Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    license: str | None = None,
+    message: str | None = None,
+    api: HfApi | None = None,
+) -> str:
+    """Add code and card to a staged folder, upload it and return the URL of the commit; errors as `push_folder`."""
+    api = api or HfApi()
     try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
-
-
-def replaceable(path: Path) -> Path:
-    """Make a linked file a copy: what is written to it must not reach the original."""
-    content = path.read_bytes()
-    path.unlink()
-    path.write_bytes(content)
-    return path
-
-
-def reshard(folder: Path, staging: Path, config: dict, weights: list[Path], max_shard_bytes: int) -> None:
-    """Replace the linked weights by shards of at most `max_shard_bytes`."""
-    architecture = (config.get("architectures") or [""])[0]
-    auto_class = next((c for suffix, c in AUTO_CLASSES.items() if architecture.endswith(suffix)), AutoModel)
-    model = auto_class.from_pretrained(folder, dtype="auto")
-    for path in [*weights, staging / "model.safetensors.index.json"]:
-        path.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(dir=staging) as written:
-        model.save_pretrained(written, max_shard_size=max_shard_bytes)
-        for path in Path(written).glob("model*"):
-            path.rename(staging / path.name)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; gives back its exit status. Errors are one line on stderr."""
-    parser = argparse.ArgumentParser(description="Push a model folder to the Hub, with its code, card and results.")
-    parser.add_argument("path", metavar="PATH", help="the model folder")
-    parser.add_argument(
-        "--hub_model_id", required=True, metavar="USER/NAME", help="the repository; made where missing"
-    )
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", help="a branch; made where missing")
-    parser.add_argument("--license", help="license of the weights, for the card: apache-2.0, cc-by-nc-4.0, ...")
-    parser.add_argument("--message", help="of the commit")
-    args = parser.parse_args(argv)
-    try:
-        url = push_folder(
-            args.path,
-            args.hub_model_id,
-            private=args.private,
-            revision=args.revision,
-            license=args.license,
-            message=args.message,
+        name = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        add_code(staged)
+        write_card(staged, name, license)
+        if revision is not None:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=name,
+            folder_path=staged,
+            revision=revision,
+            commit_message=message or "Upload model with mocov3_hf",
         )
-    except PushError as error:
-        print(f"push_to_hub: {one_line(error)}", file=sys.stderr)
-        return 1
-    print(url)
-    return 0
+    except Exception as error:
+        raise explained(error, api.endpoint, repo_id) from error
+    return commit.commit_url
+
+
+def write_card(staged: Path, repo_id: str, license: str | None) -> None:
+    """Write the model card; a user's own card stays."""
+    card = staged / CARD
+    if not card.exists() or MARKER in card.read_text(encoding="utf-8"):
+        run = read_run_folder(staged)
+        for note in run.notes:
+            logger.warning("push: %s", note)
+        card.write_text(run_card(run, repo_id, license), encoding="utf-8")
+
+
+def explained(error: Exception, endpoint: str, repo_id: str) -> Exception:
+    """The error of a push as one line with the fix; an error of another origin as it is."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        return explained(error.__cause__, endpoint, repo_id)  # the Hub client wraps errors of uploads
+    if isinstance(error, HFValidationError):
+        return UsageError(f"{repo_id!r} is not a valid repository name, expected USER/NAME: {one_line(error)}")
+    if isinstance(error, OfflineModeIsEnabled):
+        return RunError("HF_HUB_OFFLINE is set: unset it to push")
+    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+        return RunError(f"{repo_id!r} does not exist on the Hub, or this token may not see it: {one_line(error)}")
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return RunError(
+            f"no valid token for {endpoint}: run `hf auth login`, or set HF_TOKEN to a token with write access"
+        )
+    if status == 403:
+        return RunError(f"the token may not write to {repo_id!r}: use a token with write access, or another name")
+    if status is not None and 400 <= status < 500 and status not in (408, 409, 412, 429):
+        return RunError(f"the Hub refuses the push to {repo_id!r} ({status}): {one_line(error)}")
+    if isinstance(error, HTTPError):
+        return RunError(
+            f"the Hub at {endpoint} does not answer ({one_line(error)}): push again, files that arrived are not sent"
+            " again"
+        )
+    if isinstance(error, ValueError):  # of the content: metadata of the card, a file that the Hub does not take
+        return UsageError(one_line(error))
+    return error
+
+
+class BackgroundPusher:
+    """
+    Pushes the latest state of a folder during a run: one push at a time, without ever stalling or ending the run.
+
+    `push` stages the folder and returns at once. While one push is uploading, only the newest staged state waits. A
+    failed push is logged; the next one replaces it. Call `finish` at the end of the run.
+
+    Args:
+        repo_id (`str`):
+            `USER/NAME`, or `NAME` for the user of the token.
+        options:
+            Of `push_folder`: `private`, `revision`, `license`, `api`.
+    """
+
+    def __init__(self, repo_id: str, **options: Any):
+        self.repo_id = repo_id
+        self.options = options
+        self.lock = threading.Lock()
+        self.waiting: tuple[Path, str | None] | None = None
+        self.thread: threading.Thread | None = None
+        self.last_error: str | None = None
+
+    def push(self, folder: str | Path, message: str | None = None) -> None:
+        """Stage the folder for the next push. Raises nothing; failures are logged."""
+        try:
+            staged = stage(Path(folder))
+        except (OSError, UsageError) as error:
+            self._fail(f"{folder} is not pushed: {one_line(error)}")
+            return
+        with self.lock:
+            replaced, self.waiting = self.waiting, (staged, message)
+            if self.thread is None:
+                # Not `HfApi.run_as_future`: the interpreter waits for its threads on exit, and the Hub client has no
+                # time limit, so a Hub that hangs would keep the finished process alive.
+                self.thread = threading.Thread(target=self._work, name="push_to_hub", daemon=True)
+                self.thread.start()
+        if replaced is not None:
+            shutil.rmtree(replaced[0], ignore_errors=True)
+
+    def finish(self, timeout: float = 600.0) -> bool:
+        """Wait up to `timeout` seconds for the last push; return whether it reached the Hub."""
+        thread = self.thread
+        if thread is not None:
+            thread.join(timeout)
+            if thread.is_alive():
+                self._fail(f"the push to {self.repo_id} did not end in {timeout:g} s: run mocov3 push")
+                return False
+        return self.last_error is None
+
+    def _work(self) -> None:
+        while True:
+            with self.lock:
+                if self.waiting is None:
+                    self.thread = None
+                    return
+                (staged, message), self.waiting = self.waiting, None
+            try:
+                upload(staged, self.repo_id, message=message, **self.options)
+                self.last_error = None
+            except Exception as error:  # whatever it is, it must not end the run
+                self._fail(one_line(error))
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
+
+    def _fail(self, reason: str) -> None:
+        self.last_error = reason
+        logger.warning("push: %s", reason)
+
+
+# The command
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Model"""
+
+    model: str = option(help="Folder of a model, such as the output folder of a run.", metavar="MODEL")
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Hub"""
+
+    hub_model_id: str = option(help="Repository; created if missing.", metavar="USER/NAME")
+    hub_private_repo: bool = option(False, "Make a new repository private.", old=("private",))
+    hub_revision: str | None = option(None, "Branch; created if missing.", old=("revision",), metavar="BRANCH")
+    license: str | None = option(None, "License of the weights for the card, such as apache-2.0.")
+    commit_message: str | None = option(None, "Message of the commit.", old=("message",))
+
+
+COMMAND = Command(
+    "push",
+    "Push a model folder to the Hub, with its code, card and results.",
+    (ModelOptions, HubOptions),
+    positional="model",
+)
+
+
+def main(arguments: Iterable[str]) -> None:
+    """The command `mocov3 push MODEL --hub_model_id USER/NAME`; prints the URL of the commit."""
+    with reporting():
+        model, hub = parse(COMMAND, arguments)
+        url = push_folder(
+            resolve_model(model.model),
+            hub.hub_model_id,
+            private=hub.hub_private_repo,
+            revision=hub.hub_revision,
+            license=hub.license,
+            message=hub.commit_message,
+        )
+        print(url)

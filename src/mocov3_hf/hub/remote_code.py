@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 
-CODE_FOLDER = Path(__file__).parent / "model"
+CODE_FOLDER = Path(__file__).parent.parent / "model"
 # Complete maps by model type: `save_pretrained` itself names only AutoConfig and the class of the saved model.
 AUTO_MAPS = {
     "mocov3": {

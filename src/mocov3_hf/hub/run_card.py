@@ -1,146 +1,111 @@
-"""The model card of a run: what its folder tells, filled into the template `run_card.md`."""
+"""The model card of a run or a converted model, from what its folder holds."""
 
-import json
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .facts import CITATION, LIBRARY, PAPER, published_models
+from ..run_folder import TASKS, RunFolder
+from ..storage import is_local
+from ..zoo import load_zoo
 
 
+# A card without this line is a user's own and is never replaced.
 MARKER = "<!-- written by mocov3_hf; a card without this line is left alone -->"
 DEFAULT_LICENSE = "other"
-TASKS = {
-    "knn": ("image-feature-extraction", "k-nearest-neighbour classification"),
-    "linear": ("image-classification", "Image classification, linear evaluation"),
-    "linear_cached": ("image-classification", "Image classification, linear evaluation on cached features"),
-    "evaluate": ("image-classification", "Image classification"),
-    "finetune": ("image-classification", "Image classification, fine-tuned"),
+LIBRARY = "transformers"
+PAPER = "https://arxiv.org/abs/2104.02057"
+CITATION = """```bibtex
+@inproceedings{chen2021mocov3,
+  title     = {An Empirical Study of Training Self-Supervised Vision Transformers},
+  author    = {Chen, Xinlei and Xie, Saining and He, Kaiming},
+  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision},
+  year      = {2021}
 }
+```"""
 METRICS = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy"}
 PLOTS = (".png", ".svg")
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; None where there is none or it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def compose(data: ModelCardData, sections: list[str]) -> str:
+    """A model card: metadata and sections of Markdown."""
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def results_of(folder: Path) -> list[dict[str, Any]]:
-    """Evaluations in a folder's `results.json`; none where it has none."""
-    content = read_json(folder / "results.json")
-    results = content.get("results") if isinstance(content, dict) else None
-    return [row for row in results or [] if isinstance(row, dict) and isinstance(row.get("metrics"), dict)]
-
-
-def run_card(folder: str | Path, repo_id: str, license: str | None = None) -> str:
+def run_card(run: RunFolder, repo_id: str, license: str | None = None) -> str:
     """
-    The card of a model folder: its task, results, recipe and plots.
+    The card of a model folder: how to use it, results, recipe and plots.
 
     Args:
-        folder (`str` or `Path`):
-            With `config.json`, and what a run leaves beside it: `results.json`, `recipe.yaml`, `conversion.json`,
-            plots.
-        repo_id (`str`):
-            `USER/NAME` on the Hub.
-        license (`str`, *optional*):
-            Identifier of the license of the weights; of a converted model that of the original where left out.
+        run: The folder.
+        repo_id: `USER/NAME` on the Hub.
+        license: License of the weights; that of the original by default, for a converted model.
     """
-    folder = Path(folder)
-    config = read_json(folder / "config.json") or {}
-    recipe, conversion = read_yaml(folder / "recipe.yaml"), read_json(folder / "conversion.json")
-    results = results_of(folder)
-    architecture = (config.get("architectures") or ["MoCoV3Model"])[0]
     title = repo_id.rpartition("/")[2]
-    return Template(files(__package__).joinpath("run_card.md").read_text(encoding="utf-8")).substitute(
-        metadata=run_metadata(title, architecture, recipe, conversion, results, license),
-        marker=MARKER,
-        title=title,
-        introduction=introduction(architecture, config, recipe, conversion, results),
-        usage=usage(architecture, repo_id),
-        results=results_table(results),
-        training=training(folder, recipe),
-        limits="Only what is listed above was measured. Test the features on your own images before you rely on them.",
-        citation=CITATION,
-    )
-
-
-def is_classifier(architecture: str) -> bool:
-    return architecture.endswith("ForImageClassification")
-
-
-def run_metadata(
-    title: str,
-    architecture: str,
-    recipe: dict[str, Any],
-    conversion: dict[str, Any] | None,
-    results: list[dict[str, Any]],
-    license: str | None,
-) -> str:
-    datasets = [
-        str(row["dataset"]["name"])
-        for row in results
-        if isinstance(row.get("dataset"), dict) and row["dataset"].get("name")
+    results = eval_results(run)
+    sections = [
+        MARKER,
+        f"# {title}",
+        introduction(run),
+        "## Use it",
+        f"```python\n{usage(run, repo_id)}\n```",
+        "## Results",
+        results_table(results),
+        "## Training",
+        training(run),
+        "## Limitations",
+        "Only the results above were measured. Test the features on your own images before you rely on them.",
+        "## Citation",
+        CITATION,
     ]
-    if recipe.get("dataset_name"):
-        datasets.insert(0, str(recipe["dataset_name"]))
-    base_model = recipe.get("model_name_or_path") or next(
-        (row["settings"].get("base_model") for row in results if row.get("settings", {}).get("base_model")), None
-    )
-    entries = eval_results(results)
+    return compose(metadata(run, title, results, license), sections)
+
+
+def metadata(run: RunFolder, title: str, results: list[EvalResult], license: str | None) -> ModelCardData:
+    datasets = [str(row["dataset"]["name"]) for row in run.results if (row.get("dataset") or {}).get("name")]
+    if run.recipe.get("dataset_name"):
+        datasets.append(str(run.recipe["dataset_name"]))
+    starts = [run.recipe.get("model"), run.recipe.get("model_name_or_path")]
+    starts += [(row.get("settings") or {}).get("base_model") for row in run.results]
+    base_model = next((str(name) for name in starts if name), None)
     return ModelCardData(
-        license=license or original_license(conversion) or DEFAULT_LICENSE,
+        license=license or original_license(run) or DEFAULT_LICENSE,
         library_name=LIBRARY,
-        pipeline_tag="image-classification" if is_classifier(architecture) else "image-feature-extraction",
-        tags=["moco-v3", "self-supervised-learning", "vision", "mocov3_hf"] + (["converted"] if conversion else []),
+        pipeline_tag="image-classification" if run.kind == "classifier" else "image-feature-extraction",
+        tags=["moco-v3", "self-supervised-learning", "vision", "mocov3_hf"] + ["converted"] * bool(run.conversion),
         datasets=sorted({name for name in datasets if is_hub_id(name)}) or None,
         base_model=base_model if base_model and is_hub_id(base_model) else None,
-        metrics=["accuracy"] if entries else None,
+        metrics=["accuracy"] if results else None,
         model_name=title,
-        eval_results=entries or None,
-    ).to_yaml()
+        eval_results=results or None,
+    )
 
 
-def original_license(conversion: dict[str, Any] | None) -> str | None:
-    """License of the published weights that a folder was converted from; None where it was from others."""
-    model = published_models().get((conversion or {}).get("source", {}).get("name"))
-    return model.source["license"] if model is not None else None
+def original_license(run: RunFolder) -> str | None:
+    """License of the published weights that a folder was converted from; None for other weights."""
+    entry = load_zoo().get((run.conversion.get("source") or {}).get("name"))
+    return entry.publisher.license if entry is not None else None
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is one of the Hub's; a local folder's has no place in a public card."""
+    """Whether a name is one of the Hub; the name of a local folder has no place in a public card."""
     parts = name.split("/")
-    return len(parts) in (1, 2) and all(parts) and not name.startswith((".", "~")) and not Path(name).exists()
+    return len(parts) in (1, 2) and all(parts) and not is_local(name)
 
 
-def eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
-    """The last value of every metric on every data set, for the card's `model-index`."""
+def eval_results(run: RunFolder) -> list[EvalResult]:
+    """The last value of every accuracy on every data set, for the card's `model-index`."""
     entries = {}
-    for row in results:
+    for row in run.results:
         dataset = row.get("dataset") or {}
         name = str(dataset.get("name", "unknown"))
         shown = name if is_hub_id(name) else Path(name).name
         task_type, task_name = TASKS.get(row.get("task"), ("image-classification", str(row.get("task"))))
         for metric, value in row["metrics"].items():
-            kind = metric.rpartition("_")[2]
+            prefix, _, kind = metric.rpartition("_")
             if kind not in METRICS or not isinstance(value, int | float):
                 continue
-            label = METRICS[kind] + (f" ({metric.rpartition('_')[0]})" if "_" in metric else "")
             entries[(row.get("task"), name, metric)] = EvalResult(
                 task_type=task_type,
                 task_name=task_name,
@@ -149,38 +114,31 @@ def eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
                 dataset_config=dataset.get("config"),
                 dataset_split=dataset.get("test_split") or dataset.get("split"),
                 metric_type="accuracy",
-                metric_name=label,
+                metric_name=METRICS[kind] + (f" ({prefix})" if prefix else ""),
                 metric_value=round(100 * value, 2),
             )
     return list(entries.values())
 
 
-def introduction(
-    architecture: str,
-    config: dict[str, Any],
-    recipe: dict[str, Any],
-    conversion: dict[str, Any] | None,
-    results: list[dict[str, Any]],
-) -> str:
-    body = (config.get("backbone_config") or {}).get("model_type", "vision")
-    kind = "classifier" if is_classifier(architecture) else "encoder"
-    text = f"A `{body}` {kind} trained by MoCo v3 ([Chen et al., 2021]({PAPER})) with `mocov3_hf`."
-    if conversion:
-        source = conversion.get("source", {})
+def introduction(run: RunFolder) -> str:
+    backbone = run.backbone.get("model_type", "vision")
+    kind = "classifier" if run.kind == "classifier" else "encoder"
+    method = f"MoCo v3 ([Chen et al., 2021]({PAPER}))"
+    text = f"A `{backbone}` {kind}, pre-trained with {method} in `mocov3_hf`."
+    if run.conversion:
+        source = run.conversion.get("source") or {}
         name = source.get("name") or source.get("url") or source.get("file")
         text = (
-            f"A `{body}` {kind} of MoCo v3 ([Chen et al., 2021]({PAPER})), converted exactly from `{name}`"
-            f" (SHA-256 `{source.get('sha256')}`) with `mocov3_hf`."
+            f"A `{backbone}` {kind} of {method}, converted exactly from `{name}` (SHA-256 `{source.get('sha256')}`)"
+            " with `mocov3_hf`."
         )
-    if recipe.get("num_train_epochs"):
-        text += f" Pre-trained for {recipe['num_train_epochs']} epochs without labels."
-    if results:
-        text += f" Measured: {', '.join(sorted({str(row.get('task')) for row in results}))}."
+    if run.recipe.get("num_train_epochs"):
+        text += f" Pre-trained without labels for {run.recipe['num_train_epochs']} epochs."
     return text
 
 
-def usage(architecture: str, repo_id: str) -> str:
-    if is_classifier(architecture):
+def usage(run: RunFolder, repo_id: str) -> str:
+    if run.kind == "classifier":
         return (
             "from transformers import pipeline\n\n"
             f'classify = pipeline("image-classification", model="{repo_id}", trust_remote_code=True)\n'
@@ -194,29 +152,26 @@ def usage(architecture: str, repo_id: str) -> str:
     )
 
 
-def results_table(results: list[dict[str, Any]]) -> str:
-    entries = eval_results(results)
-    if not entries:
-        return "None measured yet."
+def results_table(results: list[EvalResult]) -> str:
+    if not results:
+        return "No results yet."
     lines = ["| task | data set | split | metric | value (%) |", "|---|---|---|---|---|"]
     lines += [
         f"| {entry.task_name} | {entry.dataset_name} | {entry.dataset_split or ''} | {entry.metric_name}"
         f" | {entry.metric_value:.2f} |"
-        for entry in entries
+        for entry in results
     ]
     return "\n".join(lines)
 
 
-def training(folder: Path, recipe: dict[str, Any]) -> str:
-    """The recipe, without what names the machine it ran on, and the plots."""
-    plots = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in PLOTS)
-    parts = []
-    if recipe:
-        public = {key: value for key, value in recipe.items() if not is_local(value)}
-        parts.append(f"```yaml\n{yaml.safe_dump(public, sort_keys=False).strip()}\n```")
-    parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]
-    return "\n\n".join(parts) or "The folder tells nothing of its training."
+def training(run: RunFolder) -> str:
+    """The recipe, without local paths, and the plots."""
+    public = {key: value for key, value in run.recipe.items() if not names_a_path(value)}
+    parts = [f"```yaml\n{yaml.safe_dump(public, sort_keys=False).strip()}\n```"] if public else []
+    plots = sorted(path.relative_to(run.path) for path in run.path.rglob("*") if path.suffix in PLOTS)
+    parts += [f"![{plot.stem}]({plot.as_posix()})" for plot in plots]
+    return "\n\n".join(parts) or "No training metadata available."
 
 
-def is_local(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith(("/", "~", "./", "../"))
+def names_a_path(value: Any) -> bool:
+    return isinstance(value, str) and is_local(value)

@@ -1,4 +1,4 @@
-"""What a checkpoint says about its architecture: every value of a configuration that shapes and names tell."""
+"""The architecture of a checkpoint, inferred from the names and shapes of its tensors."""
 
 import difflib
 import math
@@ -12,37 +12,36 @@ from transformers import PreTrainedConfig, ResNetConfig
 
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig
 from ..model.modeling_mocov3_vit import sincos_position_embedding
-from .errors import CheckpointError
-from .layouts import DIALECTS, Layout
+from .layouts import DIALECTS, ConversionError, Layout
 
 
 # Legend of dimensions: D width, L tokens with CLS, P projection.
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Heads are not in the shapes. MoCo v3's small ViT has 12 (paper, table 1), where DeiT's and timm's have 6.
+# The number of heads cannot be inferred from shapes. MoCo v3's ViT-S has 12 (paper, table 1); DeiT's and timm's has 6.
 HEADS_BY_WIDTH = {384: 12, 768: 12, 1024: 16}
-TEMPERATURES = {"vit": 0.2, "resnet": 1.0}  # official commands for pre-training
+TEMPERATURES = {"vit": 0.2, "resnet": 1.0}  # the official pre-training commands
 
 
 def shape_of(shapes: Shapes, key: str) -> tuple[int, ...]:
     """
     Raises:
-        CheckpointError: no tensor of this name.
+        ConversionError: No tensor of this name.
     """
     if key not in shapes:
-        raise CheckpointError(f"missing keys: {key}, which tells the architecture")
+        raise ConversionError(f"missing keys: {key}, needed to infer the architecture")
     return shapes[key]
 
 
 def count_indexed(shapes: Shapes, prefix: str) -> int:
-    """How many numbered modules `<prefix><number>.` there are, by the highest number."""
+    """Number of modules `<prefix><number>.`, from the highest number."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     return max((int(match.group(1)) + 1 for key in shapes if (match := pattern.match(key))), default=0)
 
 
 def infer_vit(shapes: Shapes, layout: Layout, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a `MoCoV3ViTConfig`, without those in `overrides`."""
+    """Arguments of `MoCoV3ViTConfig`, without those in `overrides`."""
     block, _, _, fc1, _, _, patches = DIALECTS[layout.dialect]
     prefix = layout.base
     width = shape_of(shapes, f"{prefix}cls_token")[-1]
@@ -58,7 +57,7 @@ def infer_vit(shapes: Shapes, layout: Layout, overrides: Mapping[str, Any]) -> d
     else:
         projection = shape_of(shapes, f"{prefix}{patches}.weight")
         if len(projection) != 4:
-            raise CheckpointError(f"misshaped keys: {prefix}{patches}.weight has {projection}, expected 4 dimensions")
+            raise ConversionError(f"misshaped keys: {prefix}{patches}.weight has {projection}, expected 4 dimensions")
         patch = tuple(projection[2:])
         values |= {"stem": "patch", "num_channels": projection[1]}
     values["patch_size"] = patch[0] if patch[0] == patch[1] else patch
@@ -66,23 +65,23 @@ def infer_vit(shapes: Shapes, layout: Layout, overrides: Mapping[str, Any]) -> d
         tokens = shape_of(shapes, f"{prefix}pos_embed")[1] - 1
         side = math.isqrt(tokens)
         if side * side != tokens or patch[0] != patch[1]:
-            raise CheckpointError(
-                f"{prefix}pos_embed has {tokens} patches, which tell no square image: pass image_size (height, width)"
+            raise ConversionError(
+                f"{prefix}pos_embed has {tokens} patches, which is not a square: pass image_size as (height, width)"
             )
         values["image_size"] = side * patch[0]
     if "num_attention_heads" not in overrides:
         heads = HEADS_BY_WIDTH.get(width, 12)
         if width % heads:
-            raise CheckpointError(
-                f"shapes do not tell the number of heads, and a width of {width} is none of MoCo v3's"
-                f" {sorted(HEADS_BY_WIDTH)}: pass num_attention_heads"
+            raise ConversionError(
+                f"the number of attention heads cannot be inferred for a width of {width} (known widths:"
+                f" {', '.join(map(str, HEADS_BY_WIDTH))}): pass num_attention_heads"
             )
         values["num_attention_heads"] = heads
     return values
 
 
 def infer_resnet(shapes: Shapes, layout: Layout) -> dict[str, Any]:
-    """Values of a `ResNetConfig` of torchvision's v1.5 architecture (stride in the 3x3 convolution)."""
+    """Arguments of `ResNetConfig` for torchvision's ResNet v1.5 (stride in the 3x3 convolution)."""
     prefix = layout.base
     bottleneck = f"{prefix}layer1.0.conv3.weight" in shapes
     num_stages = count_indexed(shapes, f"{prefix}layer") - 1
@@ -98,17 +97,17 @@ def infer_resnet(shapes: Shapes, layout: Layout) -> dict[str, Any]:
     }
 
 
-def infer_heads(shapes: Shapes, layout: Layout, body: str) -> dict[str, Any]:
-    """Values of `MoCoV3Config` that projector and predictor tell."""
+def infer_heads(shapes: Shapes, layout: Layout, backbone: str) -> dict[str, Any]:
+    """Arguments of `MoCoV3Config` that describe projector and predictor."""
     if layout.heads is None:
         return {}
-    modules = layout.projectors(body)
+    modules = layout.projectors(backbone)
     projector = linear_widths(shapes, modules["projector"], layout.heads)
     predictor = linear_widths(shapes, modules["predictor"], layout.heads)
     if not projector:
-        raise CheckpointError(f"missing keys: {modules['projector']}.*, the projector")
+        raise ConversionError(f"missing keys: {modules['projector']}.*, the projector")
     if not predictor:
-        raise CheckpointError(f"missing keys: {modules['predictor']}.*, the predictor")
+        raise ConversionError(f"missing keys: {modules['predictor']}.*, the predictor")
     last = len(predictor) - 1
     norm = (
         f"{modules['predictor']}.{3 * last + 1}" if layout.heads == "official" else f"{modules['predictor']}.bn{last}"
@@ -119,7 +118,7 @@ def infer_heads(shapes: Shapes, layout: Layout, body: str) -> dict[str, Any]:
         "head_hidden_size": projector[0] if len(projector) > 1 else predictor[0],
         "projection_dim": projector[-1],
         "predictor_final_norm": f"{norm}.running_mean" in shapes,
-        "temperature": TEMPERATURES[body],
+        "temperature": TEMPERATURES[backbone],
     }
 
 
@@ -135,31 +134,31 @@ def linear_widths(shapes: Shapes, module: str, style: str) -> list[int]:
 
 
 def is_sincos_table(table: torch.Tensor, grid: tuple[int, int]) -> bool:
-    """Whether a position table `(1, L, D)` is the fixed sine-cosine one, up to the rounding of a half precision."""
+    """Whether position embeddings (1, L, D) are the fixed sine-cosine ones, up to rounding to half precision."""
     if table.dim() != 3 or table.shape[2] % 4 or table.shape[1] != 1 + grid[0] * grid[1]:
         return False
     return torch.allclose(table.float(), sincos_position_embedding(table.shape[2], grid), rtol=0, atol=5e-3)
 
 
-def split_overrides(overrides: Mapping[str, Any], body: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_overrides(overrides: Mapping[str, Any], backbone: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """
-    `overrides` for the backbone's configuration and for the composition's.
+    `overrides` for the configuration of the backbone and for `MoCoV3Config`.
 
     Raises:
-        TypeError: a name that neither has.
+        ConversionError: A name that neither has.
     """
-    backbone_class = MoCoV3ViTConfig if body == "vit" else ResNetConfig
+    backbone_class = MoCoV3ViTConfig if backbone == "vit" else ResNetConfig
     shared = {field.name for field in fields(PreTrainedConfig)} | {"num_labels"}
     of_backbone = {field.name for field in fields(backbone_class)} - shared
-    of_composition = {field.name for field in fields(MoCoV3Config)} | {"num_labels", "id2label", "label2id"}
-    backbone, composition = {}, {}
+    of_model = {field.name for field in fields(MoCoV3Config)} | {"num_labels", "id2label", "label2id"}
+    backbone_values, model_values = {}, {}
     for name, value in overrides.items():
         if name in of_backbone:
-            backbone[name] = value
-        elif name in of_composition and name != "backbone_config":
-            composition[name] = value
+            backbone_values[name] = value
+        elif name in of_model and name != "backbone_config":
+            model_values[name] = value
         else:
-            close = difflib.get_close_matches(name, [*of_backbone, *of_composition], n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"convert_state_dict got an unknown override {name!r} for a {body}.{hint}")
-    return backbone, composition
+            close = difflib.get_close_matches(name, [*of_backbone, *of_model], n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConversionError(f"{name!r} is not an option of a model with a {backbone} backbone{hint}")
+    return backbone_values, model_values

@@ -1,4 +1,4 @@
-"""State dicts of other codebases to models of this one, and back: exact, checked key by key."""
+"""Exact conversion of state dicts of other codebases to this package's models and back, checked key by key."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,30 +11,36 @@ from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from .architecture import infer_heads, infer_resnet, infer_vit, is_sincos_table, split_overrides
-from .errors import CheckpointError
 from .layouts import (
     LAYOUTS,
+    ConversionError,
     Layout,
     foreign_keys,
     head_module_names,
-    recognise_layout,
+    recognize_layout,
     resnet_module_names,
     vit_module_names,
 )
 
 
 STAGES = ("pretrained", "linear", "finetuned")
-LISTED_KEYS = 20  # an error names so many keys of a kind and counts the rest
+LISTED_KEYS = 20  # an error message names this many keys of a kind and counts the rest
 
 
 @dataclass(frozen=True)
 class Converted:
     """
-    A state dict under this package's names, with the model it belongs to.
+    A state dict with this package's names, and the model it belongs to.
 
-    `state_dict` shares memory with the source. `stage` is `"pretrained"`, `"linear"`, `"finetuned"`, or None for a
-    classifier that does not tell which. `sources` gives for every native key the foreign key it came from, `ignored`
-    the foreign keys that no model needs.
+    Attributes:
+        config: Of the model.
+        model_class: Of the model.
+        state_dict: Native tensors; they share memory with the source.
+        layout: Name of the source's layout.
+        stage: `"pretrained"`, `"linear"` or `"finetuned"`; None if it cannot be inferred.
+        image_size: Side of the images in pixels, for the image processor.
+        sources: The foreign key of every native key.
+        ignored: Foreign keys that no model needs.
     """
 
     config: MoCoV3Config
@@ -47,10 +53,10 @@ class Converted:
     ignored: tuple[str, ...] = ()
 
     def build_model(self) -> PreTrainedModel:
-        """The model with the converted weights, in evaluation mode; it shares their memory."""
+        """The model with the converted weights, whose memory it shares, in evaluation mode."""
         with torch.device("meta"):
             model = self.model_class(self.config)
-        model.load_state_dict(self.state_dict, strict=True, assign=True)  # keeps what construction froze frozen
+        model.load_state_dict(self.state_dict, strict=True, assign=True)  # frozen parameters stay frozen
         return model.eval()
 
 
@@ -58,38 +64,37 @@ def convert_state_dict(
     state_dict: Mapping[str, torch.Tensor], *, layout: str | None = None, stage: str | None = None, **overrides: Any
 ) -> Converted:
     """
-    Convert a state dict of another codebase, exactly: no value changes and none is left over.
+    Convert a state dict of another codebase exactly: no value changes, no tensor is left over.
 
     Args:
         state_dict (`Mapping[str, torch.Tensor]`):
-            Tensors by name, with or without the prefix `module.` of a parallel wrapper.
+            Tensors by name, with or without the prefix `module.` of DDP.
         layout (`str`, *optional*):
-            A name of `LAYOUTS`; recognised by the keys where left out.
+            A name of `LAYOUTS`; recognized from the keys by default.
         stage (`str`, *optional*):
-            `"pretrained"`, `"linear"` or `"finetuned"`; inferred where left out: a classifier with a trained position
-            table is fine-tuned, one with the fixed table a linear probe.
+            `"pretrained"`, `"linear"` or `"finetuned"`; inferred by default: a ViT classifier with trained position
+            embeddings is fine-tuned, one with the fixed embeddings is a linear probe.
         overrides:
-            Values of `MoCoV3ViTConfig`, `ResNetConfig` or `MoCoV3Config` that shapes do not tell or tell otherwise:
+            Arguments of `MoCoV3ViTConfig`, `ResNetConfig` or `MoCoV3Config` that replace what is inferred:
             `num_attention_heads`, `image_size`, `temperature`, `id2label`, ...
 
     Raises:
-        CheckpointError: an unknown layout, or missing, unexpected or misshaped keys, by name.
-        TypeError: an override that no configuration knows.
+        ConversionError: An unknown layout or override, or keys that are missing, unexpected or have a wrong shape.
     """
     if stage is not None and stage not in STAGES:
-        raise CheckpointError(f"stage must be one of {STAGES}, got {stage!r}")
+        raise ConversionError(f"stage must be one of {STAGES}, got {stage!r}")
     state_dict = strip_parallel_prefix(check_tensors(state_dict))
-    layout, body = find_layout(state_dict, layout)
+    layout, backbone = find_layout(state_dict, layout)
     add_batch_counters(state_dict)
     shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
 
     overrides = dict(overrides)
-    processor_size = overrides.pop("image_size", 224) if body == "resnet" else None
-    of_backbone, of_composition = split_overrides(overrides, body)
-    classifier = next((name for name in layout.classifiers(body) if f"{name}.weight" in shapes), None)
+    processor_size = overrides.pop("image_size", 224) if backbone == "resnet" else None
+    of_backbone, of_model = split_overrides(overrides, backbone)
+    classifier = next((name for name in layout.classifiers(backbone) if f"{name}.weight" in shapes), None)
     model_class = MoCoV3ForPreTraining if layout.heads else MoCoV3ForImageClassification if classifier else MoCoV3Model
 
-    if body == "vit":
+    if backbone == "vit":
         values = infer_vit(shapes, layout, of_backbone) | of_backbone
         grid = [a // b for a, b in zip(to_pair(values["image_size"]), to_pair(values["patch_size"]), strict=True)]
         fixed = is_sincos_table(state_dict.get(f"{layout.base}pos_embed", torch.empty(0)), tuple(grid))
@@ -102,10 +107,10 @@ def convert_state_dict(
         stage = stage or inferred_stage(layout, classifier, None)
         backbone_config = ResNetConfig(**(infer_resnet(shapes, layout) | of_backbone))
 
-    composition = infer_heads(shapes, layout, body) | of_composition
-    if classifier is not None and "id2label" not in composition:
-        composition.setdefault("num_labels", shapes[f"{classifier}.weight"][0])
-    config = MoCoV3Config(backbone_config=backbone_config, **composition)
+    values = infer_heads(shapes, layout, backbone) | of_model
+    if classifier is not None and "id2label" not in values:
+        values.setdefault("num_labels", shapes[f"{classifier}.weight"][0])
+    config = MoCoV3Config(backbone_config=backbone_config, **values)
     native, sources = rename(state_dict, config, model_class, layout, classifier)
     return Converted(
         config=config,
@@ -123,27 +128,27 @@ def revert_state_dict(
     state_dict: Mapping[str, torch.Tensor], config: MoCoV3Config, *, layout: str
 ) -> dict[str, torch.Tensor]:
     """
-    The state dict of one of this package's models under another codebase's names: the inverse of the conversion.
+    The state dict of one of this package's models with another codebase's names: the inverse of the conversion.
 
     Args:
         state_dict (`Mapping[str, torch.Tensor]`):
             Of a `MoCoV3ForPreTraining`, `MoCoV3ForImageClassification` or `MoCoV3Model` on a MoCo v3 ViT or a ResNet.
         layout (`str`):
-            A name of `LAYOUTS` that holds such a model.
+            A name of `LAYOUTS` for such a model.
 
     Raises:
-        CheckpointError: an unknown layout, or a model that it cannot hold.
+        ConversionError: An unknown layout, or a model that it cannot hold.
     """
     target = named_layout(layout)
-    body = body_of(config)
+    backbone = backbone_of(config)
     if any(key.startswith("predictor.") for key in state_dict) != (target.heads is not None):
-        kind = "pre-training models" if target.heads else "single encoders"
-        raise CheckpointError(f"the layout {layout!r} holds {kind}, and this state dict is none")
-    classifier = target.classifiers(body)[0] if "classifier.weight" in state_dict else None
+        expected = "a pre-training model" if target.heads else "an encoder or a classifier"
+        raise ConversionError(f"the layout {layout!r} is for {expected}, which this state dict is not")
+    classifier = target.classifiers(backbone)[0] if "classifier.weight" in state_dict else None
     base = next((prefix for prefix in ("mocov3.backbone.", "backbone.") if any_starts(state_dict, prefix)), None)
     if base is None:
-        raise CheckpointError("the state dict holds no encoder: no key begins with 'mocov3.backbone.' or 'backbone.'")
-    names = module_names(config, target, body, base, classifier)
+        raise ConversionError("the state dict has no encoder: no key begins with 'mocov3.backbone.' or 'backbone.'")
+    names = module_names(config, target, backbone, base, classifier)
     return {
         foreign: state_dict[natives[0]] if len(natives) == 1 else torch.cat([state_dict[key] for key in natives])
         for foreign, natives in foreign_keys(state_dict, names).items()
@@ -153,14 +158,14 @@ def revert_state_dict(
 def check_tensors(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     for key, value in state_dict.items():
         if not isinstance(value, torch.Tensor):
-            raise CheckpointError(
+            raise ConversionError(
                 f"the entry {key!r} is a {type(value).__name__}, expected a tensor: pass the state dict itself"
             )
     return dict(state_dict)
 
 
 def strip_parallel_prefix(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without the `module.` that `DistributedDataParallel` puts before every name."""
+    """Without the prefix `module.` of `DistributedDataParallel`."""
     if state_dict and all(key.startswith("module.") for key in state_dict):
         return {key.removeprefix("module."): value for key, value in state_dict.items()}
     return state_dict
@@ -168,8 +173,9 @@ def strip_parallel_prefix(state_dict: dict[str, torch.Tensor]) -> dict[str, torc
 
 def add_batch_counters(state_dict: dict[str, torch.Tensor]) -> None:
     """
-    Give a file from before torch 0.4.1 the counters of its batch normalisations, at zero as torch does itself. No
-    output depends on them. A file that has some of them lacks the others by mistake.
+    Add the batch norm counters that files from before torch 0.4.1 lack, at zero as torch itself does.
+
+    No output depends on them. A file that has only some of them is incomplete and left as it is.
     """
     if not any(key.endswith(".num_batches_tracked") for key in state_dict):
         for key in [key for key in state_dict if key.endswith(".running_mean")]:
@@ -179,20 +185,20 @@ def add_batch_counters(state_dict: dict[str, torch.Tensor]) -> None:
 
 def named_layout(name: str) -> Layout:
     if name not in LAYOUTS:
-        raise CheckpointError(f"unknown layout {name!r}, expected one of {sorted(LAYOUTS)}")
+        raise ConversionError(f"unknown layout {name!r}, expected one of {sorted(LAYOUTS)}")
     return LAYOUTS[name]
 
 
 def find_layout(state_dict: dict[str, torch.Tensor], name: str | None) -> tuple[Layout, str]:
-    recognised = recognise_layout(state_dict)
-    if recognised is None:
+    recognized = recognize_layout(state_dict)
+    if recognized is None:
         sample = ", ".join(list(state_dict)[:4]) or "no tensors"
-        own = ": this package's own naming, which from_pretrained loads" if is_native(state_dict) else ""
-        raise CheckpointError(f"none of the known layouts ({', '.join(LAYOUTS)}); the keys begin with {sample}{own}")
-    layout, body = recognised
+        own = ": this package's own names, which from_pretrained loads" if is_native(state_dict) else ""
+        raise ConversionError(f"not one of the known layouts ({', '.join(LAYOUTS)}); the first keys: {sample}{own}")
+    layout, backbone = recognized
     if name is not None and named_layout(name) is not layout:
-        raise CheckpointError(f"the keys are those of the layout {layout.name!r}, not {name!r}: leave layout out")
-    return layout, body
+        raise ConversionError(f"the keys are those of the layout {layout.name!r}, not {name!r}: do not pass layout")
+    return layout, backbone
 
 
 def is_native(state_dict: Mapping[str, torch.Tensor]) -> bool:
@@ -211,32 +217,37 @@ def inferred_stage(layout: Layout, classifier: str | None, fixed_positions: bool
     return "linear" if fixed_positions else "finetuned"
 
 
-def body_of(config: MoCoV3Config) -> str:
+def backbone_of(config: MoCoV3Config) -> str:
     """
+    The backbone of a model as the layouts call it: `"vit"` or `"resnet"`.
+
     Raises:
-        CheckpointError: a backbone that no other codebase's layout can hold.
+        ConversionError: Another backbone, which no layout can hold.
     """
-    bodies = {"mocov3_vit": "vit", "resnet": "resnet"}
+    known = {"mocov3_vit": "vit", "resnet": "resnet"}
     model_type = config.backbone_config.model_type
-    if model_type not in bodies:
-        raise CheckpointError(f"only the backbones {sorted(bodies)} have a layout elsewhere, got {model_type!r}")
-    return bodies[model_type]
+    if model_type not in known:
+        raise ConversionError(
+            f"the backbone is a {model_type!r}, which other codebases have no names for; expected {' or '.join(known)}"
+        )
+    return known[model_type]
 
 
-def module_names(config: MoCoV3Config, layout: Layout, body: str, base: str, classifier: str | None) -> dict[str, str]:
-    """Foreign names by native ones for all modules of a model; `base` is the native prefix of its encoder."""
-    backbone = config.backbone_config
-    if body == "vit":
-        inner = vit_module_names(layout.dialect, backbone.num_hidden_layers, backbone.stem)
+def module_names(
+    config: MoCoV3Config, layout: Layout, backbone: str, base: str, classifier: str | None
+) -> dict[str, str]:
+    """Foreign names by native ones of all modules of a model; `base` is the native prefix of its encoder."""
+    if backbone == "vit":
+        inner = vit_module_names(layout.dialect, config.backbone_config.num_hidden_layers, config.backbone_config.stem)
     else:
-        inner = resnet_module_names(backbone.depths, backbone.layer_type)
+        inner = resnet_module_names(config.backbone_config.depths, config.backbone_config.layer_type)
     names = {f"{base}{native}": f"{layout.base}{foreign}" for native, foreign in inner.items()}
     if classifier is not None:
         names["classifier"] = classifier
     if layout.heads is not None:
         for native, foreign in inner.items():
             names[f"momentum_encoder.encoder.backbone.{native}"] = f"{layout.momentum}{foreign}"
-        for native, foreign in layout.projectors(body).items():
+        for native, foreign in layout.projectors(backbone).items():
             num_layers = config.num_predictor_layers if native == "predictor" else config.num_projector_layers
             names |= head_module_names(layout.heads, native, foreign, num_layers)
     return names
@@ -253,12 +264,12 @@ def rename(
     Native tensors by native key, and the foreign key of each.
 
     Raises:
-        CheckpointError: the keys are not exactly those that the model needs, in its shapes.
+        ConversionError: The keys and shapes are not exactly those that the model needs.
     """
     with torch.device("meta"):
         wanted = model_class(config).state_dict()
     base = "backbone." if model_class is MoCoV3Model else "mocov3.backbone."
-    names = module_names(config, layout, body_of(config), base, classifier)
+    names = module_names(config, layout, backbone_of(config), base, classifier)
     groups = foreign_keys(wanted, names)
     missing = [key for key in groups if key not in state_dict]
     unexpected = [key for key in state_dict if key not in groups and key not in layout.ignored]
@@ -281,7 +292,7 @@ def rename(
     }
     if any(problems.values()):
         found = "; ".join(f"{kind}: {enumerate_keys(keys)}" for kind, keys in problems.items() if keys)
-        raise CheckpointError(f"no {layout.name} checkpoint of a {model_class.__name__}: {found}")
+        raise ConversionError(f"not a {layout.name} checkpoint of a {model_class.__name__}: {found}")
 
     native, sources = {}, {}
     for foreign, natives in groups.items():

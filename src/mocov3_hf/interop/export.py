@@ -1,31 +1,33 @@
-"""The command `scripts/export.py`: models out of this package, each verified on the spot against what went in."""
+"""The command `mocov3 export`: models for other libraries, each verified against the outputs of ours."""
 
-import argparse
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 from transformers.utils import logging
 
-from ..model.configuration_mocov3 import MoCoV3Config, to_pair
+from ..loading import load_classifier, load_config, load_encoder, load_processor
+from ..model.configuration_mocov3 import MoCoV3Config
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
-from ..processing import build_image_processor
-from .errors import CheckpointError
+from ..options import Command, option, parse
+from ..reporting import RunError, reporting
+from ..storage import atomic_folder
+from .convert import refuse_existing
 from .export_native import write_resnet, write_vit
-from .export_programs import image_shape, write_onnx, write_torch_export
+from .export_programs import image_shape, output_name, write_onnx, write_torch_export
 from .export_timm import write_timm
-from .folders import atomic_folder
+from .layouts import ConversionError
 
 
-# Legend of dimensions: B batch, C H W image, D width of the pooled vector.
+# Legend of dimensions: B batch, C H W image.
 
 MAX_ERROR = 1e-4
 
 Run = Callable[[torch.Tensor], torch.Tensor]
-# A writer fills a folder and gives back how to run what it wrote, on pixel values (B, C, H, W), and how to use it.
+# A writer fills a folder. It returns a function that runs what it wrote on pixel values (B, C, H, W), and a line of
+# Python that loads it.
 WRITERS = {
     "vit": write_vit,
     "resnet": write_resnet,
@@ -37,7 +39,15 @@ WRITERS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported: `max_error` is the largest difference of an output from our model's."""
+    """
+    What was exported.
+
+    Attributes:
+        format: A key of `WRITERS`.
+        outputs: The output that was compared: `"logits"` or `"pooler_output"`.
+        max_error: Largest absolute difference from our model's output.
+        usage: A line of Python that loads the export.
+    """
 
     format: str
     outputs: str
@@ -46,81 +56,60 @@ class Exported:
 
 
 def export_model(
-    path: str | Path, output_dir: str | Path, format: str, *, overwrite: bool = False, revision: str | None = None
+    model: str | Path, output_dir: str | Path, format: str, *, overwrite: bool = False, revision: str | None = None
 ) -> Exported:
     """
-    Export a model folder to another library's form; the new folder appears whole and verified, or not at all.
+    Export a model to another library's format. The new folder appears complete and verified, or not at all.
 
     Args:
-        path (`str` or `Path`):
-            A folder or Hub repository of a classifier, an encoder or a whole pre-training model, of which the encoder
-            is exported.
+        model (`str` or `Path`):
+            A folder, Hub id or published name of a classifier, an encoder or a pre-training model, whose encoder is
+            exported.
         output_dir (`str` or `Path`):
             A new or empty folder, or with `overwrite` one to replace.
         format (`str`):
-            `"vit"`, `"resnet"` (transformers' own classes), `"timm"`, `"onnx"` or `"torch_export"`.
+            `"vit"` or `"resnet"` (transformers' own classes), `"timm"`, `"onnx"` or `"torch_export"`.
         revision (`str`, *optional*):
-            Of a Hub repository.
+            Branch, tag or commit of a Hub model.
 
     Raises:
-        CheckpointError: no such model, one that the format cannot hold, or outputs that differ by more than 1e-4.
+        ValueError: No such model, one that the format cannot hold, or an output folder that exists.
+        RunError: Outputs that differ from the model's by more than 1e-4, or a missing package.
     """
     if format not in WRITERS:
-        raise CheckpointError(f"unknown format {format!r}, expected one of {sorted(WRITERS)}")
-    model = load_for_export(path, revision)
-    processor = load_processor(path, model.config, revision)
-    with atomic_folder(output_dir, overwrite) as folder:
-        run, usage = WRITERS[format](model, processor, folder)
-        max_error = largest_difference(model, run, image_shape(model, processor))
+        raise ConversionError(f"unknown format {format!r}, expected one of {', '.join(WRITERS)}")
+    refuse_existing(output_dir, overwrite)
+    options = {} if revision is None else {"revision": revision}
+    loaded = load_for_export(model, **options)
+    processor = load_processor(model, loaded.config, **options)
+    with atomic_folder(output_dir, replace=overwrite) as folder:
+        run, usage = WRITERS[format](loaded, processor, folder)
+        max_error = largest_difference(loaded, run, image_shape(loaded, processor))
         if not max_error <= MAX_ERROR:
-            raise CheckpointError(
-                f"the {format} export differs from the model by {max_error:.2e} and is not written: allowed are"
-                f" {MAX_ERROR:.0e}"
+            raise RunError(
+                f"the {format} export is not written: its outputs differ from the model's by {max_error:.2e}, allowed"
+                f" is {MAX_ERROR:.0e}"
             )
-    usage = usage.replace(str(folder), str(output_dir))
-    return Exported(format, output_name(model), max_error, usage)
+    return Exported(format, output_name(loaded), max_error, usage.replace(str(folder), str(output_dir)))
 
 
-def load_for_export(path: str | Path, revision: str | None = None) -> MoCoV3Model | MoCoV3ForImageClassification:
+def load_for_export(model: str | Path, **options: str) -> MoCoV3Model | MoCoV3ForImageClassification:
     """
-    The classifier of a folder, or else its encoder, in float32 and evaluation mode.
+    A classifier, or the encoder of any other model, in float32 and evaluation mode.
 
     Raises:
-        CheckpointError: no such folder, or no model of this package in it.
+        ValueError: No such model, or not a model of this package.
     """
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no model folder: {' '.join(str(error).split())[:200]}") from error
+    config = load_config(model, **options)
     if not isinstance(config, MoCoV3Config):
-        raise CheckpointError(f"{path} holds a model of type {config.model_type!r}, expected 'mocov3'")
-    classifier = (config.architectures or [""])[0] == MoCoV3ForImageClassification.__name__
-    model_class = MoCoV3ForImageClassification if classifier else MoCoV3Model
-    try:
-        model, info = model_class.from_pretrained(
-            path, revision=revision, dtype=torch.float32, output_loading_info=True
-        )
-    except OSError as error:
-        raise CheckpointError(f"{path} has no weights: {' '.join(str(error).split())[:200]}") from error
-    if info["missing_keys"]:
-        raise CheckpointError(f"{path} lacks weights: {', '.join(sorted(info['missing_keys'])[:8])}")
-    return model.eval()
-
-
-def load_processor(path: str | Path, config: MoCoV3Config, revision: str | None = None) -> BaseImageProcessor:
-    try:
-        return AutoImageProcessor.from_pretrained(path, revision=revision)
-    except OSError:
-        return build_image_processor(max(to_pair(getattr(config.backbone_config, "image_size", 224))))
-
-
-def output_name(model: torch.nn.Module) -> str:
-    return "logits" if isinstance(model, MoCoV3ForImageClassification) else "pooler_output"
+        raise ConversionError(f"{str(model)!r} is a model of type {config.model_type!r}, expected 'mocov3'")
+    is_classifier = (config.architectures or [""])[0] == MoCoV3ForImageClassification.__name__
+    return (load_classifier if is_classifier else load_encoder)(model, dtype=torch.float32, **options)
 
 
 @torch.no_grad()
 def largest_difference(model: torch.nn.Module, run: Run, shape: tuple[int, int, int]) -> float:
-    """Largest absolute difference of the outputs on noise of `(C, H, W)`, over batches of several sizes."""
+    """Largest absolute difference of the outputs on noise (C, H, W), over batches of 1 and 3; nan if not finite."""
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for batch_size in (1, 3):
@@ -128,31 +117,57 @@ def largest_difference(model: torch.nn.Module, run: Run, shape: tuple[int, int, 
         expected = model(images)[output_name(model)]
         actual = run(images)
         if actual.shape != expected.shape:
-            raise CheckpointError(f"the export gives {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+            raise RunError(f"the export returns shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
         largest = max(largest, float((actual - expected).abs().max()))
         if not torch.isfinite(actual).all():
             return float("nan")
     return largest
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; gives back its exit status. Errors are one line on stderr."""
-    parser = argparse.ArgumentParser(description="Export a MoCo v3 model, verified against its outputs.")
-    parser.add_argument("path", metavar="PATH", help="a model folder or a Hub repository")
-    parser.add_argument("--format", required=True, choices=list(WRITERS), help="what to write")
-    parser.add_argument("--output_dir", required=True, help="the new folder; it appears whole or not at all")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
-    parser.add_argument("--overwrite", action="store_true", help="replace --output_dir where it exists")
-    args = parser.parse_args(argv)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+# The command
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Model"""
+
+    model: str = option(help="Model to export: a folder, a Hub id or a published name.", metavar="MODEL")
+    model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.", old=("revision",))
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Output"""
+
+    format: Literal["vit", "resnet", "timm", "onnx", "torch_export"] = option(
+        help="What to write: transformers' own ViT or ResNet, timm, ONNX, or a program of torch.export.",
+    )
+    output_dir: str = option(help="New folder; it appears complete and verified, or not at all.", metavar="DIR")
+    overwrite_output_dir: bool = option(False, "Replace --output_dir if it exists.", old=("overwrite",))
+
+
+COMMAND = Command(
+    "export",
+    "Export a model to another library, verified against its outputs.",
+    (ModelOptions, OutputOptions),
+    positional="model",
+)
+
+
+def main(arguments: Iterable[str]) -> None:
+    """The command `mocov3 export MODEL --format FORMAT --output_dir DIR`."""
+    with reporting():
+        model, output = parse(COMMAND, arguments)
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         exported = export_model(
-            args.path, args.output_dir, args.format, overwrite=args.overwrite, revision=args.revision
+            model.model,
+            output.output_dir,
+            output.format,
+            overwrite=output.overwrite_output_dir,
+            revision=model.model_revision,
         )
-    except CheckpointError as error:
-        print(f"export: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    print(f"{exported.format} in {args.output_dir}: max error of {exported.outputs} {exported.max_error:.2e}")
-    print(exported.usage)
-    return 0
+        print(
+            f"{exported.format} export: {output.output_dir}, max error of {exported.outputs} {exported.max_error:.2e}"
+        )
+        print(exported.usage)

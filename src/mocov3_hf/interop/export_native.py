@@ -1,4 +1,4 @@
-"""Exports to transformers' own ViT and ResNet classes, which load without this package and without remote code."""
+"""Export to transformers' own ViT and ResNet classes, which load without this package and without remote code."""
 
 from pathlib import Path
 
@@ -17,36 +17,35 @@ from transformers import (
 
 from ..model.configuration_mocov3 import MoCoV3Config
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
-from .checkpoints import body_of
-from .errors import CheckpointError
+from ..reporting import RunError
+from .checkpoints import backbone_of
+from .layouts import ConversionError
 
 
-def require_body(config: MoCoV3Config, body: str, format: str) -> None:
+def require_backbone(config: MoCoV3Config, backbone: str, format: str) -> None:
     """
     Raises:
-        CheckpointError: the model is of another kind than the format holds.
+        ConversionError: The format cannot hold the model.
     """
-    if body_of(config) != body:
-        raise CheckpointError(f"--format {format} holds a {body}, and this model's backbone is a {body_of(config)}")
-    if body == "vit" and config.backbone_config.stem == "conv":
-        raise CheckpointError(
-            f"--format {format} has no convolutional stem: export such a model as onnx or torch_export"
+    if backbone_of(config) != backbone:
+        raise ConversionError(
+            f"--format {format} is for a {backbone} backbone, but this model has a {backbone_of(config)}"
+        )
+    if backbone == "vit" and config.backbone_config.stem == "conv":
+        raise ConversionError(
+            f"--format {format} has no convolutional stem: pass --format onnx or --format torch_export"
         )
 
 
-def label_settings(config: MoCoV3Config) -> dict[str, dict]:
-    return {"id2label": config.id2label, "label2id": config.label2id}
-
-
 def backbone_state(model: MoCoV3Model | MoCoV3ForImageClassification) -> dict[str, torch.Tensor]:
-    """Tensors of the encoder by the backbone's own names."""
+    """Tensors of the encoder with the backbone's own names."""
     encoder = model.mocov3 if isinstance(model, MoCoV3ForImageClassification) else model
     return dict(encoder.backbone.state_dict())
 
 
 def write_vit(model: MoCoV3Model | MoCoV3ForImageClassification, processor: BaseImageProcessor, folder: Path) -> tuple:
-    """`ViTModel`, whose pooler gives the CLS token as it is, or `ViTForImageClassification`."""
-    require_body(model.config, "vit", "vit")
+    """`ViTModel`, whose pooler returns the CLS token unchanged, or `ViTForImageClassification`."""
+    require_backbone(model.config, "vit", "vit")
     ours = model.config.backbone_config
     config = ViTConfig(
         hidden_size=ours.hidden_size,
@@ -54,13 +53,13 @@ def write_vit(model: MoCoV3Model | MoCoV3ForImageClassification, processor: Base
         num_attention_heads=ours.num_attention_heads,
         intermediate_size=ours.intermediate_size,
         hidden_act=ours.hidden_act,
-        layer_norm_eps=ours.layer_norm_eps,  # the class's own default is 1e-12
+        layer_norm_eps=ours.layer_norm_eps,  # the default of the class is 1e-12
         image_size=ours.image_size,
         patch_size=ours.patch_size,
         num_channels=ours.num_channels,
         qkv_bias=ours.qkv_bias,
         encoder_stride=ours.patch_size if isinstance(ours.patch_size, int) else ours.patch_size[0],
-        pooler_act="linear",  # with a dense layer of ones on its diagonal: MoCo v3's feature is the CLS token itself
+        pooler_act="linear",  # with the identity as its dense layer: the feature of MoCo v3 is the CLS token itself
     )
     names = {
         ".attention.q_proj.": ".attention.attention.query.",
@@ -91,8 +90,8 @@ def write_vit(model: MoCoV3Model | MoCoV3ForImageClassification, processor: Base
 def write_resnet(
     model: MoCoV3Model | MoCoV3ForImageClassification, processor: BaseImageProcessor, folder: Path
 ) -> tuple:
-    """`ResNetModel` or `ResNetForImageClassification`: the backbone is one already."""
-    require_body(model.config, "resnet", "resnet")
+    """`ResNetModel` or `ResNetForImageClassification`: the backbone is already one."""
+    require_backbone(model.config, "resnet", "resnet")
     config = ResNetConfig.from_dict(model.config.backbone_config.to_dict())
     state_dict = backbone_state(model)
     if isinstance(model, MoCoV3ForImageClassification):
@@ -110,16 +109,15 @@ def write_folder(
     processor: BaseImageProcessor,
     folder: Path,
 ) -> tuple:
-    """Save and load back; gives the loaded model's run, and how to use it."""
-    for name, value in label_settings(model.config).items():
-        setattr(config, name, value)
+    """Save and load back; return what runs the loaded model, and the line of Python that loads it."""
+    config.id2label, config.label2id = model.config.id2label, model.config.label2id
     native = model_class.from_pretrained(None, config=config, state_dict=state_dict)
     native.save_pretrained(folder)
     processor.save_pretrained(folder)
     loaded, info = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     problems = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
     if problems:
-        raise CheckpointError(f"the written {model_class.__name__} does not load back: {problems}")
+        raise RunError(f"the written {model_class.__name__} does not load back: {problems}")
     loaded.eval()
 
     def run(pixel_values: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Exports to programs that run without the model's Python code: ONNX and `torch.export`, with a dynamic batch."""
+"""Export to programs that run without the model's Python code: ONNX and `torch.export`, with a dynamic batch."""
 
 import contextlib
 import io
@@ -14,23 +14,31 @@ from transformers import BaseImageProcessor
 
 from ..model.configuration_mocov3 import to_pair
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
-from .errors import CheckpointError
+from ..reporting import RunError
+
+
+# Legend of dimensions: B batch, C H W image.
+
+
+def output_name(model: nn.Module) -> str:
+    """The output of a model that an export has."""
+    return "logits" if isinstance(model, MoCoV3ForImageClassification) else "pooler_output"
 
 
 class OneOutput(nn.Module):
-    """The model as a function of pixel values `(B, C, H, W)` to logits or pooled vector."""
+    """The model as a function from pixel values (B, C, H, W) to logits or pooled features."""
 
     def __init__(self, model: MoCoV3Model | MoCoV3ForImageClassification):
         super().__init__()
         self.model = model
-        self.output = "logits" if isinstance(model, MoCoV3ForImageClassification) else "pooler_output"
+        self.output = output_name(model)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.model(pixel_values)[self.output]
 
 
 def image_shape(model: nn.Module, processor: BaseImageProcessor) -> tuple[int, int, int]:
-    """`(C, H, W)` of the images that a model takes: a ViT's own size, and the processor's crop for any other body."""
+    """(C, H, W) of the images that a model takes: a ViT's own size; the processor's crop for other backbones."""
     backbone = model.config.backbone_config
     crop = processor.crop_size
     size = getattr(backbone, "image_size", None) or (crop["height"], crop["width"])
@@ -44,13 +52,13 @@ def trace(
     images = torch.zeros(2, *image_shape(model, processor))
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=65536)}}
     with quiet():
-        # strict: the plain tracer takes `len(tensor)` for a constant
+        # strict: the non-strict tracer makes `len(tensor)` a constant
         return torch.export.export(OneOutput(model), (images,), dynamic_shapes=shapes, strict=True)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the exporters' deprecation warnings and progress lines, which concern their own code."""
+    """Without the deprecation warnings and progress lines of the exporters, which are about their own code."""
     level = logging.getLogger("torch.onnx").level
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
@@ -68,10 +76,10 @@ def write_onnx(
     try:
         import onnx
         import onnxruntime
-        import onnxscript  # noqa: F401 - what torch exports with
+        import onnxscript  # noqa: F401 - torch exports with it
     except ImportError as error:
-        raise CheckpointError(f"{error.name} is missing: pip install onnx onnxruntime onnxscript") from error
-    path, output = folder / "model.onnx", OneOutput(model).output
+        raise RunError(f"--format onnx needs {error.name}: pip install onnx onnxruntime onnxscript") from error
+    path, output = folder / "model.onnx", output_name(model)
     with quiet():
         program = torch.onnx.export(
             trace(model, processor), dynamo=True, input_names=["pixel_values"], output_names=[output], verbose=False
@@ -89,7 +97,7 @@ def write_onnx(
 
 
 def name_batch(program: torch.onnx.ONNXProgram) -> None:
-    """Call the dynamic dimension `batch`, where the exporter keeps the tracer's own symbol."""
+    """Name the dynamic dimension `batch`, where the exporter keeps the tracer's symbol."""
     graph = program.model.graph
     symbol = str(graph.inputs[0].shape[0])
     values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
@@ -116,6 +124,6 @@ def write_torch_export(
 
 
 def save_settings(model: nn.Module, processor: BaseImageProcessor, folder: Path) -> None:
-    """The processor and the configuration, which holds the labels, beside the program."""
+    """Save the processor and the configuration, with the labels, beside the program."""
     processor.save_pretrained(folder)
     model.config.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Export to timm: a state dict under its names, with the `create_model` line that takes it."""
+"""Export to timm: a state dict with its names, and the `create_model` line that loads it."""
 
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,14 @@ from transformers import BaseImageProcessor, PreTrainedConfig
 
 from ..model.configuration_mocov3 import to_pair
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
-from .checkpoints import body_of, revert_state_dict
-from .errors import CheckpointError
-from .export_native import require_body
-from .folders import write_json
+from ..reporting import RunError
+from ..storage import write_json
+from .checkpoints import backbone_of, revert_state_dict
+from .export_native import require_backbone
+from .layouts import ConversionError
 
 
-VITS = {  # width, depth and heads of timm's classes; every other value is passed where it differs
+VITS = {  # width, depth and heads of timm's models; other arguments are passed where they differ
     "vit_small_patch16_224": (384, 12, 6),
     "vit_base_patch16_224": (768, 12, 12),
     "vit_large_patch16_224": (1024, 24, 16),
@@ -31,7 +32,7 @@ INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 
 
 def vit_arguments(config: PreTrainedConfig) -> tuple[str, dict[str, Any]]:
-    """timm's name and arguments of a ViT: `num_heads=12` for MoCo v3's small one, where timm has 6."""
+    """timm's name and arguments of a ViT: `num_heads=12` for MoCo v3's ViT-S, where timm has 6."""
     shape = (config.hidden_size, config.num_hidden_layers)
     name = next((name for name, values in VITS.items() if values[:2] == shape), "vit_base_patch16_224")
     width, depth, heads = VITS[name]
@@ -53,14 +54,14 @@ def resnet_arguments(config: PreTrainedConfig) -> tuple[str, dict[str, Any]]:
     timm's name and arguments of a ResNet.
 
     Raises:
-        CheckpointError: widths or strides that timm's ResNets do not have.
+        ConversionError: Widths or strides that timm's ResNets do not have.
     """
     expansion = 4 if config.layer_type == "bottleneck" else 1
     widths = [64 * 2**stage * expansion for stage in range(4)]
     if config.hidden_sizes != widths or config.embedding_size != 64 or config.downsample_in_bottleneck:
-        raise CheckpointError(
-            f"timm has no ResNet of widths {config.hidden_sizes} after a stem of {config.embedding_size}, expected"
-            f" {widths} after 64"
+        raise ConversionError(
+            f"timm has no ResNet with hidden_sizes {config.hidden_sizes} and embedding_size {config.embedding_size},"
+            f" expected {widths} and 64: pass --format onnx or --format torch_export"
         )
     name = RESNETS.get((config.layer_type, tuple(config.depths)))
     arguments = {} if name else {"layers": list(config.depths)}
@@ -72,21 +73,21 @@ def resnet_arguments(config: PreTrainedConfig) -> tuple[str, dict[str, Any]]:
 def write_timm(
     model: MoCoV3Model | MoCoV3ForImageClassification, processor: BaseImageProcessor, folder: Path
 ) -> tuple:
-    """`model.safetensors` and `config.json`, which `timm.create_model("local-dir:...")` and timm's Hub loader take."""
+    """`model.safetensors` and `config.json`, which `timm.create_model("local-dir:...")` and timm's Hub loader load."""
     try:
         import timm
     except ImportError as error:
-        raise CheckpointError("the export to timm is verified with timm: pip install timm") from error
-    body = body_of(model.config)
-    require_body(model.config, body, "timm")
+        raise RunError("--format timm needs timm: pip install timm") from error
+    is_vit = backbone_of(model.config) == "vit"
+    require_backbone(model.config, "vit" if is_vit else "resnet", "timm")
     backbone = model.config.backbone_config
-    name, arguments = vit_arguments(backbone) if body == "vit" else resnet_arguments(backbone)
+    name, arguments = vit_arguments(backbone) if is_vit else resnet_arguments(backbone)
     classes = model.config.num_labels if isinstance(model, MoCoV3ForImageClassification) else 0
     state_dict = revert_state_dict(model.state_dict(), model.config, layout="timm")
     save_file({key: value.contiguous() for key, value in state_dict.items()}, folder / "model.safetensors")
 
     crop, short = processor.crop_size["height"], processor.size["shortest_edge"]
-    feature_width = backbone.hidden_size if body == "vit" else backbone.hidden_sizes[-1]
+    feature_width = backbone.hidden_size if is_vit else backbone.hidden_sizes[-1]
     config = {
         "architecture": name,
         "num_classes": classes,
@@ -100,9 +101,9 @@ def write_timm(
             "mean": list(processor.image_mean),
             "std": list(processor.image_std),
             "num_classes": classes,
-            "fixed_input_size": body == "vit",
-            "first_conv": "patch_embed.proj" if body == "vit" else "conv1",
-            "classifier": "head" if body == "vit" else "fc",
+            "fixed_input_size": is_vit,
+            "first_conv": "patch_embed.proj" if is_vit else "conv1",
+            "classifier": "head" if is_vit else "fc",
         },
     }
     if classes:

@@ -1,4 +1,4 @@
-"""Checkpoint files of other codebases, read without ever executing what they contain."""
+"""Reading checkpoint files of other codebases without executing code in them."""
 
 import json
 import pickle
@@ -13,20 +13,25 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .errors import CheckpointError
+from .layouts import ConversionError
 
 
-WRAPPERS = ("state_dict", "model")  # official and mmpretrain files; DeiT's
+WRAPPERS = ("state_dict", "model")  # of the official code and mmpretrain; of DeiT
 SAFETENSORS_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """
-    A read file: tensors by name (mapped from disk where the format allows) and what the file tells beside them.
+    The content of a checkpoint file.
 
-    `labels` are the names of the classes in order; `linear` is True where the file says that its body was frozen.
-    `others` are the entries beside the state dict, `{name: type}`: optimizer, scaler and the like, which stay behind.
+    Attributes:
+        state_dict: Tensors by name, mapped from disk where the format allows.
+        entry: The entry of the file that holds the state dict; None if it is the whole file.
+        epochs: Number of epochs trained; None if the file does not say.
+        labels: Names of the classes in order; None if the file does not say.
+        linear: Whether the file says that the backbone was frozen.
+        others: The other entries, name to type: optimizer, scaler, ...
     """
 
     state_dict: dict[str, torch.Tensor] = field(repr=False)
@@ -45,21 +50,21 @@ def read_checkpoint(path: str | Path, entry: str | None = None) -> Checkpoint:
         path (`str` or `Path`):
             The file. Only tensors and plain containers are loaded (`torch.load(weights_only=True)`).
         entry (`str`, *optional*):
-            Name of the entry that holds the state dict; found by itself where left out.
+            Name of the entry that holds the state dict; found automatically by default.
 
     Raises:
-        CheckpointError: no such file, a truncated one, one that is no checkpoint, or one that needs code to be run.
+        ConversionError: No such file, or one that is truncated, not a checkpoint, or contains code.
     """
     path = Path(path)
     if not path.is_file():
-        what = "is a folder, expected one file" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"{path} {what}")
+        what = "is a folder, expected a file" if path.is_dir() else "does not exist"
+        raise ConversionError(f"checkpoint {path} {what}")
     if path.suffix == SAFETENSORS_SUFFIX:
         payload: Any = read_safetensors(path)
     else:
         payload = read_torch_file(path)
     if not isinstance(payload, Mapping):
-        raise CheckpointError(f"{path} holds a {type(payload).__name__}, expected a dictionary of tensors")
+        raise ConversionError(f"{path} holds a {type(payload).__name__}, expected a dictionary of tensors")
     return unwrap(path, payload, entry)
 
 
@@ -67,7 +72,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no readable safetensors file ({first_line(error)})") from error
+        raise ConversionError(f"{path} cannot be read as a safetensors file ({first_line(error)})") from error
 
 
 def read_torch_file(path: Path) -> Any:
@@ -75,21 +80,23 @@ def read_torch_file(path: Path) -> Any:
         head = file.read(64)
     zipped = head.startswith(b"PK\x03\x04")
     if zipped and not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{path} is truncated: its archive has no end ({path.stat().st_size:,} bytes); download it again"
+        raise ConversionError(
+            f"{path} is truncated: its zip archive has no end ({path.stat().st_size:,} bytes); download it again"
         )
     if not zipped and not head.startswith(b"\x80"):
-        raise CheckpointError(f"{path} is no checkpoint: it begins with {head[:24]!r}, expected a file of torch.save")
+        raise ConversionError(
+            f"{path} is not a checkpoint: it begins with {head[:24]!r}, expected a file written by torch.save"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(refusal(path, zipped, error)) from error
+        raise ConversionError(refusal(path, zipped, error)) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({first_line(error)}); download it again") from error
+        raise ConversionError(f"{path} is truncated or damaged ({first_line(error)}); download it again") from error
 
 
 def refusal(path: Path, zipped: bool, error: Exception) -> str:
-    """Why a file is not loaded: it asks for objects other than tensors and plain containers."""
+    """Why a file is not loaded: it contains objects other than tensors and plain containers."""
     names = []
     if zipped:
         try:
@@ -99,28 +106,28 @@ def refusal(path: Path, zipped: bool, error: Exception) -> str:
     if not names:
         match = re.search(r"GLOBAL ([\w.]+)", str(error))
         if match is None:
-            return f"{path} is damaged or no checkpoint of torch.save ({first_line(error)}); download it again"
+            return f"{path} is damaged or not written by torch.save ({first_line(error)}); download it again"
         names = [match.group(1)]
     return (
-        f"{path} is refused: beside tensors it contains {', '.join(names)}, which loading would execute. If you trust"
-        " its origin, save its state dict alone with torch.save and convert that file"
+        f"{path} is refused: besides tensors it contains {', '.join(names)}, which loading would execute. If you trust"
+        " its origin, save only its state dict with torch.save and convert that file"
     )
 
 
 def first_line(error: Exception) -> str:
-    """The first sentence of an error, without the advice that torch adds."""
+    """The first sentence of an error message, without the advice that torch appends."""
     return re.split(r"[\n]|\. ", str(error).strip())[0][:160]
 
 
 def unwrap(path: Path, payload: Mapping[str, Any], entry: str | None) -> Checkpoint:
     if entry is not None and not isinstance(payload.get(entry), Mapping):
-        raise CheckpointError(f"{path} has no entry {entry!r} with tensors; its entries are {enumerated(payload)}")
+        raise ConversionError(f"{path} has no entry {entry!r} with tensors; its entries are {enumerated(payload)}")
     if entry is None:
         entry = next((name for name in WRAPPERS if isinstance(payload.get(name), Mapping)), None)
     if entry is None:
         if not payload or not any(isinstance(value, torch.Tensor) for value in payload.values()):
-            raise CheckpointError(
-                f"{path} holds no state dict; its entries are {enumerated(payload)}: name the right one with --entry"
+            raise ConversionError(
+                f"{path} has no state dict; its entries are {enumerated(payload)}: pass the right one as --entry"
             )
         return Checkpoint(dict(payload))
     meta = payload.get("meta")
@@ -145,7 +152,7 @@ def first_int(*values: Any) -> int | None:
 
 
 def find_labels(meta: Mapping[str, Any]) -> list[str] | None:
-    """Names of the classes where mmpretrain and its forerunners write them."""
+    """Names of the classes, where mmpretrain and its predecessors write them."""
     dataset = meta.get("dataset_meta")
     places = [dataset if isinstance(dataset, Mapping) else {}, meta]
     for place in places:
@@ -158,10 +165,11 @@ def find_labels(meta: Mapping[str, Any]) -> list[str] | None:
 
 def read_labels(source: str | Path) -> list[str]:
     """
-    Class names in order, from a text file (one a line), a JSON list, a JSON object `{"0": name}`, or `"imagenet-1k"`.
+    Class names in order, from a text file (one per line), a JSON list, a JSON object `{"0": name}`, or
+    `"imagenet-1k"`.
 
     Raises:
-        CheckpointError: no such file, or one of another form.
+        ConversionError: No such file, or a file in another format.
     """
     if source == "imagenet-1k":
         from torchvision.models import ResNet50_Weights
@@ -171,15 +179,17 @@ def read_labels(source: str | Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"no labels in {path}: {first_line(error)}; expected a file or 'imagenet-1k'") from error
+        raise ConversionError(
+            f"labels cannot be read from {path} ({first_line(error)}): pass a text or JSON file, or imagenet-1k"
+        ) from error
     if path.suffix != ".json":
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
         labels = json.loads(text)
         if isinstance(labels, dict):
             labels = [labels[str(index)] for index in range(len(labels))]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise CheckpointError(f"{path} is no list of labels: {first_line(error)}") from error
+    except (ValueError, KeyError, RecursionError) as error:
+        raise ConversionError(f"{path} is not a list of class names: {first_line(error)}") from error
     if not isinstance(labels, list):
-        raise CheckpointError(f"{path} holds a {type(labels).__name__}, expected a list of class names")
+        raise ConversionError(f"{path} holds a {type(labels).__name__}, expected a list of class names")
     return [str(label) for label in labels]

@@ -1,8 +1,8 @@
 """
-The names that the world's checkpoints give to the tensors of a MoCo v3 model: one bijection for both directions.
+The names of a MoCo v3 model's tensors in the checkpoints of other codebases: one mapping for both directions.
 
-A layout maps native module names to foreign ones; the tensors' own names (`weight`, `running_mean`, ...) agree
-everywhere. The only tensor that is cut is the fused `qkv` of a ViT block, `(3·D, D)`, which holds q, k and v in order.
+A layout maps native module names to foreign ones; the names of the tensors in a module (`weight`, `running_mean`, ...)
+are the same everywhere. Only the fused `qkv` of a ViT block, (3·D, D), is split: into q, k and v.
 """
 
 from collections.abc import Iterable
@@ -12,20 +12,28 @@ from dataclasses import dataclass
 # Legend of dimensions: D width of the ViT.
 
 DIALECTS = {
-    # name of a ViT's parts: block, first norm, second norm, MLP layers, final norm, patch projection
+    # Names of the parts of a ViT: block, first norm, second norm, MLP layers, final norm, patch projection.
     "timm": ("blocks", "norm1", "norm2", "mlp.fc1", "mlp.fc2", "norm", "patch_embed.proj"),
     "mmpretrain": ("layers", "ln1", "ln2", "ffn.layers.0.0", "ffn.layers.1", "ln1", "patch_embed.projection"),
 }
 
 
+class ConversionError(ValueError):
+    """A file, state dict or model that cannot be converted or exported; the message says why and what to do."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """
-    One naming of checkpoints.
+    One naming scheme of checkpoints.
 
-    `base` and `momentum` are the prefixes of the two encoders (`momentum` is None where the file holds one encoder),
-    `dialect` names the parts of a ViT, `heads` the style of projector and predictor. `ignored` are entries that belong
-    to the layout and that no model needs.
+    Attributes:
+        name: A key of `LAYOUTS`.
+        dialect: A key of `DIALECTS`: the names of the parts of a ViT.
+        base: Prefix of the encoder.
+        momentum: Prefix of the momentum encoder; None where the file holds one encoder.
+        heads: Style of projector and predictor, `"official"` or `"mmpretrain"`; None without them.
+        ignored: Entries of the layout that no model needs.
     """
 
     name: str
@@ -35,10 +43,10 @@ class Layout:
     heads: str | None = None
     ignored: tuple[str, ...] = ()
 
-    def projectors(self, body: str) -> dict[str, str]:
-        """Foreign module names of the heads by native ones, for a body `"vit"` or `"resnet"`."""
+    def projectors(self, backbone: str) -> dict[str, str]:
+        """Foreign module names of the heads by native ones, for a backbone `"vit"` or `"resnet"`."""
         if self.heads == "official":
-            head = "head" if body == "vit" else "fc"
+            head = "head" if backbone == "vit" else "fc"
             return {
                 "projector": f"{self.base}{head}",
                 "predictor": "predictor",
@@ -52,13 +60,13 @@ class Layout:
             }
         return {}
 
-    def classifiers(self, body: str) -> tuple[str, ...]:
-        """Foreign module names under which the classification head may stand, the usual one first."""
+    def classifiers(self, backbone: str) -> tuple[str, ...]:
+        """Possible foreign module names of the classification head, the usual one first."""
         if self.heads is not None:
             return ()
         if self.dialect == "mmpretrain":
-            return ("head.layers.head", "head.fc") if body == "vit" else ("head.fc",)
-        return ("head",) if body == "vit" else ("fc",)
+            return ("head.layers.head", "head.fc") if backbone == "vit" else ("head.fc",)
+        return ("head",) if backbone == "vit" else ("fc",)
 
 
 LAYOUTS = {
@@ -79,14 +87,14 @@ LAYOUTS = {
             "backbone.",
             ignored=("data_preprocessor.mean", "data_preprocessor.std"),
         ),
-        # Official linear evaluation, DeiT files as the official code writes them, timm and torchvision backbones.
+        # The official linear probes and DeiT files, and backbones of timm and torchvision.
         Layout("timm", "timm"),
     )
 }
 
 
-def recognise_layout(keys: Iterable[str]) -> tuple[Layout, str] | None:
-    """The layout of a set of names and its body, `"vit"` or `"resnet"`; None where it is none of the known ones."""
+def recognize_layout(keys: Iterable[str]) -> tuple[Layout, str] | None:
+    """The layout of a set of keys and its backbone, `"vit"` or `"resnet"`; None for an unknown layout."""
     keys = set(keys)
     if any(key.startswith("base_encoder.") for key in keys):
         layout = LAYOUTS["official_pretraining"]
@@ -103,14 +111,14 @@ def recognise_layout(keys: Iterable[str]) -> tuple[Layout, str] | None:
 
 
 def vit_module_names(dialect: str, num_layers: int, stem: str) -> dict[str, str]:
-    """Foreign names by native ones of the modules and lone parameters of a ViT."""
+    """Foreign names by native ones of the modules and single parameters of a ViT."""
     block, norm1, norm2, fc1, fc2, norm, patches = DIALECTS[dialect]
     names = {
         "embeddings.cls_token": "cls_token",
         "embeddings.position_embeddings": "pos_embed",
         "layernorm": norm,
     }
-    if stem == "conv":  # a Sequential of four times convolution, normalisation, ReLU, and the last convolution
+    if stem == "conv":  # a Sequential: four times convolution, batch norm, ReLU; then the last convolution
         for index in range(4):
             layer = f"embeddings.patch_embeddings.layers.{index}"
             names[f"{layer}.convolution"] = f"{patches}.{3 * index}"
@@ -149,7 +157,7 @@ def head_module_names(style: str, native: str, foreign: str, num_layers: int) ->
     """Foreign names by native ones of the layers of a projector or predictor."""
     names = {}
     for index in range(num_layers):
-        # official: a Sequential of linear, normalisation, ReLU
+        # official: a Sequential of linear, batch norm, ReLU
         linear, norm = (3 * index, 3 * index + 1) if style == "official" else (f"fc{index}", f"bn{index}")
         names[f"{native}.layers.{index}.dense"] = f"{foreign}.{linear}"
         names[f"{native}.layers.{index}.norm"] = f"{foreign}.{norm}"
@@ -158,17 +166,17 @@ def head_module_names(style: str, native: str, foreign: str, num_layers: int) ->
 
 def foreign_keys(native_keys: Iterable[str], names: dict[str, str]) -> dict[str, list[str]]:
     """
-    Native keys by foreign ones: one each, or q, k and v in order where the foreign tensor fuses them.
+    Native keys by foreign key: one each, or q, k and v in order where the foreign tensor fuses them.
 
     Raises:
-        KeyError: a native key that `names` does not cover.
+        KeyError: A native key that `names` does not cover.
     """
     keys: dict[str, list[str]] = {}
     for key in native_keys:
         module, _, tensor = key.rpartition(".")
         foreign = names[key] if key in names else f"{names[module]}.{tensor}"
         keys.setdefault(foreign, []).append(key)
-    # In the order of `names`, not of the given keys: a file's are sorted, and k stands before q there.
+    # In the order of `names`: the keys of a file are sorted, with k before q.
     order = {native: index for index, native in enumerate(names)}
     for natives in keys.values():
         natives.sort(key=lambda key: order.get(key.rpartition(".")[0], 0))
