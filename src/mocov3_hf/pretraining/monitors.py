@@ -11,9 +11,9 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..metrics.collapse import collapse_summary
 from ..model.loss_mocov3 import chance_loss, floor_loss
 from ..plan import Plan
+from ..metrics.collapse import collapse_summary
 from .instability import DivergenceDetector, GradientWatch, Instability
 from .resume import cut_back, keep_lines
 from .step import StepOutput

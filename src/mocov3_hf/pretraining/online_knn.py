@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
 
 from ..data.labelled import EvaluationTransform, LabelledDataset, LabelledImages, open_labelled
-from ..metrics.knn import knn_accuracy
 from ..model.modeling_mocov3 import MoCoV3Model
+from ..metrics.knn import knn_accuracy
 from ..recipe import Recipe, RecipeError
 from .sharding import is_sharded, whole_copy
 
