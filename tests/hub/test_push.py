@@ -10,11 +10,12 @@ import pytest
 import yaml
 from huggingface_hub import HfApi
 
-from mocov3_hf import MoCoV3ForPreTraining
+from mocov3_hf import MoCoV3ForPreTraining, MoCoV3ViTConfig, MoCoV3ViTModel
 from mocov3_hf.hub import BackgroundPusher, push_folder
 from mocov3_hf.hub import push as push_module
 from mocov3_hf.hub.push import main
 from mocov3_hf.reporting import RunError, UsageError
+from tests.factories import VIT
 from tests.hub.stand_in import READ_TOKEN, TOKEN
 
 
@@ -62,7 +63,8 @@ def test_push_brings_weights_settings_code_card_and_record(run_folder, hub, api)
     assert files["model.safetensors"] == (run_folder / "model.safetensors").read_bytes()
     assert any(request.startswith("PUT /lfs/") for request in hub.requests)
     auto_map = json.loads(files["config.json"])["auto_map"]
-    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoModelForPreTraining"}
+    classes = {"AutoModel", "AutoModelForImageClassification", "AutoModelForPreTraining"}
+    assert set(auto_map) == {"AutoBackbone", "AutoConfig", *classes}
     # the folder itself is as it was: no code, no card, nothing left over
     assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
 
@@ -212,6 +214,15 @@ def test_failures_are_reported_in_one_line(run_folder, hub, api, tmp_path, capsy
         assert error.startswith("error: ")
         assert error.count("\n") == 1
     assert not hub.commits
+
+
+def test_bare_backbone_is_pushed_with_its_code(tmp_path, hub, api):
+    options = {key: value for key, value in VIT.items() if key != "model_type"}
+    MoCoV3ViTModel(MoCoV3ViTConfig(**options)).save_pretrained(tmp_path)
+    push(tmp_path, api)
+    files = hub.files("someone/tiny")
+    assert json.loads(files["config.json"])["auto_map"]["AutoModel"] == "modeling_mocov3_vit.MoCoV3ViTModel"
+    assert b"A `mocov3_vit` encoder" in files["README.md"]
 
 
 def test_folders_that_are_no_model_are_a_mistake_in_python_too(tmp_path, run_folder, api):

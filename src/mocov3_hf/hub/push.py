@@ -35,7 +35,7 @@ from ..run_folder import (
     read_run_folder,
 )
 from ..storage import link_or_copy, process_is_alive
-from .remote_code import add_code
+from .remote_code import AUTO_MAPS, add_code
 from .run_card import MARKER, run_card
 
 
@@ -106,11 +106,12 @@ def stage(folder: Path) -> Path:
     Raises:
         UsageError: No model in the folder.
     """
-    if read_object(folder / CONFIG, []).get("model_type") != "mocov3":
-        raise UsageError(f"{str(folder)!r} is not a MoCo v3 model: expected a {CONFIG} with model_type 'mocov3'")
+    if read_object(folder / CONFIG, []).get("model_type") not in AUTO_MAPS:
+        expected = " or ".join(map(repr, AUTO_MAPS))
+        raise UsageError(f"{str(folder)!r} is not a MoCo v3 model: expected a {CONFIG} with model_type {expected}")
     if not list(folder.glob(WEIGHTS)):
         raise UsageError(f"{str(folder)!r} has no weights: expected {WEIGHTS}")
-    remove_leftovers(folder)
+    remove_stale(folder)
     # Links only work on the same file system.
     place = folder if os.access(folder, os.W_OK) else None
     staged = Path(tempfile.mkdtemp(prefix=f".push_{os.getpid()}_", dir=place))
@@ -128,7 +129,7 @@ def stage(folder: Path) -> Path:
     return staged
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_stale(folder: Path) -> None:
     """Delete staged folders of processes that were killed during a push."""
     for path in folder.glob(".push_*_*"):
         owner = path.name.split("_")[1]

@@ -72,7 +72,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ConversionError(f"{path} cannot be read as a safetensors file ({first_line(error)})") from error
+        raise ConversionError(f"{path} cannot be read as a safetensors file ({first_sentence(error)})") from error
 
 
 def read_torch_file(path: Path) -> Any:
@@ -92,7 +92,9 @@ def read_torch_file(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise ConversionError(refusal(path, zipped, error)) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        raise ConversionError(f"{path} is truncated or damaged ({first_line(error)}); download it again") from error
+        raise ConversionError(
+            f"{path} is truncated or damaged ({first_sentence(error)}); download it again"
+        ) from error
 
 
 def refusal(path: Path, zipped: bool, error: Exception) -> str:
@@ -106,7 +108,7 @@ def refusal(path: Path, zipped: bool, error: Exception) -> str:
     if not names:
         match = re.search(r"GLOBAL ([\w.]+)", str(error))
         if match is None:
-            return f"{path} is damaged or not written by torch.save ({first_line(error)}); download it again"
+            return f"{path} is damaged or not written by torch.save ({first_sentence(error)}); download it again"
         names = [match.group(1)]
     return (
         f"{path} is refused: besides tensors it contains {', '.join(names)}, which loading would execute. If you trust"
@@ -114,7 +116,7 @@ def refusal(path: Path, zipped: bool, error: Exception) -> str:
     )
 
 
-def first_line(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
     """The first sentence of an error message, without the advice that torch appends."""
     return re.split(r"[\n]|\. ", str(error).strip())[0][:160]
 
@@ -180,7 +182,7 @@ def read_labels(source: str | Path) -> list[str]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConversionError(
-            f"labels cannot be read from {path} ({first_line(error)}): pass a text or JSON file, or imagenet-1k"
+            f"labels cannot be read from {path} ({first_sentence(error)}): pass a text or JSON file, or imagenet-1k"
         ) from error
     if path.suffix != ".json":
         return [line.strip() for line in text.splitlines() if line.strip()]
@@ -189,7 +191,7 @@ def read_labels(source: str | Path) -> list[str]:
         if isinstance(labels, dict):
             labels = [labels[str(index)] for index in range(len(labels))]
     except (ValueError, KeyError, RecursionError) as error:
-        raise ConversionError(f"{path} is not a list of class names: {first_line(error)}") from error
+        raise ConversionError(f"{path} is not a list of class names: {first_sentence(error)}") from error
     if not isinstance(labels, list):
         raise ConversionError(f"{path} holds a {type(labels).__name__}, expected a list of class names")
     return [str(label) for label in labels]
