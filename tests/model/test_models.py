@@ -345,7 +345,7 @@ def test_attention_implementations_and_checkpointing_agree():
     eager = MoCoV3Model(tiny_config())
     eager.set_attn_implementation("eager")
     attentions = eager(views[0], output_attentions=True, output_hidden_states=True)
-    assert [weights.shape for weights in attentions.attentions] == [(4, 4, 17, 17)] * 2
+    assert [weights.shape for weights in attentions.attentions] == [(4, 2, 17, 17)] * 2
     assert len(attentions.hidden_states) == 3
 
 
