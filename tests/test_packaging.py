@@ -32,7 +32,8 @@ def test_the_oldest_set_is_the_lower_bounds():
         for bound in specifiers
         if bound.operator == ">="
     }
-    assert pinned.keys() == lower_bounds.keys()
+    assert pinned.keys() - lower_bounds.keys() == {"pyparsing"}, "the file says why"
+    assert lower_bounds.keys() <= pinned.keys()
     for name, bound in lower_bounds.items():
         # 2.11 is pinned as 2.11.0, or as the first release of that series.
         assert Version(pinned[name]).release[: len(bound.release)] == bound.release, name
