@@ -22,6 +22,7 @@ from tests.pretraining.test_run import read_metrics
 WORKER = Path(__file__).parent / "sharding_worker.py"
 
 
+@pytest.mark.slow
 def test_spread_weights_take_the_step_of_whole_ones(tmp_path):
     torchrun(2, WORKER, str(tmp_path / "results"))
     results = torch.load(tmp_path / "results", weights_only=True)
