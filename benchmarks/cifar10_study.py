@@ -31,7 +31,7 @@ from mocov3_hf.evaluation.linear import fit_linear_classifier
 from mocov3_hf.pretraining.acceleration import fastest_attention
 from mocov3_hf.pretraining.build import build_model
 from mocov3_hf.pretraining.loop import main as pretrain
-from mocov3_hf.probes.knn import knn_accuracy
+from mocov3_hf.metrics.knn import knn_accuracy
 from mocov3_hf.recipe import load_recipe
 
 from .study_arms import ARMS, LONG_ARMS, Arm, arguments_of

@@ -27,12 +27,11 @@ from PIL import Image, ImageFilter, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from mocov3_hf.data.cpu_stage import make_views
 from mocov3_hf.data.decode import decode_rgb
 from mocov3_hf.data.loader import TwoViewLoader
 from mocov3_hf.data.photometric import IMAGENET_MEAN, IMAGENET_STD, PhotometricStage
 from mocov3_hf.data.sources import MapBatch, open_source
-from mocov3_hf.data.views import draw_view, two_views
+from mocov3_hf.data.views import draw_view, make_views, two_views
 
 
 SIZE = 224

@@ -1,13 +1,9 @@
-"""
-Export a model to transformers' own classes, timm, ONNX or a `torch.export` program, verified on the spot.
-
-    python scripts/export.py models/vit-small --format vit --output_dir exports/vit-small
-"""
+"""The command `mocov3 export` as a script: `python scripts/export.py --help`."""
 
 import sys
 
-from mocov3_hf.interop.export import main
+from mocov3_cli import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(["export", *sys.argv[1:]])

@@ -1,8 +1,9 @@
-"""Fine-tune a model on a labelled data set: python scripts/finetune.py --recipe NAME --model PATH --output_dir DIR."""
+"""The command `mocov3 finetune` as a script: `python scripts/finetune.py --help`."""
 
-from mocov3_hf.evaluation.finetune import main
-from mocov3_hf.hub.push import push_folder
+import sys
+
+from mocov3_cli import main
 
 
 if __name__ == "__main__":
-    main(push=push_folder)
+    main(["finetune", *sys.argv[1:]])

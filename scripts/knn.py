@@ -1,7 +1,9 @@
-"""Weighted kNN evaluation of a model on a labelled data set: python scripts/knn.py --help."""
+"""The command `mocov3 knn` as a script: `python scripts/knn.py --help`."""
 
-from mocov3_hf.evaluation.knn import main
+import sys
+
+from mocov3_cli import main
 
 
 if __name__ == "__main__":
-    main()
+    main(["knn", *sys.argv[1:]])

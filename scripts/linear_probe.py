@@ -1,8 +1,9 @@
-"""Linear evaluation of a model on a labelled data set: python scripts/linear_probe.py [--cached] --help."""
+"""The command `mocov3 linear-probe` as a script: `python scripts/linear_probe.py --help`."""
 
-from mocov3_hf.evaluation.linear_probe import main
-from mocov3_hf.hub.push import push_folder
+import sys
+
+from mocov3_cli import main
 
 
 if __name__ == "__main__":
-    main(push=push_folder)
+    main(["linear-probe", *sys.argv[1:]])

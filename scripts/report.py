@@ -1,13 +1,9 @@
-"""
-One HTML page about a run or a model: curves, results, and what the features see in images.
-
-    python scripts/report.py runs/vit-small --dataset_name imagenet --split validation
-"""
+"""The command `mocov3 report` as a script: `python scripts/report.py --help`."""
 
 import sys
 
-from mocov3_hf.report.command import main
+from mocov3_cli import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(["report", *sys.argv[1:]])

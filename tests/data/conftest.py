@@ -1,4 +1,4 @@
-"""Small images of every kind, made on the spot; caches of `datasets` stay inside the test's folder."""
+"""Generated images of every kind. The cache of `datasets` is inside the folder of the test."""
 
 import io
 
@@ -59,7 +59,7 @@ def encode():
 
 @pytest.fixture
 def jpeg_folder(tmp_path):
-    """A function (number, name, class folders) -> folder of JPEGs whose seed is their place in the sorted list."""
+    """A function (number, name, class folders) -> folder of JPEGs. The seed of an image is its index."""
 
     def make(number: int, name: str = "images", classes: int = 2, **options):
         folder = tmp_path / name

@@ -1,4 +1,4 @@
-"""Decoding gives PIL's pixels for every format, and one-line reasons for what cannot be decoded."""
+"""Decoding returns PIL's pixels for every format, and one-line reasons for bad images."""
 
 import io
 import random
@@ -147,7 +147,7 @@ def test_bad_images_are_refused_with_a_reason(make_jpeg, make_png, encode, make_
         with pytest.raises(BadImageError, match=reason) as caught:
             decode_rgb(data)
         assert "\n" not in str(caught.value)
-    with pytest.raises(BadImageError, match="more than the 1000 allowed"):
+    with pytest.raises(BadImageError, match="more than the allowed 1000"):
         decode_rgb(photo, max_pixels=1000)
 
 

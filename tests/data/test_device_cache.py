@@ -1,4 +1,4 @@
-"""Images that live on the device give the views of the CPU stage."""
+"""The device cache returns the views of the CPU stage."""
 
 import threading
 
@@ -65,17 +65,20 @@ def test_bad_images_of_the_cache_are_counted(jpeg_folder, tmp_path):
 def test_what_does_not_fit_is_refused(jpeg_folder):
     folder = str(jpeg_folder(20))
     with pytest.raises(
-        ValueError, match=r"already fill .* MiB, more than the 0 MiB.*leave out --cache_images_on_device"
+        ValueError, match=r"need .* MiB of device memory, more than the allowed 0 MiB: remove --cache_images_on"
     ):
         DeviceCache(open_source(folder), "cpu", max_bytes=20_000)
-    with pytest.raises(ValueError, match=r"cannot be cached on the device: leave out --streaming"):
+    with pytest.raises(ValueError, match=r"cannot be cached on the device: remove --streaming"):
         TwoViewLoader(open_source(folder, streaming=True), SETTINGS, global_batch_size=6, cache_on_device="cpu")
     wide, tall = sorted((jpeg_folder(20)).rglob("*.jpg"))[:2]
     from PIL import Image
 
     Image.new("RGB", (900, 2)).save(wide)
     Image.new("RGB", (2, 900)).save(tall)
-    with pytest.raises(ValueError, match="20 images padded to 900x900 pixels fill 46 MiB, more than the 9 MiB"):
+    with pytest.raises(
+        ValueError,
+        match="20 images padded to 900x900 pixels need 46 MiB of device memory, more than the allowed 9 MiB",
+    ):
         DeviceCache(open_source(folder), "cpu", max_bytes=10_000_000)
 
 

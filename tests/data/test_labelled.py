@@ -1,4 +1,4 @@
-"""Labelled splits: columns found, labels checked, transforms."""
+"""Labelled splits: detection of columns, validation of labels, transforms."""
 
 import datasets
 import numpy as np
@@ -56,11 +56,11 @@ def test_integers_text_and_class_labels(save):
 @pytest.mark.parametrize(
     ("labels", "feature", "match"),
     [
-        ([0, None, 1], None, r"1 labels are missing in column 'label' \(first in row 1\)"),
-        ([0, -1, -1], None, r"2 labels in column 'label' are negative \(first in row 1\).*without public labels"),
-        ([0.5, 1.0], datasets.Value("float32"), "must hold classes, integers or text, it holds Value"),
+        ([0, None, 1], None, r"column 'label' has 1 missing labels, the first in row 1"),
+        ([0, -1, -1], None, r"column 'label' has 2 negative labels, the first in row 1: .*with public labels"),
+        ([0.5, 1.0], datasets.Value("float32"), "must hold classes, integers or text, got Value"),
         ([[0], [1]], datasets.List(datasets.Value("int64")), "must hold classes, integers or text"),
-        (["a", None], datasets.Value("string"), "1 labels are missing"),
+        (["a", None], datasets.Value("string"), "1 missing labels"),
     ],
 )
 def test_labels_that_are_none(save, labels, feature, match):
@@ -77,11 +77,11 @@ def test_label_columns(save):
     assert open_labelled(both, label_column="coarse").class_names == ["x", "y"]
     with pytest.raises(ValueError, match="label column 'y' does not exist; columns: image, fine, coarse"):
         open_labelled(both, label_column="y")
-    with pytest.raises(ValueError, match="no label column found; name it with --label_column; columns: image, number"):
+    with pytest.raises(ValueError, match="no label column found: name it with --label_column; columns: image, number"):
         open_labelled(save([1, 0], column="number"))
-    with pytest.raises(ValueError, match="labels in column 'label' that are not among the class names: cow"):
+    with pytest.raises(ValueError, match="column 'label' has labels that are not class names: cow"):
         open_labelled(save(["dog", "cow"], datasets.Value("string")), class_names=["dog"])
-    with pytest.raises(ValueError, match="label 3 in column 'label' has no name among the 2 class names"):
+    with pytest.raises(ValueError, match="label 3 in column 'label' has no name: there are 2 class names"):
         open_labelled(save([0, 3]), class_names=["dog", "cat"])
 
 

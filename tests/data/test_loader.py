@@ -1,4 +1,4 @@
-"""The loader: the same pixels for any number of workers and processes, exact resume, bad images, dead workers."""
+"""The loader: identical pixels for any number of workers and processes, exact resume, bad images, dead workers."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mocov3_hf.data import cpu_stage
+from mocov3_hf.data import bad_images
 from mocov3_hf.data.bad_images import TooManyBadImagesError
 from mocov3_hf.data.decode import decode_rgb
 from mocov3_hf.data.loader import TwoViewLoader
@@ -24,7 +24,7 @@ SETTINGS = two_views(image_size=24)
 
 
 class ListShard:
-    """A shard in memory, whose size may be kept secret."""
+    """A shard in memory, with known or unknown size."""
 
     def __init__(self, images, tell_size=True):
         self.images, self.num_rows = images, len(images) if tell_size else None
@@ -170,7 +170,7 @@ def test_a_stream_lets_go_of_what_is_behind(images):
     loader = TwoViewLoader(source, SETTINGS, global_batch_size=6, window=2, lanes=2)
     reader = loader._loader.dataset.reader
     held = [len(reader._loading) for _ in loader.epoch(0)]
-    # Two lanes, each with the window in use, perhaps the one before in the same batch, and the next one.
+    # Two lanes, each with the current window, possibly the previous one in the same batch, and the next one.
     assert max(held) <= 2 * 3 * 2
     assert len(held) == 10
 
@@ -186,20 +186,20 @@ def test_resuming_a_stream_reads_no_more_than_the_windows_in_use(images):
 
 def test_sizes_that_are_unknown_need_steps(images):
     source = stream_source(images, [30, 30], tell_size=False)
-    with pytest.raises(ValueError, match="does not tell its size: give --steps_per_epoch"):
+    with pytest.raises(ValueError, match="length of this streamed data set is unknown: pass --steps_per_epoch"):
         TwoViewLoader(source, SETTINGS, global_batch_size=12)
-    # Each shard gives half of the epoch: once through both of them.
+    # Each shard contributes half of the epoch, so each image comes once.
     batches = load(source, steps_per_epoch=5)
     assert len(torch.cat([batch["sample_ids"] for batch in batches]).unique()) == 60
 
 
 def test_sizes_that_do_not_fit_are_refused(images):
     source = map_source(images)
-    with pytest.raises(ValueError, match="global batch of 61 is larger than the data set of 60 images"):
+    with pytest.raises(ValueError, match="global batch size 61 is larger than the data set of 60 images"):
         TwoViewLoader(source, SETTINGS, global_batch_size=61)
-    with pytest.raises(ValueError, match="steps_per_epoch is 6, but 60 images make only 5 batches of 12"):
+    with pytest.raises(ValueError, match="steps_per_epoch is 6, but 60 images are only 5 batches of 12"):
         TwoViewLoader(source, SETTINGS, global_batch_size=12, steps_per_epoch=6)
-    with pytest.raises(ValueError, match="one image size"):
+    with pytest.raises(ValueError, match="same image size"):
         TwoViewLoader(source, (two_views(image_size=24)[0], two_views(image_size=32)[1]), global_batch_size=12)
     with pytest.raises(ValueError, match="start_step"):
         next(TwoViewLoader(source, SETTINGS, global_batch_size=12).epoch(0, -1))
@@ -238,7 +238,7 @@ def test_bad_images_are_replaced_counted_and_listed(images, tmp_path, kind):
         for row, sample_id in enumerate(batch["sample_ids"].tolist()):
             replaced = not torch.equal(batch["pixels"][:, row], expected["pixels"][:, row])
             assert replaced == (sample_id in listed)
-    # The same in any other arrangement, and no id is counted or listed twice.
+    # The same for other numbers of processes, and no id is counted or listed twice.
     parts = [load(source, num_processes=3, process_index=index, **options) for index in range(3)]
     assert same(joined(parts), batches)
     list(loader.epoch(0))
@@ -262,7 +262,7 @@ def test_too_many_bad_images_end_the_run(images, tmp_path):
     file = tmp_path / "bad_images.jsonl"
     source = map_source(damaged(images, 3, 9, 20, 40))
     with pytest.raises(
-        TooManyBadImagesError, match=r"more than the share of 0\.05 allowed.*--max_bad_fraction"
+        TooManyBadImagesError, match=r"more than the allowed fraction of 0\.05.*--max_bad_fraction"
     ) as error:
         load(source, max_bad_fraction=0.05, bad_images_file=file)
     assert str(file) in str(error.value)
@@ -279,14 +279,16 @@ def test_a_bad_image_can_be_an_error(images):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_storage_that_is_gone_is_no_bad_image(images, monkeypatch, num_workers):
-    monkeypatch.setattr(cpu_stage, "MAX_NEIGHBOURS", 5)
+    monkeypatch.setattr(bad_images, "MAX_NEIGHBOURS", 5)
     source = map_source([b""] * 20 + images[20:])
-    with pytest.raises(TooManyBadImagesError, match=r"^5 images in a row are unusable.*is the storage still there\?$"):
+    with pytest.raises(
+        TooManyBadImagesError, match=r"^5 images in a row are unusable.*check that the storage is available$"
+    ):
         load(source, max_bad_fraction=1, num_workers=num_workers)
 
 
 class KillingSource(MapSource):
-    """Its worker is killed at the first image, as the kernel does it when memory runs out."""
+    """Its worker is killed at the first image, as by the kernel when memory runs out."""
 
     def read(self, sample_id):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -304,7 +306,7 @@ def in_memory(cls):
 
 
 def test_a_worker_that_dies_is_reported_with_its_cause():
-    with pytest.raises(RuntimeError, match=r"worker died: worker \d+ was killed \(signal 9\), most often for want of"):
+    with pytest.raises(RuntimeError, match=r"worker died \(worker \d+: killed \(signal 9\), probably out of memory"):
         load(in_memory(KillingSource), steps_per_epoch=2, num_workers=1)
 
 

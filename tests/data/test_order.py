@@ -1,4 +1,4 @@
-"""The order is a pure function: complete, the same for any world, cheap to enter anywhere."""
+"""The order is a pure function: complete, identical for any number of processes, cheap to start anywhere."""
 
 import time
 
@@ -20,7 +20,7 @@ from mocov3_hf.data.order import (
 
 @st.composite
 def layouts(draw):
-    """Shard sizes (zeros too), global batch, lanes, window, world size, workers, seed, epoch."""
+    """Shard sizes (possibly 0), global batch size, lanes, window, processes, workers, seed, epoch."""
     sizes = draw(st.lists(st.integers(0, 14), min_size=1, max_size=12).filter(any))
     world = draw(st.integers(1, 4))
     batch = world * draw(st.integers(1, max(1, min(8, sum(sizes) // world))))
@@ -29,7 +29,7 @@ def layouts(draw):
 
 
 def slow_order(sizes, seed, epoch, batch, window, lanes) -> list[list[tuple[int, int]]]:
-    """The streamed order by its definition, row after row: (shard, row) of every step."""
+    """The streamed order by its definition, row by row: (shard, row) of every step."""
     sequence = [
         (shard, row)
         for shard in permutation(seed, epoch, len(sizes), STREAM_SHARD_ORDER).tolist()
@@ -98,7 +98,7 @@ def test_a_process_needs_only_the_shards_of_its_lanes():
         needed.append({shard for step in range(order.steps) for shard, _ in order.places(step, rows)})
     assert all(len(shards) == 16 for shards in needed)
     assert set().union(*needed) == set(range(64))
-    # At any time no more than one window of each lane.
+    # At most one window of each lane at any time.
     assert all(len({s for s, _ in order.places(step, range(4))}) <= 2 for step in range(order.steps))
 
 
@@ -152,13 +152,13 @@ def test_the_remainder_differs_each_epoch():
 
 
 def test_batches_that_do_not_fit_are_refused_with_the_repair():
-    with pytest.raises(ValueError, match="larger than the data set of 100 images: lower the batch to at most 100"):
+    with pytest.raises(ValueError, match="larger than the data set of 100 images: lower it to at most 100"):
         steps_in_epoch(100, 101)
-    with pytest.raises(ValueError, match="does not divide among 3 processes: take a multiple, 63 for instance"):
+    with pytest.raises(ValueError, match="is not divisible by 3 processes: choose a multiple of 3, for example 63"):
         rows_of_process(64, 0, 3)
     with pytest.raises(ValueError, match=r"process_index must be in \[0, 2\), got 2"):
         rows_of_process(64, 2, 2)
-    with pytest.raises(ValueError, match="lanes must divide the global batch of 10, got 3"):
+    with pytest.raises(ValueError, match="lanes must divide the global batch size 10, got 3"):
         StreamOrder((20,), 0, 0, 10, 1, 3)
     with pytest.raises(ValueError, match="at least 1 shard, got 0"):
         StreamOrder((20,), 0, 0, 10, 0, 2)

@@ -1,4 +1,4 @@
-"""The device stage, operation by operation, against PIL and torchvision, and as a whole."""
+"""The device stage compared with PIL and torchvision, operation by operation and as a whole."""
 
 import itertools
 
@@ -54,7 +54,7 @@ def test_blends_agree_with_pil_and_torchvision(pictures, name, factor):
         expected = np.asarray(ENHANCERS[name](Image.fromarray(picture)).enhance(factor)).astype(float)
         assert np.abs(expected - found).max() <= 1.51  # PIL cuts its results, and its grayscale, to whole levels
     theirs = getattr(reference, f"adjust_{name}")(to_float(pictures), factor)
-    # torchvision's weights of grayscale have four digits (0.2989, 0.587, 0.114).
+    # torchvision's grayscale weights have four digits (0.2989, 0.587, 0.114).
     assert torch.allclose(ours, theirs, atol=2e-4)
 
 
@@ -65,7 +65,7 @@ def test_hue_agrees_with_torchvision(pictures, shift):
     image[1, :, :8] = torch.tensor([1.0, 0.0, 1.0])[:, None, None]
     ours = photometric.adjust_hue(image, shift)
     assert torch.allclose(ours, reference.adjust_hue(image, shift), atol=5e-6)
-    # PIL's hue has steps of 1/256 turn, 6 levels of a pure colour, and is cut to them twice.
+    # PIL quantizes hue to steps of 1/256 turn, 6 levels of a pure colour, twice.
     ours = levels(photometric.adjust_hue(to_float(pictures), shift))
     for picture, found in zip(pictures, ours, strict=True):
         expected = np.asarray(reference.adjust_hue(Image.fromarray(picture), shift)).astype(float)
@@ -129,13 +129,13 @@ def test_all_orders_of_the_jitter(pictures):
     expected = torch.cat(results)
     assert torch.allclose(batched, expected, atol=1.5e-3)  # four digits of torchvision's grayscale
     assert torch.allclose(one_by_one, batched, atol=2e-5)
-    # Orders that differ must show it, else the test proves nothing.
+    # Different orders must produce different images, otherwise this test proves nothing.
     apart = [(a - b).abs().max() for a, b in itertools.combinations(expected, 2)]
     assert torch.stack(apart).median() > 0.01
 
 
 def test_the_whole_stage_against_pil(pictures):
-    """The operations in the paper's order, on whole levels as PIL keeps them between."""
+    """The operations in the order of the paper, on integer levels between operations as in PIL."""
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2)
     values = parameters(
         6, brightness=1.2, contrast=0.8, saturation=0.9, blur_sigma=1.1, solarize_threshold=128, flip=1, order=0
@@ -176,7 +176,7 @@ def test_batched_equals_one_by_one_on_drawn_parameters(pictures, view):
     exact = stage(pixels, values)
     batched = stage.batched(pixels, values, torch.float32)
     apart = (exact - batched).abs()
-    # A value that lies on the threshold may fall to either side of it; at 128 both sides are a level apart.
+    # A value at the threshold may fall on either side. At 128 the two sides are one level apart.
     assert apart.max() < 0.02
     assert (apart > 1e-4).float().mean() < 1e-4
     half = stage(pixels, values, dtype=torch.bfloat16)
@@ -199,7 +199,7 @@ def test_the_batched_stage_is_one_graph_without_data_dependent_shapes(pictures):
     values = draw_view(two_views()[1], 0, 0, torch.arange(6), 1).parameters
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2)
     stage = PhotometricStage()
-    # fullgraph refuses any graph break; the "eager" backend needs no compiler.
+    # fullgraph raises an error for a graph break; the "eager" backend needs no compiler.
     compiled = torch.compile(stage, fullgraph=True, backend="eager")
     assert torch.allclose(compiled(pixels, values), stage.batched(pixels, values, torch.float32), atol=1e-6)
 

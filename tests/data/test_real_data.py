@@ -106,7 +106,7 @@ def test_labels():
 
 
 def turned_by_pil(image: Image.Image, steps: int) -> np.ndarray:
-    """Hue turned by so many of PIL's steps of 1/256."""
+    """Shift hue by a number of PIL's steps of 1/256."""
     hue, saturation, value = image.convert("HSV").split()
     turned = Image.fromarray(np.asarray(hue) + np.uint8(steps))
     return np.asarray(Image.merge("HSV", (turned, saturation, value)).convert("RGB"))
@@ -126,7 +126,7 @@ def test_hue_and_blur_stay_within_the_levels_of_the_reference():
 
 
 def test_decoding_large_photos_smaller_changes_nothing_visible():
-    """A mosaic of 12 photos, 2000 x 1500 with real detail: its views from the shrunk decode against the full one."""
+    """A mosaic of 12 photos, 2000 x 1500 with real detail: compare views of a reduced and a full decode."""
     from mocov3_hf.data.decode import decode_shrunk
 
     mosaic = Image.new("RGB", (2000, 1500))

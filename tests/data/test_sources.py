@@ -1,4 +1,4 @@
-"""Every kind of source opens, map-style and streamed, to the same undecoded images; what is wrong is said."""
+"""Every kind of source returns the same undecoded images, map-style and streamed. Errors are one line."""
 
 import io
 import pickle
@@ -155,7 +155,7 @@ def test_several_parquet_splits(tmp_path, table):
     assert len(open_source(str(folder), split="train+validation")) == 2 * NUMBER
     assert len(open_source(str(folder), split="train[:5]+validation")) == NUMBER + 5
     assert open_source(str(folder), split="train+validation", streaming=True).num_samples == 2 * NUMBER
-    with pytest.raises(ValueError, match="slices of splits cannot be streamed"):
+    with pytest.raises(ValueError, match=r"slice \'train\[:5\]\' of a split cannot be streamed"):
         open_source(str(folder), split="train[:5]", streaming=True)
 
 
@@ -169,9 +169,9 @@ def test_image_columns(table):
     assert find_image_column(table, "image") == "image"
     with pytest.raises(ValueError, match="image column 'img' does not exist; columns: image, label, id"):
         find_image_column(table, "img")
-    with pytest.raises(ValueError, match=r"column 'label' holds ClassLabel.*not images"):
+    with pytest.raises(ValueError, match=r"column 'label' must hold images.*got ClassLabel"):
         find_image_column(table, "label")
-    with pytest.raises(ValueError, match="no image column found; name it with --image_column; columns: label, id"):
+    with pytest.raises(ValueError, match="no image column found: name it with --image_column; columns: label, id"):
         find_image_column(table.remove_columns("image"))
     raw = table.cast_column("image", datasets.Image(decode=False))
     both = raw.add_column("second", raw[:]["image"], feature=datasets.Image())
@@ -235,7 +235,7 @@ def test_missing_and_empty_folders(tmp_path, jpeg_folder):
         open_source(str(mixed))
     file = tmp_path / "file.txt"
     file.write_text("x")
-    with pytest.raises(ValueError, match="is a file: give the folder that holds the data"):
+    with pytest.raises(ValueError, match="is a file: pass the folder that holds the data"):
         open_source(str(file))
 
 
@@ -257,6 +257,6 @@ def test_a_hub_name_that_cannot_be_reached(monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'who/what' doesn't exist on the Hub\nor so")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", missing)
-    with pytest.raises(ValueError, match="'who/what' is neither a local folder nor on the Hub") as error:
+    with pytest.raises(ValueError, match="'who/what' is neither a local folder nor available on the Hub") as error:
         open_source("who/what")
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Parameters of views: the generator, their distribution, the asymmetry, the crops."""
+"""Parameters of views: random generator, distributions, asymmetry, crops."""
 
 import math
 

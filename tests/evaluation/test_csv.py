@@ -1,4 +1,4 @@
-"""Data sets in CSV files, in all commands; folders without labels."""
+"""Data sets in CSV files, in all commands. Image folders without labels."""
 
 import csv
 import shutil
@@ -6,8 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from mocov3_hf.data.csv_images import find_csv_files
-from mocov3_hf.data.labelled import open_labelled
+from mocov3_hf.data.labelled import find_csv_files, open_labelled
 from mocov3_hf.evaluation import cached_linear, evaluate, finetune, knn, linear_probe
 from mocov3_hf.evaluation.classifier import load_with_new_head
 from mocov3_hf.evaluation.features import data_fingerprint
@@ -56,6 +55,26 @@ def test_one_file_with_a_column_of_splits_numbers_and_other_columns(csv_folder, 
     assert open_labelled(str(tmp_path), split="test", image_column="photo").labels.tolist() == [1]
 
 
+def test_paths_and_splits_are_text_and_no_class_name_means_missing(tmp_path):
+    rows = []
+    for number, label in enumerate(("NA", "null", "x")):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"00{number}", "PNG")
+        rows.append([f"00{number}", label, "01" if number < 2 else "1"])
+    file = write(tmp_path / "all.csv", rows, ("path", "label", "split"))
+    images = open_labelled(str(file), split="01")
+    assert (images.class_names, images.labels.tolist()) == (["NA", "null"], [0, 1])
+    assert images.decode(1)[0, 0, 0] == 1
+    assert open_labelled(str(file), split="1+01").labels.tolist() == [2, 0, 1]
+
+
+def test_the_type_of_a_column_is_that_of_all_its_rows(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = [["a.png", number % 3] for number in range(10_001)]
+    assert open_labelled(str(write(tmp_path / "ints.csv", rows)), split="ints").labels[-1] == 10_000 % 3
+    images = open_labelled(str(write(tmp_path / "text.csv", [*rows, ["a.png", "b"]])), split="text")
+    assert images.class_names == ["0", "1", "2", "b"]
+
+
 def test_a_csv_beside_other_data_is_not_the_data_set(image_folder, tmp_path):
     folder = tmp_path / "images"
     shutil.copytree(image_folder, folder)
@@ -89,17 +108,24 @@ def test_all_commands_read_csv_files(csv_folder, image_folder, model_folder, tmp
 @pytest.mark.parametrize(
     ("text", "split", "message"),
     [
-        ("file_name,label\na.png,x\n", "test", r"image 'b.png' of row 0 .* does not exist: paths are relative"),
+        (
+            "file_name,label\na.png,x\n",
+            "test",
+            r"image 'b.png' in .* does not exist: paths must be absolute or",
+        ),
         ("file_name,label\na.png,x\n", "val", r"split 'val' does not exist in .*it has: test, train"),
-        ("file_name,label\na.png\n", "train", "line 2 has another number of values than the first line"),
-        ("file_name,label\n", "train", r"train.csv' has no rows"),
-        ("photo,label\na.png,x\n", "train", "no column of images found: .* --image_column; columns: photo, label"),
-        ("path,image,label\na.png,a.png,x\n", "train", r"several columns of images \(path, image\)"),
-        ("file_name,score\na.png,x\n", "train", "no label column found; name it with --label_column"),
-        ("file_name,label\na.png,x\na.png,\n", "train", r"1 labels are missing .*\(first in row 1\)"),
-        ("file_name,label\na.png,-1\n", "train", "1 labels in column 'label' are negative"),
-        ('file_name,label\n"a.png,x\n', "train", "is no CSV table with a line of column names"),
-        (b"\xff\xfe\x00", "train", "is no CSV table with a line of column names"),
+        ("file_name,label\na.png\n", "train", r"1 missing labels, the first in row 0"),
+        ("file_name,label\n", "train", r"train.csv' is not a CSV table with a header and rows"),
+        ("photo,label\na.png,x\n", "train", "no image column found: .* --image_column; columns: photo, label"),
+        ("path,image,label\na.png,a.png,x\n", "train", r"several image columns \(path, image\)"),
+        ("file_name,score\na.png,x\n", "train", "no label column found: name it with --label_column"),
+        ("file_name,label\na.png,x\na.png,\n", "train", r"'label' has 1 missing labels, the first in row 1"),
+        ("file_name,label\na.png,-1\n", "train", "column 'label' has 1 negative labels"),
+        ("file_name,label\na.png,x\na.png,x,y\n", "train", "Expected 2 fields in line 3, saw 3"),
+        ("file_name,label\na.png,x,y\n", "train", "its rows are longer than its header"),
+        ('file_name,label\n"a.png,x\n', "train", "is not a CSV table with a header and rows: .*EOF inside string"),
+        (b"\xff\xfe\x00", "train", "is not a CSV table with a header and rows: .*codec can't decode"),
+        ("", "train", "is not a CSV table with a header and rows: No columns to parse"),
     ],
 )
 def test_bad_files_are_one_line(tmp_path, text, split, message):

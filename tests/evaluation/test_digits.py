@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from mocov3_hf.data.digits import stratified_split, write_digits
-from mocov3_hf.data.labelled import open_labelled
+from mocov3_hf.data.digits import write_digits
+from mocov3_hf.data.labelled import open_labelled, stratified_split
 
 
 @pytest.fixture(scope="module")

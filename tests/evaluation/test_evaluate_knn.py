@@ -13,7 +13,7 @@ from mocov3_hf.evaluation.encoder import load_encoder
 from mocov3_hf.evaluation.features import Features, data_fingerprint
 from mocov3_hf.evaluation.knn import evaluate_knn, knn_metrics, main
 from mocov3_hf.evaluation.results import read_results
-from mocov3_hf.probes import knn_accuracy
+from mocov3_hf.metrics import knn_accuracy
 from tests.factories import pretraining_model
 
 

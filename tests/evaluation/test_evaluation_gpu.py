@@ -8,7 +8,7 @@ from mocov3_hf.evaluation.encoder import load_encoder, load_transform
 from mocov3_hf.evaluation.features import extract_features
 from mocov3_hf.evaluation.linear import fit_linear_classifier
 from mocov3_hf.evaluation.sweep import sweep_linear_classifiers
-from mocov3_hf.probes import collapse_summary, knn_predict, nearest_neighbors
+from mocov3_hf.metrics import collapse_summary, knn_predict, nearest_neighbors
 
 
 pytestmark = [

@@ -130,10 +130,10 @@ def test_mixed_batches_have_the_loss_of_their_soft_labels(model_folder, image_fo
     trainer = trainer_of(model_folder, image_folder, tmp_path, mixup_alpha=0.8, label_smoothing_factor=0.1)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 2])
-    shares = []
-    trainer.mixing.register_forward_hook(lambda module, given, mixed: shares.append(mixed))
-    loss = trainer.compute_loss(trainer.model, {"pixel_values": images, "labels": labels})
-    (mixed, targets) = shares[0]
+    mixing, seen = trainer.mixing, []
+    trainer.mixing = lambda *given: seen.append(mixing(*given)) or seen[-1]
+    loss = trainer.compute_loss(trainer.model, {"pixel_values": images.clone(), "labels": labels})
+    ((mixed, targets),) = seen
     assert not torch.equal(mixed, images)
     logits = trainer.model(mixed).logits
     smooth = 0.9 * targets + 0.1 / 3
@@ -338,6 +338,10 @@ def test_fine_tuning_recipes_are_these():
         (["--label_smoothing_factor", "1"], r"label_smoothing_factor must lie in \[0, 1\), got 1.0"),
         (["--mixup_alpha", "-1"], "mixup_alpha must not be negative, got -1.0"),
         (["--rand_augment_num_ops", "2", "--rand_augment_magnitude", "30"], r"a magnitude in 0..10, .* got 2, 30.0"),
+        (
+            ["--cutmix_alpha", "1", "--train_batch_size", "15"],
+            "expected an even number, got 15: pass another",
+        ),
         (["--layer_decay", "2"], r"layer_decay must lie in \(0, 1\]"),
         (["--drop_path_rate", "1"], r"drop_path_rate must lie in \[0, 1\), got 1.0"),
         (["--min_learning_rate", "1"], "min_learning_rate 1 exceeds the learning rate 0.001"),

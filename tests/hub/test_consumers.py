@@ -195,7 +195,9 @@ def test_pushed_models_load_with_the_package_and_data_streams(models, hub, api, 
 
 
 def test_code_is_only_added_to_own_models(tmp_path):
-    with pytest.raises(ValueError, match=r"config\.json is no configuration of model type 'mocov3'"):
+    with pytest.raises(
+        ValueError, match=r"config\.json is not a configuration of model type 'mocov3' or 'mocov3_vit'"
+    ):
         add_code(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ValueError, match="save a MoCoV3 model to this folder first"):

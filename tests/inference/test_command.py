@@ -1,38 +1,33 @@
-"""The two scripts from end to end, and their messages."""
+"""The commands classify and extract from end to end, and their messages."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
+from mocov3_cli import main
 from mocov3_hf.inference import FeatureExtractor, ImageClassifier
 
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+def run(command, *arguments):
+    main([command, *map(str, arguments)])
 
 
-def run(monkeypatch, name, *arguments):
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
-
-
-def test_classify(monkeypatch, vit, files, tmp_path):
+def test_classify(vit, files, tmp_path):
     output = tmp_path / "labels.jsonl"
     folder = Path(files[0]).parent
-    run(monkeypatch, "classify", "--model", vit, folder, "--output", output, "--device", "cpu", "--top_k", 2)
+    run("classify", "--model", vit, folder, "--output", output, "--device", "cpu", "--top_k", 2)
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["image"] for row in rows] == files
     assert [row["labels"] for row in rows] == ImageClassifier(vit, device="cpu")(files, top_k=2)
 
 
-def test_extract_features(monkeypatch, vit, files, tmp_path):
+def test_extract_features(vit, files, tmp_path):
     output, broken = tmp_path / "features.safetensors", tmp_path / "broken.png"
     broken.write_bytes(b"")
     arguments = ("--model", vit, files[0], broken, *files[1:], "--device", "cpu", "--batch_size", 2)
-    run(monkeypatch, "extract_features", *arguments, "--bad_images", "skip", "--output", output)
+    run("extract", *arguments, "--bad_images", "skip", "--output", output)
     with safe_open(output, "pt") as file:
         names, features = json.loads(file.metadata()["images"]), file.get_tensor("features")
     assert names == files
@@ -41,21 +36,45 @@ def test_extract_features(monkeypatch, vit, files, tmp_path):
     assert (features - expected).abs().max() < 0.1  # other batches, in bfloat16 where the CPU has it
 
 
-def test_data_set(monkeypatch, capsys, vit, files, tmp_path):
+def test_data_set(capsys, vit, files, tmp_path):
     folder = tmp_path / "test" / "some"
     folder.mkdir(parents=True)
     for path in files[:3]:
         (folder / Path(path).name).write_bytes(Path(path).read_bytes())
-    run(monkeypatch, "classify", "--model", vit, "--dataset_name", tmp_path, "--split", "test", "--device", "cpu")
+    run("classify", "--model", vit, "--dataset_name", tmp_path, "--split", "test", "--device", "cpu")
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["image"] for row in rows] == ["test[0]", "test[1]", "test[2]"]
     assert [row["labels"] for row in rows] == ImageClassifier(vit, device="cpu")(files[:3])
 
 
-def test_mistakes_are_one_line(monkeypatch, vit, files, tmp_path):
-    with pytest.raises(SystemExit, match=r"^error: image 'no.jpg' does not exist$"):
-        run(monkeypatch, "classify", "--model", vit, "no.jpg")
-    with pytest.raises(SystemExit, match=r"^error: model .*is no folder"):
-        run(monkeypatch, "classify", "--model", tmp_path / "no", files[0])
-    with pytest.raises(SystemExit, match=r"^error: --output .*its folder does not exist"):
-        run(monkeypatch, "extract_features", "--model", vit, files[0], "--output", tmp_path / "no" / "f.safetensors")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["classify", "--model", "{vit}", "no.jpg"], "image 'no.jpg' does not exist"),
+        (["classify", "--model", "{tmp}/no", "{image}"], "no' does not exist: pass a folder"),
+        (
+            ["extract", "--model", "{vit}", "{image}", "--output", "{tmp}/no/f.safetensors"],
+            "its folder does not exist",
+        ),
+        (["extract", "--model", "{vit}", "{image}", "--output", "{tmp}"], "is a folder: pass a file"),
+        (["extract", "--model", "{vit}", "{image}"], "--output is missing"),
+        (["classify", "{image}"], "--model is missing"),
+        (["classify", "--model", "{vit}"], "no images: pass files and folders, or --dataset_name"),
+        (["classify", "--model", "{vit}", "{image}", "--dataset_name", "{tmp}"], "not both"),
+        (["classify", "--model", "{vit}", "{image}", "--dtype", "int8"], "--dtype takes one of auto, float32"),
+        (["classify", "--model", "{vit}", "{image}", "--top_k", "0"], "--top_k must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(capsys, vit, files, tmp_path, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        run(*(argument.format(vit=vit, tmp=tmp_path, image=files[0]) for argument in arguments))
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert message in error
+    assert "\n" not in error
+
+
+def test_old_spellings_work_with_a_deprecation_line(capsys, vit, files, tmp_path):
+    run("classify", files[0], "--model", vit, "--device", "cpu", "--num_workers", 0, "--output", tmp_path / "l.jsonl")
+    assert "warning: --num_workers is deprecated: use --dataloader_num_workers" in capsys.readouterr().err

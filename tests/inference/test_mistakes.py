@@ -1,10 +1,11 @@
-"""Bad images and wrong arguments: each told by name, with the repair."""
+"""Bad images and invalid arguments: each error names the thing and the fix."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from transformers.utils import logging
 
 from mocov3_hf import MoCoV3Config, MoCoV3Model
 from mocov3_hf.inference import FeatureExtractor, ImageClassifier
@@ -42,7 +43,7 @@ def test_bad_images_are_skipped(vit, files, broken):
 def test_only_bad_images(vit, broken):
     options = {"device": "cpu", "bad_images": "skip"}
     assert ImageClassifier(vit, **options)([broken]) == [None]
-    with pytest.raises(ValueError, match="none could be used"):
+    with pytest.raises(ValueError, match="none of the 1 images could be decoded"):
         FeatureExtractor(vit, **options)([broken])
 
 
@@ -56,15 +57,21 @@ def test_truncated_image_in_memory(vit, files, tmp_path):
 def test_encoder_is_no_classifier(tmp_path, files):
     MoCoV3Model(MoCoV3Config(backbone_config=BACKBONES["vit"])).save_pretrained(tmp_path)
     build_image_processor(32).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lacks 2 weights .*classifier.*linear_probe"):
+    with pytest.raises(ValueError, match=r"encoder without a classification head \(classifier.*mocov3 linear-probe"):
         ImageClassifier(tmp_path, device="cpu")
     assert FeatureExtractor(tmp_path, device="cpu")(files).shape == (len(files), 32)
 
 
-def test_model_without_processor(tmp_path):
+def test_model_without_processor_gets_the_default_with_a_warning(tmp_path, files, caplog):
     MoCoV3Model(MoCoV3Config(backbone_config=BACKBONES["vit"])).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="without an image processor"):
-        FeatureExtractor(tmp_path, device="cpu")
+    logging.enable_propagation()
+    try:
+        features = FeatureExtractor(tmp_path, device="cpu", dtype="float32")(files)
+    finally:
+        logging.disable_propagation()
+    assert "has no image processor: resizing to 37, cropping to 32" in caplog.text
+    build_image_processor(32).save_pretrained(tmp_path)
+    assert torch.equal(features, FeatureExtractor(tmp_path, device="cpu", dtype="float32")(files))
 
 
 @pytest.mark.parametrize(
@@ -103,5 +110,5 @@ def test_wrong_calls(vit, files, tmp_path):
         classify(files, function_to_apply="tanh")
     with pytest.raises(ValueError, match="holds no images"):
         classify(tmp_path)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="does not exist"):
         ImageClassifier(tmp_path / "nothing")

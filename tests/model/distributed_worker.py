@@ -58,10 +58,10 @@ def one_step(backbone: str, sizes: list[int], world_size: int, rank: int) -> dic
     start = sum(sizes[:rank])
     mine = views[:, start : start + sizes[rank]]
 
-    # Without equal batches nobody promises them; with them the promise must change nothing.
-    even_batches = len(set(sizes)) == 1
+    # Without the exchange of batch sizes, equal batches must give the same result.
+    model.even_batches = len(set(sizes)) == 1
     trained = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
-    result = trained(pixel_values=mine[0], pixel_values_2=mine[1], even_batches=even_batches)
+    result = trained(pixel_values=mine[0], pixel_values_2=mine[1])
     result.loss.backward()
     loss = result.loss.detach().clone()
     top1 = result.positive_top1_1 * len(mine[0])

@@ -1,4 +1,4 @@
-"""LARS against a re-derivation in scalars, and inside torch's conventions."""
+"""LARS compared with a scalar derivation, and with torch's conventions."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ from mocov3_hf.optim import LARS
 
 
 def lars_in_scalars(weights, gradient_of, steps, lr, momentum, weight_decay, trust, adapted):
-    """The update of the official code written for lists of numbers."""
+    """The update of the official code, for lists of numbers."""
     buffer = [0.0] * len(weights)
     for _ in range(steps):
         update = list(gradient_of(weights))

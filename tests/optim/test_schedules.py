@@ -1,4 +1,4 @@
-"""Schedules against their closed forms, and the moving average against a loop."""
+"""Schedules compared with their closed forms, and the EMA with a loop."""
 
 import math
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from mocov3_hf.optim import cosine_momentum, ema_update_, parameter_groups, warmup_cosine
+from mocov3_hf.optim import cosine_ema_decay, ema_update_, parameter_groups, warmup_cosine
 
 
 def test_learning_rate_of_the_official_schedule():
-    """300 epochs with 40 of warm-up, evaluated at epochs as the official code does, with 10 steps each."""
+    """300 epochs with 40 epochs of warmup, 10 steps each, compared with the official code at epochs."""
     for step in range(3000):
         epoch = step / 10
         if epoch < 40:
@@ -35,7 +35,7 @@ def test_learning_rate_refuses_impossible_positions(step, warmup):
 
 
 def test_momentum_rises_from_base_to_one():
-    values = [cosine_momentum(step, 1000, 0.99) for step in range(1001)]
+    values = [cosine_ema_decay(step, 1000, 0.99) for step in range(1001)]
     assert values[0] == pytest.approx(0.99)
     assert values[500] == pytest.approx(0.995)
     assert values[1000] == pytest.approx(1.0)

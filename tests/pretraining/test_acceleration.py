@@ -149,7 +149,8 @@ def test_compiled():
 def test_compilation_has_no_graph_breaks_and_leaves_the_names_alone():
     model = build_model(VIT)
     names = list(model.state_dict())
-    explanation = torch._dynamo.explain(model.mocov3)(torch.randn(2, 3, 16, 16).double(), pooled_query_only=True)
+    model.mocov3.backbone.pooled_query_only = True
+    explanation = torch._dynamo.explain(model.mocov3)(torch.randn(2, 3, 16, 16).double())
     assert explanation.graph_break_count == 0
     accelerate(model, Acceleration(**{**PLAIN, "torch_compile": True}))
     assert list(model.state_dict()) == names
@@ -160,15 +161,16 @@ def test_compilation_has_no_graph_breaks_and_leaves_the_names_alone():
 def test_pooled_query_only_gives_the_pooled_vector_and_nothing_that_differs():
     model = MoCoV3ViTModel(build_model(VIT).config.backbone_config).double().eval()
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    whole, pooled = model(images), model(images, pooled_query_only=True)
+    whole = model(images)
+    expected = {asked: model(images, **{asked: True}) for asked in ("output_hidden_states", "output_attentions")}
+    model.pooled_query_only = True
+    pooled = model(images)
     torch.testing.assert_close(pooled.pooler_output, whole.pooler_output, rtol=1e-12, atol=1e-14)
     assert pooled.last_hidden_state is None
-    for asked in ("output_hidden_states", "output_attentions"):
-        expected = model(images, **{asked: True})
-        output = model(images, pooled_query_only=True, **{asked: True})
-        torch.testing.assert_close(dict(output), dict(expected), rtol=0, atol=0)
+    for asked, output in expected.items():
+        torch.testing.assert_close(dict(model(images, **{asked: True})), dict(output), rtol=0, atol=0)
     model.config.output_hidden_states = True
-    assert model(images, pooled_query_only=True).hidden_states[-1].shape == (2, 5, 16)
+    assert model(images).hidden_states[-1].shape == (2, 5, 16)
 
 
 def test_pretraining_outputs_what_is_asked_for():

@@ -49,7 +49,7 @@ def test_a_bad_image_is_replaced_and_listed(tmp_path, tiny, damaged):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max_bad_fraction", "0.01"], "1 of 24 images are bad, more than the share of 0.01 allowed"),
+        (["--max_bad_fraction", "0.01"], "1 of 24 images are bad, more than the allowed fraction of 0.01"),
         (["--max_bad_fraction", "0.5", "--on_bad_image", "error"], "--on_bad_image skip"),
     ],
 )

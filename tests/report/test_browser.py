@@ -51,8 +51,8 @@ def test_following_a_link_of_the_contents_leads_to_its_section(page, browser):
     browser.show(1400)
     browser.open(page)
     browser.run("document.documentElement.style.scrollBehavior = 'auto'")
-    browser.run("document.querySelector('nav a[href=\"#neighbours\"]').click()")
-    assert abs(browser.run("document.querySelector('#neighbours').getBoundingClientRect().top")) < 60
+    browser.run("document.querySelector('nav a[href=\"#neighbors\"]').click()")
+    assert abs(browser.run("document.querySelector('#neighbors').getBoundingClientRect().top")) < 60
 
 
 def test_names_of_classes_are_text(page, browser):

@@ -1,4 +1,4 @@
-"""What is read off a folder, and how little it takes offence."""
+"""What is read from a folder, whatever its state."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_damaged_weights_are_left_out_with_a_note(run):
     assert "model.safetensors cannot be read" in folder.notes[0]
 
 
-def test_batch_is_unknown_where_nothing_tells(run):
+def test_batch_size_is_unknown_without_state_and_with_a_size_per_process(run):
     load_recipe(str(run / "recipe.yaml"), ["--per_device_train_batch_size", "4"]).save(run / "recipe.yaml")
     (run / "checkpoint-40" / "state.json").unlink()
     assert read_folder(run).global_batch_size is None
@@ -81,40 +81,41 @@ def test_trainer_history_stands_in_for_the_lines_of_a_classifier(classifier):
     assert read_folder(classifier).metrics == [{"step": 10, "loss": 1.0}]
 
 
-def test_what_is_no_folder_of_a_run(tmp_path):
+def test_anything_else_is_refused(tmp_path):
     with pytest.raises(ReportError, match="does not exist"):
         read_folder(tmp_path / "nowhere")
     (tmp_path / "file").touch()
     with pytest.raises(ReportError, match="is a file"):
         read_folder(tmp_path / "file")
-    with pytest.raises(ReportError, match="no run and no model"):
+    with pytest.raises(ReportError, match="neither a run nor a model"):
         read_folder(tmp_path)
 
 
 def test_facts(run):
     found = dict(facts(read_folder(run)))
     assert found["Steps"] == "40 of 40 (10 epochs)"
-    assert found["Global batch"] == "8 on 2 processes"
-    assert found["Learning rate"] == "0.002 × batch / 256 = 6.25e-05"
-    assert found["Data"] == "<u>"  # the last part of a path: the rest is no one's business
+    assert found["Global batch size"] == "8 on 2 processes"
+    assert found["Peak learning rate"] == "0.002 × batch size / 256 = 6.25e-05"
+    assert found["Dataset"] == "<u>"  # only the last part of a path: the rest is private
     total = sum(parameter.numel() for parameter in MoCoV3ForPreTraining.from_pretrained(run).parameters())
-    assert found["Parameters"].startswith(f"{total / 1e6:.2f} M: backbone ")
+    assert found["Parameters"].startswith(f"{total / 1e6:.2f} M: ")
+    assert "momentum encoder 0.02" in found["Parameters"]
 
 
-def test_findings_of_a_disturbed_run(run):
+def test_findings_of_an_unstable_run(run):
     found = findings(read_folder(run))
-    assert ("bad", "Not undisturbed: 1 gradient spike, 1 skipped step, 1 rollback. See the gradient norm.") in found
-    assert ("good", "Nearest neighbour accuracy is 80.0 %, from 20.0 % at step 10.") in found
+    assert ("bad", "Instability: 1 gradient spike, 1 skipped step, 1 rollback. See the gradient norm.") in found
+    assert ("good", "kNN accuracy is 80.0 %, up from 20.0 % at step 10.") in found
     assert any(kind == "good" and "of the way from chance (1.66)" in text for kind, text in found)
 
 
 @pytest.mark.parametrize(
     ("changes", "kind", "words"),
     [
-        ({"loss": 1.7}, "bad", "that of chance"),
+        ({"loss": 1.7}, "bad", "is at chance"),
         ({"projection_std_ratio": 0.001}, "bad", "have collapsed"),
-        ({"data_wait_fraction": 0.4}, "look", "waits for data 40 % of the time"),
-        ({"step": 36}, "look", "stands at step 36 of 40"),
+        ({"data_wait_fraction": 0.4}, "look", "stalls training for 40 % of the time"),
+        ({"step": 36}, "look", "stopped at step 36 of 40"),
     ],
 )
 def test_findings_of_what_goes_wrong(run, changes, kind, words):
@@ -124,5 +125,5 @@ def test_findings_of_what_goes_wrong(run, changes, kind, words):
 
 
 def test_findings_of_an_accuracy_that_fell(classifier):
-    expected = "Accuracy on the test split has fallen from 70.0 % at step 10 to 60.0 %."
+    expected = "Test accuracy fell from 70.0 % at step 10 to 60.0 %."
     assert findings(read_folder(classifier)) == [("look", expected)]

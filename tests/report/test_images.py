@@ -1,20 +1,25 @@
-"""Components, attention, neighbours and confusions against slow derivations."""
+"""Components, attention, neighbors and the confusion matrix against slow derivations."""
 
 import math
 
 import numpy as np
 import pytest
-import sklearn.metrics
 import torch
 from transformers import AutoModel
 
-from mocov3_hf.report.components import PatchStatistics, component_colors
-from mocov3_hf.report.confusion import confusion_matrix, labels_for_head, worst_classes
+from mocov3_hf.report.confusion import labels_for_head, most_confused, worst_classes, worst_table
 from mocov3_hf.report.encoding import Viewer, cls_attention, patch_maps
 from mocov3_hf.report.folder import ReportError, read_folder
-from mocov3_hf.report.image_sections import chance_of_agreement, medoid, most_frequent
-from mocov3_hf.report.neighbors import agreement, embed, neighbors_of_each
-from mocov3_hf.report.pictures import heat_map, over_image
+from mocov3_hf.report.image_sections import (
+    chance_of_agreement,
+    component_colors,
+    embed,
+    heat_map,
+    medoid,
+    most_frequent,
+    nearest_others,
+    over_image,
+)
 from mocov3_hf.report.samples import choose_rows, open_samples
 from tests.factories import AWKWARD_NAMES, save_classifier
 
@@ -23,44 +28,32 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_components_are_those_of_all_patches_together():
-    maps = random(7, 3, 4, 6) @ random(6, 6, seed=1) + 50.0
-    statistics = PatchStatistics(6)
-    for batch in maps.split(3):
-        statistics.add(batch)
-    patches = maps.reshape(-1, 6).numpy()
+def test_colors_are_the_principal_components_of_all_patches():
+    maps = (random(7, 3, 4, 6) @ random(6, 6, seed=1) + 50.0).numpy()
+    colors, explained = component_colors(maps)
+    patches = maps.reshape(-1, 6)
     mean = patches.mean(axis=0)
     covariance = sum(np.outer(patch - mean, patch - mean) for patch in patches) / len(patches)
     variances, vectors = np.linalg.eigh(covariance)
-    np.testing.assert_allclose(statistics.mean.numpy(), mean, rtol=1e-12)
-    directions, found = statistics.components(3)
-    np.testing.assert_allclose(found.numpy(), variances[::-1][:3], rtol=1e-9)
-    for direction, expected in zip(directions.numpy(), vectors.T[::-1], strict=False):
-        assert abs(direction @ expected) == pytest.approx(1.0, abs=1e-9)
-        assert direction[np.abs(direction).argmax()] > 0
-    assert statistics.explained(3) == pytest.approx(variances[::-1][:3].sum() / variances.sum())
+    for component in range(3):
+        variance, direction = variances[-1 - component], vectors[:, -1 - component]
+        expected = [0.5 + (patch - mean) @ direction / (4 * math.sqrt(variance)) for patch in patches]
+        found = colors[..., component].ravel()
+        sign = np.sign((found - 0.5) @ (np.array(expected) - 0.5))  # a direction is known up to its sign
+        np.testing.assert_allclose(found, np.clip(0.5 + sign * (np.array(expected) - 0.5), 0, 1), atol=1e-9)
+    assert explained == pytest.approx(variances[-3:].sum() / variances.sum())
 
 
-def test_component_colors():
-    maps = random(5, 2, 2, 8)
-    statistics = PatchStatistics(8)
-    statistics.add(maps)
-    colors = component_colors(maps, statistics)
-    directions, variances = statistics.components(3)
-    for picture, row, column in ((0, 0, 0), (4, 1, 0)):
-        for component in range(3):
-            along = float((maps[picture, row, column] - statistics.mean) @ directions[component])
-            expected = min(max(0.5 + along / (4 * math.sqrt(variances[component])), 0), 1)
-            assert colors[picture, row, column, component] == pytest.approx(expected, abs=1e-6)
-    mean = component_colors(statistics.mean.view(1, 1, 1, -1), statistics)
-    np.testing.assert_allclose(mean.numpy(), 0.5)
-
-
-def test_colors_of_features_without_variance_are_grey():
-    statistics = PatchStatistics(2)
-    statistics.add(torch.ones(2, 2, 2, 2))
-    np.testing.assert_array_equal(component_colors(torch.ones(1, 2, 2, 2), statistics).numpy(), 0.5)
-    assert statistics.explained() == 0
+def test_colors_are_gray_without_variance():
+    colors, explained = component_colors(np.ones((2, 2, 2, 2), dtype=np.float32))
+    np.testing.assert_array_equal(colors, np.full((2, 2, 2, 3), 0.5))
+    assert explained == 0
+    one_direction = np.zeros((3, 2, 2, 5))
+    one_direction[..., 1] = random(3, 2, 2)
+    colors, explained = component_colors(one_direction)
+    assert colors[..., 0].std() > 0.1
+    np.testing.assert_array_equal(colors[..., 1:], 0.5)
+    assert explained == pytest.approx(1)
 
 
 def test_attention_is_softmax_of_query_and_keys(run, labelled):
@@ -68,11 +61,11 @@ def test_attention_is_softmax_of_query_and_keys(run, labelled):
     viewer = Viewer(read_folder(run))
     attention = viewer.attention(samples, 2)
     assert attention.shape == (2, 2, 4, 4)
-    # Once more from the weights: the input of the last block, its norm, and every head by itself.
+    # Derived again from the weights: the input of the last block, its norm, and each head separately.
     model = AutoModel.from_pretrained(run).eval()
     layer = model.backbone.encoder.layer[-1]
     with torch.no_grad():
-        batch = torch.stack([viewer.preprocess(samples.decode(index)) for index in range(2)])
+        batch = viewer.preprocess(samples, range(2))
         before = model(batch, output_hidden_states=True).hidden_states[-2]
         states = layer.norm1(before)
         query, key = layer.attention.q_proj(states[:, 0]), layer.attention.k_proj(states)
@@ -87,8 +80,8 @@ def test_attention_is_softmax_of_query_and_keys(run, labelled):
                     assert attention[picture, head, row, column] == pytest.approx(expected, rel=1e-4)
 
 
-def test_attention_without_a_token_of_its_own_is_refused():
-    with pytest.raises(ValueError, match="without a CLS token"):
+def test_attention_without_a_cls_token_is_refused():
+    with pytest.raises(ValueError, match="there is no CLS token"):
         cls_attention(torch.zeros(1, 2, 16, 16), (4, 4))
 
 
@@ -108,21 +101,20 @@ def test_features_are_those_of_the_model_and_logits_of_the_head(backbone, classi
     viewer = Viewer(read_folder(path))
     seen = viewer.look(samples, batch_size=2)
     with torch.no_grad():
-        batch = torch.stack([viewer.preprocess(samples.decode(index)) for index in range(5)])
+        batch = viewer.preprocess(samples, range(5))
         features = viewer.model.mocov3(batch).pooler_output
     torch.testing.assert_close(seen.features, features)
     torch.testing.assert_close(seen.logits, viewer.model.classifier(features).detach())
-    assert seen.patches.count == 5 * 16
 
 
 def test_views_are_what_the_model_sees(run, labelled):
     samples = open_samples(str(labelled), num_images=2)
     viewer = Viewer(read_folder(run))
-    view = viewer.view(viewer.preprocess(samples.decode(0)))
+    view = viewer.view(viewer.preprocess(samples, range(1))[0])
     assert view.shape == (32, 32, 3)
     assert view.dtype == np.uint8
-    colour = np.argmax(view.reshape(-1, 3).mean(axis=0))
-    assert colour == samples.labels[0]  # red, green or blue
+    color = np.argmax(view.reshape(-1, 3).mean(axis=0))
+    assert color == samples.labels[0]  # red, green or blue
 
 
 def test_weights_that_are_missing_are_refused(run):
@@ -132,9 +124,9 @@ def test_weights_that_are_missing_are_refused(run):
         Viewer(read_folder(run))
 
 
-def test_neighbors_are_those_of_a_loop():
+def test_neighbors_match_a_loop():
     features = random(12, 5)
-    similarities, rows = neighbors_of_each(features, 4)
+    similarities, rows = nearest_others(features, 4)
     for image in range(12):
         cosines = []
         for other in range(12):
@@ -147,19 +139,17 @@ def test_neighbors_are_those_of_a_loop():
         assert similarities[image].tolist() == pytest.approx([cosine for cosine, _ in expected])
 
 
-def test_an_image_is_never_its_own_neighbour_even_among_twins():
-    _, rows = neighbors_of_each(torch.ones(9, 3), 2)
+def test_an_image_is_never_its_own_neighbor_even_among_duplicates():
+    _, rows = nearest_others(torch.ones(9, 3), 2)
     assert all(image not in found for image, found in enumerate(rows.tolist()))
     assert rows.shape == (9, 2)
 
 
-def test_agreement_and_its_chance_are_those_of_a_loop():
+def test_chance_of_agreement_matches_a_loop():
     labels = np.array([0, 0, 1, 1, 1, 2])
-    rows = np.array([[1, 2], [0, 3], [3, 4], [2, 0], [2, 3], [0, 1]])
-    hits = [labels[other] == labels[image] for image in range(6) for other in rows[image]]
-    assert agreement(labels, rows) == pytest.approx(sum(hits) / 12)
     pairs = [labels[one] == labels[other] for one in range(6) for other in range(6) if one != other]
     assert chance_of_agreement(labels) == pytest.approx(sum(pairs) / len(pairs))
+    assert chance_of_agreement(np.arange(4)) == 0
 
 
 def test_map_keeps_groups_apart_and_is_the_same_twice():
@@ -181,21 +171,14 @@ def test_medoid_and_most_frequent():
     assert most_frequent(np.array([3, 3, 1, 2, 2, 2]), 5, at_least=3) == [2]
 
 
-def test_confusion_matrix_is_that_of_scikit_learn():
-    draw = np.random.default_rng(0)
-    labels, predicted = draw.integers(0, 6, 200), draw.integers(0, 7, 200)
-    expected = sklearn.metrics.confusion_matrix(labels, predicted, labels=range(8))
-    np.testing.assert_array_equal(confusion_matrix(labels, predicted, 8), expected)
-
-
-def test_worst_classes():
-    found = worst_classes(np.array([[3, 1, 0, 0], [2, 0, 0, 2], [0, 0, 0, 0], [0, 0, 0, 4]]))
-    assert [one.label for one in found] == [1, 0, 3]
-    assert [(one.images, one.accuracy, one.taken_for, one.times) for one in found] == [
-        (4, 0.0, 0, 2),
-        (4, 0.75, 1, 1),
-        (4, 1.0, None, 0),
-    ]
+def test_worst_classes_and_what_they_are_confused_with():
+    matrix = np.array([[3, 1, 0, 0], [2, 0, 0, 2], [0, 0, 0, 0], [0, 0, 0, 4]])
+    assert worst_classes(matrix) == [1, 0, 3]
+    assert [most_confused(matrix, label) for label in (1, 0, 3)] == [0, 1, 3]
+    table = worst_table(matrix, ["a", "b", "c", "d"])
+    assert table.rows == [["b", "4", "0.0 %", "a (2×)"], ["a", "4", "75.0 %", "b (1×)"], ["d", "4", "100.0 %", ""]]
+    more_images_first = np.array([[1, 1], [3, 3]])
+    assert worst_classes(more_images_first) == [1, 0]
 
 
 def test_labels_are_matched_by_name_then_by_number():
@@ -203,7 +186,7 @@ def test_labels_are_matched_by_name_then_by_number():
     assert labels_for_head(labels, ["a", "b"], ["b", "c", "a"]).tolist() == [2, 0, 0]
     assert labels_for_head(labels, ["a", "b"], ["LABEL_0", "LABEL_1"]).tolist() == [0, 1, 1]
     assert labels_for_head(labels, ["0", "1"], ["x", "y"]).tolist() == [0, 1, 1]
-    with pytest.raises(ReportError, match="1 of the 2 classes of the data set are not among the 2"):
+    with pytest.raises(ReportError, match="does not have 1 of the 2 classes of the dataset"):
         labels_for_head(labels, ["a", "z"], ["a", "b"])
 
 
@@ -223,7 +206,7 @@ def test_unlabelled_images(unlabelled, labelled):
     samples = open_samples(str(unlabelled), num_images=100)
     assert len(samples) == 12
     assert samples.labels is None
-    assert "taken as unlabelled" in samples.why_unlabelled
+    assert "The images have no labels" in samples.why_unlabeled
     assert samples.name_of(0) == f"row {samples.rows[0]}"
     with pytest.raises(ValueError, match="'kind' does not exist"):
         open_samples(str(labelled), label_column="kind")

@@ -1,4 +1,4 @@
-"""Published figures stand beside their own recipe and backbone, and nowhere else."""
+"""Published accuracies are shown for their own recipe and backbone, and nowhere else."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 from mocov3_hf.recipe import load_recipe
 from mocov3_hf.report.folder import read_folder
-from mocov3_hf.report.published import figure_for, published_figures
+from mocov3_hf.report.published import find_references, reference_for
 from mocov3_hf.report.summary import results_section
 
 
@@ -37,34 +37,35 @@ def folder_of(tmp_path):
 
 
 def own(folder):
-    return [(figure.name, figure.top1) for figure in published_figures(folder) if figure.same_recipe]
+    return [(entry.name, entry.top1) for entry, is_same_recipe in find_references(folder) if is_same_recipe]
 
 
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        (SMALL, [(LINEAR, 0.736)]),
+        (SMALL, [(LINEAR, 73.6)]),
         (
             "mocov3_resnet50_8xb512-amp-coslr-800e_in1k",
-            [("resnet50_mocov3-800e-pre_8xb128-linear-coslr-90e_in1k", 0.744)],
+            [("resnet50_mocov3-800e-pre_8xb128-linear-coslr-90e_in1k", 74.4)],
         ),
         (
             "mocov3_vit-large-p16_64xb64-amp-coslr-300e_in1k",
-            [("vit-large-p16_mocov3-pre_8xb64-coslr-100e_in1k", 0.837)],
+            [("vit-large-p16_mocov3-pre_8xb64-coslr-100e_in1k", 83.7)],
         ),
     ],
 )
-def test_a_published_recipe_finds_its_own_figures(recipe, expected, folder_of):
+def test_a_published_recipe_finds_its_own_accuracies(recipe, expected, folder_of):
     assert own(folder_of(recipe)) == expected
 
 
 @pytest.mark.parametrize(
-    "changed", [["--base_learning_rate", "3e-4"], ["--num_train_epochs", "100"], ["--temperature", "0.1"]]
+    "changed",
+    [["--base_learning_rate", "3e-4"], ["--num_train_epochs", "100"], ["--temperature", "0.1"], ["--hue", "0.2"]],
 )
-def test_another_recipe_on_the_backbone_is_told_apart(changed, folder_of):
+def test_another_recipe_with_the_same_backbone_is_distinguished(changed, folder_of):
     folder = folder_of(SMALL, *changed)
     assert own(folder) == []
-    assert {figure.top1 for figure in published_figures(folder)} == {0.736, 0.732}
+    assert {entry.top1 for entry, _ in find_references(folder)} == {73.6, 73.2}
 
 
 def test_another_batch_is_another_recipe(folder_of):
@@ -72,40 +73,40 @@ def test_another_batch_is_another_recipe(folder_of):
 
 
 def test_six_heads_are_another_backbone(folder_of):
-    assert published_figures(folder_of(SMALL, "--backbone_config", '{"num_attention_heads": 6}')) == []
-    assert published_figures(folder_of("quickstart")) == []
+    assert find_references(folder_of(SMALL, "--backbone_config", '{"num_attention_heads": 6}')) == []
+    assert find_references(folder_of("quickstart")) == []
 
 
-def test_a_figure_stands_beside_top1_of_its_protocol_only(folder_of):
+def test_an_accuracy_is_compared_with_top1_of_its_protocol_only(folder_of):
     rows = [
         result("linear", {"linear_top1": 0.7, "linear_top5": 0.9}, recipe=LINEAR),
         result("knn", {"knn20_top1": 0.6}),
         result("finetune", {"finetune_top1": 0.8}),
     ]
     folder = folder_of(SMALL, results=rows)
-    figures = published_figures(folder)
-    assert figure_for(rows[0], "linear_top1", figures, "pretraining").top1 == 0.736
-    assert figure_for(rows[0], "linear_top5", figures, "pretraining") is None
-    assert figure_for(rows[1], "knn20_top1", figures, "pretraining") is None
-    assert figure_for(rows[2], "finetune_top1", figures, "pretraining") is None  # none was published for ViT-S
+    references = find_references(folder)
+    assert reference_for(rows[0], "linear_top1", references, "pretraining").entry.top1 == 73.6
+    assert reference_for(rows[0], "linear_top5", references, "pretraining") is None
+    assert reference_for(rows[1], "knn20_top1", references, "pretraining") is None
+    assert reference_for(rows[2], "finetune_top1", references, "pretraining") is None  # none was published for ViT-S
     table, published = results_section(folder).parts
     assert table.columns[2] == "published, ImageNet-1k"
     assert table.rows[0][:3] == ["linear_top1", "70.00 %", "73.60 %"]
     assert [row[0] for row in published.rows] == ["73.60 %", "73.20 %"]
-    assert [row[4] for row in published.rows] == ["this recipe", "this backbone only"]
+    assert [row[4] for row in published.rows] == ["recipe and backbone", "backbone"]
 
 
-def test_a_converted_classifier_stands_beside_its_source(folder_of, tmp_path):
+def test_a_converted_classifier_is_compared_with_its_source(folder_of, tmp_path):
     backbone = {"model_type": "mocov3_vit", "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
     config = {"architectures": ["MoCoV3ForImageClassification"], "backbone_config": backbone}
     (tmp_path / "conversion.json").write_text(json.dumps({"source": {"name": "official_linear-vit-s-300ep"}}))
     rows = [result("evaluate", {"top1": 0.73})]
     folder = folder_of(None, results=rows, config=config)
-    figures = published_figures(folder)
-    assert figure_for(rows[0], "top1", figures, "classifier").top1 == 0.732
-    assert figure_for(rows[0], "top1", figures, "encoder") is None
+    references = find_references(folder)
+    assert reference_for(rows[0], "top1", references, "classifier").entry.top1 == 73.2
+    assert reference_for(rows[0], "top1", references, "encoder") is None
 
 
-def test_nothing_measured_says_what_measures(folder_of):
+def test_without_results_the_page_names_the_command(folder_of):
     (text,) = results_section(folder_of("quickstart")).parts
-    assert text.command.startswith("python scripts/knn.py --model ")
+    assert text.command.startswith("mocov3 knn --model ")

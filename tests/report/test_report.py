@@ -1,4 +1,4 @@
-"""The command: a page for every kind of folder, with everything escaped, and one line for what cannot be done."""
+"""The command: a page for every kind of folder with all text escaped, and one line for every error."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pytest
 
 from mocov3_hf import MoCoV3Config, MoCoV3Model
 from mocov3_hf.report import command
-from tests.factories import AWKWARD_NAMES, RESNET
+from tests.factories import NAMES, RESNET
 
 
 VOID = {"meta", "link", "img", "br"}
@@ -51,7 +51,7 @@ class Page(HTMLParser):
 
 
 def check(page):
-    """What every page owes: ids once, links that lead somewhere, alternatives to pictures, nothing from elsewhere."""
+    """Ids are unique, links resolve, images have descriptions, and nothing is loaded from elsewhere."""
     assert len(page.ids) == len(set(page.ids))
     assert page.links
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
@@ -72,14 +72,14 @@ def test_run_with_images(run, labelled, capsys):
     assert f"{run / 'report.html'} (" in capsys.readouterr().out
     page = Page(run / "report.html")
     check(page)
-    assert all(name in page.text for name in AWKWARD_NAMES[:2])
+    assert all(name in page.text for name in NAMES[:2])
     for words in ("Contrastive loss", "chance 1.66", "floor 0.04", "rollback", "81.50 %", "<em>set</em>", "head 2"):
         assert words in page.text, words
     assert "/secret" not in page.source
     drawn = {path.stem for path in (run / "plots").glob("*.png")}
     assert drawn == {
         *("loss", "knn", "positives", "gradients", "layers", "schedule", "collapse", "throughput", "blocks"),
-        *("attention", "components", "tsne", "neighbours"),
+        *("attention", "components", "tsne", "neighbors"),
     }
     assert not list(run.glob(".report*"))
 
@@ -96,7 +96,7 @@ def test_run_without_images_says_what_shows_them(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_damaged_line_is_told_on_the_page(run):
+def test_damaged_line_is_noted_on_the_page(run):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "lo')
     report(run)
@@ -112,8 +112,8 @@ def test_run_of_one_line_without_numbers(run):
     report(run)
     page = Page(run / "report.html")
     check(page)
-    assert "There is no record of a training" in page.text
-    assert "Nothing has been measured yet" in page.text
+    assert "No training metrics found" in page.text
+    assert "No results yet" in page.text
 
 
 @pytest.mark.slow
@@ -121,10 +121,16 @@ def test_classifier(classifier, labelled):
     report(classifier, "--dataset_name", labelled)
     page = Page(classifier / "report.html")
     check(page)
-    for words in ("Training loss", "Confusion matrix", "Of 36 images", "most often taken for", "surest of"):
+    for words in (
+        "Training loss",
+        "Confusion matrix",
+        "Accuracy on 36 images",
+        "most often confused with",
+        "most confident of",
+    ):
         assert words in page.text, words
-    assert all(name in page.text for name in AWKWARD_NAMES[:2])
-    assert {"loss", "accuracy", "schedule", "confusion-matrix", "confusions"} <= {
+    assert all(name in page.text for name in NAMES[:2])
+    assert {"loss", "accuracy", "schedule", "confusion-matrix", "wrong-answers"} <= {
         path.stem for path in (classifier / "plots").glob("*.png")
     }
 
@@ -139,7 +145,10 @@ def test_accuracy_on_the_page_is_that_of_the_model(classifier, labelled):
     samples, viewer = open_samples(str(labelled)), Viewer(read_folder(classifier))
     answers = viewer.look(samples, 8).logits.argmax(dim=1).tolist()
     right = sum(viewer.model.config.id2label[answer] == samples.name_of(row) for row, answer in enumerate(answers))
-    assert f"{100 * right / 36:.1f} % are classified rightly" in Page(classifier / "report.html").text
+    assert (
+        f"Accuracy on 36 images of {labelled.name}, split test: {100 * right / 36:.1f} %."
+        in Page(classifier / "report.html").text
+    )
 
 
 @pytest.mark.slow
@@ -147,7 +156,7 @@ def test_unlabelled_images_of_a_classifier(classifier, unlabelled):
     report(classifier, "--dataset_name", unlabelled)
     page = Page(classifier / "report.html")
     check(page)
-    assert "No confusions: they need labels." in page.text
+    assert "No confusion matrix: it needs labels." in page.text
 
 
 @pytest.mark.slow
@@ -157,7 +166,9 @@ def test_classes_that_the_head_does_not_know(classifier, labelled):
     config["label2id"] = {"x": 0, "y": 1, "z": 2}
     (classifier / "config.json").write_text(json.dumps(config))
     report(classifier, "--dataset_name", labelled)
-    assert "No confusions: 3 of the 3 classes of the data set are not among" in Page(classifier / "report.html").text
+    assert (
+        "No confusion matrix: the classifier does not have 3 of the 3 classes" in Page(classifier / "report.html").text
+    )
 
 
 def test_convolutional_encoder_has_no_attention(tmp_path, labelled):
@@ -165,7 +176,11 @@ def test_convolutional_encoder_has_no_attention(tmp_path, labelled):
     report(tmp_path / "encoder", "--dataset_name", labelled, "--num_images", "9")
     page = Page(tmp_path / "encoder" / "report.html")
     check(page)
-    for words in ("No attention maps: ResNetModel has no attention", "28 × 28 patch features", "No map: 9 images"):
+    for words in (
+        "No attention maps: ResNetModel has no CLS token",
+        "28 × 28 patch features",
+        "No t-SNE map: 9 images",
+    ):
         assert words in page.text, words
 
 
@@ -174,7 +189,7 @@ def test_same_folder_gives_the_same_page(run, labelled):
     pages = []
     for _ in range(2):
         report(run, "--dataset_name", labelled, "--num_images", "12")
-        pages.append(re.sub(r"Made [\d\-: ]+ UTC", "", (run / "report.html").read_text()))
+        pages.append(re.sub(r"Generated [\d\-: ]+ UTC", "", (run / "report.html").read_text()))
     assert pages[0] == pages[1]
 
 
@@ -182,8 +197,8 @@ def test_same_folder_gives_the_same_page(run, labelled):
     ("arguments", "words"),
     [
         (["{tmp}/nowhere"], "does not exist"),
-        (["{tmp}"], "is no run and no model"),
-        (["{run}", "--output", "{tmp}"], "is a folder: give a file"),
+        (["{tmp}"], "is neither a run nor a model"),
+        (["{run}", "--output", "{tmp}"], "is a folder: pass a file"),
         (["{run}", "--dataset_name", "{tmp}/nothing"], "nothing' does not exist"),
         (["{run}", "--dataset_name", "{data}", "--split", "train"], "split 'train' does not exist"),
         (["{run}", "--dataset_name", "{data}", "--image_column", "x"], "image column 'x' does not exist"),
@@ -209,7 +224,7 @@ def test_images_before_the_first_checkpoint(run, labelled, capsys):
     assert "no config.json yet" in capsys.readouterr().err
 
 
-def test_packages_that_are_missing_are_named(run, monkeypatch, capsys):
+def test_missing_packages_are_named(run, monkeypatch, capsys):
     monkeypatch.setitem(command.NEEDED, "no_such_module", "no-such-package")
     assert command.main([str(run)]) == 2
     assert "needs no-such-package: pip install 'mocov3_hf[report]'" in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""Images in, pairs of augmented views out: sources, order, decoding, the CPU stage and the device stage."""
+"""From images to pairs of augmented views: sources, order, decoding, and augmentation on CPU and device."""

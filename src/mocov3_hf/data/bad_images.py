@@ -1,38 +1,48 @@
-"""What happens to images that cannot be used: replaced, counted, listed, and a stop when they are too many."""
+"""Images that cannot be used: replace them, count and list them, and stop the run when there are too many."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+
+from .decode import BadImageError, decode_shrunk
+
+
+# After this many unusable images in a row the storage is gone, not an image.
+MAX_NEIGHBOURS = 64
 
 
 @dataclass(frozen=True)
 class BadImage:
-    """An image that could not be used, and why."""
+    """The id of an image that could not be used, and the reason."""
 
     sample_id: int
     reason: str
 
 
 class TooManyBadImagesError(RuntimeError):
-    """More images of the data set are bad than allowed."""
+    """The data set has more bad images than allowed."""
 
     def __init__(self, message: str):
-        # Out of a worker torch makes a new one, of the whole traceback there, which ends in the message.
+        # torch re-raises a worker's exception with the whole traceback as its message. The original message is last.
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 class BadImageLog:
-    """Counts bad images by id and lists them in a file, one JSON object `{"id": ..., "reason": ...}` a line.
+    """Counts bad images by id and appends them to a file, one JSON object `{"id": ..., "reason": ...}` per line.
 
-    An id counts once, however often it is met. When several processes write to one file, or a run goes on after an
-    interruption, the ids already in the file count too.
+    Each id counts once. Ids already in the file count too, so that several processes can share it and a resumed run
+    continues the count.
 
     Args:
-        num_samples: size of the data set.
-        action: "skip" (a neighbour stands in) or "error" (the first bad image ends the run).
-        max_fraction: share of the data set's images allowed to be bad.
-        file: path of `bad_images.jsonl`; None for no file.
+        num_samples: Length of the data set.
+        action: "skip" replaces a bad image by a neighbour; "error" stops at the first bad image.
+        max_fraction: Largest fraction of the data set that may be bad.
+        file: Path of `bad_images.jsonl`, or None for no file.
+
+    Raises:
+        ValueError: `action` or `max_fraction` is not valid.
     """
 
     def __init__(self, num_samples: int, action: str = "skip", max_fraction: float = 0.01, file=None):
@@ -53,7 +63,7 @@ class BadImageLog:
         """Record bad images.
 
         Raises:
-            TooManyBadImagesError: they are more than allowed, or any at all under "error".
+            TooManyBadImagesError: There are more than allowed, or any at all with "error".
         """
         new = [image for image in bad if image.sample_id not in self._ids]
         if not new:
@@ -63,11 +73,11 @@ class BadImageLog:
         if new and self.file is not None:
             lines = "".join(json.dumps({"id": i, "reason": image.reason}) + "\n" for i, image in new.items())
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            # One write in append mode: lines of several processes do not mix.
+            # A single write in append mode, so that lines of several processes do not interleave.
             with open(self.file, "ab", buffering=0) as file:
                 file.write(lines.encode())
         self._ids.update(new)
-        where = f" They are listed in {self.file}." if self.file is not None else ""
+        where = f" See {self.file}." if self.file is not None else ""
         last = bad[-1]
         if self.action == "error":
             raise TooManyBadImagesError(
@@ -75,9 +85,9 @@ class BadImageLog:
             )
         if len(self._ids) > self.max_fraction * self.num_samples:
             raise TooManyBadImagesError(
-                f"{len(self._ids)} of {self.num_samples} images are bad, more than the share of {self.max_fraction:g} "
-                f"allowed (the last: image {last.sample_id} {last.reason}).{where} Repair the data set, or raise "
-                f"--max_bad_fraction."
+                f"{len(self._ids)} of {self.num_samples} images are bad, more than the allowed fraction of "
+                f"{self.max_fraction:g} (last: image {last.sample_id} {last.reason}).{where} Repair the data set, or "
+                f"raise --max_bad_fraction."
             )
 
     def _read_new_lines(self) -> None:
@@ -92,15 +102,33 @@ class BadImageLog:
             try:
                 self._ids.add(int(json.loads(line)["id"]))
             except (ValueError, KeyError, TypeError):
-                continue  # a line cut by a crash
+                continue  # a line cut short by a crash
 
 
-def describe_exit(code: int | None) -> str:
-    """In words, why a worker process ended with this exit code."""
-    causes = {
-        -9: "killed (signal 9), most often for want of memory: use fewer workers or a smaller batch",
-        -7: "bus error (signal 7), most often a full /dev/shm: give the container more shared memory",
-        -11: "segmentation fault (signal 11) in a decoder: look for the image with num_workers=0",
-        -15: "terminated (signal 15) from outside",
-    }
-    return causes.get(code, f"exit code {code}") if code is not None else f"still running under {os.getpid()}"
+def decode_first_usable(candidates, choose_shrink, bad: list[BadImage]) -> tuple[torch.Tensor, int, int]:
+    """Decode the first usable image of some candidates.
+
+    Args:
+        candidates: Pairs (sample id, function that reads the encoded image).
+        choose_shrink: See `decode_shrunk`.
+        bad: Receives the unusable images.
+
+    Returns:
+        The result of `decode_shrunk`.
+
+    Raises:
+        TooManyBadImagesError: None of the first `MAX_NEIGHBOURS` candidates is usable.
+    """
+    tried = 0
+    for sample_id, read in candidates:
+        try:
+            return decode_shrunk(read(), choose_shrink)
+        except BadImageError as error:
+            bad.append(BadImage(sample_id, str(error)))
+        tried += 1
+        if tried == MAX_NEIGHBOURS:
+            break
+    raise TooManyBadImagesError(
+        f"{tried} images in a row are unusable (last: image {bad[-1].sample_id} {bad[-1].reason}): check that the "
+        f"storage is available"
+    )

@@ -1,7 +1,7 @@
-"""Encoded images to uint8 RGB: the pixels of PIL's `ImageOps.exif_transpose(image).convert("RGB")`, sooner.
+"""Decode images to uint8 RGB: the pixels of PIL's `ImageOps.exif_transpose(image).convert("RGB")`, but faster.
 
-Plain JPEG and plain 8-bit PNG take torchvision's decoder; everything rare (palettes, alpha, CMYK, 16 bit, animations,
-other formats) takes PIL itself, so that it cannot differ.
+torchvision decodes common JPEG and 8-bit PNG. PIL decodes everything else (palettes, alpha, CMYK, 16 bit, animations,
+other formats), so the pixels cannot differ.
 """
 
 import io
@@ -15,35 +15,35 @@ import torchvision  # noqa: F401  (registers its operators)
 from PIL import Image, ImageOps
 
 
-# Twice PIL's warning level, where PIL refuses too: 13,377 pixels square.
+# PIL's own limit for an error, twice the limit for its warning: 13,377 x 13,377 pixels.
 MAX_PIXELS = 178_956_970
 
-# The operators below torchvision's decoding functions. The functions warn, from 0.29 on, that they will be removed;
-# where the operators are gone, PIL does their work, about a fifth slower.
+# The operators behind torchvision's decoding functions, which are deprecated since torchvision 0.29. Without the
+# operators, PIL decodes all images, about 20 % slower.
 _HAS_OPERATORS = hasattr(torch.ops.image, "decode_jpeg") and hasattr(torch.ops.image, "decode_png")
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 
-# Below this, decoding at a fraction gains nothing: no crop of it allows any.
+# Smaller JPEGs (in pixels) do not profit from decoding at a reduced size: no crop would allow it.
 _LARGE = 600_000
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class BadImageError(ValueError):
-    """An image that cannot be used: empty, truncated, not an image, too large, or gone."""
+    """An image that cannot be used: empty, truncated, not an image, too large, or missing."""
 
 
 def decode_rgb(data: bytes | str | os.PathLike, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """Decode an image.
 
     Args:
-        data: the encoded image, or the path of a file.
-        max_pixels: larger images are refused before anything is allocated.
+        data: The encoded image, or the path of a file.
+        max_pixels: Larger images raise an error before memory is allocated.
 
     Returns:
-        uint8 (3, H, W). Its memory may be laid out as (H, W, 3).
+        uint8 (3, H, W), possibly with memory layout (H, W, 3).
 
     Raises:
-        BadImageError: the reason in one line.
+        BadImageError: The reason in one line.
     """
     return decode_shrunk(data, None, max_pixels)[0]
 
@@ -53,17 +53,18 @@ def decode_shrunk(
     choose_shrink: Callable[[int, int], int] | None,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[torch.Tensor, int, int]:
-    """Decode an image, large JPEGs at a fraction of their size: their decoder then skips most of its work.
+    """Decode an image. A large JPEG is decoded at a fraction of its size if possible, which skips most of the work.
 
     Args:
-        data, max_pixels: as `decode_rgb`.
-        choose_shrink: called with the true height and width of a large JPEG; returns 1, 2, 4 or 8.
+        data, max_pixels: As in `decode_rgb`.
+        choose_shrink: Function of the full height and width of a large JPEG that returns 1, 2, 4 or 8. None decodes
+            at full size.
 
     Returns:
-        uint8 (3, h, w), and the true height and width.
+        uint8 (3, h, w), and the full height and width.
 
     Raises:
-        BadImageError: the reason in one line.
+        BadImageError: The reason in one line.
     """
     if isinstance(data, (str, os.PathLike)):
         try:
@@ -84,7 +85,7 @@ def decode_shrunk(
         raise
     except MemoryError as error:
         raise BadImageError("does not fit in memory") from error
-    # PIL raises OSError, SyntaxError, ValueError, struct.error, ... on damaged files, torchvision RuntimeError.
+    # For a damaged file PIL raises OSError, SyntaxError, ValueError, struct.error, ...; torchvision RuntimeError.
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:200]
         raise BadImageError(f"cannot be decoded: {type(error).__name__}: {reason}") from error
@@ -94,18 +95,18 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise BadImageError(f"is {width}x{height} pixels")
     if width * height > max_pixels:
-        raise BadImageError(f"is {width}x{height} pixels, more than the {max_pixels} allowed")
+        raise BadImageError(f"is {width}x{height} pixels, more than the allowed {max_pixels}")
 
 
 def _as_buffer(data: bytes) -> torch.Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # read-only memory: the decoders only read
+        warnings.simplefilter("ignore", UserWarning)  # read-only memory, which the decoders do not write
         return torch.frombuffer(data, dtype=torch.uint8)
 
 
 def _decode_jpeg(data: bytes, choose_shrink, max_pixels: int) -> tuple[torch.Tensor, int, int]:
     frame = _jpeg_frame(data)
-    if not _HAS_OPERATORS or frame is None or frame[2] not in (1, 3):  # CMYK: PIL has its own conversion
+    if not _HAS_OPERATORS or frame is None or frame[2] not in (1, 3):  # PIL converts CMYK differently
         image = _decode_with_pil(data, max_pixels)
         return image, image.shape[1], image.shape[2]
     width, height, _, has_metadata = frame
@@ -122,7 +123,7 @@ def _decode_jpeg(data: bytes, choose_shrink, max_pixels: int) -> tuple[torch.Ten
 
 
 def _decode_draft(data: bytes, shrink: int) -> torch.Tensor:
-    """A JPEG at 1/2, 1/4 or 1/8 of its size, by leaving out the high frequencies of each block."""
+    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size, without the high frequencies of each block."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data)) as image:
@@ -132,7 +133,7 @@ def _decode_draft(data: bytes, shrink: int) -> torch.Tensor:
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int, bool] | None:
-    """Width, height, components and whether APP1 (Exif, XMP) is there; None when the header is not understood."""
+    """Width, height, number of components, and whether APP1 (Exif, XMP) exists. None for an unusual header."""
     position, size, has_metadata = 2, len(data), False
     while position + 9 < size and data[position] == 0xFF:
         marker = data[position + 1]
@@ -160,7 +161,7 @@ def _orientation(data: bytes) -> int:
 
 
 def _orient(image: torch.Tensor, orientation: int) -> torch.Tensor:
-    """Undo an Exif orientation (1..8) of a (C, H, W) image, as `ImageOps.exif_transpose` does."""
+    """Undo the Exif orientation (1..8) of a (C, H, W) image, as `ImageOps.exif_transpose` does."""
     if orientation in (5, 6, 7, 8):
         image = image.transpose(1, 2)
     flips = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation)
@@ -182,7 +183,7 @@ def _decode_png(data: bytes, max_pixels: int) -> torch.Tensor:
 
 def _decode_with_pil(data: bytes, max_pixels: int) -> torch.Tensor:
     with warnings.catch_warnings():
-        # Our own limit stands in for PIL's; other warnings are about metadata.
+        # `_check_size` replaces PIL's limit. Other warnings are about metadata.
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data)) as image:
             _check_size(*image.size, max_pixels)

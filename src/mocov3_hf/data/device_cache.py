@@ -1,43 +1,44 @@
-"""Small data sets whole in device memory: uint8 images live there and are cropped there, in batches.
+"""Keep a small data set in device memory as uint8, and crop batches there.
 
-Order and parameters are the loader's own, so a run sees the same crops with and without the cache; pixels agree with
-the CPU stage to one level (that one rounds between its two passes).
+Order and parameters are the same as without the cache. Pixels differ from the CPU stage by at most one level, since
+the CPU stage rounds between its two passes.
 """
 
 import torch
 
-from .bad_images import BadImage
-from .cpu_stage import decode_first_usable
+from .bad_images import BadImage, decode_first_usable
 from .sources import MapSource
 from .views import ViewSettings, crop_boxes, draw_view
 
 
-# A quarter of a small GPU. Larger sets are better decoded as they come.
+# A quarter of the memory of a small GPU.
 MAX_BYTES = 4 << 30
 
 
 class DeviceCache:
     """All images of a source, decoded, on a device.
 
-    Images of unequal sizes are padded to the largest height and width; padding is never read.
+    Images of different sizes are padded to the largest height and width. The padding is never read.
 
     Args:
-        source: a `MapSource`.
-        device: where to keep the images.
-        max_bytes: refuse larger sets.
+        source: A `MapSource`.
+        device: Device of the images.
+        max_bytes: Largest size of the cache in bytes.
 
     Attributes:
         images: uint8 (N, 3, H, W) on the device.
-        heights, widths: int64 (N,) on the CPU, in pixels.
-        bad: the `BadImage`s met; their neighbours stand in for them.
+        heights, widths: int64 (N,) on the CPU, image sizes in pixels.
+        bad: List of `BadImage`. A neighbour replaces each of them.
 
     Raises:
-        ValueError: a stream, or too large: with the size it would have.
+        ValueError: The data set is streamed or too large.
     """
 
     def __init__(self, source: MapSource, device: torch.device | str, max_bytes: int = MAX_BYTES):
         if not isinstance(source, MapSource):
-            raise ValueError("a streamed data set cannot be cached on the device: leave out --streaming")
+            raise ValueError(
+                "a streamed data set cannot be cached on the device: remove --streaming or --cache_images_on_device"
+            )
         self.bad: list[BadImage] = []
         decoded, stored, batch = [], 0, source.open_batch(torch.arange(len(source)))
         for row in range(len(source)):
@@ -46,8 +47,8 @@ class DeviceCache:
             stored += image.numel()
             if stored > max_bytes:
                 raise ValueError(
-                    f"the first {row + 1} of {len(source)} images already fill {stored >> 20} MiB, more than the "
-                    f"{max_bytes >> 20} MiB allowed on the device: leave out --cache_images_on_device"
+                    f"the first {row + 1} of {len(source)} images need {stored >> 20} MiB of device memory, more than "
+                    f"the allowed {max_bytes >> 20} MiB: remove --cache_images_on_device"
                 )
         self.heights = torch.tensor([image.shape[1] for image in decoded])
         self.widths = torch.tensor([image.shape[2] for image in decoded])
@@ -55,8 +56,8 @@ class DeviceCache:
         padded = shape[0] * shape[1] * shape[2] * shape[3]
         if padded > max_bytes:
             raise ValueError(
-                f"{shape[0]} images padded to {shape[2]}x{shape[3]} pixels fill {padded >> 20} MiB, more than the "
-                f"{max_bytes >> 20} MiB allowed on the device: leave out --cache_images_on_device"
+                f"{shape[0]} images padded to {shape[2]}x{shape[3]} pixels need {padded >> 20} MiB of device memory, "
+                f"more than the allowed {max_bytes >> 20} MiB: remove --cache_images_on_device"
             )
         images = torch.zeros(shape, dtype=torch.uint8)
         for row, image in enumerate(decoded):
@@ -70,17 +71,17 @@ class DeviceCache:
 
         Args:
             sample_ids: int64 (B,) on the CPU.
-            settings, seed, epoch: as in `cpu_stage.make_views`.
+            settings, seed, epoch: As in `views.make_views`.
 
         Returns:
-            pixels uint8 (2, B, 3, S, S) and parameters float32 (2, B, K) on the device, sample_ids as given.
+            A dictionary: pixels uint8 (2, B, 3, S, S) and parameters float32 (2, B, K) on the device, and sample_ids.
         """
         return self.crop(self.draw(sample_ids, settings, seed, epoch), settings[0].image_size)
 
     def draw(
         self, sample_ids: torch.Tensor, settings: tuple[ViewSettings, ViewSettings], seed: int, epoch: int
     ) -> dict:
-        """The first half of `make_views`, on the CPU: boxes int64 (2, B, 4), parameters and sample_ids."""
+        """First half of `make_views`, on the CPU: boxes int64 (2, B, 4), parameters and sample_ids."""
         heights, widths = self.heights[sample_ids], self.widths[sample_ids]
         draws = [draw_view(settings[view], seed, epoch, sample_ids, view) for view in range(2)]
         boxes = [crop_boxes(draws[view], heights, widths, settings[view]) for view in range(2)]
@@ -91,7 +92,7 @@ class DeviceCache:
         }
 
     def crop(self, drawn: dict, size: int) -> dict:
-        """The second half, on the device."""
+        """Second half of `make_views`, on the device."""
         boxes, rows = self._to_device(drawn["boxes"]), self._to_device(drawn["sample_ids"])
         images = self.images[rows].to(torch.float32)
         return {
@@ -101,18 +102,18 @@ class DeviceCache:
         }
 
     def _to_device(self, numbers: torch.Tensor) -> torch.Tensor:
-        """A copy that nobody waits for: on a GPU, that takes memory which the system does not move."""
+        """Copy without synchronization. For a GPU this requires pinned memory."""
         device = self.images.device
         return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
 
 
 def crop_and_resize_batch(images: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
-    """Crop and resize with antialiasing, bilinear, a batch at once by two matrix products per image.
+    """Crop and resize a batch, bilinear with antialiasing, by two matrix products per image.
 
     Args:
-        images: float32 (B, 3, H, W), levels of 0..255.
+        images: float32 (B, 3, H, W), levels 0..255.
         boxes: int64 (B, 4), top, left, height, width, on the same device.
-        size: S.
+        size: Side length S of the result in pixels.
 
     Returns:
         uint8 (B, 3, S, S).
@@ -125,8 +126,10 @@ def crop_and_resize_batch(images: torch.Tensor, boxes: torch.Tensor, size: int) 
 
 
 def _resize_matrix(start: torch.Tensor, length: torch.Tensor, extent: int, size: int) -> torch.Tensor:
-    """float32 (B, S, extent): weights of each source pixel in each result pixel, of a triangle filter as wide as the
-    reduction, cut off at the borders of the crop."""
+    """float32 (B, S, extent): weight of each source pixel in each result pixel.
+
+    A triangle filter, scaled with the reduction and cut off at the borders of the crop.
+    """
     scale = (length.to(torch.float32) / size)[:, None, None]
     source = torch.arange(extent, device=start.device)[None, None, :] - start[:, None, None]
     centre = (torch.arange(size, device=start.device, dtype=torch.float32)[None, :, None] + 0.5) * scale

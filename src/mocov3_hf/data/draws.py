@@ -1,11 +1,11 @@
-"""Random numbers as a pure function of (seed, epoch, sample, stream): Philox4x32-10, written on tensors.
+"""Random numbers as a pure function of (seed, epoch, sample, stream): Philox4x32-10 on tensors.
 
-A counter-based generator has no state: the numbers of one sample do not depend on which worker or process draws them,
-nor on what was drawn before. It is written here, and not taken from a library, so that the numbers are the same on
-every device and stay the same when libraries are upgraded in the middle of a run.
+A counter-based generator has no state. The numbers of a sample depend neither on the worker or process that draws
+them nor on earlier draws. The generator is implemented here so that the numbers are identical on every device and do
+not change when a library is upgraded during a run.
 
-Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), with its published test vectors in the
-tests.
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The tests use its published test
+vectors.
 """
 
 import torch
@@ -16,7 +16,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
-# Streams keep the purposes apart: views use their own index (0, 1).
+# Each purpose has its own stream. Views use their index (0, 1).
 STREAM_SAMPLE_ORDER = 0x4F524401
 STREAM_SHARD_ORDER = 0x4F524402
 STREAM_WINDOW_ORDER = 0x4F524403
@@ -27,8 +27,8 @@ def philox(counter: tuple, key: tuple) -> tuple[torch.Tensor, ...]:
     """Four 32-bit words for each counter.
 
     Args:
-        counter: four int64 tensors (broadcastable), each holding 32-bit words.
-        key: two Python integers of 32 bits.
+        counter: Four int64 tensors (broadcastable) of 32-bit words.
+        key: Two 32-bit Python integers.
 
     Returns:
         Four int64 tensors with values in [0, 2**32).
@@ -36,7 +36,7 @@ def philox(counter: tuple, key: tuple) -> tuple[torch.Tensor, ...]:
     x0, x1, x2, x3 = torch.broadcast_tensors(*counter)
     key0, key1 = key
     for _ in range(_ROUNDS):
-        # The 64-bit product may wrap as a signed number: its bits are right, and the mask takes off the sign.
+        # The signed 64-bit product may overflow. Its bits are correct, and the mask removes the sign.
         product0 = x0 * _MULTIPLIERS[0]
         product1 = x2 * _MULTIPLIERS[1]
         x0, x1, x2, x3 = (
@@ -53,16 +53,16 @@ def random_words(seed: int, epoch: int, ids: torch.Tensor, stream: int, count: i
     """`count` random 32-bit words for each id.
 
     Args:
-        seed, epoch: non-negative integers (64 and 32 bits are used).
-        ids: int64 (N,) sample ids (or any counters).
-        stream: what the numbers are for; different streams are independent.
-        count: numbers per id.
+        seed, epoch: Non-negative integers, of which 64 and 32 bits are used.
+        ids: int64 (N,), sample ids or other counters.
+        stream: Purpose of the numbers. Different streams are independent.
+        count: Numbers per id.
 
     Returns:
         int64 (N, count), values in [0, 2**32).
     """
     blocks = (count + 3) // 4
-    # The stream enters the key, not the counter, so that all 32 bits of the block index remain.
+    # The stream is part of the key, so that the block index can use all 32 bits of its counter.
     key = ((seed ^ stream) & _MASK, ((seed >> 32) ^ (stream * _WEYL[0])) & _MASK)
     block = torch.arange(blocks, dtype=torch.int64, device=ids.device)
     ids = ids.to(torch.int64)[:, None]
@@ -72,15 +72,18 @@ def random_words(seed: int, epoch: int, ids: torch.Tensor, stream: int, count: i
 
 
 def uniforms(seed: int, epoch: int, ids: torch.Tensor, stream: int, count: int) -> torch.Tensor:
-    """`count` uniform numbers in the open interval (0, 1) for each id: float64 (N, count). Arguments as above."""
+    """`count` uniform random numbers in the open interval (0, 1) for each id: float64 (N, count).
+
+    Arguments as in `random_words`.
+    """
     return (random_words(seed, epoch, ids, stream, count).to(torch.float64) + 0.5) * 2.0**-32
 
 
 def permutation(seed: int, epoch: int, length: int, stream: int, start: int = 0) -> torch.Tensor:
-    """A permutation of range(length): int64 (length,), by sorting one 64-bit random number per position.
+    """A random permutation of range(length): int64 (length,). Sorts one random number per position.
 
-    `start` moves the counters, so that different stretches of one stream get different permutations.
+    `start` offsets the counters, so that different parts of one stream have different permutations.
     """
     words = random_words(seed, epoch, torch.arange(start, start + length, dtype=torch.int64), stream, 2)
-    # 63 bits: a tie (probability 1e-7 at 1.28 M) is settled by position, since the sort is stable.
+    # 63 bits. A tie (probability 1e-7 for 1.28 M samples) is resolved by position, since the sort is stable.
     return torch.sort((words[:, 0] << 31) ^ words[:, 1], stable=True).indices

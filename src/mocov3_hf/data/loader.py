@@ -1,7 +1,7 @@
-"""The loader of pre-training: pairs of uint8 views and their parameters, for one process of possibly many.
+"""The data loader of pre-training: pairs of uint8 views and their parameters, for one process of possibly many.
 
-Every batch is a pure function of (seed, epoch, step): prefetching, page-locked memory, the number of workers and the
-number of processes change nothing in it. Do not `prepare` the loader with accelerate: it is already split by process.
+Every batch is a pure function of (seed, epoch, step). It does not depend on prefetching, pinned memory, the number of
+workers or the number of processes. Do not `prepare` the loader with accelerate: it is already split by process.
 """
 
 import gc
@@ -12,36 +12,36 @@ from itertools import islice
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .bad_images import BadImageLog, describe_exit
-from .cpu_stage import make_views
+from .bad_images import BadImageLog
 from .device_cache import DeviceCache
 from .order import default_lanes, rows_of_process, sample_order, split_rows, steps_in_epoch
 from .sources import MapSource, StreamSource
 from .streams import StreamReader
-from .views import ViewSettings
+from .views import ViewSettings, make_views
 
 
 class TwoViewLoader:
     """Batches of two views for one process.
 
     Args:
-        source: a `MapSource` or a `StreamSource`.
-        settings: (view 1, view 2), as `two_views` gives them; equal image sizes.
-        global_batch_size: samples per step over all processes.
-        process_index, num_processes: which part is this process's.
-        num_workers: processes that decode; 0 decodes in this one.
-        seed: of order and views.
-        steps_per_epoch: fewer than the data set gives; None for all full batches. Needed for streams whose metadata
-            does not tell their size.
-        on_bad_image, max_bad_fraction, bad_images_file: see `BadImageLog`.
-        pin_memory: hand over page-locked tensors, for copies to a GPU that overlap with work.
-        cache_on_device: keep all images decoded on this device and crop there (see `DeviceCache`); no workers then.
-        prefetch_factor: batches each worker makes ahead.
-        multiprocessing_context: how workers are started ("fork", "forkserver", "spawn"); None for Python's default.
-        window, lanes: of a stream, see `StreamOrder`; lanes None for the largest divisor of the batch up to 16.
+        source: A `MapSource` or a `StreamSource`.
+        settings: (view 1, view 2), as returned by `two_views`, with equal image sizes.
+        global_batch_size: Samples per step over all processes.
+        process_index, num_processes: Rank of this process and the number of processes.
+        num_workers: Worker processes that decode images; 0 decodes in this process.
+        seed: Seed of order and views.
+        steps_per_epoch: At most the number of full batches, which is the default. Required if the length of a stream
+            is unknown.
+        on_bad_image, max_bad_fraction, bad_images_file: See `BadImageLog`.
+        pin_memory: Return tensors in pinned memory, so that copies to a GPU are asynchronous.
+        cache_on_device: Keep all decoded images on this device and crop them there, without workers. See
+            `DeviceCache`.
+        prefetch_factor: Batches that each worker prepares in advance.
+        multiprocessing_context: Start method of workers ("fork", "forkserver", "spawn"); None for Python's default.
+        window, lanes: Of a stream, see `StreamOrder`. `lanes` defaults to the largest divisor of the batch up to 16.
 
     Raises:
-        ValueError: sizes that do not fit together, with the repair.
+        ValueError: Sizes do not fit together.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class TwoViewLoader:
         lanes: int | None = None,
     ):
         if settings[0].image_size != settings[1].image_size:
-            raise ValueError(f"both views need one image size, got {[view.image_size for view in settings]}")
+            raise ValueError(f"both views must have the same image size, got {[view.image_size for view in settings]}")
         self.source, self.settings, self.seed = source, settings, seed
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = _checked_steps(source.num_samples, global_batch_size, steps_per_epoch)
@@ -85,7 +85,7 @@ class TwoViewLoader:
             sizes = source.shard_sizes(self.steps_per_epoch * global_batch_size)
             lanes = lanes or default_lanes(global_batch_size)
             reader = StreamReader(source, sizes, seed, global_batch_size, window, lanes)
-            # Every worker makes its part of every batch, so that it reads the shards of its own lanes only.
+            # Each worker prepares its part of every batch, so that it reads only the shards of its own lanes.
             self._parts = split_rows(self._rows, num_workers)
             num_workers = min(num_workers, len(self._parts))
             batches = _StreamBatches(reader, settings, seed)
@@ -107,26 +107,26 @@ class TwoViewLoader:
 
     @property
     def num_bad_images(self) -> int:
-        """Bad images met so far, each counted once."""
+        """Bad images found so far, each counted once."""
         return len(self._bad)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[dict]:
-        """Yield steps start_step .. steps_per_epoch - 1 of an epoch.
+        """Yield the batches of steps start_step .. steps_per_epoch - 1 of an epoch.
 
-        Each is {"pixels": uint8 (2, B, 3, S, S), "parameters": float32 (2, B, K), "sample_ids": int64 (B,)} with
-        B = global_batch_size / num_processes. Only one epoch can be under way at a time.
+        A batch is {"pixels": uint8 (2, B, 3, S, S), "parameters": float32 (2, B, K), "sample_ids": int64 (B,)} with
+        B = global_batch_size / num_processes. Iterate over one epoch at a time.
 
         Raises:
-            TooManyBadImagesError: see `BadImageLog`; or many images in a row are unusable.
-            RuntimeError: a worker died.
+            TooManyBadImagesError: See `BadImageLog`; or many images in a row are unusable.
+            RuntimeError: A worker died.
         """
         if start_step < 0:
             raise ValueError(f"start_step must not be negative, got {start_step}")
         if self._cache is not None:
             yield from self._cached_epoch(epoch, start_step)
             return
-        # The iterator of requests must not lead back to the loader: in a cycle, the queues to the workers could be
-        # collected before the workers are told to end.
+        # The iterator of requests must not refer to the loader. In a reference cycle, the queues to the workers could
+        # be collected before the workers are told to stop.
         steps = range(start_step, self.steps_per_epoch)
         if self._is_stream:
             self._requests.requests = iter([(epoch, step, rows) for step in steps for rows in self._parts])
@@ -134,7 +134,7 @@ class TwoViewLoader:
             order = sample_order(self.seed, epoch, self.source.num_samples)
             self._requests.requests = _map_requests(epoch, order, steps, self._rows, self.global_batch_size)
         parts = []
-        for part in self._explained(iter(self._loader)):
+        for part in self._iterate(iter(self._loader)):
             self._bad.add(part.pop("bad"))
             parts.append(part)
             if len(parts) == len(self._parts):
@@ -165,8 +165,8 @@ class TwoViewLoader:
             "sample_ids": torch.cat([part["sample_ids"] for part in parts]),
         }
 
-    def _explained(self, batches) -> Iterator[dict]:
-        """The batches; when a worker dies, an error that says of what."""
+    def _iterate(self, batches) -> Iterator[dict]:
+        """Yield the batches. If a worker dies, raise an error with the cause."""
         while True:
             try:
                 batch = next(batches)
@@ -176,13 +176,13 @@ class TwoViewLoader:
                 dead = [w for w in getattr(batches, "_workers", ()) if not w.is_alive() and w.exitcode != 0]
                 if not dead:
                     raise
-                causes = "; ".join(f"worker {worker.pid} was {describe_exit(worker.exitcode)}" for worker in dead)
-                raise RuntimeError(f"a data loading worker died: {causes}") from error
+                causes = "; ".join(f"worker {worker.pid}: {_describe_exit(worker.exitcode)}" for worker in dead)
+                raise RuntimeError(f"a data loading worker died ({causes})") from error
             yield batch
 
 
 def one_ahead(function: Callable, arguments: Iterable) -> Iterator:
-    """`map`, with the next result computed by a thread while this one is used: what waits for a GPU has the time."""
+    """Like `map`, but a thread computes the next result while the current one is in use."""
     arguments = iter(arguments)
     with ThreadPoolExecutor(1) as pool:
         pending = [pool.submit(function, argument) for argument in islice(arguments, 1)]
@@ -197,15 +197,26 @@ def _checked_steps(num_samples: int | None, global_batch_size: int, steps_per_ep
         raise ValueError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
     if num_samples is None:
         if steps_per_epoch is None:
-            raise ValueError("the metadata of the stream does not tell its size: give --steps_per_epoch")
+            raise ValueError("the length of this streamed data set is unknown: pass --steps_per_epoch")
         return steps_per_epoch
     available = steps_in_epoch(num_samples, global_batch_size)
     if steps_per_epoch is not None and steps_per_epoch > available:
         raise ValueError(
-            f"steps_per_epoch is {steps_per_epoch}, but {num_samples} images make only {available} batches of "
+            f"steps_per_epoch is {steps_per_epoch}, but {num_samples} images are only {available} batches of "
             f"{global_batch_size}: lower it, or train for more epochs"
         )
     return steps_per_epoch or available
+
+
+def _describe_exit(code: int) -> str:
+    """Explain the exit code of a worker."""
+    causes = {
+        -9: "killed (signal 9), probably out of memory: use fewer workers or a smaller batch",
+        -7: "bus error (signal 7), probably a full /dev/shm: give the container more shared memory",
+        -11: "segmentation fault (signal 11) in a decoder: find the image with --dataloader_num_workers 0",
+        -15: "terminated from outside (signal 15)",
+    }
+    return causes.get(code, f"exit code {code}")
 
 
 def _map_requests(epoch: int, order: torch.Tensor, steps: range, rows: range, global_batch_size: int):
@@ -215,7 +226,7 @@ def _map_requests(epoch: int, order: torch.Tensor, steps: range, rows: range, gl
 
 
 class _MapBatches(Dataset):
-    """What workers run on a `MapSource`: batches by (epoch, sample ids)."""
+    """Batches of a `MapSource` by (epoch, sample ids), in a worker."""
 
     def __init__(self, source: MapSource, settings, seed: int):
         self.source, self.settings, self.seed = source, settings, seed
@@ -226,7 +237,7 @@ class _MapBatches(Dataset):
 
 
 class _StreamBatches(Dataset):
-    """What workers run on a `StreamSource`: parts of batches by (epoch, step, rows)."""
+    """Parts of batches of a `StreamSource` by (epoch, step, rows), in a worker."""
 
     def __init__(self, reader: StreamReader, settings, seed: int):
         self.reader, self.settings, self.seed = reader, settings, seed
@@ -237,7 +248,7 @@ class _StreamBatches(Dataset):
 
 
 class _Requests:
-    """The sampler: an iterable that is aimed anew before each pass, so that workers live across epochs."""
+    """The sampler. Its requests are replaced before each epoch, so that workers persist across epochs."""
 
     def __init__(self):
         self.requests: Iterator[tuple] = iter(())
@@ -251,7 +262,7 @@ def _unchanged(batch: dict) -> dict:
 
 
 def _start_worker(_index: int) -> None:
-    # A forked worker holds copies of its parent's objects: collecting those (other loaders, say) would act on
-    # processes that are not its own.
+    # A forked worker holds copies of its parent's objects. Collecting them, for example another loader, would affect
+    # processes of the parent.
     gc.freeze()
     torch.set_num_threads(1)

@@ -1,14 +1,14 @@
-"""Who sees which image when: pure functions of (seed, epoch), the same on every run, worker and process.
+"""The order of samples: pure functions of (seed, epoch), identical in every run, worker and process.
 
-Map-style: one permutation of the data set an epoch, cut into global batches.
+Map-style: each epoch is one permutation of the data set, split into global batches.
 
-Streamed: shards are permuted and laid end to end, and this sequence is cut into `lanes` equal stretches. Within a lane
-the rows of each window of consecutive shards are permuted. A global batch takes an equal share from every lane, side
-by side. So a process needs only the lanes its rows come from, all lanes have the same length however unequal the
-shards are, and a position is found by arithmetic: there is no buffer whose state a resumed run would lack.
+Streamed: the shards are permuted and concatenated, and the sequence is split into `lanes` of equal length. Within a
+lane, the rows of each window of consecutive shards are permuted. A global batch takes the same number of rows from
+every lane, next to each other. Therefore a process needs only the lanes of its rows, all lanes have the same length
+even if shards do not, and a position is computed: there is no shuffle buffer whose state a resumed run would need.
 
-Both ways an epoch has num_samples // global_batch_size steps, and the fewer than global_batch_size samples beyond are
-left out: others each epoch, since the permutation changes.
+In both cases an epoch has num_samples // global_batch_size steps. The remaining samples are dropped; they differ from
+epoch to epoch because the permutation does.
 """
 
 import itertools
@@ -21,62 +21,67 @@ from .draws import STREAM_SAMPLE_ORDER, STREAM_SHARD_ORDER, STREAM_WINDOW_ORDER,
 
 
 def sample_order(seed: int, epoch: int, num_samples: int) -> torch.Tensor:
-    """The map-style order of an epoch: int64 (num_samples,), a permutation."""
+    """Map-style order of an epoch: a permutation, int64 (num_samples,)."""
     return permutation(seed, epoch, num_samples, STREAM_SAMPLE_ORDER)
 
 
 def steps_in_epoch(num_samples: int, global_batch_size: int) -> int:
-    """Full global batches in an epoch.
+    """Number of full global batches in an epoch.
 
     Raises:
-        ValueError: not even one.
+        ValueError: There is no full batch.
     """
     if num_samples < global_batch_size:
         raise ValueError(
-            f"the global batch of {global_batch_size} is larger than the data set of {num_samples} images: "
-            f"lower the batch to at most {num_samples} (per device times processes)"
+            f"the global batch size {global_batch_size} is larger than the data set of {num_samples} images: "
+            f"lower it to at most {num_samples} (batch size per device times number of processes)"
         )
     return num_samples // global_batch_size
 
 
 def rows_of_process(global_batch_size: int, process_index: int = 0, num_processes: int = 1) -> range:
-    """Rows of each global batch that belong to a process: contiguous, so that the processes' rows, joined in rank
-    order, are the rows of one process with the whole batch.
+    """Rows of each global batch that belong to a process.
+
+    They are contiguous: concatenated in rank order, the rows of all processes are the global batch.
 
     Raises:
-        ValueError: the batch does not divide evenly, or there is no such process.
+        ValueError: The batch does not divide evenly, or the process does not exist.
     """
     if not 0 <= process_index < num_processes:
         raise ValueError(f"process_index must be in [0, {num_processes}), got {process_index}")
     if global_batch_size < 1 or global_batch_size % num_processes:
         nearest = max(1, round(global_batch_size / num_processes)) * num_processes
         raise ValueError(
-            f"the global batch of {global_batch_size} does not divide among {num_processes} processes: "
-            f"take a multiple, {nearest} for instance"
+            f"the global batch size {global_batch_size} is not divisible by {num_processes} processes: choose a "
+            f"multiple of {num_processes}, for example {nearest}"
         )
     size = global_batch_size // num_processes
     return range(process_index * size, (process_index + 1) * size)
 
 
 def split_rows(rows: range, num_parts: int) -> list[range]:
-    """Contiguous, nearly equal, non-empty parts of rows: one for each worker."""
+    """Split rows into contiguous, nearly equal, non-empty parts, one for each worker."""
     num_parts = max(1, min(num_parts, len(rows)))
     bounds = [rows.start + len(rows) * part // num_parts for part in range(num_parts + 1)]
     return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 def default_lanes(global_batch_size: int, at_most: int = 16) -> int:
-    """The largest divisor of the global batch up to `at_most`. It must not depend on the number of processes."""
+    """The largest divisor of the global batch size up to `at_most`.
+
+    It must not depend on the number of processes, because the order depends on it.
+    """
     return max(lanes for lanes in range(1, at_most + 1) if global_batch_size % lanes == 0)
 
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a lane whose rows are permuted together.
+    """A part of a lane whose rows are permuted together.
 
-    lane, index: which window of which lane.
-    start: its first slot within the lane.
-    shards: int64 (M,), rows: int64 (M,): shard and row in the shard of each slot, in the order they are seen.
+    Attributes:
+        lane, index: The lane, and the position of the window in it.
+        start: First slot of the window in the lane.
+        shards, rows: int64 (M,), shard and row in the shard of each slot, in order.
     """
 
     lane: int
@@ -93,20 +98,23 @@ class StreamOrder:
     """The streamed order of one epoch.
 
     Args:
-        shard_sizes: rows of each shard; zeros are allowed.
-        seed, epoch: of the order.
-        global_batch_size: samples per step over all processes.
-        window: shards whose rows are mixed.
-        lanes: equal stretches of the epoch; must divide `global_batch_size`.
+        shard_sizes: Rows of each shard, possibly 0.
+        seed, epoch: Of the order.
+        global_batch_size: Samples per step over all processes.
+        window: Number of shards whose rows are mixed.
+        lanes: Number of lanes. Must divide `global_batch_size`.
+
+    Raises:
+        ValueError: `window` or `lanes` is not valid.
     """
 
     def __init__(
         self, shard_sizes: tuple[int, ...], seed: int, epoch: int, global_batch_size: int, window: int, lanes: int
     ):
         if window < 1:
-            raise ValueError(f"a window holds at least 1 shard, got {window}")
+            raise ValueError(f"window must be at least 1 shard, got {window}")
         if lanes < 1 or global_batch_size % lanes:
-            raise ValueError(f"lanes must divide the global batch of {global_batch_size}, got {lanes}")
+            raise ValueError(f"lanes must divide the global batch size {global_batch_size}, got {lanes}")
         self.seed, self.epoch, self.window = seed, epoch, window
         self.rows_per_lane = global_batch_size // lanes
         sizes = torch.tensor(shard_sizes, dtype=torch.int64)
@@ -114,13 +122,13 @@ class StreamOrder:
         self._ends = torch.cumsum(sizes[self._shards], dim=0)
         self.lane_length = int(self._ends[-1]) // lanes
         self.steps = self.lane_length // self.rows_per_lane
-        # One bound per window of each lane, as positions in the sequence of permuted shards.
+        # Bounds of the windows of each lane, as positions in the sequence of permuted shards.
         self._bounds = [self._window_bounds(lane) for lane in range(lanes)]
         self._make_window = lru_cache(maxsize=2 * lanes)(self._make_window_uncached)
 
     def _window_bounds(self, lane: int) -> torch.Tensor:
         start, stop = lane * self.lane_length, (lane + 1) * self.lane_length
-        # Ends of shards inside the lane; every `window`-th of them closes a window.
+        # Ends of shards inside the lane. Every `window`-th of them ends a window.
         inside = self._ends[(self._ends > start) & (self._ends < stop)].unique_consecutive()
         closing = inside[self.window - 1 :: self.window]
         return torch.cat([torch.tensor([start]), closing, torch.tensor([stop])])
@@ -134,23 +142,23 @@ class StreamOrder:
         return Window(lane, index, start - lane * self.lane_length, self._shards[place], positions - begins)
 
     def window_at(self, lane: int, slot: int) -> Window:
-        """The window that holds a slot (0 .. lane_length - 1) of a lane."""
+        """The window with a slot (0 .. lane_length - 1) of a lane."""
         position = torch.tensor(lane * self.lane_length + slot)
         index = int(torch.searchsorted(self._bounds[lane], position, right=True)) - 1
         return self._make_window(lane, index)
 
     def window_after(self, window: Window) -> Window | None:
-        """The next window of the same lane; None after the last one in use."""
+        """The next window of the same lane, or None after the last."""
         if window.index + 2 >= len(self._bounds[window.lane]):
             return None
         return self._make_window(window.lane, window.index + 1)
 
     def slots(self, step: int, rows: range) -> list[tuple[int, int]]:
-        """(lane, slot in the lane) of each of these rows of the global batch at a step."""
+        """(lane, slot in the lane) of some rows of the global batch of a step."""
         return [(row // self.rows_per_lane, step * self.rows_per_lane + row % self.rows_per_lane) for row in rows]
 
     def places(self, step: int, rows: range) -> list[tuple[int, int]]:
-        """(shard, row in the shard) of each of these rows of the global batch at a step."""
+        """(shard, row in the shard) of some rows of the global batch of a step."""
         found = []
         for lane, slot in self.slots(step, rows):
             window = self.window_at(lane, slot)

@@ -1,12 +1,12 @@
-"""The device half of the augmentation, in batches: jitter, grayscale, blur, solarize, flip, normalise.
+"""The device stage of the augmentation, in batches: jitter, grayscale, blur, solarize, flip, normalize.
 
-Plain tensor code with one set of parameters per sample, masks instead of branches and no shapes that depend on data,
-so that `torch.compile` makes few kernels of it. On a CPU, uncompiled, samples are taken one by one instead, and only
-what applies to each is computed: the same functions, and results equal to float32 rounding.
+Plain tensor code with one set of parameters per sample. It uses masks instead of branches and has no data-dependent
+shapes, so that `torch.compile` fuses it into few kernels. On a CPU without compilation, samples are processed one by
+one and only the operations that apply are computed. The results are equal up to float32 rounding.
 
-Everything is computed in float32, whatever type is returned.
+All computation is in float32, independent of the returned dtype.
 
-Legend: B batch, S image size, K parameters (`views.PARAMETER_NAMES`).
+Shapes: B batch size, S image size, K number of parameters (`views.PARAMETER_NAMES`).
 """
 
 import math
@@ -22,17 +22,17 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in PIL
 _PASSES = 3
 
 
 class PhotometricStage(nn.Module):
-    """uint8 views and their parameters to normalised images. Has nothing to train and nothing to save.
+    """uint8 views and their parameters to normalized images. Without trainable parameters or saved state.
 
     Args:
-        mean, std: of the channels, for pixels in [0, 1].
-        max_blur_sigma: the largest standard deviation in pixels that parameters may hold: it fixes the width of the
-            kernel. A larger one in the parameters gives a wrong blur, so take it from the settings. 0 for no blur.
+        mean, std: Of the channels, for pixels in [0, 1].
+        max_blur_sigma: Largest standard deviation in pixels among the parameters, from `ViewSettings`; 0 for no blur.
+            It fixes the width of the kernel: for a larger one, the blur is wrong.
     """
 
     def __init__(self, mean=IMAGENET_MEAN, std=IMAGENET_STD, max_blur_sigma: float = 2.0):
@@ -48,15 +48,15 @@ class PhotometricStage(nn.Module):
     def forward(
         self, pixels: torch.Tensor, parameters: torch.Tensor, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """Apply everything.
+        """Apply all operations.
 
         Args:
             pixels: uint8 (B, 3, S, S).
             parameters: float32 (B, K).
-            dtype: of the result.
+            dtype: Of the result.
 
         Returns:
-            (B, 3, S, S) in `dtype`, normalised.
+            (B, 3, S, S) in `dtype`, normalized.
         """
         if pixels.device.type == "cpu" and not torch.compiler.is_compiling():
             images = [self._one(*sample) for sample in zip(pixels, parameters.tolist(), strict=True)]
@@ -64,7 +64,7 @@ class PhotometricStage(nn.Module):
         return self.batched(pixels, parameters, dtype)
 
     def batched(self, pixels: torch.Tensor, parameters: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`forward` with masks, whatever the device: what a GPU or a compiler gets."""
+        """`forward` with masks on any device: the path of GPUs and `torch.compile`."""
         values = dict(
             zip(PARAMETER_NAMES, parameters.to(torch.float32)[:, :, None, None, None].unbind(1), strict=True)
         )
@@ -77,10 +77,10 @@ class PhotometricStage(nn.Module):
         return ((image - self.mean) / self.std).to(dtype)
 
     def _jitter(self, image: torch.Tensor, values: dict) -> torch.Tensor:
-        """Each sample's four operations in its own order, without branches.
+        """Apply each sample's four operations in its own order, without branches.
 
-        Contrast, which needs a mean over the image, and hue, which is costly, cut the order into slots; brightness
-        and saturation are written into every slot, with factor 1 (no change) where they do not belong.
+        Contrast needs a mean over the image and hue is expensive. They divide the order into slots. Brightness and
+        saturation are applied in every slot, with factor 1 (no change) where they do not belong.
         """
         order = values["order"].flatten().long()
         slots, hue_first = self.slots[order], self.hue_first[order].view(-1, 1, 1, 1)
@@ -100,7 +100,7 @@ class PhotometricStage(nn.Module):
         return slot(image, 3)
 
     def _one(self, pixels: torch.Tensor, parameters: list[float]) -> torch.Tensor:
-        """One sample (3, S, S), computing only what changes it."""
+        """One sample (3, S, S), with only the operations that change it."""
         values = dict(zip(PARAMETER_NAMES, parameters, strict=True))
         image = pixels.contiguous()[None].to(torch.float32).div_(255)
         changes = {
@@ -125,10 +125,10 @@ class PhotometricStage(nn.Module):
 
 
 def _slots(order: tuple[int, ...]) -> tuple[list[list[bool]], bool]:
-    """Where brightness and saturation stand in an order, and whether hue comes before contrast.
+    """The positions of brightness and saturation in an order, and whether hue comes before contrast.
 
-    Slots: 0 before contrast and hue; 1 between, hue first; 2 between, contrast first; 3 after both. Each holds, in
-    this sequence, brightness, saturation, brightness.
+    Slots: 0 before contrast and hue; 1 between, hue first; 2 between, contrast first; 3 after both. Each slot holds
+    brightness, saturation, brightness, in this order.
     """
     place = {operation: index for index, operation in enumerate(order)}
     hue_first = place[_HUE] < place[_CONTRAST]
@@ -152,23 +152,23 @@ def grayscale(image: torch.Tensor) -> torch.Tensor:
 
 
 def adjust_brightness(image: torch.Tensor, factor) -> torch.Tensor:
-    """(B, 3, S, S) in [0, 1] times a factor, a number or (B, 1, 1, 1)."""
+    """Multiply (B, 3, S, S) in [0, 1] by a factor, a number or (B, 1, 1, 1)."""
     return (image * factor).clamp(0, 1)
 
 
 def adjust_contrast(image: torch.Tensor, factor) -> torch.Tensor:
-    """Blend (B, 3, S, S) in [0, 1] with the mean of its grayscale: factor 0 gives the mean, 1 the image."""
+    """Blend (B, 3, S, S) in [0, 1] with the mean of its grayscale: factor 0 returns the mean, 1 the image."""
     mean = grayscale(image).mean(dim=(-3, -2, -1), keepdim=True)
     return (image * factor + mean * (1 - factor)).clamp(0, 1)
 
 
 def adjust_saturation(image: torch.Tensor, factor) -> torch.Tensor:
-    """Blend (B, 3, S, S) in [0, 1] with its grayscale: factor 0 gives gray, 1 the image."""
+    """Blend (B, 3, S, S) in [0, 1] with its grayscale: factor 0 returns the grayscale, 1 the image."""
     return (image * factor + grayscale(image) * (1 - factor)).clamp(0, 1)
 
 
 def adjust_hue(image: torch.Tensor, shift) -> torch.Tensor:
-    """Turn the hue of (B, 3, S, S) in [0, 1] by a number or (B, 1, 1, 1) of turns, keeping HSV's S and V."""
+    """Shift the hue of (B, 3, S, S) in [0, 1] by turns, a number or (B, 1, 1, 1). S and V of HSV do not change."""
     red, green, blue = image.split(1, dim=1)
     value, low = image.amax(dim=1, keepdim=True), image.amin(dim=1, keepdim=True)
     chroma = value - low
@@ -179,25 +179,25 @@ def adjust_hue(image: torch.Tensor, shift) -> torch.Tensor:
         torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
     sixths = sixths + 6 * shift
-    # HSV to RGB without cases: f(n) = v - c * max(0, min(k, 4 - k, 1)), k = (n + sixths) mod 6, n = 5, 3, 1.
+    # HSV to RGB without branches: f(n) = v - c * max(0, min(k, 4 - k, 1)), k = (n + sixths) mod 6, n = 5, 3, 1.
     k = torch.remainder(torch.cat([sixths + 5, sixths + 3, sixths + 1], dim=1), 6)
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def solarize(image: torch.Tensor, threshold) -> torch.Tensor:
-    """Invert (B, 3, S, S) in [0, 1] at or above a threshold in levels of 0..255, a number or (B, 1, 1, 1)."""
+    """Invert pixels of (B, 3, S, S) in [0, 1] at or above a threshold (level 0..255), a number or (B, 1, 1, 1)."""
     return torch.where(image >= threshold / 255, 1 - image, image)
 
 
 def gaussian_blur(image: torch.Tensor, sigma: torch.Tensor, max_sigma: float) -> torch.Tensor:
-    """PIL's Gaussian blur: three box filters of fractional width in each direction, edges replicated at each.
+    """PIL's Gaussian blur: three box filters of fractional width in each direction, with replicated edges.
 
-    Inside, the three are one filter, their convolution; only near the edges are they run one by one.
+    In the interior, the three filters are one convolution. They run one by one only near the edges.
 
     Args:
         image: (B, 3, S, S).
-        sigma: (B,) standard deviations in pixels; 0 leaves a sample as it is.
-        max_sigma: upper bound of sigma.
+        sigma: (B,), standard deviations in pixels; 0 is no blur.
+        max_sigma: Upper bound of sigma.
     """
     weights = _box_weights(sigma.to(torch.float32), max_sigma)
     for dim in (-1, -2):
@@ -206,10 +206,10 @@ def gaussian_blur(image: torch.Tensor, sigma: torch.Tensor, max_sigma: float) ->
 
 
 def _box_weights(sigma: torch.Tensor, max_sigma: float) -> torch.Tensor:
-    """(B, reach + 1): weight of the centre of one box and of its neighbours at each distance.
+    """(B, reach + 1): weights of one box at each distance from its centre.
 
-    Three such boxes have the variance sigma^2 exactly: Gwosdek et al., "Theoretical foundations of Gaussian
-    convolution by extended box filtering" (2011), equations 7, 11 and 14, which PIL follows.
+    Three such boxes have exactly the variance sigma^2: Gwosdek et al., "Theoretical foundations of Gaussian
+    convolution by extended box filtering" (2011), equations 7, 11 and 14, as in PIL.
     """
     variance = (sigma**2 / _PASSES)[:, None]
     reach = max(1, math.ceil((math.sqrt(12 * max_sigma**2 / _PASSES + 1) - 1) / 2))
@@ -222,10 +222,10 @@ def _box_weights(sigma: torch.Tensor, max_sigma: float) -> torch.Tensor:
 
 def _blur_along(image: torch.Tensor, weights: torch.Tensor, dim: int) -> torch.Tensor:
     reach, size = weights.shape[1] - 1, image.shape[dim]
-    edge = _PASSES * reach  # pixels whose filter reaches beyond the image
+    edge = _PASSES * reach  # pixels whose filter extends beyond the image
     if size <= 4 * edge:
         return _box_passes(image, weights, dim)
-    # Pixel `edge - 1` depends on the first 2 * edge pixels alone; what a strip gets wrong at its other end is cut off.
+    # The first `edge` pixels depend only on the first 2 * edge. The wrong values at a strip's inner end are cut off.
     first = _box_passes(image.narrow(dim, 0, 2 * edge), weights, dim).narrow(dim, 0, edge)
     last = _box_passes(image.narrow(dim, size - 2 * edge, 2 * edge), weights, dim).narrow(dim, edge, edge)
     box = torch.cat([weights.flip(1), weights[:, 1:]], dim=1)
@@ -234,7 +234,7 @@ def _blur_along(image: torch.Tensor, weights: torch.Tensor, dim: int) -> torch.T
 
 
 def _convolved(*kernels: torch.Tensor) -> torch.Tensor:
-    """Full convolution of symmetric kernels (B, T): (B, sum of T - 1, + 1)."""
+    """Full convolution of symmetric kernels (B, T): (B, 1 + sum of all T - 1)."""
     product = kernels[0]
     for kernel in kernels[1:]:
         taps = kernel.shape[1]
@@ -244,7 +244,7 @@ def _convolved(*kernels: torch.Tensor) -> torch.Tensor:
 
 
 def _correlate(image: torch.Tensor, kernel: torch.Tensor, dim: int) -> torch.Tensor:
-    """Filter each sample (3, S, S) with its own kernel (T,) along a dimension, where the kernel fits."""
+    """Filter each sample (3, S, S) with its own kernel (T,) along a dimension, without padding."""
     return (_convolve if image.device.type == "cpu" else _shift_and_add)(image, kernel, dim)
 
 
@@ -257,7 +257,7 @@ def _convolve(image: torch.Tensor, kernel: torch.Tensor, dim: int) -> torch.Tens
 
 
 def _shift_and_add(image: torch.Tensor, kernel: torch.Tensor, dim: int) -> torch.Tensor:
-    """For GPUs: one pass over memory when compiled, and in any order of the channels."""
+    """For GPUs: one pass over memory when compiled, for any memory format."""
     taps = kernel[:, :, None, None, None].unbind(1)
     size = image.shape[dim] - len(taps) + 1
     result = taps[0] * image.narrow(dim, 0, size)

@@ -1,7 +1,7 @@
-"""The pieces a streamed data set is read in: parquet row groups, stretches of tars, of files, of Arrow tables.
+"""The shards of a streamed data set: parquet row groups, and parts of tars, of file lists and of Arrow tables.
 
-A shard is small and travels to workers; `load()` gives its rows. Where metadata tells the number of rows (parquet
-footers, an index of a local tar, a list of files) `num_rows` holds it, else it is None until loaded.
+A shard is small and is sent to workers. `load()` returns its rows. `num_rows` is known from metadata (a parquet
+footer, the index of a local tar, a list of files), or else None.
 """
 
 import os
@@ -18,13 +18,13 @@ from .decode import BadImageError
 from .remote import RemoteFile, is_remote, read_file
 
 
-# Formats with random access are cut to stretches of this many rows: reading them in any order costs nothing.
-ROWS_PER_STRETCH = 256
+# Rows per shard of a format with random access, which can be read in any order at no cost.
+ROWS_PER_SHARD = 256
 _HEADER_THREADS = 16
 
 
 class ListedRows:
-    """Rows already in memory."""
+    """Rows in memory."""
 
     def __init__(self, images: list):
         self._images = images
@@ -37,7 +37,7 @@ class ListedRows:
 
 
 class ArrowRows:
-    """Rows of an Arrow column (bytes, path or struct of both), turned into Python objects one at a time."""
+    """Rows of an Arrow column (bytes, path or struct of both), converted to Python objects one at a time."""
 
     def __init__(self, column):
         self._column = column
@@ -50,7 +50,7 @@ class ArrowRows:
 
 
 class RemotePathRows:
-    """Rows that are files of a network file system."""
+    """Rows that are files of a remote file system."""
 
     def __init__(self, urls: list[str]):
         self._urls = urls
@@ -62,16 +62,16 @@ class RemotePathRows:
         try:
             return read_file(self._urls[row])
         except FileNotFoundError as error:
-            raise BadImageError(f"cannot be read: it is gone ({self._urls[row]})") from error
+            raise BadImageError(f"cannot be read: it does not exist ({self._urls[row]})") from error
 
 
 class TarRows:
-    """Members of an uncompressed tar on disk, read where they lie."""
+    """Members of an uncompressed tar on disk, read in place."""
 
     def __init__(self, path: str, members: list[tuple[int, int]], temporary: bool = False):
         self._file, self._members = os.open(path, os.O_RDONLY), members
         if temporary:
-            os.unlink(path)  # the open file keeps the data until it is let go
+            os.unlink(path)  # the data exists as long as the file is open
 
     def __len__(self) -> int:
         return len(self._members)
@@ -85,7 +85,7 @@ class TarRows:
 
 
 def encoded_image(value) -> bytes | str | None:
-    """The image in a cell of an undecoded column: bytes, else a path, else None."""
+    """The image in a cell of an undecoded column: its bytes, or else its path, or else None."""
     if isinstance(value, dict):
         data = value.get("bytes")
         return data if data is not None else value.get("path")
@@ -94,7 +94,7 @@ def encoded_image(value) -> bytes | str | None:
 
 @dataclass(frozen=True)
 class ParquetShard:
-    """One row group of a parquet file; only the image column is read."""
+    """One row group of a parquet file. Only the image column is read."""
 
     url: str
     row_group: int
@@ -109,7 +109,7 @@ class ParquetShard:
 
 @dataclass(frozen=True)
 class PathShard:
-    """A stretch of a list of files."""
+    """A part of a list of files."""
 
     paths: tuple[str, ...] = field(repr=False)
 
@@ -123,7 +123,7 @@ class PathShard:
 
 @dataclass(frozen=True)
 class TarShard:
-    """A stretch of a local webdataset tar, whose index is known."""
+    """A part of a local, indexed webdataset tar."""
 
     path: str
     members: tuple[tuple[int, int], ...] = field(repr=False)
@@ -138,7 +138,7 @@ class TarShard:
 
 @dataclass(frozen=True)
 class RemoteTarShard:
-    """A tar on a network: copied to a temporary file and indexed when its turn comes."""
+    """A remote tar, copied to a temporary file and indexed when it is loaded."""
 
     url: str
     image_column: str
@@ -153,7 +153,7 @@ class RemoteTarShard:
 
 @dataclass(frozen=True)
 class TableShard:
-    """Rows start..stop of a memory-mapped Arrow data set."""
+    """Rows start..stop of a memory-mapped Arrow table."""
 
     source: object = field(repr=False)  # MapSource
     start: int
@@ -180,24 +180,24 @@ class _TableRows:
 
 @dataclass(frozen=True)
 class IterableShard:
-    """Any other format: one shard of an `IterableDataset`, read to its end."""
+    """One shard of an `IterableDataset`, for any other format. It is read to its end."""
 
     dataset: datasets.IterableDataset = field(repr=False)
     image_column: str
     num_rows: None = None
 
     def load(self) -> ListedRows:
-        # By batches: in a worker, plain iteration would be split among the workers once more.
-        batches = self.dataset.iter(batch_size=ROWS_PER_STRETCH)
+        # In batches: a worker would split plain iteration among all workers a second time.
+        batches = self.dataset.iter(batch_size=ROWS_PER_SHARD)
         return ListedRows([encoded_image(value) for batch in batches for value in batch[self.image_column]])
 
 
 def index_tar(path: str, image_column: str) -> tuple[tuple[int, int], ...]:
-    """(offset, size) of every image in a local webdataset tar: headers only, the images are skipped over.
+    """(offset, size) of every image in a local webdataset tar. Reads only the headers.
 
     Args:
-        path: uncompressed tar.
-        image_column: extension of the images, as webdataset has it: all after the first dot of the file's name.
+        path: Uncompressed tar.
+        image_column: Extension of the images, by webdataset's convention: everything after the first dot of the name.
     """
     found = []
     with tarfile.open(path, "r:") as archive:
@@ -205,31 +205,31 @@ def index_tar(path: str, image_column: str) -> tuple[tuple[int, int], ...]:
             name = os.path.basename(member.name)
             if member.isfile() and "." in name[1:] and name.split(".", 1)[1] == image_column:
                 found.append((member.offset_data, member.size))
-            archive.members = []  # tarfile remembers every member otherwise
+            archive.members = []  # otherwise tarfile keeps every member in memory
     return tuple(found)
 
 
 def parquet_shards(url: str, image_column: str) -> list[ParquetShard]:
-    """The row groups of a file, from its footer."""
+    """The row groups of a parquet file, from its footer."""
     with _open_parquet(url) as file:
         groups = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
     return [ParquetShard(url, index, num_rows, image_column) for index, num_rows in enumerate(groups) if num_rows]
 
 
 def _open_parquet(url: str) -> pq.ParquetFile:
-    # `pre_buffer` joins the column's chunks into one read.
+    # `pre_buffer` merges the reads of a column's chunks.
     return pq.ParquetFile(RemoteFile(url) if is_remote(url) else url, pre_buffer=True)
 
 
 def builder_shards(builder: datasets.DatasetBuilder, parts: list[str], image_column: str) -> list:
-    """The shards of some splits of a data set, in its own order.
+    """The shards of some splits of a data set, in order.
 
-    Parquet, webdataset and image folders are read directly, at the places `datasets` resolved; any other format goes
-    through its `IterableDataset`.
+    Parquet files, webdataset tars and image folders are read directly from the files that `datasets` found. All other
+    formats are read through `IterableDataset`.
     """
     urls = [url for part in parts for url in (builder.config.data_files or {}).get(part, ())]
     if builder.name == "parquet":
-        # Footers are small and far away: ask for many at once.
+        # Footers are small and latency dominates: read many at once.
         with ThreadPoolExecutor(_HEADER_THREADS) as pool:
             return [
                 shard for shards in pool.map(lambda url: parquet_shards(url, image_column), urls) for shard in shards
@@ -239,7 +239,7 @@ def builder_shards(builder: datasets.DatasetBuilder, parts: list[str], image_col
     if builder.name == "imagefolder":
         images = tuple(url for url in urls if os.path.splitext(url)[1].lower() in builder.EXTENSIONS)
         if images:
-            return [PathShard(images[start : start + ROWS_PER_STRETCH]) for start in _stretches(len(images))]
+            return [PathShard(images[start : start + ROWS_PER_SHARD]) for start in _shard_starts(len(images))]
     streams = [builder.as_streaming_dataset(split=part) for part in parts]
     return [
         IterableShard(undecoded(stream.shard(stream.num_shards, index, contiguous=True)), image_column)
@@ -252,21 +252,21 @@ def _tar_shards(url: str, image_column: str) -> list:
     if is_remote(url):
         return [RemoteTarShard(url, image_column)]
     members = index_tar(url, image_column)
-    return [TarShard(url, members[start : start + ROWS_PER_STRETCH]) for start in _stretches(len(members))]
+    return [TarShard(url, members[start : start + ROWS_PER_SHARD]) for start in _shard_starts(len(members))]
 
 
 def table_shards(source) -> list[TableShard]:
-    """Stretches of a memory-mapped data set."""
+    """The shards of a `MapSource`."""
     size = len(source)
-    return [TableShard(source, start, min(start + ROWS_PER_STRETCH, size)) for start in _stretches(size)]
+    return [TableShard(source, start, min(start + ROWS_PER_SHARD, size)) for start in _shard_starts(size)]
 
 
-def _stretches(length: int) -> range:
-    return range(0, length, ROWS_PER_STRETCH)
+def _shard_starts(length: int) -> range:
+    return range(0, length, ROWS_PER_SHARD)
 
 
 def undecoded(dataset):
-    """The same data set with every image column cast to `Image(decode=False)`."""
+    """The data set with every image column cast to `Image(decode=False)`."""
     for name, feature in (dataset.features or {}).items():
         if isinstance(feature, datasets.Image) and feature.decode:
             dataset = dataset.cast_column(name, datasets.Image(decode=False))

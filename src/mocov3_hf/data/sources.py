@@ -1,10 +1,10 @@
-"""Where images come from: folders, parquet, Arrow on disk, webdataset tars or the Hub, all through `datasets`.
+"""Open image sources through `datasets`: folders, parquet files, Arrow tables, webdataset tars, the Hub.
 
-Images leave here undecoded, as bytes or paths. Labels play no part (see `labelled.py` for them).
+Images are returned undecoded, as bytes or paths. Labels are ignored; for labels see `labelled.py`.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,13 +12,8 @@ import datasets
 import torch
 from datasets.exceptions import DatasetNotFoundError
 
+from ..storage import is_local
 from .shards import builder_shards, encoded_image, table_shards, undecoded
-
-
-def is_local(dataset_name: str) -> bool:
-    """Whether a name means a path of this machine (it exists, or cannot be a Hub id)."""
-    name = os.fspath(dataset_name)
-    return os.path.exists(name) or name.startswith(("/", "./", "../", "~")) or name in (".", "..")
 
 
 def open_dataset(
@@ -30,22 +25,21 @@ def open_dataset(
     revision: str | None = None,
     data_files=None,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Open one split (or several, "train+validation") of a data set, with images left undecoded.
+    """Open one or several splits of a data set, with images undecoded.
 
     Args:
-        dataset_name: a Hub id, or a local folder: of images (with or without class folders, at any depth, also below
-            split folders `train/`, `test/`), of parquet files, of webdataset tars, or written by
-            `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
-        config_name: configuration of a Hub data set that has several.
-        split: name of a split, or names joined by "+".
-        streaming: return an `IterableDataset`, nothing is downloaded or converted ahead.
-        revision: branch, tag or commit on the Hub.
-        data_files: files or URLs, as `datasets.load_dataset` takes them; `dataset_name` is then the name of a format
+        dataset_name: A Hub id or a local folder: images at any depth, with or without class folders and split folders
+            (`train/`, `test/`); parquet files; webdataset tars; or the output of `Dataset.save_to_disk` or
+            `DatasetDict.save_to_disk`.
+        config_name: Configuration of a Hub data set.
+        split: Name of a split, or names joined by "+", as in "train+validation".
+        streaming: Return an `IterableDataset`. Nothing is downloaded or converted in advance.
+        revision: Branch, tag or commit on the Hub.
+        data_files: Files or URLs, as in `datasets.load_dataset`. `dataset_name` is then the name of a format
             ("parquet", "webdataset", "imagefolder").
 
     Raises:
-        ValueError: the folder does not exist or holds no data, the split does not exist, the data set is empty. One
-            line each, with what exists.
+        ValueError: The folder does not exist or holds no data, the split does not exist, or the data set is empty.
     """
     name = os.path.expanduser(os.fspath(dataset_name))
     if is_local(name):
@@ -66,22 +60,24 @@ def open_dataset(
 
 
 def load_builder(dataset_name: str, config_name: str | None = None, revision: str | None = None, data_files=None):
-    """`datasets.load_dataset_builder` with its many errors turned into one-line ValueErrors."""
+    """Call `datasets.load_dataset_builder`, and raise its various errors as one-line ValueErrors."""
     try:
         return datasets.load_dataset_builder(dataset_name, config_name, revision=revision, data_files=data_files)
     except DatasetNotFoundError as error:
-        reason = f"data set {dataset_name!r} is neither a local folder nor on the Hub (or it is gated, or there is no "
-        raise ValueError(reason + "network): check the name, or give a folder") from error
+        raise ValueError(
+            f"data set {dataset_name!r} is neither a local folder nor available on the Hub: check the name, your "
+            f"access if it is gated, and the network"
+        ) from error
     except FileNotFoundError as error:  # EmptyDatasetError, DataFilesNotFoundError
         raise ValueError(
             f"no images, parquet files or tars found in {dataset_name!r}: {_first_line(error)}"
         ) from error
-    except ValueError as error:  # unknown configuration, formats that differ between splits, ...
+    except ValueError as error:  # unknown configuration, different formats of splits, ...
         raise ValueError(f"{dataset_name!r} cannot be opened: {_first_line(error)}") from error
 
 
 def check_split(builder, split: str, dataset_name: str) -> list[str]:
-    """The names in a split expression; ValueError listing the existing ones where one is missing."""
+    """The names in a split expression. Raises ValueError with the existing names if one does not exist."""
     known = list(builder.config.data_files or builder.info.splits or ())
     parts = [part.strip() for part in split.split("+")]
     for part in parts:
@@ -93,38 +89,38 @@ def check_split(builder, split: str, dataset_name: str) -> list[str]:
 
 
 def find_image_column(dataset, image_column: str | None = None) -> str:
-    """Name of the column that holds images.
+    """Name of the image column.
 
     Args:
-        dataset: a `Dataset` or an `IterableDataset` with known features.
-        image_column: the user's choice, checked; None to find the only one.
+        dataset: A `Dataset`, or an `IterableDataset` with known features.
+        image_column: Name to check; None to detect the only image column.
 
     Raises:
-        ValueError: missing, or more than one; names the columns.
+        ValueError: The column does not exist or is ambiguous.
     """
     features = dataset.features or {}
-    columns = ", ".join(features) or "none known"
+    columns = ", ".join(features) or "unknown"
     if image_column is not None:
         if image_column not in features:
             raise ValueError(f"image column {image_column!r} does not exist; columns: {columns}")
         if not _may_hold_images(features[image_column]):
             raise ValueError(
-                f"column {image_column!r} holds {features[image_column]}, not images, encoded bytes or paths; "
+                f"column {image_column!r} must hold images, encoded bytes or paths, got {features[image_column]}; "
                 f"columns: {columns}"
             )
         return image_column
     found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if not found:  # parquet written without the metadata of `datasets`
+    if not found:  # parquet without the metadata of `datasets`
         found = [name for name, feature in features.items() if _is_encoded(feature)]
     if not found:
-        raise ValueError(f"no image column found; name it with --image_column; columns: {columns}")
+        raise ValueError(f"no image column found: name it with --image_column; columns: {columns}")
     if len(found) > 1:
         raise ValueError(f"several image columns ({', '.join(found)}): choose one with --image_column")
     return found[0]
 
 
 def _is_encoded(feature) -> bool:
-    if isinstance(feature, Mapping):
+    if isinstance(feature, dict):
         return "bytes" in feature
     return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
 
@@ -135,16 +131,16 @@ def _may_hold_images(feature) -> bool:
 
 
 class MapSource:
-    """Random access to the encoded images of a `Dataset`; the sample id is the row.
+    """Random access to the encoded images of a `Dataset`. The sample id is the row.
 
     Args:
-        dataset: opened with images undecoded.
-        image_column: None to find the only one.
+        dataset: With images undecoded.
+        image_column: None to detect the only image column.
     """
 
     def __init__(self, dataset: datasets.Dataset, image_column: str | None = None):
         self.image_column = find_image_column(dataset, image_column)
-        # Rows that were selected out of a larger table are laid down anew: reading then skips a look-up.
+        # Copies rows that were selected from a larger table, so that reading needs no index lookup.
         self._dataset = undecoded(dataset).select_columns([self.image_column]).flatten_indices()
         self._column = None
         self.num_samples = len(dataset)
@@ -153,17 +149,17 @@ class MapSource:
         return self.num_samples
 
     def __getstate__(self) -> dict:
-        # Workers open the files again: the column alone would travel with all its data.
+        # Workers open the files again. Pickling the column would send all its data.
         return {**self.__dict__, "_column": None}
 
     def read(self, sample_id: int) -> bytes | str | None:
-        """Bytes or path of an image; None where the row holds neither."""
+        """Bytes or path of an image, or None if the row has neither."""
         if self._column is None:
             self._column = self._dataset.data.column(self.image_column)
         return encoded_image(self._column[int(sample_id)].as_py())
 
     def open_batch(self, sample_ids: torch.Tensor) -> "MapBatch":
-        """These rows, int64 (B,), of the data set."""
+        """A batch of rows, int64 (B,)."""
         return MapBatch(self, sample_ids)
 
 
@@ -178,7 +174,7 @@ class MapBatch:
         self._source, self.sample_ids = source, sample_ids
 
     def candidates(self, row: int) -> Iterator[tuple[int, Callable]]:
-        """(sample id, function that reads it) of a row, then of the next ones of the data set, to stand in for it."""
+        """(sample id, function that reads it) of a row, then of its replacements, the next rows of the data set."""
         sample_id, size = int(self.sample_ids[row]), len(self._source)
         for distance in range(size):
             tried = (sample_id + distance) % size
@@ -186,11 +182,11 @@ class MapBatch:
 
 
 class StreamSource:
-    """A data set as a list of shards, read in order without random access to the whole.
+    """A data set as a list of shards, without random access.
 
     Attributes:
-        shards: see `shards.py`; in the order of the data set.
-        num_samples: rows altogether, or None when the metadata does not tell.
+        shards: In the order of the data set, see `shards.py`.
+        num_samples: Total number of rows, or None if unknown.
     """
 
     def __init__(self, shards: list):
@@ -202,11 +198,11 @@ class StreamSource:
 
     def __len__(self) -> int:
         if self.num_samples is None:
-            raise TypeError("the metadata of the stream does not tell its size")
+            raise TypeError("the length of this streamed data set is unknown")
         return self.num_samples
 
     def shard_sizes(self, nominal_total: int | None = None) -> tuple[int, ...]:
-        """Rows of each shard; where unknown, the equal share of `nominal_total` that each gives to an epoch."""
+        """Rows of each shard. If unknown, each shard contributes an equal part of `nominal_total` to an epoch."""
         if self.num_samples is not None:
             return tuple(shard.num_rows for shard in self.shards)
         return (-(-nominal_total // len(self.shards)),) * len(self.shards)
@@ -224,8 +220,8 @@ def open_source(
 ) -> MapSource | StreamSource:
     """Open the images of a data set for pre-training.
 
-    Arguments and errors as `open_dataset` and `find_image_column`. With `streaming`, parquet files, tars and image
-    folders are read in place; only footers, headers or file names are looked at here.
+    Arguments and errors are those of `open_dataset` and `find_image_column`. With `streaming`, parquet files, tars and
+    image folders are read in place; this function reads only footers, headers and file names.
     """
     if not streaming:
         dataset = open_dataset(dataset_name, config_name, split, revision=revision, data_files=data_files)
@@ -248,7 +244,7 @@ def open_source(
 def _check_no_slices(parts: list[str]) -> None:
     for part in parts:
         if "[" in part:
-            raise ValueError(f"{part!r}: slices of splits cannot be streamed; name whole splits, or do not stream")
+            raise ValueError(f"slice {part!r} of a split cannot be streamed: pass whole splits, or remove --streaming")
 
 
 def _check_folder(name: str) -> None:
@@ -256,17 +252,17 @@ def _check_folder(name: str) -> None:
     if not path.exists():
         raise ValueError(f"folder {name!r} does not exist")
     if not path.is_dir():
-        raise ValueError(f"{name!r} is a file: give the folder that holds the data")
+        raise ValueError(f"{name!r} is a file: pass the folder that holds the data")
 
 
 def _load_saved(name: str, split: str) -> datasets.Dataset | None:
-    """A folder written by `save_to_disk`; None when it is not one."""
+    """Open a folder written by `save_to_disk`. None for other folders."""
     path = Path(name)
     if not (path / "dataset_dict.json").exists() and not (path / "state.json").exists():
         return None
     try:
         saved = datasets.load_from_disk(name)
-    except IndexError as error:  # what `datasets` makes of a table without rows
+    except IndexError as error:  # raised by `datasets` for a table without rows
         raise ValueError(f"split {split!r} of {name!r} is empty") from error
     if isinstance(saved, datasets.DatasetDict):
         parts = [part.strip() for part in split.split("+")]

@@ -1,7 +1,7 @@
-"""The reader that follows a streamed order.
+"""Read a streamed data set in its order (see `order.py`).
 
-Distribution: a lane of the order (see `order.py`) is the unit. A process, and each of its workers, loads only the
-shards of the lanes that its rows of the batch come from, and the next window of them ahead of time.
+A process, and each of its workers, loads only the shards of the lanes of its rows. It prefetches the next window of
+these lanes.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,35 +20,35 @@ _LOADING_THREADS = 4
 class StreamReader:
     """Reads rows of global batches: a pure function of (epoch, step, rows), with a cache of loaded shards.
 
-    Where the sizes of shards are not known ahead, every shard gives the same number of rows to an epoch: some rows of
-    a longer shard are left out (others each epoch), some of a shorter one come again.
+    If the sizes of shards are unknown, every shard contributes the same number of rows to an epoch. A longer shard
+    skips some rows, different ones in each epoch; a shorter shard repeats some.
 
     Args:
-        source: a `StreamSource`.
-        shard_sizes: as `StreamSource.shard_sizes` gives them.
-        seed, global_batch_size, window, lanes: of the order, see `StreamOrder`.
+        source: A `StreamSource`.
+        shard_sizes: Returned by `StreamSource.shard_sizes`.
+        seed, global_batch_size, window, lanes: Of the order, see `StreamOrder`.
     """
 
     def __init__(self, source, shard_sizes, seed: int, global_batch_size: int, window: int, lanes: int):
         self.source, self.shard_sizes, self.seed = source, tuple(shard_sizes), seed
         self.global_batch_size, self.window, self.lanes = global_batch_size, window, lanes
         self._sizes_known = source.num_samples is not None
-        # Sample ids: place in the data set where sizes are known, else shard and row in one number.
+        # Sample ids: the position in the data set if sizes are known, or else shard and row in one number.
         starts = torch.cumsum(torch.tensor((0, *self.shard_sizes)), dim=0).tolist()
         self._first_ids = starts if self._sizes_known else [shard << 32 for shard in range(len(self.shard_sizes))]
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._order: StreamOrder | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._loading: dict[int, Future] = {}
-        # Order within shards of unknown size, by (epoch, shard).
+        # Order of rows in shards of unknown size, by (epoch, shard).
         self._row_orders: dict[tuple[int, int], torch.Tensor] = {}
-        # Windows whose shards are kept, by (lane, index).
+        # Windows whose shards are in memory, by (lane, index).
         self._held: dict[tuple[int, int], Window] = {}
 
     def __getstate__(self) -> dict:
-        # What is loaded, and the threads that load, stay behind when the reader travels to a worker.
+        # Loaded shards and threads are not sent to a worker.
         state = dict(self.__dict__)
         for name in ("_order", "_pool", "_loading", "_held", "_row_orders"):
             del state[name]
@@ -56,10 +56,10 @@ class StreamReader:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._reset()
 
     def open_batch(self, epoch: int, step: int, rows: range) -> "StreamBatch":
-        """These rows of the global batch at a step; loads what is missing, and lets go of what is behind."""
+        """Some rows of the global batch of a step. Loads the required shards and drops the others."""
         if self._order is None or self._order.epoch != epoch:
             self._order = StreamOrder(
                 self.shard_sizes, self.seed, epoch, self.global_batch_size, self.window, self.lanes
@@ -69,13 +69,13 @@ class StreamReader:
         for lane, slot in self._order.slots(step, rows):
             window = self._order.window_at(lane, slot)
             places.append((window, slot - window.start))
-        self._hold(places)
+        self._load_windows(places)
         return StreamBatch(self, epoch, places)
 
-    def _hold(self, places: list[tuple[Window, int]]) -> None:
+    def _load_windows(self, places: list[tuple[Window, int]]) -> None:
         held = {(window.lane, window.index): window for window, _ in places}
         for window, place in places:
-            # Past the middle of a window the next one begins to load.
+            # After the middle of a window, prefetch the next one.
             if 2 * place >= len(window):
                 following = self._order.window_after(window)
                 if following is not None:
@@ -96,10 +96,12 @@ class StreamReader:
             return self.source.shards[shard].load()
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-            raise RuntimeError(f"shard {shard} of the stream, {self.source.shards[shard]}: {reason}") from error
+            raise RuntimeError(
+                f"shard {shard} of the stream, {self.source.shards[shard]}, could not be loaded: {reason}"
+            ) from error
 
     def place(self, epoch: int, window: Window, slot: int) -> tuple[int, int]:
-        """(shard, row in the shard) at a slot of a held window; waits for the shard only where its size is unknown."""
+        """(shard, row in the shard) of a slot of a loaded window. Waits for the shard only if its size is unknown."""
         shard, row = int(window.shards[slot]), int(window.rows[slot])
         if self._sizes_known:
             return shard, row
@@ -113,16 +115,16 @@ class StreamReader:
         return shard, int(order[row % size])
 
     def sample_id(self, shard: int, row: int) -> int:
-        """One number for a row of the data set."""
+        """The sample id of a row."""
         return self._first_ids[shard] + row
 
     def read(self, shard: int, row: int) -> bytes | str | None:
-        """The encoded image of a row of a held shard."""
+        """The encoded image of a row of a loaded shard."""
         return self._loading[shard].result().read(row)
 
 
 class StreamBatch:
-    """Some rows of one global batch, opened by `StreamReader.open_batch`; good until the next one is opened.
+    """Some rows of one global batch, opened by `StreamReader.open_batch`. Valid until the next batch is opened.
 
     Attributes:
         sample_ids: int64 (B,).
@@ -134,7 +136,7 @@ class StreamBatch:
         self.sample_ids = torch.tensor(ids, dtype=torch.int64)
 
     def candidates(self, row: int) -> Iterator[tuple[int, Callable]]:
-        """(sample id, function that reads it) of a row, then of the next ones of its window, to stand in for it."""
+        """(sample id, function that reads it) of a row, then of its replacements, the next rows of its window."""
         window, slot = self._slots[row]
         for distance in range(len(window)):
             shard, row_in_shard = self._reader.place(self._epoch, window, (slot + distance) % len(window))

@@ -1,9 +1,9 @@
-"""The CPU half of the augmentation: draw the parameters of both views, crop and resize to uint8.
+"""The CPU stage of the augmentation: draw the parameters of both views, decode, crop and resize to uint8.
 
-REFERENCE: the asymmetric pair of BYOL as MoCo v3 uses it. The operations on colours (jitter, grayscale, blur,
-solarize), the flip and the normalisation run later, in batches, on the device: see `photometric.py`.
+The two views are BYOL's asymmetric pair, as MoCo v3 uses it. The photometric operations (jitter, grayscale, blur,
+solarize), the flip and the normalization run later, in batches on the device: see `photometric.py`.
 
-Legend: B batch, S image size of a view, K number of parameters of a view.
+Shapes: B batch size, S image size of a view, K number of parameters of a view.
 """
 
 import itertools
@@ -11,20 +11,22 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.utils.data import get_worker_info
 
+from .bad_images import BadImage, decode_first_usable
 from .draws import uniforms
 
 
 # Columns of a view's parameters, float32 (B, K).
 PARAMETER_NAMES = (
-    "order",  # 0..23: row of JITTER_ORDERS
-    "brightness",  # factor; 1 changes nothing
+    "order",  # 0..23: index into JITTER_ORDERS
+    "brightness",  # factor; 1 is no change
     "contrast",  # factor
     "saturation",  # factor
-    "hue",  # shift in turns, -0.5..0.5; 0 changes nothing
+    "hue",  # shift in turns, -0.5..0.5; 0 is no change
     "grayscale",  # 1 or 0
-    "blur_sigma",  # standard deviation in pixels; 0 for no blur
-    "solarize_threshold",  # levels 0..255 at or above it are inverted; NO_SOLARIZE for none
+    "blur_sigma",  # standard deviation in pixels; 0 is no blur
+    "solarize_threshold",  # invert levels 0..255 at or above it; NO_SOLARIZE is no change
     "flip",  # 1 or 0
 )
 NUM_PARAMETERS = len(PARAMETER_NAMES)
@@ -38,11 +40,20 @@ _DRAWS = 4 * _CROP_TRIES + 16
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """How one view is made. Defaults are those both views share; `two_views` gives the asymmetric pair.
+    """Augmentation settings of one view. `two_views` returns the asymmetric pair of MoCo v3.
 
-    Probabilities are of the operation being applied at all. `brightness`, `contrast` and `saturation` are half-widths
-    of the factor's range around 1, `hue` is the largest shift in turns (at most 0.5), `blur_sigma` the range of the
-    standard deviation in pixels, `solarize_threshold` a level of 0..255.
+    Args:
+        image_size: Side length of the view in pixels.
+        crop_scale: Range of the crop's area, as a fraction of the image.
+        crop_ratio: Range of the crop's aspect ratio, width / height.
+        *_probability: Probability of applying an operation.
+        brightness, contrast, saturation: Half-width of the factor's range around 1.
+        hue: Largest shift in turns, at most 0.5.
+        blur_sigma: Range of the standard deviation in pixels.
+        solarize_threshold: Level, 0..255.
+
+    Raises:
+        ValueError: A value is out of range.
     """
 
     image_size: int = 224
@@ -62,13 +73,13 @@ class ViewSettings:
 
     def __post_init__(self):
         for name in ("crop_scale", "crop_ratio", "blur_sigma"):
-            # Lists come from YAML; a tuple keeps the settings hashable.
+            # YAML yields lists; a tuple keeps the settings hashable.
             low, high = value = tuple(getattr(self, name))
             object.__setattr__(self, name, value)
             if not 0 < low <= high:
                 raise ValueError(f"{name} must be a range 0 < low <= high, got {value}")
         if self.crop_scale[1] > 1:
-            raise ValueError(f"crop_scale is a share of the image's area, at most 1, got {self.crop_scale}")
+            raise ValueError(f"crop_scale is a fraction of the image area, at most 1, got {self.crop_scale}")
         if self.image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {self.image_size}")
         for name in ("jitter", "grayscale", "blur", "solarize", "flip"):
@@ -85,9 +96,10 @@ class ViewSettings:
 
 
 def two_views(**overrides) -> tuple[ViewSettings, ViewSettings]:
-    """The asymmetric pair: view 1 always blurred and never solarized, view 2 blurred at 0.1 and solarized at 0.2.
+    """The asymmetric pair of BYOL and MoCo v3.
 
-    Keyword arguments (fields of `ViewSettings`) apply to both views, in place of these values.
+    View 1 is always blurred and never solarized. View 2 is blurred with probability 0.1 and solarized with
+    probability 0.2. Keyword arguments (fields of `ViewSettings`) override these values in both views.
     """
     first = {"blur_probability": 1.0, "solarize_probability": 0.0}
     second = {"blur_probability": 0.1, "solarize_probability": 0.2}
@@ -98,9 +110,10 @@ def two_views(**overrides) -> tuple[ViewSettings, ViewSettings]:
 class ViewDraws:
     """The random numbers of a batch for one view.
 
-    parameters: float32 (B, K), columns as PARAMETER_NAMES.
-    crop_area, crop_ratio: float64 (B, 10): share of the image's area and width/height of each crop tried.
-    crop_place: float64 (B, 10, 2): top and left of each, as a share of the places where it fits.
+    Attributes:
+        parameters: float32 (B, K), columns in the order of PARAMETER_NAMES.
+        crop_area, crop_ratio: float64 (B, 10), fraction of the image area and width / height of each tried crop.
+        crop_place: float64 (B, 10, 2), top and left of each crop, as a fraction of the possible positions.
     """
 
     parameters: torch.Tensor
@@ -110,7 +123,7 @@ class ViewDraws:
 
 
 def draw_view(settings: ViewSettings, seed: int, epoch: int, sample_ids: torch.Tensor, view: int) -> ViewDraws:
-    """Draw the parameters of one view (0 or 1) for int64 (B,) sample ids: a pure function of its arguments."""
+    """Draw the parameters of one view (0 or 1) for int64 (B,) sample ids. A pure function of its arguments."""
     draws = uniforms(seed, epoch, sample_ids, view, _DRAWS)
     crops = draws[:, : 4 * _CROP_TRIES].reshape(-1, _CROP_TRIES, 4)
     u = draws[:, 4 * _CROP_TRIES :].unbind(1)
@@ -149,13 +162,14 @@ def draw_view(settings: ViewSettings, seed: int, epoch: int, sample_ids: torch.T
 
 
 def crop_boxes(draws: ViewDraws, heights: torch.Tensor, widths: torch.Tensor, settings: ViewSettings) -> torch.Tensor:
-    """Where each image is cropped, as torchvision's RandomResizedCrop does it.
+    """Crop boxes of a batch, as in torchvision's RandomResizedCrop.
 
-    Ten tries; the first that fits is taken, else the largest centred crop within the range of ratios.
+    Uses the first of ten tries that fits, or else the largest central crop with a valid aspect ratio.
 
     Args:
-        draws: of B samples.
-        heights, widths: int64 (B,) of the images in pixels.
+        draws: Of B samples.
+        heights, widths: int64 (B,), image sizes in pixels.
+        settings: Of the view.
 
     Returns:
         int64 (B, 4): top, left, height, width.
@@ -175,7 +189,7 @@ def crop_boxes(draws: ViewDraws, heights: torch.Tensor, widths: torch.Tensor, se
     low, high = settings.crop_ratio
     central_w = torch.where(ratio > high, torch.round(heights * high), widths)
     central_h = torch.where(ratio < low, torch.round(widths / low), heights)
-    # A one-pixel image times a ratio below 1/2 would round to nothing.
+    # For a one-pixel image, a ratio below 1/2 would round to 0.
     central_w, central_h = central_w.clamp(min=1), central_h.clamp(min=1)
     central = torch.cat(
         [torch.floor((heights - central_h) / 2), torch.floor((widths - central_w) / 2), central_h, central_w], dim=1
@@ -184,8 +198,11 @@ def crop_boxes(draws: ViewDraws, heights: torch.Tensor, widths: torch.Tensor, se
 
 
 def crop_box(area: list, ratio: list, place: list, height: int, width: int, settings: ViewSettings) -> tuple:
-    """`crop_boxes` for one image, on plain numbers (its rows of a `ViewDraws` as lists): an array operation costs more
-    than the whole of this."""
+    """`crop_boxes` for one image, in plain Python.
+
+    `area`, `ratio` and `place` are one image's rows of `ViewDraws` as lists. For one image, a single tensor operation
+    would cost more than this whole function.
+    """
     for share, aspect, (down, right) in zip(area, ratio, place, strict=True):
         target = share * height * width
         crop_w, crop_h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
@@ -199,21 +216,86 @@ def crop_box(area: list, ratio: list, place: list, height: int, width: int, sett
 
 
 def shrink_factor(boxes: list[tuple], size: int, oversampling: float = 2.0) -> int:
-    """How much smaller (1, 2, 4 or 8 times) an image may be decoded, so that every crop still has `oversampling`
-    times the pixels of the view in each direction."""
+    """The largest factor (1, 2, 4 or 8) by which an image can be decoded smaller.
+
+    Each crop keeps at least `oversampling` times the size of the view, in each direction.
+    """
     smallest = min(min(height, width) for _, _, height, width in boxes)
     return max([factor for factor in (2, 4, 8) if smallest >= factor * oversampling * size], default=1)
 
 
 def crop_and_resize(image: torch.Tensor, box: tuple, out: torch.Tensor) -> None:
-    """Crop and resize with antialiasing, bilinear.
+    """Crop and resize, bilinear with antialiasing.
 
     Args:
         image: uint8 (3, H, W).
-        box: top, left, height, width.
-        out: uint8 (3, S, S), written in place; fastest when both lie in memory as (H, W, 3).
+        box: Top, left, height, width.
+        out: uint8 (3, S, S), written in place. Fastest if both have memory layout (H, W, 3).
     """
     top, left, height, width = box
     crop = image[None, :, top : top + height, left : left + width]
-    # What F.interpolate(..., antialias=True) calls, without its copy of the result.
+    # F.interpolate(..., antialias=True) calls this, but would copy the result.
     torch.ops.aten._upsample_bilinear2d_aa.out(crop, list(out.shape[-2:]), False, None, None, out=out[None])
+
+
+def make_views(batch, settings: tuple[ViewSettings, ViewSettings], seed: int, epoch: int) -> dict:
+    """Both views of a batch: decode each image once, crop and resize both views into one block of memory.
+
+    A bad image is replaced by the first usable one of its candidates. The parameters are still those of the original
+    sample.
+
+    Args:
+        batch: A `MapBatch` or `StreamBatch`.
+        settings: Settings of view 1 and view 2.
+        seed, epoch: Of the parameters.
+
+    Returns:
+        A dictionary: pixels uint8 (2, B, 3, S, S) with memory layout (2, B, S, S, 3), parameters float32 (2, B, K),
+        sample_ids int64 (B,) of the original samples, and bad, a list of `BadImage`.
+    """
+    size, num_rows = settings[0].image_size, len(batch.sample_ids)
+    pixels = _empty_pixels(num_rows, size)
+    draws = [draw_view(settings[view], seed, epoch, batch.sample_ids, view) for view in range(2)]
+    crops = [
+        list(zip(draw.crop_area.tolist(), draw.crop_ratio.tolist(), draw.crop_place.tolist(), strict=True))
+        for draw in draws
+    ]
+    bad: list[BadImage] = []
+    for row in range(num_rows):
+
+        def boxes(height: int, width: int, row: int = row) -> list[tuple]:
+            return [crop_box(*crops[view][row], height, width, settings[view]) for view in range(2)]
+
+        image, height, width = decode_first_usable(
+            batch.candidates(row), lambda height, width, boxes=boxes: shrink_factor(boxes(height, width), size), bad
+        )
+        for view, box in enumerate(boxes(height, width)):
+            crop_and_resize(image, _scaled(box, height, width, image), pixels[view, row])
+    return {
+        "pixels": pixels,
+        "parameters": torch.stack([draw.parameters for draw in draws]),
+        "sample_ids": batch.sample_ids,
+        "bad": bad,
+    }
+
+
+def _scaled(box: tuple, height: int, width: int, image: torch.Tensor) -> tuple:
+    """Scale a box to an image that was decoded at a reduced size, rounded to the nearest pixel."""
+    if image.shape[1] == height and image.shape[2] == width:
+        return box
+    scale_y, scale_x = image.shape[1] / height, image.shape[2] / width
+    top, left = round(box[0] * scale_y), round(box[1] * scale_x)
+    bottom, right = round((box[0] + box[2]) * scale_y), round((box[1] + box[3]) * scale_x)
+    return top, left, bottom - top, right - left
+
+
+def _empty_pixels(num_rows: int, size: int) -> torch.Tensor:
+    """uint8 (2, B, 3, S, S) with memory layout (2, B, S, S, 3), which decoding and resizing handle fastest."""
+    shape = (2, num_rows, size, size, 3)
+    if get_worker_info() is None:
+        block = torch.empty(shape, dtype=torch.uint8)
+    else:
+        # Allocate in shared memory, as torch's default collate function does, so that sending it needs no copy.
+        storage = torch.UntypedStorage._new_shared(2 * num_rows * size * size * 3, device="cpu")
+        block = torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+    return block.permute(0, 1, 4, 2, 3)

@@ -13,7 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..data.labelled import LabelledImages, open_labelled
-from ..data.sources import is_local
+from ..storage import is_local
 from ..recipe import RECIPES
 from .encoder import ProcessorTransform, check_model_path
 from .features import data_fingerprint, joined_processes

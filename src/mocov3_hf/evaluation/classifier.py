@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -175,7 +176,8 @@ def unfrozen(classifier: PreTrainedModel, drop_path_rate: float | None = None) -
 def _has_classifier(name: str) -> bool:
     try:
         return type(AutoConfig.from_pretrained(name)) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
-    except (OSError, ValueError, KeyError):  # no configuration: loading says what is wrong with it
+    # Not a configuration: loading the model reports what is wrong with it.
+    except (OSError, ValueError, KeyError, StrictDataclassError):
         return True
 
 

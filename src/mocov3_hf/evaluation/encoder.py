@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedModel
 from transformers.utils import logging
 
-from ..data.sources import is_local
+from ..storage import is_local
 from ..processing import RESAMPLING, build_image_processor
 
 

@@ -16,7 +16,7 @@ from .arguments import SplitArguments, describe_split, evaluation_processes, ope
 from .classifier import MATCH_CLASSES, class_logits, load_classifier, match_classes
 from .encoder import load_transform, weights_hash
 from .features import rows_of_split
-from .metrics import accuracy_metrics
+from ..metrics import accuracy_metrics
 
 
 @dataclass(frozen=True)

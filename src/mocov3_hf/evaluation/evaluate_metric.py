@@ -10,7 +10,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from .metrics import accuracy_metrics
+from ..metrics import accuracy_metrics
 
 
 class ClassificationAccuracy(evaluate.Metric):

@@ -8,7 +8,7 @@ from functools import partial
 from ..model.batchnorm_mocov3 import use_global_statistics
 from ..processing import RESAMPLING
 from .arguments import run_command
-from .augmentation import RandAugment, batch_mixing
+from .augmentation import RandAugmentOptions, batch_mixing
 from .classifier import load_with_new_head, unfrozen, with_fresh_body
 from .encoder import load_transform, weights_hash
 from .optimization import OPTIMIZERS, build_optimizer, fine_tuning_groups
@@ -51,7 +51,9 @@ class FinetuneArguments(SupervisedArguments):
     )
     label_smoothing_factor: float = field(default=0.0, metadata={"help": "Share of a label given to all classes."})
     mixup_alpha: float = field(default=0.0, metadata={"help": "Of Mixup; 0 for none."})
-    cutmix_alpha: float = field(default=0.0, metadata={"help": "Of CutMix; 0 for none. A coin decides between both."})
+    cutmix_alpha: float = field(
+        default=0.0, metadata={"help": "Of CutMix; 0 for none. With both, one per batch at random."}
+    )
     rand_augment_num_ops: int = field(default=0, metadata={"help": "Operations of RandAugment; 0 for none."})
     rand_augment_magnitude: float = field(default=9.0, metadata={"help": "Their mean magnitude, 0 to 10."})
     rand_augment_std: float = field(default=0.5, metadata={"help": "Standard deviation of the magnitude."})
@@ -126,10 +128,16 @@ def build_finetune_trainer(
     statistics of all processes.
 
     Raises:
-        ValueError: a batch that the processes cannot share or that exceeds the split, no layers for `layer_decay`.
+        ValueError: a batch that the processes cannot share or that exceeds the split, an odd number of images to mix,
+            no layers for `layer_decay`.
     """
     parts = arguments.gradient_accumulation_steps
     options = common_options(arguments, len(splits.train), num_processes, parts)
+    if options["batch_size"] % 2 == 1 and (arguments.mixup_alpha > 0 or arguments.cutmix_alpha > 0):
+        raise ValueError(
+            "Mixup and CutMix pair the images of a forward pass: expected an even number, got"
+            f" {options['batch_size']}: pass another --train_batch_size"
+        )
     learning_rate = options["learning_rate"]
     steps_per_epoch = len(splits.train) // (options["batch_size"] * num_processes * parts)
     total_steps = arguments.max_steps or arguments.num_train_epochs * steps_per_epoch
@@ -173,7 +181,7 @@ def _train_transform(transform, arguments: FinetuneArguments):
         return transform
     rand_augment = None
     if arguments.rand_augment_num_ops != 0:
-        rand_augment = RandAugment(
+        rand_augment = RandAugmentOptions(
             arguments.rand_augment_num_ops,
             arguments.rand_augment_magnitude,
             arguments.rand_augment_std,

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from torch import nn
 
 from ..data.labelled import LabelledImages
-from ..probes import collapse_summary, knn_predict
+from ..metrics import collapse_summary, knn_predict
 from .arguments import (
     FeatureArguments,
     describe_splits,

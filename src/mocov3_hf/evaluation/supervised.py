@@ -11,8 +11,7 @@ import numpy as np
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, PreTrainedModel
 
-from ..data.digits import stratified_split
-from ..data.labelled import LabelledImages
+from ..data.labelled import LabelledImages, stratified_split
 from .arguments import describe_splits, evaluation_settings, open_splits
 from .checkpoints import last_checkpoint, reload_strictly
 from .encoder import ProcessorTransform, check_model_path, weights_hash

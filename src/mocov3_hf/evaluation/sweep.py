@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..data.digits import stratified_split
+from ..data.labelled import stratified_split
 from .linear import LinearClassifier, check_labelled
 
 

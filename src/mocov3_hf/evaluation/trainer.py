@@ -1,6 +1,5 @@
 """Supervised training of classifiers on transformers' `Trainer`, without those of its ways that falsify a figure."""
 
-import copy
 import json
 import math
 import os
@@ -11,11 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import RandomSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..data.labelled import LabelledImages
-from ..optim import ema_update_
 from .checkpoints import check_settings, load_average, reload_strictly, save_average, save_settings
 from .encoder import base_encoder, size_options
 from .evaluate import evaluate_classifier
@@ -48,15 +47,15 @@ class ClassifierTrainer(Trainer):
         test_images, test_transform: the split for `evaluate`, labels numbered as the outputs of the model.
         test_options: of `rows_of_split`.
         frozen: the part of the model to keep as it is.
-        mixing: as `batch_mixing` gives it.
-        ema_momentum: m of the averaged weights, `average ← (1 - m) · average + m · weights` after every update; 0 for
-            no average. It starts as a copy; statistics of BatchNorm are those of the model. `evaluate` then measures
-            both, the average with the suffix `_ema`.
+        mixing: as returned by `batch_mixing`.
+        ema_momentum: m of the EMA of the weights, `average ← (1 - m) · average + m · weights` after every step; 0
+            disables it. It starts as a copy; BatchNorm statistics are those of the model. `evaluate` then evaluates
+            both, the EMA with the suffix `_ema`.
         settings: what a run that goes on from a checkpoint must be told again, in words of JSON.
         options: others of `Trainer`, `optimizers` among them.
 
     Attributes:
-        average: the model with the averaged weights, or None.
+        average: the model with the EMA of the weights, or None.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class ClassifierTrainer(Trainer):
         test_transform: Callable[[torch.Tensor], torch.Tensor],
         test_options: Mapping[str, Any] | None = None,
         frozen: nn.Module | None = None,
-        mixing: nn.Module | None = None,
+        mixing: Callable | None = None,
         ema_momentum: float = 0.0,
         settings: Mapping[str, Any] | None = None,
         **options,
@@ -88,10 +87,13 @@ class ClassifierTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.add_callback(_Epochs(train_dataset))
         self.add_callback(_MetricsFile(Path(args.output_dir) / METRICS_NAME))
-        # After the model was moved to its device.
-        self.average = copy.deepcopy(self.model).requires_grad_(False).eval() if ema_momentum > 0 else None
-        if self.average is not None:
-            self.add_callback(_Average(self.model, self.average, ema_momentum))
+        self.average = None
+        if ema_momentum > 0:
+            # `Trainer` has moved the model to its device by now.
+            averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(1.0 - ema_momentum))
+            averaged.update_parameters(self.model)  # the first call only copies
+            self.average = averaged.module.requires_grad_(False).eval()
+            self.add_callback(_Average(self.model, averaged))
         self._part_of_step = (0, 0)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -172,18 +174,13 @@ class _Epochs(TrainerCallback):
 
 
 class _Average(TrainerCallback):
-    """Averages the weights after every update."""
+    """Updates the EMA of the weights after every step."""
 
-    def __init__(self, model: nn.Module, average: nn.Module, momentum: float):
-        self.momentum = momentum
-        self.weights, self.averages = list(model.parameters()), list(average.parameters())
-        self.buffers, self.copies = list(model.buffers()), list(average.buffers())
+    def __init__(self, model: nn.Module, averaged: AveragedModel):
+        self.model, self.averaged = model, averaged
 
-    @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
-        ema_update_(self.averages, self.weights, 1.0 - self.momentum)
-        for buffer, kept in zip(self.buffers, self.copies, strict=True):
-            kept.copy_(buffer)
+        self.averaged.update_parameters(self.model)
 
 
 class _MetricsFile(TrainerCallback):

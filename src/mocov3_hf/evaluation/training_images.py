@@ -1,7 +1,6 @@
-"""Labelled images for training on `Trainer`: what is drawn depends on seed, epoch and row only."""
+"""Labelled images for training with `Trainer`: the augmentation is a function of seed, epoch and row."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torchvision.transforms import v2
 
 from ..data.decode import BadImageError
 from ..data.labelled import LabelledImages, TrainingTransform
-from .augmentation import RandAugment
+from .augmentation import RandAugmentOptions, random_erasing
 from .encoder import ProcessorTransform
 
 
@@ -69,27 +68,28 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def training_transform(
     transform: ProcessorTransform,
     scale: tuple[float, float] = (0.08, 1.0),
-    rand_augment: RandAugment | None = None,
+    rand_augment: RandAugmentOptions | None = None,
     erasing_probability: float = 0.0,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Random resized crop and flip in the size, interpolation, mean and deviation of a model's own preprocessing.
+    """Random resized crop and flip, with the size, interpolation, mean and std of the model's own preprocessing.
 
     Args:
-        transform: the preprocessing of the test.
-        scale: range of the crop's share of the area.
-        rand_augment: between flip and normalisation; what it moves in from outside has the processor's mean colour.
-        erasing_probability: of a rectangle (2 to 33 % of the area) that is replaced by normal noise at the end.
+        transform: the preprocessing for evaluation.
+        scale: range of the crop area, as a fraction of the image.
+        rand_augment: applied between flip and normalization, with the same interpolation; fills with the mean color.
+        erasing_probability: of random erasing, the last step.
 
     Returns:
-        uint8 (3, H, W) to float32 (3, size, size), drawing from torch's generator of the process.
+        uint8 (3, H, W) to float32 (3, size, size). All draws are a function of torch's default generator.
 
     Raises:
-        ValueError: a processor without a size, or whose interpolation is neither bilinear nor bicubic.
+        ValueError: the processor has no size, or its interpolation is neither bilinear nor bicubic.
     """
     settings = transform.processor.to_dict()
     size = (settings.get("crop_size") if settings.get("do_center_crop") else None) or settings.get("size") or {}
     side = size.get("height", size.get("shortest_edge"))
-    interpolation = _INTERPOLATION.get(int(settings.get("resample") or 2))
+    resample = int(settings.get("resample") or 2)
+    interpolation = _INTERPOLATION.get(resample)
     if side is None or interpolation is None:
         raise ValueError(
             f"{type(transform.processor).__name__} has size {size or None} and resampling {settings.get('resample')};"
@@ -103,8 +103,8 @@ def training_transform(
         return TrainingTransform(**crop, mean=mean, std=std)
     steps = [TrainingTransform(**crop, mean=None, std=None)]
     if rand_augment is not None:
-        steps.append(replace(rand_augment, fill=tuple(round(255 * value) for value in mean)))
+        steps += [v2.ToPILImage(), rand_augment.build(mean, resample), v2.PILToTensor()]
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
     if erasing_probability > 0:
-        steps.append(v2.RandomErasing(erasing_probability, scale=(0.02, 1 / 3), value="random", inplace=True))
+        steps.append(random_erasing(erasing_probability))
     return v2.Compose(steps)

@@ -1,4 +1,4 @@
-"""Models applied to images in batches: what transformers' pipelines give, sooner."""
+"""Models applied to images in batches: the results of transformers' pipelines, faster."""
 
 from .predictors import FeatureExtractor, ImageClassifier
 

@@ -1,19 +1,20 @@
-"""What makes a forward pass fast: chosen for device and architecture, the results being those of the plain model."""
+"""Faster forward passes with the results of the plain model, chosen for device and architecture."""
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..model.configuration_mocov3 import MoCoV3ViTConfig
-from .packed_vit import can_pack, pack
 
+
+logger = logging.get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# On a CPU, larger batches leave its caches (measured with ViT-S and ResNet-50: docs/inference.md).
+# On a CPU, larger batches do not fit its caches (measured with ViT-S and ResNet-50: docs/inference.md).
 BATCH_SIZES = {"cpu": 8}
 OTHER_BATCH_SIZE = 128
-PACKED = "packed weights"
 
 
 def choose_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -21,94 +22,82 @@ def choose_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     The precision to compute in.
 
     Args:
-        name: one of `DTYPES`, a torch dtype, or "auto": bfloat16 where the device multiplies it faster than float32.
-        device: where the model runs.
+        name: One of `DTYPES`, a torch dtype, or "auto": bfloat16 where the device has instructions for it, else
+            float32.
+        device: Where the model runs.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: An unknown name.
     """
     if name == "auto":
         return torch.bfloat16 if has_fast_bf16(device) else torch.float32
-    if name in DTYPES.values():
-        return name
-    if name not in DTYPES:
+    if name not in DTYPES and name not in DTYPES.values():
         raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]
+    dtype = DTYPES.get(name, name)
+    if dtype != torch.float32 and device.type == "cpu" and not (dtype == torch.bfloat16 and has_fast_bf16(device)):
+        logger.warning(f"this CPU has no instructions for {dtype} and emulates it slowly: float32 is faster")
+    return dtype
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether a device has instructions of its own for bfloat16; a CPU without imitates them, slowly."""
+    """Whether a device has instructions for bfloat16; a CPU without them emulates it, slowly."""
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def accelerate(model: PreTrainedModel, dtype: torch.dtype, device: torch.device, batch_size: int) -> list[str]:
+def prepare_for_inference(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> list[str]:
     """
-    Set up a float32 model in eval mode for inference only, in place; its weights are no longer those of its file.
+    Set up a float32 model in evaluation mode for inference only, in place. Its weights no longer equal its file's.
 
     Returns:
-        What was done, in words.
+        What was done, one phrase each.
     """
     done = []
-    folded = fold_batch_norms(model)
-    if folded:
-        done.append(f"{folded} batch normalisations folded")
+    backbone_type = getattr(getattr(model.config, "backbone_config", None) or model.config, "model_type", "")
+    if backbone_type == "resnet":
+        done.append(f"{fold_batch_norms(model)} batch norms folded")
+        for layer in model.modules():
+            if isinstance(layer, nn.ReLU):  # nothing else reads the sums and normalizations before it
+                layer.inplace = True
     model.to(device=device, dtype=dtype)
-    if sum(isinstance(layer, nn.Conv2d) for layer in model.modules()) > 1:  # one alone is the projection of patches
+    if uses_channels_last(model):
         model.to(memory_format=torch.channels_last)
         done.append("channels_last")
-    for layer in model.modules():
-        if isinstance(layer, nn.ReLU) and is_resnet(model):
-            layer.inplace = True
-    if is_own_vit(model):
-        if device.type == "cpu" and dtype == torch.bfloat16 and can_pack():
-            pack(model, batch_size)
-            done.append(PACKED)
-        else:
-            model.set_attn_implementation("sdpa")
-            done.append("sdpa attention")
-        done.append("last block for the pooled token")
+    if backbone_type == MoCoV3ViTConfig.model_type:
+        # Plain matrix products are faster than the fused kernel in bfloat16 on CPUs.
+        attention = "eager" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
+        model.set_attn_implementation(attention)
+        for layer in model.modules():
+            if hasattr(layer, "pooled_query_only"):
+                layer.pooled_query_only = True
+        done += [f"{attention} attention", "last block for the pooled token only"]
     return done
 
 
-def body_type(model: PreTrainedModel) -> str:
-    """`model_type` of the backbone, or of the model itself."""
-    config = model.config
-    return getattr(getattr(config, "backbone_config", None) or config, "model_type", "")
+def uses_channels_last(model: nn.Module) -> bool:
+    """Whether a model is made of convolutions: one alone is the patch projection of a ViT."""
+    return sum(isinstance(layer, nn.Conv2d) for layer in model.modules()) > 1
 
 
-def is_own_vit(model: PreTrainedModel) -> bool:
-    """Whether the model takes `pooled_query_only`."""
-    return body_type(model) == MoCoV3ViTConfig.model_type
-
-
-def is_resnet(model: PreTrainedModel) -> bool:
-    """Whether it is transformers' ResNet, whose ReLUs follow normalisations and sums that nobody else reads."""
-    return body_type(model) == "resnet"
-
-
-def fold_batch_norms(model: PreTrainedModel) -> int:
+def fold_batch_norms(resnet: PreTrainedModel) -> int:
     """
-    Take the batch normalisations of a ResNet of transformers into the convolutions before them.
+    Fold the batch norms of transformers' ResNet into the convolutions before them.
 
     Args:
-        model: in eval mode, in the precision of its file: folded in bfloat16, the weights would be rounded twice.
+        resnet: In evaluation mode and in the precision of its file: in bfloat16, weights would be rounded twice.
 
     Returns:
-        How many.
+        The number of batch norms.
     """
-    # Only there are the two known to follow each other.
-    pairs = [layer for layer in model.modules() if is_convolution_and_norm(layer)] if is_resnet(model) else []
+    pairs = [
+        layer
+        for layer in resnet.modules()
+        if isinstance(getattr(layer, "convolution", None), nn.Conv2d)
+        and isinstance(getattr(layer, "normalization", None), nn.BatchNorm2d)
+    ]
     for layer in pairs:
         layer.convolution = fuse_conv_bn_eval(layer.convolution, layer.normalization)
         layer.normalization = nn.Identity()
     return len(pairs)
-
-
-def is_convolution_and_norm(layer: nn.Module) -> bool:
-    """A layer of transformers' ResNet whose forward pass is its convolution and then its normalisation."""
-    return isinstance(getattr(layer, "convolution", None), nn.Conv2d) and isinstance(
-        getattr(layer, "normalization", None), nn.BatchNorm2d
-    )

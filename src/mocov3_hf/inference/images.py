@@ -1,4 +1,4 @@
-"""Whatever names or holds images, decoded and prepared in order, by threads beside the model."""
+"""Images in any form, decoded and preprocessed in order, by threads beside the model."""
 
 import os
 from collections import deque
@@ -14,14 +14,14 @@ from PIL import Image, ImageOps
 from ..data.decode import BadImageError, decode_rgb
 
 
-# A path, an encoded image, an image.
+# A path, encoded bytes, or an image in memory.
 ImageInput = str | os.PathLike | bytes | Image.Image | torch.Tensor
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """One image of the input: its pixels, or why it has none."""
+    """One image of the input: its pixels, or why it could not be decoded."""
 
     name: str
     pixels: torch.Tensor | None
@@ -30,26 +30,24 @@ class PreparedImage:
 
 def find_images(folder: str | os.PathLike) -> list[str]:
     """
-    Paths of the images in a folder and the folders inside it, by suffix, sorted.
+    Paths of the images in a folder and its subfolders, by suffix, sorted.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There are none.
     """
     found = sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
     if not found:
-        raise ValueError(
-            f"folder {os.fspath(folder)!r} holds no images: expected files that end in {', '.join(sorted(SUFFIXES))}"
-        )
+        raise ValueError(f"folder {os.fspath(folder)!r} holds no images: expected {', '.join(sorted(SUFFIXES))} files")
     return found
 
 
 def decode(image: ImageInput) -> torch.Tensor:
     """
-    An image as uint8 (3, H, W) RGB: upright by its Exif orientation and converted as the pipelines do it.
+    An image as uint8 (3, H, W) RGB, rotated by its EXIF orientation and converted as transformers' pipelines do it.
 
     Raises:
-        BadImageError: it cannot be decoded.
-        ValueError: a tensor of another kind, or no image at all.
+        BadImageError: The image cannot be decoded.
+        ValueError: A tensor of another shape or type, or not an image at all.
     """
     if isinstance(image, Image.Image):
         try:
@@ -72,7 +70,7 @@ def decode(image: ImageInput) -> torch.Tensor:
 
 
 def name_of(image: ImageInput, index: int) -> str:
-    """Its path, or its place in the input."""
+    """The path of an image, or its position in the input."""
     if isinstance(image, (str, os.PathLike)):
         return os.fspath(image)
     return getattr(image, "filename", None) or f"image {index}"
@@ -85,13 +83,13 @@ def prepared_images(
     ahead: int,
 ) -> Iterator[PreparedImage]:
     """
-    Every image, in order, decoded and prepared.
+    All images, in order, decoded and preprocessed.
 
     Args:
-        images: read one by one, no further ahead than needed.
-        prepare: of `Preprocessing`.
-        num_workers: threads; 0 to decode where the caller waits. Decoding and resizing leave Python's lock alone.
-        ahead: how many images the threads may be in front of the caller.
+        images: Read one by one, no further ahead than needed.
+        prepare: Of `Preprocessing`.
+        num_workers: Threads; 0 decodes in the caller's thread. Decoding and resizing release Python's lock.
+        ahead: How many images the threads may be ahead of the caller.
     """
 
     def prepared(index: int, image: ImageInput) -> PreparedImage:

@@ -1,4 +1,4 @@
-"""`ImageClassifier` and `FeatureExtractor`: the pipelines' work in batches, with their results."""
+"""`ImageClassifier` and `FeatureExtractor`: transformers' pipelines in batches, with the same results."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -7,17 +7,18 @@ from itertools import islice
 import numpy as np
 import torch
 from PIL import Image
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .acceleration import BATCH_SIZES, OTHER_BATCH_SIZE, PACKED, accelerate, choose_dtype, is_own_vit
+from ..loading import load_classifier, load_encoder, load_processor, pooled_features, size_options
+from .acceleration import BATCH_SIZES, OTHER_BATCH_SIZE, choose_dtype, prepare_for_inference, uses_channels_last
 from .images import ImageInput, PreparedImage, find_images, prepared_images
-from .loading import load_classifier, load_encoder
 from .preprocessing import Preprocessing
 
 
 logger = logging.get_logger(__name__)
 
-# Legend of dimensions: n images, B batch, D width of the pooled vector, C classes.
+# Dimensions: n images, B batch, D size of the pooled features, C classes.
 
 FUNCTIONS = ("sigmoid", "softmax", "none")
 BAD_IMAGES = ("stop", "skip")
@@ -25,19 +26,19 @@ BAD_IMAGES = ("stop", "skip")
 
 class Predictor:
     """
-    A saved model applied to images: what both classes below share.
+    A saved model applied to images: the common part of `ImageClassifier` and `FeatureExtractor`.
 
     Args:
-        model: folder of `save_pretrained`, or Hub id, with an image processor.
-        batch_size: images per forward pass; None for 8 on a CPU and 128 elsewhere.
-        dtype: "auto" (bfloat16 where the device has instructions for it, else float32), "float32" for the digits of
-            the pipelines, "bfloat16", "float16", or a torch dtype.
+        model: Folder of `save_pretrained`, Hub id, or name of a published model.
+        batch_size: Images per forward pass; None for 8 on a CPU and 128 elsewhere.
+        dtype: "auto" (bfloat16 where the device has instructions for it, else float32), "float32" for the pipelines'
+            digits, "bfloat16", "float16", or a torch dtype.
         device: None for the accelerator of this machine, or its CPU.
-        num_workers: threads that decode beside the model; None for one per core, 8 at most, and none on one core.
-        bad_images: "stop" to raise at an image that cannot be decoded, "skip" to tell and go on.
+        num_workers: Threads that decode beside the model; None for one per core, at most 8, and none on one core.
+        bad_images: "stop" raises at an image that cannot be decoded, "skip" logs it and continues.
 
     Raises:
-        ValueError: as `load_classifier`, or a wrong argument.
+        ValueError: As `load_classifier`, or an invalid argument.
     """
 
     def __init__(
@@ -61,15 +62,14 @@ class Predictor:
         self.batch_size = batch_size or BATCH_SIZES.get(self.device.type, OTHER_BATCH_SIZE)
         self.num_workers = default_workers() if num_workers is None else num_workers
         self.bad_images = bad_images
-        self.model, processor = self.load(model)
-        self.preprocessing = Preprocessing(processor)
-        done = accelerate(self.model, self.dtype, self.device, self.batch_size)
-        self.channels_last, self.is_packed = "channels_last" in done, PACKED in done
-        self.options = {"pooled_query_only": True} if is_own_vit(self.model) else {}
-        logger.info(f"{self.dtype} on {self.device}, batches of {self.batch_size}, {', '.join(done) or 'as it is'}")
+        self.model = self.load(model)
+        self.preprocessing = Preprocessing(load_processor(model, self.model.config))
+        done = prepare_for_inference(self.model, self.dtype, self.device)
+        self.channels_last = uses_channels_last(self.model)
+        logger.info(f"{self.dtype} on {self.device}, batch_size={self.batch_size}, {', '.join(done) or 'plain model'}")
 
     @staticmethod
-    def load(model: str | os.PathLike):
+    def load(model: str | os.PathLike) -> PreTrainedModel:
         raise NotImplementedError
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -82,14 +82,14 @@ class Predictor:
         Batch by batch, in the order of the input.
 
         Args:
-            images: one image, a folder, or any iterable of images, which is read as it is needed.
+            images: One image, a folder, or any iterable of images, which is read as needed.
 
         Returns:
-            Pairs of the images of a batch and the outputs (B', ·) float32 on the CPU for those that have pixels: all,
-            unless bad ones are skipped.
+            Pairs of the images of a batch and the outputs (B', ·) float32 on the CPU for those that could be decoded:
+            all, unless bad ones are skipped.
 
         Raises:
-            ValueError: an image that cannot be used, by name.
+            ValueError: An image that cannot be used, by name.
         """
         prepared = prepared_images(
             as_images(images), self.preprocessing.prepare, self.num_workers, ahead=2 * self.batch_size
@@ -106,21 +106,14 @@ class Predictor:
                 pixel_values = self.preprocessing.finish(pixels, self.device).to(self.dtype)
                 if self.channels_last:
                     pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-                outputs = self.forward(pixel_values)
-                if self.is_packed and not outputs.isfinite().all():
-                    self._leave_one_pass_attention()
-                    outputs = self.forward(pixel_values)
-                outputs = outputs.float().cpu()
+                outputs = self.forward(pixel_values).float().cpu()
             yield batch, outputs.clone()  # outside of inference mode: an ordinary tensor
-
-    def _leave_one_pass_attention(self) -> None:
-        logger.warning("attention scores leave the range of a softmax in one pass: going on with the plain one")
-        self.model.set_attn_implementation("eager")
-        self.is_packed = False
 
     def _report(self, image: PreparedImage) -> None:
         if self.bad_images == "stop":
-            raise ValueError(f"{image.name} {image.error}: repair it, or pass bad_images skip") from image.error
+            raise ValueError(
+                f"{image.name} {image.error}: repair it, or skip it with bad_images skip"
+            ) from image.error
         logger.warning(f"skipped: {image.name} {image.error}")
 
 
@@ -136,11 +129,11 @@ class ImageClassifier(Predictor):
     """
 
     @staticmethod
-    def load(model: str | os.PathLike):
-        return load_classifier(model)
+    def load(model: str | os.PathLike) -> PreTrainedModel:
+        return load_classifier(model, dtype=torch.float32)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values=pixel_values, **self.options).logits
+        return self.model(pixel_values=pixel_values, **size_options(self.model.base_model, pixel_values)).logits
 
     def __call__(
         self,
@@ -149,17 +142,17 @@ class ImageClassifier(Predictor):
         function_to_apply: str | None = None,
     ) -> list[dict] | list[list[dict] | None]:
         """
-        Labels and scores, the best first: one list for one image, a list of lists for several and for a folder.
+        Labels and scores, best first: one list for one image, a list of lists for several images or a folder.
 
         Args:
-            images: one image (path, encoded bytes, PIL image, uint8 tensor (3, H, W)), a folder, or an iterable.
-            top_k, function_to_apply: as the pipeline's.
+            images: One image (path, encoded bytes, PIL image, uint8 tensor (3, H, W)), a folder, or an iterable.
+            top_k, function_to_apply: As in the pipeline.
 
         Returns:
-            None in place of the list of a bad image, where those are skipped.
+            None for a bad image, if bad images are skipped.
 
         Raises:
-            ValueError: an image that cannot be used, a wrong argument.
+            ValueError: An image that cannot be used, or an invalid argument.
         """
         results = [result for _, result in self.stream(images, top_k, function_to_apply)]
         return results[0] if is_one_image(images) else results
@@ -170,7 +163,7 @@ class ImageClassifier(Predictor):
         top_k: int = 5,
         function_to_apply: str | None = None,
     ) -> Iterator[tuple[str, list[dict] | None]]:
-        """Name and result of each image, in order, while the next are computed: memory holds one batch."""
+        """Name and result of each image, in order. Memory holds one batch at a time."""
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         function = self.function(function_to_apply)
@@ -180,7 +173,7 @@ class ImageClassifier(Predictor):
                 yield image.name, None if image.pixels is None else next(rows)
 
     def best(self, scores: np.ndarray, top_k: int) -> list[list[dict]]:
-        """The `top_k` best of scores (B, C), equal ones in the order of their classes."""
+        """The `top_k` best of scores (B, C); ties in the order of the classes."""
         names = self.model.config.id2label
         order = np.argsort(-scores, axis=-1, kind="stable")[:, :top_k] if scores.size else []
         return [
@@ -189,7 +182,7 @@ class ImageClassifier(Predictor):
         ]
 
     def function(self, name: str | None) -> str:
-        """The pipeline's choice: none for regression, sigmoid for one class or several at once, else softmax."""
+        """The pipeline's choice: none for regression, sigmoid for one class or multi-label, else softmax."""
         if name is not None:
             if name.lower() not in FUNCTIONS:
                 raise ValueError(f"function_to_apply must be one of {', '.join(FUNCTIONS)}, got {name!r}")
@@ -213,24 +206,21 @@ class FeatureExtractor(Predictor):
     """
 
     @staticmethod
-    def load(model: str | os.PathLike):
-        return load_encoder(model)
+    def load(model: str | os.PathLike) -> PreTrainedModel:
+        return load_encoder(model, dtype=torch.float32)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        pooled = self.model(pixel_values=pixel_values, **self.options).get("pooler_output")
-        if pooled is None:
-            raise ValueError(f"{type(self.model).__name__} gives no pooled vector (pooler_output)")
-        return pooled.flatten(1)
+        return pooled_features(self.model, pixel_values)
 
     def __call__(self, images: str | os.PathLike | Iterable[ImageInput]) -> torch.Tensor:
         """
         Features (n, D) float32 of a folder or an iterable of images, (1, D) of one image.
 
         Returns:
-            A row of NaN for a bad image, where those are skipped.
+            A row of NaN for a bad image, if bad images are skipped.
 
         Raises:
-            ValueError: no images, none that can be used, or as `batches`.
+            ValueError: No images, none that could be decoded, or as `batches`.
         """
         good, features, number = [], [], 0
         for batch, rows in self.batches(images):
@@ -239,20 +229,20 @@ class FeatureExtractor(Predictor):
             if rows.numel():
                 features.append(rows)
         if not features:
-            raise ValueError(f"there are no features: {number} images were given, and none could be used")
+            raise ValueError(f"no features: none of the {number} images could be decoded")
         found = torch.cat(features)
         if len(found) == number:
             return found
         return found.new_full((number, found.shape[1]), float("nan")).index_copy(0, torch.tensor(good), found)
 
     def stream(self, images: str | os.PathLike | Iterable[ImageInput]) -> Iterator[tuple[list[str], torch.Tensor]]:
-        """Names and features (B', D) batch by batch, bad images left out: memory holds one batch."""
+        """Names and features (B', D) batch by batch, without bad images. Memory holds one batch at a time."""
         for batch, rows in self.batches(images):
             yield [image.name for image in batch if image.pixels is not None], rows
 
 
 def apply(function: str, logits: np.ndarray) -> np.ndarray:
-    """Scores of logits (B, C) float32, in float32 as the pipeline computes them."""
+    """Scores of logits (B, C) float32, computed in float32 as in the pipeline."""
     if function == "sigmoid":
         return 1 / (1 + np.exp(-logits))
     if function == "softmax" and logits.size:
@@ -262,7 +252,7 @@ def apply(function: str, logits: np.ndarray) -> np.ndarray:
 
 
 def is_one_image(images) -> bool:
-    """Whether an input is an image, not a folder and not an iterable of images."""
+    """Whether an input is one image, not a folder or an iterable."""
     if isinstance(images, (str, os.PathLike)):
         return not os.path.isdir(images)
     return isinstance(images, (bytes, Image.Image)) or (isinstance(images, torch.Tensor) and images.dim() == 3)
@@ -276,7 +266,7 @@ def as_images(images: str | os.PathLike | Iterable[ImageInput]) -> Iterable[Imag
 
 
 def default_workers() -> int:
-    """One thread per core of this process, 8 at most; none on one core, where they only take turns."""
+    """One thread per core of this process, at most 8; none on a single core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 8) if cores > 1 else 0
 
@@ -287,4 +277,4 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         return torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device {device!r} is unknown: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device {device!r} is unknown, pass cpu or cuda: {str(error).splitlines()[0]}") from error

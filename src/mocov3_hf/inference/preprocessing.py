@@ -1,4 +1,4 @@
-"""A saved image processor, image by image up to uint8 pixels and batch by batch from there."""
+"""A saved image processor: resize and crop per image in uint8, rescale and normalize per batch."""
 
 from collections.abc import Sequence
 
@@ -9,22 +9,22 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Legend of dimensions: B batch, H W image as decoded, h w as the model sees it.
+# Dimensions: B batch, H W decoded image, h w model input.
 
-# Odd, upright and lengthwise, smaller and larger than any usual crop.
+# Odd, portrait and landscape, smaller and larger than any usual crop.
 _PROBE_SIZES = ((97, 141), (333, 250), (260, 519))
 
 
 class Preprocessing:
     """
-    The pixels that an image processor gives, to the bit.
+    The pixels that an image processor returns, bit by bit.
 
-    Resize and centre crop are the processor's own methods on the decoded uint8 image; rescaling and normalisation are
-    its own too, but on a batch. A processor that does anything else (its results on noise tell) is called as a whole
-    for each image, and `is_batched` is False.
+    Resize and center crop are the processor's own methods on the decoded uint8 image; rescaling and normalization are
+    its own too, but on a batch. A processor that does anything else, as its results on noise show, is called for each
+    image as a whole, and `is_batched` is False.
 
     Args:
-        processor: as `AutoImageProcessor` loads it.
+        processor: As `AutoImageProcessor` loads it.
     """
 
     def __init__(self, processor: BaseImageProcessor):
@@ -32,8 +32,8 @@ class Preprocessing:
         self.is_batched = self._reproduces()
         if not self.is_batched:
             logger.warning(
-                f"{type(processor).__name__} does more than resize, crop and normalise with torchvision: it is called"
-                " for each image, which takes longer"
+                f"{type(processor).__name__} does more than resize, crop and normalize with torchvision: it is called"
+                " for each image, which is slower"
             )
 
     def prepare(self, image: torch.Tensor) -> torch.Tensor:
@@ -44,10 +44,10 @@ class Preprocessing:
 
     def finish(self, images: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
         """
-        What `prepare` gave, to float32 (B, 3, h, w) on a device.
+        The images that `prepare` returned, as float32 (B, 3, h, w) on a device.
 
         Raises:
-            ValueError: images of several sizes.
+            ValueError: Images of different sizes.
         """
         sizes = {tuple(image.shape) for image in images}
         if len(sizes) > 1:
@@ -59,7 +59,7 @@ class Preprocessing:
         return self._normalize(batch) if self.is_batched else batch
 
     def _process(self, image: torch.Tensor) -> torch.Tensor:
-        # Three rows of pixels could be taken for channels: the layout is told.
+        # Three rows of pixels could be taken for channels: the layout is passed.
         return self.processor(image, return_tensors="pt", input_data_format="channels_first")["pixel_values"][0]
 
     def _crop(self, image: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ class Preprocessing:
             expected = self._process(noise)
             try:
                 found = self._normalize(self._crop(noise)[None])[0]
-            # Another kind of processor: its methods take other arguments, or it lacks the attributes.
+            # Another kind of processor: other arguments, or missing attributes.
             except (AttributeError, TypeError, ValueError):
                 return False
             if not torch.equal(found, expected):

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from .convert import convert_checkpoint, format_report
@@ -51,7 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     try:
         report = convert_source(args.source, args.output_dir, args.mirror, args.sha256, options)
-    except (CheckpointError, ValueError, TypeError) as error:
+    except (CheckpointError, ValueError, TypeError, StrictDataclassError) as error:
+        if isinstance(error, StrictDataclassError):
+            error = error.__cause__  # has the message of the failed validation
         print(f"convert_checkpoint: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     print(format_report(report, args.output_dir))

@@ -1,4 +1,4 @@
-"""MoCo v3's configurations and models: what a Hub repository carries as remote code."""
+"""Configurations and models of MoCo v3: the files that a Hub repository contains as remote code."""
 
 from .configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig
 from .modeling_mocov3 import MoCoV3Backbone, MoCoV3ForImageClassification, MoCoV3Model, MoCoV3PreTrainedModel

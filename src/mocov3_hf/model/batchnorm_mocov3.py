@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Batch normalisation whose statistics span all processes, on any device."""
+"""Batch normalization with statistics of all processes, on any device."""
 
 import torch
 import torch.distributed as dist
@@ -20,17 +20,17 @@ from torch.nn.modules._functions import SyncBatchNorm as FusedSyncBatchNorm
 
 
 def num_processes() -> int:
-    """Number of processes of the default group, 1 where none is initialised."""
+    """Number of processes in the default process group, or 1 if it is not initialized."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class GlobalBatchNormFunction(torch.autograd.Function):
     """
-    Normalises `(B, C, ...)` by the mean and variance over every process, each with any number of samples.
+    Normalizes `(B, C, ...)` with the mean and variance over all processes, each with any batch size.
 
-    The variance takes two passes, sum and count first and centred squares second, because `E[x²] - μ²` loses the
-    digits in which the two agree. The backward pass sums over the processes too, since a sample moves the statistics
-    of all of them; the gradients of `weight` and `bias` stay local, for DDP to average.
+    The variance is computed in two passes, first the mean and then the centered squares: `E[x²] - μ²` suffers from
+    cancellation. The backward pass also reduces over all processes, because every sample affects the statistics of
+    all of them. The gradients of `weight` and `bias` stay local and are averaged by DDP.
     """
 
     @staticmethod
@@ -43,31 +43,31 @@ class GlobalBatchNormFunction(torch.autograd.Function):
         dist.all_reduce(totals)
         count, mean = totals[-1], totals[:-1] / totals[-1]
 
-        centred = compute - per_channel(mean, compute)
-        squares = centred.square().sum(dims)
+        centered = compute - per_channel(mean, compute)
+        squares = centered.square().sum(dims)
         dist.all_reduce(squares)
         variance = squares / count
 
         inverse_std = torch.rsqrt(variance + eps)
-        normalised = centred * per_channel(inverse_std, compute)
-        ctx.save_for_backward(normalised, weight, inverse_std, count)
+        normalized = centered * per_channel(inverse_std, compute)
+        ctx.save_for_backward(normalized, weight, inverse_std, count)
         ctx.mark_non_differentiable(mean, variance, count)
-        output = normalised
+        output = normalized
         if weight is not None:
             output = output * per_channel(weight, compute) + per_channel(bias, compute)
         return output.to(hidden_states.dtype), mean, variance, count
 
     @staticmethod
     def backward(ctx, grad_output, *_):
-        normalised, weight, inverse_std, count = ctx.saved_tensors
-        grad = grad_output.to(normalised.dtype)
+        normalized, weight, inverse_std, count = ctx.saved_tensors
+        grad = grad_output.to(normalized.dtype)
         dims = [dim for dim in range(grad.dim()) if dim != 1]
-        grad_bias, grad_weight = grad.sum(dims), (grad * normalised).sum(dims)
+        grad_bias, grad_weight = grad.sum(dims), (grad * normalized).sum(dims)
 
         sums = torch.stack([grad_bias, grad_weight])
         dist.all_reduce(sums)
-        mean_grad, mean_grad_normalised = sums / count
-        grad_input = grad - per_channel(mean_grad, grad) - normalised * per_channel(mean_grad_normalised, grad)
+        mean_grad, mean_grad_normalized = sums / count
+        grad_input = grad - per_channel(mean_grad, grad) - normalized * per_channel(mean_grad_normalized, grad)
         scale = inverse_std if weight is None else inverse_std * weight
         grad_input = (grad_input * per_channel(scale, grad)).to(grad_output.dtype)
         if weight is None:
@@ -76,14 +76,14 @@ class GlobalBatchNormFunction(torch.autograd.Function):
 
 
 def per_channel(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`(C,)` shaped to broadcast over `(B, C, ...)`."""
+    """Reshape `(C,)` to broadcast over `(B, C, ...)`."""
     return values.view(1, -1, *[1] * (like.dim() - 2))
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
-    Base of the two classes below: batch normalisation as torch's, except that statistics in training are those of the
-    batches of all processes together, for any batch size on each. With one process, and in evaluation, it is torch's.
+    Base of the two classes below. In training with several processes, the statistics are those of the batches of all
+    processes together, for any batch size of each. Otherwise it is torch's batch normalization.
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -94,13 +94,15 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             return self.fused(hidden_states)
         output, mean, variance, count = GlobalBatchNormFunction.apply(hidden_states, self.weight, self.bias, self.eps)
         if count <= 1:
-            raise ValueError("batch normalisation needs more than one value per channel over all processes, got 1")
+            raise ValueError(
+                "batch normalization needs more than one value per channel over all processes: use a larger batch"
+            )
         if self.track_running_stats:
             self.update_running_statistics(mean, variance * (count / (count - 1)))
         return output
 
     def fused(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The same by the CUDA kernels behind `torch.nn.SyncBatchNorm`."""
+        """The same with the CUDA kernels of `torch.nn.SyncBatchNorm`."""
         return FusedSyncBatchNorm.apply(
             hidden_states,
             self.weight,
@@ -120,24 +122,24 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_(unbiased_variance.to(self.running_var.dtype), factor)
 
     def average_factor(self) -> float:
-        """Weight of this batch in the running statistics, after counting it."""
+        """Count this batch and return its weight in the running statistics."""
         self.num_batches_tracked.add_(1)
         return self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
 
 
 class MoCoV3BatchNorm1d(GlobalBatchNorm, nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` with statistics over all processes."""
+    """`torch.nn.BatchNorm1d` with statistics of all processes."""
 
 
 class MoCoV3BatchNorm2d(GlobalBatchNorm, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` with statistics over all processes."""
+    """`torch.nn.BatchNorm2d` with statistics of all processes."""
 
 
 def use_global_statistics(module: nn.Module) -> nn.Module:
     """
-    Give every `torch.nn.BatchNorm1d` and `BatchNorm2d` in `module` statistics over all processes, in place.
+    Make every `torch.nn.BatchNorm1d` and `BatchNorm2d` in `module` use the statistics of all processes, in place.
 
-    The class of the layers changes and nothing else does: parameters, buffers, keys, hooks and flags stay as they are.
+    Only the class of the layers changes. Parameters, buffers, keys, hooks and flags stay the same.
     """
     replacements = {nn.BatchNorm1d: MoCoV3BatchNorm1d, nn.BatchNorm2d: MoCoV3BatchNorm2d}
     for layer in module.modules():

@@ -11,44 +11,67 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Configurations of MoCo v3: its own ViT, and the composition of any vision backbone with the heads."""
+"""Configurations of MoCo v3: its own ViT, and any vision backbone with the projector and the predictor."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import fields
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
-from transformers.utils import auto_docstring, logging
+from transformers.utils import auto_docstring
 
-
-logger = logging.get_logger(__name__)
 
 STEMS = ("patch", "conv")
 POSITION_EMBEDDINGS = ("sincos2d", "learned")
 CONV_STEM_STRIDE = 16  # four convolutions of stride 2
+MAX_LAYERS = 10_000
+# What `MoCoV3Config` reads from its backbone.
+BACKBONE_ATTRIBUTES = ("hidden_size", "image_size", "num_channels", "num_hidden_layers", "patch_size")
 
 
 def to_pair(value: int | Iterable[int]) -> tuple[int, int]:
-    """`(height, width)` of a size given as one number or as two."""
+    """`(height, width)` of a size given as one integer or as two."""
     return tuple(value) if isinstance(value, Iterable) else (value, value)
 
 
 def check_unknown_keys(config: PreTrainedConfig, names: Iterable[str]) -> None:
     """
-    Refuse a misspelled key, which `PreTrainedConfig` would keep as one more attribute that nothing reads.
+    Reject a misspelled key. `PreTrainedConfig` would store it as an attribute that nothing reads.
 
     Raises:
-        ValueError: a key that the configuration does not have and that resembles one that it has.
+        ValueError: the configuration has no such key, but one with a similar name.
     """
     known = [field.name for field in fields(config) if not field.name.startswith("_")]
     for name in names:
-        # `num_labels` and the like are legitimate: properties and arguments that `PreTrainedConfig` itself takes up.
+        # `num_labels` and others are not fields: `PreTrainedConfig` has properties and arguments for them.
         if name.startswith("_") or name in known or hasattr(type(config), name):
             continue
         if close := difflib.get_close_matches(name, known, n=1, cutoff=0.9):
             raise ValueError(f"{type(config).__name__} has no key {name!r}. Did you mean {close[0]!r}?")
+
+
+def check_at_least(config: PreTrainedConfig, minimum: int, names: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: an integer, or one of a pair of integers, is smaller than `minimum`.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if min(to_pair(value)) < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_probabilities(config: PreTrainedConfig, names: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: a rate is not in [0, 1].
+    """
+    for name in names:
+        if not 0.0 <= getattr(config, name) <= 1.0:
+            raise ValueError(f"{name} must be between 0 and 1, got {getattr(config, name)}")
 
 
 @auto_docstring
@@ -56,16 +79,16 @@ def check_unknown_keys(config: PreTrainedConfig, names: Iterable[str]) -> None:
 class MoCoV3ViTConfig(PreTrainedConfig):
     r"""
     stem (`str`, *optional*, defaults to `"patch"`):
-        How an image becomes patches: `"patch"` for one strided convolution, `"conv"` for the stack of four strided
-        3x3 convolutions with batch normalisation (always a stride of 16; the paper pairs it with one block fewer).
+        Patch embedding: `"patch"` for a single strided convolution, `"conv"` for four strided 3x3 convolutions with
+        batch normalization (its stride is always 16; the paper uses it with one transformer block fewer).
     freeze_patch_projection (`bool`, *optional*, defaults to `True`):
-        Whether the patch projection keeps its random initial weights: the paper's remedy against instability (§4.2).
-        It has no effect on the convolutional stem.
+        Whether to freeze the randomly initialized patch projection, which stabilizes training (paper §4.2). It has no
+        effect on the convolutional stem.
     drop_path_rate (`float`, *optional*, defaults to 0.0):
-        Stochastic depth rate of the last block; the rate rises linearly from 0 at the first.
+        Stochastic depth rate of the last block. The rate increases linearly from 0 at the first block.
     position_embedding (`str`, *optional*, defaults to `"sincos2d"`):
-        `"sincos2d"` for the fixed two-dimensional sine-cosine table, `"learned"` for a trained table. Both have the
-        same key, so that a fixed table loads as the start of a learned one.
+        `"sincos2d"` for the fixed two-dimensional sine-cosine table, `"learned"` for a trained table. Both use the
+        same key in checkpoints, so a fixed table can initialize a learned one.
 
     Example:
 
@@ -98,6 +121,13 @@ class MoCoV3ViTConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         check_unknown_keys(self, kwargs)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation. Checks that the values are in range and fit together."""
+        check_at_least(self, 0, ["hidden_size", "num_hidden_layers", "intermediate_size"])
+        check_at_least(self, 1, ["num_attention_heads", "image_size", "patch_size", "num_channels"])
+        check_probabilities(self, ["hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"])
         if self.stem not in STEMS:
             raise ValueError(f"stem must be one of {STEMS}, got {self.stem!r}")
         if self.position_embedding not in POSITION_EMBEDDINGS:
@@ -120,10 +150,9 @@ class MoCoV3ViTConfig(PreTrainedConfig):
         for image, patch in zip(to_pair(self.image_size), to_pair(self.patch_size), strict=True):
             if image % patch != 0:
                 raise ValueError(
-                    f"image_size must be divisible by patch_size, got {self.image_size} and {self.patch_size}: take"
+                    f"image_size must be divisible by patch_size, got {self.image_size} and {self.patch_size}: use"
                     f" image_size {max(1, round(image / patch)) * patch} or another patch_size"
                 )
-        super().__post_init__(**kwargs)
 
 
 @auto_docstring
@@ -131,26 +160,26 @@ class MoCoV3ViTConfig(PreTrainedConfig):
 class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
     r"""
     backbone_config (`dict` or `PreTrainedConfig`, *optional*):
-        Configuration of the backbone: `"mocov3_vit"` (the default), the library's `"resnet"`, or any other vision
-        model that `AutoModel` builds and that gives a pooled vector. A dictionary needs the key `model_type`.
+        Configuration of the backbone: `"mocov3_vit"` (the default), `"resnet"`, or any other vision model that
+        `AutoModel` can build and that returns a `pooler_output`. A dictionary must have the key `model_type`.
     projection_dim (`int`, *optional*, defaults to 256):
-        Width of the vectors that the loss compares.
+        Dimension of the embeddings in the contrastive loss.
     head_hidden_size (`int`, *optional*, defaults to 4096):
-        Width of the hidden layers of projector and predictor.
+        Dimension of the hidden layers of the projector and the predictor.
     num_projector_layers (`int`, *optional*, defaults to 3):
         Number of linear layers of the projector: 3 for ViT, 2 for ResNet.
     num_predictor_layers (`int`, *optional*, defaults to 2):
         Number of linear layers of the predictor.
     predictor_final_norm (`bool`, *optional*, defaults to `True`):
-        Whether the predictor ends in a batch normalisation without affine parameters: yes for ViT, no for ResNet.
+        Whether the predictor ends with a batch normalization without affine parameters: yes for ViT, no for ResNet.
     head_batch_norm (`bool`, *optional*, defaults to `True`):
-        Whether projector and predictor have batch normalisation at all; without is an ablation of the paper.
+        Whether the projector and the predictor use batch normalization. `False` is an ablation of the paper.
     temperature (`float`, *optional*, defaults to 0.2):
         Temperature of the contrastive loss: 0.2 for ViT, 1.0 for ResNet.
     zero_init_residual (`bool`, *optional*, defaults to `True`):
-        Whether the last normalisation of every residual block of a ResNet starts at zero.
+        Whether to initialize the last normalization of every residual block of a ResNet with zeros.
     initializer_range (`float`, *optional*, defaults to 0.01):
-        Standard deviation of the initial weights of the classification head.
+        Standard deviation of the normal distribution that initializes the classification head.
 
     Example:
 
@@ -185,34 +214,66 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
     sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012
 
     def __post_init__(self, **kwargs):
-        # Built before `super()` and here rather than by the base class, which finds sub-configurations through an Auto
-        # class: that one does not know `mocov3_vit` where this file travels as remote code.
+        # The base class would look up sub-configurations in the Auto classes, which do not know `mocov3_vit` when this
+        # file is loaded as remote code.
         self.backbone_config = build_backbone_config(self.backbone_config)
         out_indices, out_features = kwargs.pop("out_indices", None), kwargs.pop("out_features", None)
         check_unknown_keys(self, kwargs)
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        for name in ("projection_dim", "head_hidden_size", "num_projector_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_predictor_layers < 0:
-            raise ValueError(f"num_predictor_layers must be at least 0, got {self.num_predictor_layers}")
+        for name in BACKBONE_ATTRIBUTES:
+            if name in kwargs:
+                raise ValueError(
+                    f"{name} belongs to the backbone: pass backbone_config={{'model_type': ..., {name!r}: ...}}"
+                )
         self.stage_names = stage_names_of(self.backbone_config)
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
         super().__post_init__(**kwargs)
 
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation. Checks that the values are in range."""
+        check_at_least(self, 1, ["projection_dim", "head_hidden_size", "num_projector_layers"])
+        check_at_least(self, 0, ["num_predictor_layers"])
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if not 0 <= self.initializer_range < math.inf:
+            raise ValueError(f"initializer_range must not be negative, got {self.initializer_range}")
+        if self.hidden_size is not None and self.hidden_size < 1:
+            raise ValueError(f"the backbone must have a hidden_size of at least 1, got {self.hidden_size}")
+
     @property
     def num_hidden_layers(self) -> int:
-        """Number of hidden states after the stem's, as tools for backbones ask for it."""
+        """Number of hidden states of the backbone, not counting that of the stem."""
         return len(self.stage_names) - 1
+
+    @property
+    def hidden_size(self) -> int | None:
+        """Dimension of `pooler_output`, or `None` if only the built backbone knows it (timm)."""
+        hidden_sizes = getattr(self.backbone_config, "hidden_sizes", None)
+        if hidden_sizes:
+            return hidden_sizes[-1]
+        return getattr(self.backbone_config, "hidden_size", getattr(self.backbone_config, "num_features", None))
+
+    @property
+    def image_size(self) -> int | list[int] | tuple[int, int] | None:
+        """Image size of the backbone, or `None` if it has none, as a ResNet."""
+        return getattr(self.backbone_config, "image_size", None)
+
+    @property
+    def patch_size(self) -> int | list[int] | tuple[int, int] | None:
+        """Patch size of the backbone, or `None` if it has none, as a ResNet."""
+        return getattr(self.backbone_config, "patch_size", None)
+
+    @property
+    def num_channels(self) -> int | None:
+        """Number of channels of the images, or `None` if the backbone's configuration does not have it (timm)."""
+        return getattr(self.backbone_config, "num_channels", None)
 
 
 def build_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
     """
-    The configuration object of a backbone.
+    Build the configuration of a backbone.
 
     Raises:
-        ValueError: a dictionary without `model_type`, or with one that transformers does not know.
+        ValueError: a dictionary has no `model_type`, or one that is unknown to transformers.
     """
     if config is None:
         return MoCoV3ViTConfig()
@@ -221,22 +282,29 @@ def build_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrainedC
     values = dict(config)
     model_type = values.pop("model_type", None)
     if model_type is None:
-        raise ValueError("backbone_config needs the key 'model_type', for example 'mocov3_vit' or 'resnet'")
+        raise ValueError("backbone_config needs the key 'model_type', such as 'mocov3_vit' or 'resnet'")
     if model_type == MoCoV3ViTConfig.model_type:
         return MoCoV3ViTConfig(**values)
     if model_type not in CONFIG_MAPPING:
         close = difflib.get_close_matches(model_type, [MoCoV3ViTConfig.model_type, *CONFIG_MAPPING.keys()], n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"transformers knows no model type {model_type!r} for backbone_config.{hint}")
+        raise ValueError(f"backbone_config: model type {model_type!r} is unknown to transformers.{hint}")
     return CONFIG_MAPPING[model_type](**values)
 
 
 def stage_names_of(backbone_config: PreTrainedConfig) -> list[str]:
-    """Names of the hidden states of a backbone, the stem's first, as the library's backbones name them."""
+    """
+    Names of the hidden states of a backbone, starting with the stem, as transformers' backbones name them.
+
+    Raises:
+        ValueError: the backbone has more layers than any model.
+    """
     if getattr(backbone_config, "stage_names", None):
         return list(backbone_config.stage_names)
     depths = getattr(backbone_config, "depths", None)
     num_stages = len(depths) if depths is not None else getattr(backbone_config, "num_hidden_layers", 0)
+    if num_stages > MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers must be at most {MAX_LAYERS}, got {num_stages}")
     return ["stem", *(f"stage{index}" for index in range(1, num_stages + 1))]
 
 

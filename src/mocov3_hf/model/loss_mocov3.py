@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The contrastive loss of MoCo v3 (paper, equation 1 and algorithm 1) over the keys of all processes."""
+"""The InfoNCE loss of MoCo v3 (paper, equation 1 and algorithm 1) over the keys of all processes."""
 
 import math
 from dataclasses import dataclass
@@ -26,12 +26,12 @@ from .batchnorm_mocov3 import num_processes
 @dataclass
 class ContrastiveOutput:
     """
-    One direction of the loss, all 0-dim.
+    One direction of the loss. All tensors are 0-dimensional.
 
     Args:
-        loss: `2T · CE(q̂ · k̂ᵀ / T)`, averaged over this process's queries.
-        positive_similarity: mean cosine similarity of a query and its key.
-        positive_top1: fraction of the queries whose own key is the most similar of all keys.
+        loss: `2T · CE(q̂ · k̂ᵀ / T)`, the mean over the queries of this process.
+        positive_similarity: mean cosine similarity of a query and its positive.
+        positive_top1: fraction of the queries whose positive is the most similar of all keys.
     """
 
     loss: torch.Tensor
@@ -43,20 +43,21 @@ def contrastive_loss(
     query: torch.Tensor, key: torch.Tensor, temperature: float, even_batches: bool = False
 ) -> ContrastiveOutput:
     """
-    `ctr(q, k)` of the paper, scaled by `2T` as in the official code.
+    `ctr(q, k)` of the paper, multiplied by `2T` as in the official code.
+
+    The logits are computed in float32 or float64, also under autocast: at `T = 0.2`, half precision is not enough.
 
     Args:
         query (`torch.Tensor` of shape `(B, P)`):
-            Predictions of one view; gradients flow into them.
+            Predictions of one view.
         key (`torch.Tensor` of shape `(B, P)`):
-            Momentum projections of the other view, row by row the positives of the queries. No gradient.
+            Projections of the other view by the momentum encoder. Row `i` is the positive of query `i`. They get no
+            gradient (stop-gradient).
         temperature (`float`):
             `T`.
         even_batches (`bool`, *optional*, defaults to `False`):
-            A promise that `B` is the same on every process, which saves the exchange of the batch sizes. Where it
-            differs, each process weighs its loss such that the mean over the processes is the mean over all queries.
-
-    Logits are computed in float32 at least, also under autocast: at `T = 0.2` half precision costs two digits.
+            Whether `B` is the same on all processes, which saves an exchange of batch sizes. Otherwise, each process
+            weights its loss so that the mean over the processes is the mean over all queries.
     """
     with torch.autocast(device_type=query.device.type, enabled=False):
         query, key = (F.normalize(at_least_float32(vectors), dim=1) for vectors in (query, key.detach()))
@@ -77,8 +78,11 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def gather_keys(key: torch.Tensor, even_batches: bool = False) -> tuple[torch.Tensor, int, float]:
     """
-    Keys of all processes `(sum of B, P)` in the order of ranks, the row at which this process's own begin, and the
-    share of this process's mean in the mean over all, times the number of processes.
+    Gather the keys of all processes.
+
+    Returns:
+        The keys `(sum of B, P)` in the order of ranks, the row of the first key of this process, and the weight of
+        the loss of this process.
     """
     if num_processes() == 1:
         return key, 0, 1.0
@@ -88,7 +92,7 @@ def gather_keys(key: torch.Tensor, even_batches: bool = False) -> tuple[torch.Te
     if len(set(sizes)) == 1:
         dist.all_gather(gathered, key)
     else:
-        # gloo and NCCL gather equal shapes only: one broadcast per process is the way for others.
+        # gloo and NCCL gather equal shapes only. Other shapes take one broadcast per process.
         gathered[rank] = key
         for source, keys in enumerate(gathered):
             dist.broadcast(keys, src=source)
@@ -96,7 +100,7 @@ def gather_keys(key: torch.Tensor, even_batches: bool = False) -> tuple[torch.Te
 
 
 def gather_sizes(key: torch.Tensor) -> list[int]:
-    """Batch size of every process."""
+    """Batch sizes of all processes."""
     sizes = torch.zeros(num_processes(), dtype=torch.int64, device=key.device)
     sizes[dist.get_rank()] = len(key)
     dist.all_reduce(sizes)
@@ -104,12 +108,12 @@ def gather_sizes(key: torch.Tensor) -> list[int]:
 
 
 def chance_loss(temperature: float, global_batch_size: int) -> float:
-    """Loss of both directions when every key is equally similar: `4T · ln(batch)`."""
+    """Loss of both directions if all keys are equally similar to a query: `4T · ln(batch)`."""
     return 4 * temperature * math.log(global_batch_size)
 
 
 def floor_loss(temperature: float, global_batch_size: int) -> float:
-    """Loss of both directions when positives coincide and negatives are orthogonal."""
+    """Loss of both directions if positives are identical and negatives are orthogonal."""
     return 4 * temperature * math.log1p((global_batch_size - 1) * math.exp(-1 / temperature))
 
 

@@ -11,11 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""MoCo v3's encoder on any vision backbone, as a feature extractor, a multi-scale backbone and a classifier."""
+"""The encoder of MoCo v3 with any vision backbone, as a feature extractor, a backbone and an image classifier."""
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
@@ -27,12 +27,20 @@ from .configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
 from .modeling_mocov3_vit import MoCoV3ViTModel, freeze_fixed_parameters, init_torch_default
 
 
-# Legend of dimensions: B batch, C H W image, h w grid, L tokens, D width of the pooled vector.
+# Dimensions: B batch, C H W image, h w grid, L tokens, D size of the pooled output.
+
+
+def backbone_class(backbone_config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The model class of a backbone, or `PreTrainedModel` if transformers has none for it."""
+    # By name: remote code can load the file of the configuration twice, and its classes then differ.
+    if backbone_config.model_type == MoCoV3ViTConfig.model_type:
+        return MoCoV3ViTModel
+    found = MODEL_MAPPING.get(type(backbone_config), PreTrainedModel)
+    return found[0] if isinstance(found, (list, tuple)) else found
 
 
 def build_backbone(config: MoCoV3Config) -> PreTrainedModel:
-    """The model of `config.backbone_config`, with fresh weights."""
-    # By name: as remote code the file of the configuration can be loaded twice, and its classes then differ.
+    """The model of `config.backbone_config` with freshly initialized weights."""
     if config.backbone_config.model_type == MoCoV3ViTConfig.model_type:
         return MoCoV3ViTModel(config.backbone_config)
     return AutoModel.from_config(config.backbone_config)
@@ -40,10 +48,10 @@ def build_backbone(config: MoCoV3Config) -> PreTrainedModel:
 
 def pooled_width(backbone: PreTrainedModel) -> int:
     """
-    Width of the pooled vector of a built backbone.
+    Size `D` of the pooled output of a built backbone.
 
     Raises:
-        ValueError: the backbone tells no width.
+        ValueError: the configuration of the backbone has no such size.
     """
     timm_model = getattr(backbone, "timm_model", None)
     if timm_model is not None:
@@ -53,14 +61,14 @@ def pooled_width(backbone: PreTrainedModel) -> int:
     width = hidden_sizes[-1] if hidden_sizes else getattr(config, "hidden_size", None)
     if width is None:
         raise ValueError(
-            f"a backbone of model type {config.model_type!r} tells neither hidden_size nor hidden_sizes: its pooled"
-            " vector has an unknown width"
+            f"the configuration of the backbone {config.model_type!r} has neither hidden_size nor hidden_sizes, so"
+            " the size of its pooled output is unknown: use another backbone"
         )
     return width
 
 
 def zero_init_residual_norms(backbone: PreTrainedModel) -> None:
-    """Start every residual block of a ResNet as the identity: the weight of its last normalisation is zero."""
+    """Initialize every residual block of a ResNet as the identity: the last normalization gets weight zero."""
     if backbone.config.model_type == "resnet":
         for stage in backbone.encoder.stages:
             for block in stage.layers:
@@ -68,10 +76,25 @@ def zero_init_residual_norms(backbone: PreTrainedModel) -> None:
 
 
 def freeze_unused_parameters(backbone: PreTrainedModel) -> None:
-    """Take the gradient off a mask token: without masks it gets none, which DDP refuses."""
+    """Freeze mask tokens. They get no gradient without masks, which is an error under DDP."""
     for name, parameter in backbone.named_parameters():
         if name.endswith("mask_token"):
             parameter.requires_grad_(False)
+
+
+class BackboneFlag:
+    """
+    A class attribute of the backbone, such as `_supports_sdpa`, as an attribute of the models that contain it.
+
+    The class itself has no backbone and returns the flag of MoCo v3's ViT.
+    """
+
+    def __set_name__(self, owner: type, name: str):
+        self.name = name
+
+    def __get__(self, model: PreTrainedModel | None, owner: type) -> bool:
+        backbone = MoCoV3ViTModel if model is None else backbone_class(model.config.backbone_config)
+        return getattr(backbone, self.name)
 
 
 @auto_docstring
@@ -80,16 +103,19 @@ class MoCoV3PreTrainedModel(PreTrainedModel):
     base_model_prefix = "mocov3"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    # An instance has its backbone's value: whether it can recompute activations is not known from the class.
-    supports_gradient_checkpointing = False
-    _no_split_modules = []  # noqa: RUF012 - the backbone's are added at construction
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
+    supports_gradient_checkpointing = False  # instances have the value of their backbone
+    _no_split_modules = []  # noqa: RUF012 - those of the backbone are added at construction
+    _supports_sdpa = BackboneFlag()
+    _supports_flash_attn = BackboneFlag()
+    _supports_flex_attn = BackboneFlag()
+    _supports_attention_backend = BackboneFlag()
+
+    def post_init(self):
+        self.supports_gradient_checkpointing = self.base_model.backbone.supports_gradient_checkpointing
+        super().post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        # The layers of projector and predictor start as torch starts them (official code), the backbone as it likes.
+        # Projector and predictor keep torch's initialization, as in the official code. Backbones have their own.
         if module is getattr(self, "classifier", None):
             init.normal_(module.weight, std=self.config.initializer_range)
             init.zeros_(module.bias)
@@ -99,8 +125,8 @@ class MoCoV3PreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def initialize_weights(self):
-        # Runs at construction and after every load, which makes all it loads trainable. What a load has filled in
-        # keeps its values; so does what an inner model has initialised already.
+        # Runs at construction and after every `from_pretrained`, which sets `requires_grad` on all loaded tensors.
+        # Loaded weights, and those that an inner model has initialized already, keep their values.
         fresh = [module for module in self.modules() if isinstance(module, MoCoV3Model) and not is_initialized(module)]
         super().initialize_weights()
         for module in fresh:
@@ -118,7 +144,7 @@ class MoCoV3PreTrainedModel(PreTrainedModel):
         self.input_embeddings_owner().set_input_embeddings(value)
 
     def input_embeddings_owner(self) -> "PreTrainedModel | FirstChildEmbeddings":
-        """The backbone where it has accessors of its own; a convolutional one often has none."""
+        """The backbone if it has accessors of its own. Convolutional backbones often have none."""
         backbone = self.base_model.backbone
         try:
             backbone.get_input_embeddings()
@@ -131,7 +157,7 @@ class MoCoV3PreTrainedModel(PreTrainedModel):
 
 
 class FirstChildEmbeddings:
-    """Accessors of input embeddings for a backbone without: its first child, which is the stem everywhere."""
+    """Accessors of input embeddings for a backbone without any: its first child, which is the stem."""
 
     def __init__(self, backbone: PreTrainedModel):
         self.backbone = backbone
@@ -150,11 +176,12 @@ def is_initialized(module: nn.Module) -> bool:
 
 @auto_docstring(
     custom_intro="""
-    The encoder of MoCo v3 without heads: any vision backbone, whose pooled vector is the feature that MoCo v3 trains.
+    The encoder of MoCo v3 without projector and predictor: any vision backbone. Its pooled output is the
+    representation that MoCo v3 learns.
     """
 )
 class MoCoV3Model(MoCoV3PreTrainedModel):
-    # Checkpoints of pre-training and of classifiers hold more than the encoder.
+    # Checkpoints of pre-training and of classifiers contain more than the encoder.
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
         r"^projector\.",
         r"^predictor\.",
@@ -165,13 +192,12 @@ class MoCoV3Model(MoCoV3PreTrainedModel):
     def __init__(self, config: MoCoV3Config):
         super().__init__(config)
         self.backbone = build_backbone(config)
-        self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
         freeze_unused_parameters(self.backbone)
         self.post_init()
 
     @property
     def pooled_width(self) -> int:
-        """Width `D` of the pooled vector."""
+        """Size `D` of the pooled output."""
         return pooled_width(self.backbone)
 
     @can_return_tuple
@@ -181,16 +207,24 @@ class MoCoV3Model(MoCoV3PreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        pooled_query_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
-        pooled_query_only (`bool`, *optional*, defaults to `False`):
-            A promise that only `pooler_output` is read. MoCo v3's own ViT then computes its last block for the CLS
-            token alone and gives no `last_hidden_state`; other backbones take no notice.
-
-        Returns `last_hidden_state` as the backbone gives it, `(B, L, D)` or `(B, D, h, w)`, and `pooler_output`
+        Returns `last_hidden_state` in the layout of the backbone, `(B, L, D)` or `(B, D, h, w)`, and `pooler_output`
         `(B, D)`.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from mocov3_hf import MoCoV3Config, MoCoV3Model
+
+        >>> backbone = {"model_type": "resnet", "hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8}
+        >>> model = MoCoV3Model(MoCoV3Config(backbone_config=backbone)).eval()
+        >>> outputs = model(torch.randn(2, 3, 32, 32))
+        >>> list(outputs.pooler_output.shape)
+        [2, 16]
+        ```
         """
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
@@ -198,16 +232,14 @@ class MoCoV3Model(MoCoV3PreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        if output_attentions:  # a convolutional backbone does not know the argument
+        if output_attentions:  # convolutional backbones do not have the argument
             kwargs["output_attentions"] = True
-        if pooled_query_only and self.backbone.config.model_type == MoCoV3ViTConfig.model_type:
-            kwargs["pooled_query_only"] = True
         kwargs.pop("return_dict", None)
         outputs = self.backbone(pixel_values, output_hidden_states=output_hidden_states, return_dict=True, **kwargs)
         pooled = outputs.get("pooler_output")
         if pooled is None:
             raise ValueError(
-                f"a backbone of model type {self.backbone.config.model_type!r} gives no pooled vector (pooler_output)"
+                f"the backbone {self.backbone.config.model_type!r} returns no pooler_output: use a backbone that does"
             )
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.get("last_hidden_state"),
@@ -219,19 +251,20 @@ class MoCoV3Model(MoCoV3PreTrainedModel):
 
 @auto_docstring(
     custom_intro="""
-    The encoder of MoCo v3 with a linear classification head on its pooled vector, for linear evaluation and
-    fine-tuning.
+    The encoder of MoCo v3 with a linear classifier on its pooled output, for linear evaluation and fine-tuning.
     """
 )
 class MoCoV3ForImageClassification(MoCoV3PreTrainedModel):
+    # A classifier starts from the encoder of a pre-training checkpoint and does not need the rest.
+    _keys_to_ignore_on_load_unexpected = [r"^projector\.", r"^predictor\.", r"^momentum_encoder\."]  # noqa: RUF012
+
     def __init__(self, config: MoCoV3Config):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.mocov3 = MoCoV3Model(config)
-        self.supports_gradient_checkpointing = self.mocov3.supports_gradient_checkpointing
         self.classifier = nn.Linear(self.mocov3.pooled_width, config.num_labels)
         self.post_init()
-        report_all_unexpected_keys(self)
+        ignore_own_keys_only(self)
 
     @can_return_tuple
     @auto_docstring
@@ -246,6 +279,20 @@ class MoCoV3ForImageClassification(MoCoV3PreTrainedModel):
         r"""
         labels (`torch.LongTensor` of shape `(B,)`, *optional*):
             Classes in `[0, config.num_labels - 1]`, for the loss.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification
+
+        >>> backbone = {"model_type": "mocov3_vit", "image_size": 32, "patch_size": 8, "hidden_size": 48}
+        >>> model = MoCoV3ForImageClassification(MoCoV3Config(backbone_config=backbone, num_labels=10))
+        >>> outputs = model(torch.randn(2, 3, 32, 32), labels=torch.tensor([3, 7]))
+        >>> list(outputs.logits.shape)
+        [2, 10]
+        >>> outputs.loss.backward()
+        ```
         """
         outputs = self.mocov3(
             pixel_values,
@@ -260,15 +307,18 @@ class MoCoV3ForImageClassification(MoCoV3PreTrainedModel):
         )
 
 
-def report_all_unexpected_keys(model: PreTrainedModel) -> None:
-    """Undo what `post_init` takes over from the inner encoder: a whole model has no keys to pass over in silence."""
+def ignore_own_keys_only(model: PreTrainedModel) -> None:
+    """
+    Undo that `post_init` copies the ignored keys of the inner encoder: what the encoder can ignore may be a weight of
+    the whole model.
+    """
     model._keys_to_ignore_on_load_unexpected = set(type(model)._keys_to_ignore_on_load_unexpected or ())
 
 
 @auto_docstring(
     custom_intro="""
-    The encoder of MoCo v3 as a backbone of detection and segmentation models: feature maps of the stages in
-    `config.out_features`.
+    The encoder of MoCo v3 as a backbone for detection and segmentation: it returns the feature maps of the stages
+    in `config.out_features`.
     """
 )
 class MoCoV3Backbone(BackboneMixin, MoCoV3PreTrainedModel):
@@ -277,7 +327,6 @@ class MoCoV3Backbone(BackboneMixin, MoCoV3PreTrainedModel):
     def __init__(self, config: MoCoV3Config):
         super().__init__(config)
         self.mocov3 = MoCoV3Model(config)
-        self.supports_gradient_checkpointing = self.mocov3.supports_gradient_checkpointing
         self.num_features = stage_widths(self.mocov3.backbone, len(self.stage_names))
         self.post_init()
 
@@ -292,8 +341,22 @@ class MoCoV3Backbone(BackboneMixin, MoCoV3PreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BackboneOutput:
         r"""
-        Returns `feature_maps`, one `(B, width, h, w)` for each of `config.out_features`. Those of MoCo v3's ViT pass
-        through its final norm.
+        Returns `feature_maps`, one of shape `(B, channels, h, w)` for each of `config.out_features`. Those of a ViT
+        pass through its final normalization.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from mocov3_hf import MoCoV3Backbone, MoCoV3Config
+
+        >>> backbone = {"model_type": "resnet", "hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8}
+        >>> config = MoCoV3Config(backbone_config=backbone, out_features=["stage1", "stage2"])
+        >>> model = MoCoV3Backbone(config).eval()
+        >>> outputs = model(torch.randn(2, 3, 32, 32))
+        >>> [list(feature_map.shape) for feature_map in outputs.feature_maps]
+        [[2, 8, 8, 8], [2, 16, 4, 4]]
+        ```
         """
         outputs = self.mocov3(pixel_values, output_hidden_states=True, output_attentions=output_attentions, **kwargs)
         feature_maps = tuple(
@@ -306,7 +369,7 @@ class MoCoV3Backbone(BackboneMixin, MoCoV3PreTrainedModel):
         )
 
     def feature_map(self, hidden_state: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(B, width, h, w)` from a hidden state that is already so, or from tokens `(B, L, width)`."""
+        """Feature map `(B, channels, h, w)` of a hidden state of that shape or of tokens `(B, L, channels)`."""
         if hidden_state.dim() == 4:
             return hidden_state
         layernorm = getattr(self.mocov3.backbone, "layernorm", None)
@@ -318,7 +381,7 @@ class MoCoV3Backbone(BackboneMixin, MoCoV3PreTrainedModel):
 
 
 def token_grid(hidden_state: torch.Tensor, pixel_values: torch.Tensor, config: MoCoV3Config) -> tuple[int, int]:
-    """Grid `(h, w)` of the patch tokens: a columnar model keeps the first, a staged one halves it."""
+    """Grid `(h, w)` of the patch tokens. Hierarchical models halve it in each stage."""
     height, width = (
         size // patch for size, patch in zip(pixel_values.shape[-2:], to_pair(config.patch_size), strict=True)
     )
@@ -328,9 +391,9 @@ def token_grid(hidden_state: torch.Tensor, pixel_values: torch.Tensor, config: M
 
 
 def stage_widths(backbone: PreTrainedModel, num_stages: int) -> list[int]:
-    """Width of every hidden state, the stem's first."""
+    """Number of channels of every hidden state, starting with the stem."""
     config = backbone.config
-    if (embed_dim := getattr(config, "embed_dim", None)) is not None:  # Swin: its hidden states follow the merging
+    if (embed_dim := getattr(config, "embed_dim", None)) is not None:  # Swin: hidden states are those after merging
         widths = [embed_dim * 2**index for index in range(num_stages - 1)]
         return [widths[0], *widths[1:], widths[-1]]
     if (hidden_sizes := getattr(config, "hidden_sizes", None)) is not None:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The Vision Transformer of MoCo v3: fixed sine-cosine positions, frozen patch projection or convolutional stem."""
+"""The Vision Transformer of MoCo v3: fixed sine-cosine positions, and a frozen patch projection or a conv stem."""
 
 import itertools
 import math
@@ -33,14 +33,14 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_mocov3 import MoCoV3ViTConfig, to_pair
 
 
-# Legend of dimensions: B batch, C H W image, h w patch grid, L = 1 + h·w tokens (the CLS token first), D width.
+# Dimensions: B batch, C H W image, h w grid of patches, L = 1 + h·w tokens with the CLS token first, D hidden size.
 
 
 def sincos_position_embedding(hidden_size: int, grid: tuple[int, int]) -> torch.Tensor:
     """
-    The fixed two-dimensional position table `(1, 1 + h·w, D)` in float32; the row of the CLS token is zero.
+    The fixed two-dimensional position embedding `(1, 1 + h·w, D)` in float32. It is zero for the CLS token.
 
-    Every patch has `sin(row·ω) cos(row·ω) sin(column·ω) cos(column·ω)`, each `D/4` wide, `ω_i = 10000^(-i / (D/4))`.
+    A patch has `sin(row·ω) cos(row·ω) sin(column·ω) cos(column·ω)`, each of size `D/4`, `ω_i = 10000^(-i / (D/4))`.
     """
     quarter = hidden_size // 4
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
@@ -53,13 +53,13 @@ def sincos_position_embedding(hidden_size: int, grid: tuple[int, int]) -> torch.
 
 
 class MoCoV3ViTPatchProjection(nn.Conv2d):
-    """A convolution whose stride is its kernel. GPUs compute the matrix product that it is."""
+    """A convolution whose stride equals its kernel size. On CUDA it is computed as a matrix product."""
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.multiply(pixel_values) if pixel_values.is_cuda else super().forward(pixel_values)
 
     def multiply(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """cuDNN has no fast kernel for the convolution in half precision: it took 5 % of a step of ViT-B."""
+        """The convolution as a matrix product. cuDNN's kernel is slow in half precision: 5 % of a ViT-B step."""
         height, width = self.kernel_size
         rows, columns = pixel_values.shape[2] // height, pixel_values.shape[3] // width
         patches = pixel_values[:, :, : rows * height, : columns * width]
@@ -84,7 +84,7 @@ class MoCoV3ViTPatchEmbeddings(nn.Module):
 
 
 class MoCoV3ViTConvLayer(nn.Module):
-    """3x3 convolution of stride 2, batch normalisation, ReLU."""
+    """3x3 convolution of stride 2, batch normalization, ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -112,7 +112,7 @@ class MoCoV3ViTConvStem(nn.Module):
 
 
 class MoCoV3ViTEmbeddings(nn.Module):
-    """Patches with the CLS token before them and the position table added: `(B, C, H, W)` to `(B, L, D)`."""
+    """CLS token, patch embeddings and position embeddings: `(B, C, H, W)` to `(B, L, D)`."""
 
     def __init__(self, config: MoCoV3ViTConfig):
         super().__init__()
@@ -121,7 +121,8 @@ class MoCoV3ViTEmbeddings(nn.Module):
         self.image_size = image_size
         self.grid = (image_size[0] // self.patch_size[0], image_size[1] // self.patch_size[1])
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        # A Parameter in both modes: counted as published, saved under one key, cast with the rest of the model.
+        # A parameter even when it is fixed: published parameter counts include it, both kinds share one key in
+        # checkpoints, and it follows the dtype of the model.
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], config.hidden_size))
         self.patch_embeddings = (
             MoCoV3ViTConvStem(config) if config.stem == "conv" else MoCoV3ViTPatchEmbeddings(config)
@@ -131,7 +132,9 @@ class MoCoV3ViTEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         _, channels, height, width = pixel_values.shape
         if channels != self.config.num_channels:
-            raise ValueError(f"pixel_values have {channels} channels, the configuration {self.config.num_channels}")
+            raise ValueError(
+                f"pixel_values must have {self.config.num_channels} channels (config.num_channels), got {channels}"
+            )
         if not interpolate_pos_encoding and (height, width) != self.image_size:
             raise ValueError(
                 f"pixel_values of size {height}×{width} do not match the model's {self.image_size[0]}×"
@@ -146,7 +149,7 @@ class MoCoV3ViTEmbeddings(nn.Module):
         return self.dropout(hidden_states + positions)
 
     def interpolated_positions(self, grid: tuple[int, int]) -> torch.Tensor:
-        """The position table for another grid of patches, `(1, 1 + h·w, D)`, by bicubic interpolation in float32."""
+        """Position embeddings `(1, 1 + h·w, D)` for another grid, by bicubic interpolation in float32."""
         if grid == self.grid:
             return self.position_embeddings
         cls_position, table = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
@@ -162,23 +165,47 @@ def eager_attention_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float,
+    scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of `(B, heads, L, D / heads)` in plain matrix products; gives the weights `(B, heads, L, L)` too."""
-    # The query is smaller than the scores: scaled first.
-    scores = torch.matmul(query * scaling, key.transpose(2, 3))
+    """
+    Attention as matrix products, with the softmax in float32 or, for float64 inputs, in float64.
+
+    Args:
+        module (`nn.Module`):
+            The attention module. Dropout is active if it is in training mode.
+        query (`torch.Tensor` of shape `(B, heads, queries, D / heads)`):
+            Queries.
+        key, value (`torch.Tensor` of shape `(B, heads, L, D / heads)`):
+            Keys and values.
+        attention_mask (`torch.Tensor`, *optional*):
+            Added to the scores.
+        scaling (`float`, *optional*, defaults to `(D / heads) ** -0.5`):
+            Factor of the scores.
+        dropout (`float`, *optional*, defaults to 0.0):
+            Dropout rate of the attention weights.
+
+    Returns:
+        The output `(B, queries, heads, D / heads)` and the attention weights `(B, heads, queries, L)`.
+    """
+    if scaling is None:
+        scaling = query.size(-1) ** -0.5
+    # Scaling the queries is cheaper than scaling the scores.
+    attn_weights = torch.matmul(query * scaling, key.transpose(2, 3))
     if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+        attn_weights = attn_weights + attention_mask
+    softmax_dtype = torch.promote_types(attn_weights.dtype, torch.float32)
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=softmax_dtype).to(query.dtype)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights, value)
+    return attn_output.transpose(1, 2).contiguous(), attn_weights
 
 
 class MoCoV3ViTAttention(nn.Module):
     """
-    Multi-head self-attention with separate projections, `(B, L, D)` to `(B, L, D)`; with `num_queries` only that many
-    tokens, the first, look at all of them: to `(B, num_queries, D)`.
+    Multi-head self-attention, `(B, L, D)` to `(B, L, D)`. With `num_queries`, only the first `num_queries` tokens
+    attend to all tokens, and the output is `(B, num_queries, D)`.
     """
 
     def __init__(self, config: MoCoV3ViTConfig):
@@ -206,10 +233,10 @@ class MoCoV3ViTAttention(nn.Module):
                 (self.v_proj, hidden_states),
             )
         )
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        context, weights = attention(
+        attn_output, attn_weights = attention_interface(
             self,
             query,
             key,
@@ -219,7 +246,7 @@ class MoCoV3ViTAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             **kwargs,
         )
-        return self.o_proj(context.flatten(-2)), weights
+        return self.o_proj(attn_output.flatten(-2)), attn_weights
 
 
 class MoCoV3ViTMLP(nn.Module):
@@ -235,7 +262,7 @@ class MoCoV3ViTMLP(nn.Module):
 
 
 class MoCoV3ViTDropPath(nn.Module):
-    """Stochastic depth per image (Huang et al. 2016): drops a residual branch, scales the kept ones up."""
+    """Stochastic depth per image (Huang et al. 2016): drops residual branches and rescales the remaining ones."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -253,8 +280,8 @@ class MoCoV3ViTDropPath(nn.Module):
 
 class MoCoV3ViTLayer(GradientCheckpointingLayer):
     """
-    One pre-norm block, `(B, L, D)` to `(B, L, D)`; with `num_queries` it gives the first tokens only, the same as
-    without: to `(B, num_queries, D)`.
+    A pre-norm transformer block, `(B, L, D)` to `(B, L, D)`. With `num_queries`, it returns only the first
+    `num_queries` tokens, `(B, num_queries, D)`, with the same values.
     """
 
     def __init__(self, config: MoCoV3ViTConfig, drop_path_rate: float):
@@ -294,7 +321,7 @@ class MoCoV3ViTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initial values of the official code (its `vits.py`); the convolutional stem keeps torch's own defaults."""
+        """Initialization of the official code (`vits.py`). The convolutional stem keeps torch's defaults."""
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
@@ -318,13 +345,13 @@ class MoCoV3ViTPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def initialize_weights(self):
-        # Runs at construction and after every load, which makes all it loads trainable.
+        # Runs at construction and after every `from_pretrained`, which sets `requires_grad` on all loaded tensors.
         super().initialize_weights()
         freeze_fixed_parameters(self)
 
 
 def init_torch_default(layer: nn.Linear | nn.Conv2d) -> None:
-    """The initial values that torch gives the layer itself, for parameters that were not loaded."""
+    """Initialize the parameters that were not loaded as torch initializes the layer."""
     init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
     if layer.bias is not None:
         bound = 1 / math.sqrt(layer.weight[0].numel())
@@ -332,7 +359,7 @@ def init_torch_default(layer: nn.Linear | nn.Conv2d) -> None:
 
 
 def freeze_fixed_parameters(module: nn.Module) -> None:
-    """Take the gradient off every ViT's sine-cosine table and frozen patch projection inside `module`."""
+    """Freeze the sine-cosine table and the fixed patch projection of every MoCo v3 ViT inside `module`."""
     for embeddings in module.modules():
         if isinstance(embeddings, MoCoV3ViTEmbeddings):
             config = embeddings.config
@@ -354,25 +381,33 @@ class MoCoV3ViTEncoder(MoCoV3ViTPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self, hidden_states: torch.Tensor, pooled_query_only: bool = False, **kwargs: Unpack[TransformersKwargs]
+        self, hidden_states: torch.Tensor, num_queries: int | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutput:
+        r"""
+        num_queries (`int`, *optional*):
+            Number of tokens that the last layer returns, counted from the first. By default all.
+        """
         last = len(self.layer) - 1
         for index, layer in enumerate(self.layer):
-            num_queries = 1 if pooled_query_only and index == last else None
-            hidden_states = layer(hidden_states, num_queries=num_queries, **kwargs)
+            hidden_states = layer(hidden_states, num_queries=num_queries if index == last else None, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
 def asks_for_more(config: MoCoV3ViTConfig, kwargs: dict) -> bool:
-    """Whether the arguments of a call, or else the configuration, ask for hidden states or attention weights."""
+    """Whether the arguments, or by default the configuration, request hidden states or attention weights."""
     return any(
         getattr(config, name) if kwargs.get(name) is None else kwargs[name]
         for name in ("output_hidden_states", "output_attentions")
     )
 
 
-@auto_docstring(custom_intro="The bare ViT of MoCo v3; its pooled output is the CLS token after the final norm.")
+@auto_docstring(custom_intro="The bare ViT of MoCo v3. Its pooled output is the CLS token after the final LayerNorm.")
 class MoCoV3ViTModel(MoCoV3ViTPreTrainedModel):
+    # Set this to `True` to speed up code that reads `pooler_output` only: the last layer then computes the CLS token
+    # alone (7 % fewer multiply-adds for ViT-S), `pooler_output` keeps its value, and `last_hidden_state` is `None`. It
+    # has no effect on calls that request hidden states or attention weights.
+    pooled_query_only = False
+
     def __init__(self, config: MoCoV3ViTConfig):
         super().__init__(config)
         self.embeddings = MoCoV3ViTEmbeddings(config)
@@ -393,20 +428,31 @@ class MoCoV3ViTModel(MoCoV3ViTPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        pooled_query_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
-        pooled_query_only (`bool`, *optional*, defaults to `False`):
-            A promise that only `pooler_output` is read. The last block is then computed for the CLS token alone, with
-            the keys and values of all tokens: the same vector, 7 % of ViT-S's multiply-adds less, and no
-            `last_hidden_state`. Without effect where hidden states or attention weights are asked for.
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from mocov3_hf import MoCoV3ViTConfig, MoCoV3ViTModel
+
+        >>> config = MoCoV3ViTConfig(
+        ...     image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
+        ... )
+        >>> model = MoCoV3ViTModel(config).eval()
+        >>> outputs = model(torch.randn(2, 3, 32, 32))
+        >>> list(outputs.last_hidden_state.shape)  # the CLS token and 4 x 4 patches
+        [2, 17, 32]
+        >>> list(outputs.pooler_output.shape)
+        [2, 32]
+        ```
         """
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
-        pooled_query_only = pooled_query_only and not asks_for_more(self.config, kwargs)
+        pooled_query_only = self.pooled_query_only and not asks_for_more(self.config, kwargs)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        encoded: BaseModelOutput = self.encoder(hidden_states, pooled_query_only=pooled_query_only, **kwargs)
+        encoded: BaseModelOutput = self.encoder(hidden_states, num_queries=1 if pooled_query_only else None, **kwargs)
         last_hidden_state = self.layernorm(encoded.last_hidden_state)
         return BaseModelOutputWithPooling(
             last_hidden_state=None if pooled_query_only else last_hidden_state,

@@ -1,4 +1,4 @@
-"""LARS (You et al. 2017) in the form MoCo v3 trains its ResNets with."""
+"""LARS (You et al. 2017), in the form that MoCo v3 uses for ResNets."""
 
 from collections.abc import Callable, Iterable
 
@@ -8,30 +8,30 @@ from torch.optim import Optimizer
 
 class LARS(Optimizer):
     """
-    SGD with momentum whose step is scaled, per tensor, by the ratio of the norms of weights and update.
+    SGD with momentum and layer-wise scaling: the trust ratio is the norm of the weights over the norm of the update.
 
     For a tensor `p` of two or more dimensions with gradient `g`:
 
         d = g + weight_decay · p
-        d = d · trust_coefficient · ‖p‖ / ‖d‖    (unscaled where either norm is 0)
+        d = d · trust_coefficient · ‖p‖ / ‖d‖    (not scaled if either norm is 0)
         μ = momentum · μ + d
         p = p - lr · μ
 
-    Tensors of at most one dimension (biases, norms) have neither weight decay nor scaling. All tensors of a group are
+    Tensors of at most one dimension (biases, norms) have neither weight decay nor scaling. The tensors of a group are
     updated together (multi-tensor).
 
-    As torch's fused optimizers it heeds a 0-dim tensor set as its attribute `found_inf`: where that is 1, a step
-    changes nothing, and nobody has to wait for the device to know.
+    As in torch's fused optimizers, the attribute `found_inf` can be set to a 0-dim tensor. If it is 1, a step changes
+    nothing. This needs no synchronization with the device.
 
     Args:
-        params: Parameters, or groups of them as torch's optimizers take them.
+        params: Parameters or parameter groups, as for any torch optimizer.
         lr: Learning rate.
         momentum: Factor of the momentum buffer, in [0, 1).
         weight_decay: L2 penalty on tensors of two or more dimensions.
         trust_coefficient: Learning rate of a layer relative to its norm.
 
     Raises:
-        ValueError: a hyperparameter out of its range.
+        ValueError: A hyperparameter is out of range.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
-        """Update all parameters that have a gradient; `closure` evaluates the loss again, if given."""
+        """Update all parameters that have a gradient. `closure`, if given, evaluates the loss again."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -76,7 +76,7 @@ class LARS(Optimizer):
         return loss
 
     def descend(self, parameters: list[torch.Tensor], updates: list[torch.Tensor], group: dict) -> None:
-        """Add the updates to the momentum buffers and the buffers to the parameters."""
+        """Add the updates to the momentum buffers, and subtract the scaled buffers from the parameters."""
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -90,8 +90,8 @@ class LARS(Optimizer):
             return
         skip = found_inf.bool()
         zero = updates[0].new_zeros(())
-        updates = [torch.where(skip, zero, update) for update in updates]  # a product with 0 would keep NaN
-        # In the precision of the parameters: `torch.where` on plain numbers would round them to float32.
+        updates = [torch.where(skip, zero, update) for update in updates]  # multiplying by 0 would keep NaN
+        # Compute in the precision of the parameters: `torch.where` would round Python numbers to float32.
         dtype = torch.promote_types(buffers[0].dtype, torch.float32)
         kept = skip.to(dtype)
         torch._foreach_mul_(buffers, kept + (1 - kept) * torch.full_like(kept, momentum))
@@ -100,7 +100,7 @@ class LARS(Optimizer):
 
 
 def adapted_updates(parameters: list[torch.Tensor], group: dict) -> list[torch.Tensor]:
-    """Gradients with weight decay, each scaled by its trust ratio."""
+    """Gradients plus weight decay, each scaled by its trust ratio."""
     gradients = [parameter.grad for parameter in parameters]
     updates = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
     parameter_norms = torch.stack(torch._foreach_norm(parameters))

@@ -1,25 +1,25 @@
-"""Which parameters are decayed."""
+"""Parameter groups with and without weight decay."""
 
 from torch import nn
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay is meant for a parameter: not for norms and biases, CLS token and position table."""
+    """Whether weight decay applies to a parameter: not to norms, biases, CLS token and position embeddings."""
     return parameter.ndim > 1 and not name.endswith(("cls_token", "position_embeddings"))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, exclude_norms_and_biases: bool = False) -> list[dict]:
     """
-    Groups of the trainable parameters of `model` for an optimizer.
+    Optimizer groups of the trainable parameters of `model`.
 
     Args:
-        model: Parameters without `requires_grad` (momentum branch, frozen patch projection) are left out.
-        weight_decay: Decay of the (first) group.
-        exclude_norms_and_biases: Whether tensors of at most one dimension, and those named as CLS token or position
-            table, get a second group without decay. MoCo v3 pre-trains with decay on everything trainable.
+        model: Parameters without `requires_grad` (momentum encoder, frozen patch projection) are excluded.
+        weight_decay: Weight decay of the first group.
+        exclude_norms_and_biases: Put norms, biases, CLS token and position embeddings in a second group without decay.
+            MoCo v3 decays all trainable parameters in pre-training.
 
     Raises:
-        ValueError: nothing in `model` is trainable.
+        ValueError: `model` has no trainable parameter.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:

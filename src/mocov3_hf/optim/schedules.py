@@ -1,16 +1,16 @@
-"""Learning rate and momentum as functions of the step, so that the position of a run is one number."""
+"""Learning rate and EMA decay as functions of the step, so that the step alone is the state of a schedule."""
 
 import math
 
 
 def warmup_cosine(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
     """
-    Learning rate of update `step` (from 0): linear from 0 to `peak` over `warmup_steps`, then half a cosine to 0.
+    Learning rate at `step` (from 0): linear warmup from 0 to `peak` over `warmup_steps`, then cosine decay to 0.
 
-    Evaluated at every step, as the official code does. Past `total_steps` it is 0.
+    Evaluated at every step, as in the official code. It is 0 from `total_steps` on.
 
     Raises:
-        ValueError: a negative step, or a warm-up longer than the run.
+        ValueError: `step` is negative, or the warmup is longer than the run.
     """
     if step < 0:
         raise ValueError(f"step must not be negative, got {step}")
@@ -24,11 +24,11 @@ def warmup_cosine(step: int, total_steps: int, warmup_steps: int, peak: float) -
     return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def cosine_momentum(step: int, total_steps: int, base: float) -> float:
+def cosine_ema_decay(step: int, total_steps: int, base: float) -> float:
     """
-    Momentum of the moving average at update `step`: `1 - (1 - base) · ½ (1 + cos(π · step / total_steps))`.
+    EMA decay of the momentum encoder at `step`: `1 - (1 - base) · ½ (1 + cos(π · step / total_steps))`.
 
-    Rises from `base` to 1 (official `--moco-m-cos`).
+    Increases from `base` to 1 (official `--moco-m-cos`).
     """
     progress = min(step / total_steps, 1.0)
     return 1.0 - (1.0 - base) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -11,6 +11,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING
 
@@ -160,8 +161,9 @@ def build_config(recipe: Recipe) -> MoCoV3Config:
             temperature=recipe.model.temperature,
             zero_init_residual=recipe.model.zero_init_residual,
         )
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
+    except (ValueError, StrictDataclassError) as error:
+        # huggingface_hub wraps a failed validation: its cause has the message.
+        raise RecipeError(str(error.__cause__ or error)) from error
 
 
 def check_model(recipe: Recipe) -> None:
@@ -179,6 +181,8 @@ def check_model(recipe: Recipe) -> None:
         config = MoCoV3Config.from_pretrained(name)
     except OSError as error:
         raise RecipeError(f"--model_name_or_path {name}: {str(error).splitlines()[0]}") from error
+    except StrictDataclassError as error:
+        raise RecipeError(f"--model_name_or_path {name}: {error.__cause__}") from error
     backbone, image_size = config.backbone_config, recipe.views.image_size
     if backbone.model_type == MoCoV3ViTConfig.model_type and to_pair(backbone.image_size) != (image_size, image_size):
         raise RecipeError(

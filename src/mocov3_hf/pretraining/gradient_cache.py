@@ -58,7 +58,7 @@ def cached_backward(
         ]
     features = [feature.detach().requires_grad_() for feature in features]
     with accelerator.autocast():
-        output = model.contrast(*features, *momentum_features, even_batches=True)
+        output = model.contrast(*features, *momentum_features)
     accelerator.backward(output.loss)
 
     for view, pixels in enumerate(views):

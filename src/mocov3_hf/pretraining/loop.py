@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from ..data.bad_images import TooManyBadImagesError
-from ..optim import cosine_momentum, warmup_cosine
+from ..optim import cosine_ema_decay, warmup_cosine
 from ..plan import Plan, make_plan
 from ..recipe import Recipe, RecipeError, load_recipe, recipe_help, recipe_names
 from .acceleration import accelerate, accelerate_augmentation, choose_acceleration
@@ -392,7 +392,7 @@ def momentum_at(step: int, recipe: Recipe, plan: Plan) -> float:
     options = recipe.optimization
     if options.momentum_schedule == "constant":
         return options.momentum
-    return cosine_momentum(step, plan.total_steps, options.momentum)
+    return cosine_ema_decay(step, plan.total_steps, options.momentum)
 
 
 def tracker_config(recipe: Recipe) -> dict:

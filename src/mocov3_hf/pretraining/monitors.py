@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..model.loss_mocov3 import chance_loss, floor_loss
 from ..plan import Plan
-from ..probes.collapse import collapse_summary
+from ..metrics.collapse import collapse_summary
 from .instability import DivergenceDetector, GradientWatch, Instability
 from .resume import cut_back, keep_lines
 from .step import StepOutput

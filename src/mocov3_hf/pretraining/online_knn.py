@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ..data.labelled import EvaluationTransform, LabelledDataset, LabelledImages, open_labelled
 from ..model.modeling_mocov3 import MoCoV3Model
-from ..probes.knn import knn_accuracy
+from ..metrics.knn import knn_accuracy
 from ..recipe import Recipe, RecipeError
 from .sharding import is_sharded, whole_copy
 

@@ -62,9 +62,10 @@ def train_step(
     statistics = RunningStatistics(model)
     # θk ← m·θk + (1 - m)·θq; before the forward, as base weights do not move in between.
     unwrapped.update_momentum_encoder(momentum)
+    unwrapped.even_batches = True
 
     if gradient_cache_chunk_size is None:
-        output: MoCoV3ForPreTrainingOutput = model(pixel_values=views[0], pixel_values_2=views[1], even_batches=True)
+        output: MoCoV3ForPreTrainingOutput = model(pixel_values=views[0], pixel_values_2=views[1])
         accelerator.backward(output.loss)
     else:
         output = cached_backward(unwrapped, views, gradient_cache_chunk_size, accelerator)

@@ -1,1 +1,1 @@
-"""What a run or a model looks like, on one page: curves, results, and what the features see in images."""
+"""HTML reports about a run or a model: training curves, results, and what the model sees in images."""

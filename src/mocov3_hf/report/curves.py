@@ -1,7 +1,6 @@
-"""Numbers out of the lines that a run writes: series, what a rollback threw away, and what went wrong when."""
+"""Training curves: time series, rollbacks and instability events from the files of a run."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,52 +10,77 @@ from ..model.loss_mocov3 import chance_loss, floor_loss
 from .folder import Lines, ModelFolder
 
 
+# Kinds of events, and the counter of each in `metrics.jsonl`; divergences have none.
+COUNTERS = {"spike": "gradient_spikes", "skipped": "skipped_steps", "divergence": None, "rollback": "rollbacks"}
+
+
 @dataclass(frozen=True)
 class Series:
     """
     Attributes:
-        steps, values: (n,) float64; a value that is missing or not finite is NaN, so that the line has a gap.
+        steps, values: (n,) float64; a value that is null or not finite is NaN, which leaves a gap in the line.
     """
 
     steps: np.ndarray
     values: np.ndarray
 
+    @property
+    def known(self) -> "Series":
+        """The finite values."""
+        finite = np.isfinite(self.values)
+        return Series(self.steps[finite], self.values[finite])
+
     def __len__(self) -> int:
         return len(self.steps)
 
-    @property
-    def known(self) -> np.ndarray:
-        """The finite values."""
-        return self.values[np.isfinite(self.values)]
-
-
-# Events that are marked: a gradient far above its usual norm, a step without finite gradients, a loss that gave up
-# much of its gain, and a return to an earlier checkpoint.
-MARKS = ("spike", "skipped", "divergence", "rollback")
-# Those of them that the lines of `metrics.jsonl` count, and under which key.
-COUNTERS = (("spike", "gradient_spikes"), ("skipped", "skipped_steps"), ("rollback", "rollbacks"))
-
 
 @dataclass(frozen=True)
-class Mark:
+class Event:
     """
-    Something that went wrong.
-
     Attributes:
-        kind: one of `MARKS`.
-        step: where.
-        value: gradient norm, None where it is unknown.
-        to_step: where a rollback went back to.
+        kind: one of `COUNTERS`.
+        grad_norm: NaN if unknown.
+        to_step: the step that a rollback returned to, NaN if unknown.
     """
 
     kind: str
     step: float
-    value: float | None = None
-    to_step: float | None = None
+    grad_norm: float = math.nan
+    to_step: float = math.nan
 
 
-def series(lines: Lines, key: str) -> Series:
-    """The lines that have a key, by step."""
+@dataclass(frozen=True)
+class Curves:
+    """
+    Attributes:
+        kept: lines of `metrics.jsonl` and `knn.jsonl` in the final history of the run.
+        discarded: lines of steps that were repeated after a rollback.
+        events: instability events, from `events.jsonl` if it exists, otherwise from the counters in `metrics.jsonl`.
+        counts: number of events of each kind.
+    """
+
+    kept: Lines
+    discarded: Lines
+    events: list[Event]
+    counts: dict[str, int]
+
+
+def read_curves(folder: ModelFolder) -> Curves:
+    kept, discarded = [], []
+    for lines in (folder.metrics, folder.knn):
+        for whole, part in zip((kept, discarded), split_discarded(lines), strict=True):
+            whole += part
+    events = logged_events(folder.events) if folder.events else counted_events(folder.metrics)
+    counts = {}
+    for kind, key in COUNTERS.items():
+        counted = series(folder.metrics, key).known.values
+        logged = sum(event.kind == kind for event in events)
+        counts[kind] = max(logged, int(counted[-1])) if len(counted) else logged
+    return Curves(kept, discarded, events, counts)
+
+
+def series(lines: Lines, key: str | None) -> Series:
+    """The values of a key, from the lines that have it."""
     lines = [line for line in lines if key in line]
     return Series(
         np.array([line["step"] for line in lines], dtype=np.float64),
@@ -65,97 +89,52 @@ def series(lines: Lines, key: str) -> Series:
 
 
 def number(value: Any) -> float:
-    """A finite number as it is; NaN for anything else."""
+    """A finite number unchanged, NaN for anything else."""
     usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if usable else math.nan
 
 
-def split_abandoned(lines: Lines) -> tuple[Lines, Lines]:
-    """
-    The lines of the run as it stands, and those of steps that a rollback, further down, did again; both by step.
-    """
+def split_discarded(lines: Lines) -> tuple[Lines, Lines]:
+    """The lines of the final history, and those of steps that a later line repeats after a rollback; both by step."""
     kept: Lines = []
-    abandoned: Lines = []
+    discarded: Lines = []
     for line in lines:
-        while kept and _is_done_again(kept[-1], line):
-            abandoned.append(kept.pop())
+        while kept and is_repeated(kept[-1], line):
+            discarded.append(kept.pop())
         kept.append(line)
-    return kept, sorted(abandoned, key=lambda line: line["step"])
+    return kept, sorted(discarded, key=lambda line: line["step"])
 
 
-def _is_done_again(before: dict[str, Any], line: dict[str, Any]) -> bool:
-    # One step has two lines without a rollback too: of training, and of the evaluation after it, with other keys.
+def is_repeated(before: dict[str, Any], line: dict[str, Any]) -> bool:
+    # Without a rollback a step can have two lines with different keys: one of training, one of evaluation.
     return before["step"] > line["step"] or (before["step"] == line["step"] and before.keys() == line.keys())
 
 
-def marks(folder: ModelFolder) -> list[Mark]:
-    """
-    What `events.jsonl` tells, else the lines of `metrics.jsonl` in which a counter rose.
-    """
-    if folder.events:
-        found = []
-        for event in folder.events:
-            if event.get("event") in MARKS:
-                value, to_step = number(event.get("grad_norm")), number(event.get("to_step"))
-                found.append(
-                    Mark(
-                        event["event"],
-                        event["step"],
-                        None if math.isnan(value) else value,
-                        None if math.isnan(to_step) else to_step,
-                    )
-                )
-        return found
-    found = []
-    for kind, key in COUNTERS:
+def logged_events(lines: Lines) -> list[Event]:
+    return [
+        Event(line["event"], line["step"], number(line.get("grad_norm")), number(line.get("to_step")))
+        for line in lines
+        if line.get("event") in COUNTERS
+    ]
+
+
+def counted_events(lines: Lines) -> list[Event]:
+    """One event for every line in which a counter increased."""
+    events = []
+    for kind, key in COUNTERS.items():
         before = 0
-        for line in folder.metrics:
+        for line in lines:
             count = number(line.get(key))
             if count > before:
-                value = number(line.get("grad_norm"))
-                found.append(Mark(kind, line["step"], None if math.isnan(value) else value))
+                events.append(Event(kind, line["step"], number(line.get("grad_norm"))))
             before = before if math.isnan(count) else count
-    return sorted(found, key=lambda mark: mark.step)
-
-
-def count_marks(folder: ModelFolder) -> dict[str, int]:
-    """How often each kind happened: the counters of the last line where they are, else the events."""
-    counts = dict.fromkeys(MARKS, 0)
-    for mark in marks(folder):
-        counts[mark.kind] += 1
-    for kind, key in COUNTERS:
-        counted = series(folder.metrics, key).known
-        if len(counted):
-            counts[kind] = max(counts[kind], int(counted[-1]))
-    return counts
+    return sorted(events, key=lambda event: event.step)
 
 
 def loss_bounds(folder: ModelFolder) -> tuple[float, float] | None:
-    """Loss by chance, and where positives coincide and negatives are orthogonal; None where temperature or batch are
+    """Loss at chance, and with aligned positives and orthogonal negatives; None if temperature or batch size are
     unknown."""
     temperature, batch = folder.temperature, folder.global_batch_size
     if not temperature or not batch:
         return None
     return chance_loss(temperature, batch), floor_loss(temperature, batch)
-
-
-def block_norms(lines: Lines) -> tuple[np.ndarray, list[str], np.ndarray] | None:
-    """
-    Steps (n,), names of the blocks (m) in the order of the file, and gradient norms (m, n), NaN where a line does not
-    have a block; None without any.
-    """
-    lines = [line for line in lines if isinstance(line.get("block_grad_norms"), dict)]
-    names = list(dict.fromkeys(name for line in lines for name in line["block_grad_norms"]))
-    if not names:
-        return None
-    norms = [[number(line["block_grad_norms"].get(name)) for line in lines] for name in names]
-    return np.array([line["step"] for line in lines], dtype=np.float64), names, np.array(norms)
-
-
-def edges(centres: Sequence[float]) -> np.ndarray:
-    """(n + 1,) borders of cells around n increasing centres: half way between neighbours."""
-    centres = np.asarray(centres, dtype=np.float64)
-    if len(centres) == 1:
-        return np.array([centres[0] - 0.5, centres[0] + 0.5])
-    middle = (centres[1:] + centres[:-1]) / 2
-    return np.concatenate([[2 * centres[0] - middle[0]], middle, [2 * centres[-1] - middle[-1]]])

@@ -1,11 +1,11 @@
-"""A model's features, patch features, attention and answers on images.
+"""What a model computes on images: features, patch features, attention and logits.
 
-Legend: n images, B batch, H W image, h w grid of patches or of the last feature map, L tokens, D width, C classes.
+Legend: n images, B batch, H W image, h w grid of patches or last feature map, L tokens, D width, C classes.
 """
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,61 +22,52 @@ from transformers.utils import logging
 
 from ..model.modeling_mocov3 import token_grid
 from ..processing import build_image_processor
-from .components import PatchStatistics
 from .folder import ModelFolder, ReportError
 from .samples import Samples
 
 
-# Longer side of the views kept for the page, in pixels.
+# Longer side of the images in the page, in pixels.
 VIEW_SIZE = 160
 
 
-@dataclass
+@dataclass(frozen=True)
 class Seen:
     """
-    What a model makes of n images.
-
     Attributes:
-        views: n images uint8 (H, W, 3), as the model sees them but for the normalisation.
+        views: n images uint8 (H, W, 3), as the model sees them, without the normalization.
         features: (n, D) float32.
         logits: (n, C) float32, None for an encoder.
-        patches: of all images together, None where the model gives no map of features.
-        why_no_patches: a sentence then.
     """
 
-    views: list[np.ndarray] = field(default_factory=list)
-    features: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    patches: PatchStatistics | None = None
-    why_no_patches: str = ""
+    views: list[np.ndarray]
+    features: torch.Tensor
+    logits: torch.Tensor | None
 
 
 class Viewer:
     """
-    A model of a folder, to look through.
-
-    Args:
-        folder: with weights.
+    Runs the model of a folder on images.
 
     Raises:
-        ReportError: weights that cannot be loaded or are not complete.
+        ReportError: weights that cannot be loaded or are incomplete.
     """
 
     def __init__(self, folder: ModelFolder):
         auto_class = AutoModelForImageClassification if folder.kind == "classifier" else AutoModel
         self.model, self.has_pooler = load_complete(folder.path, auto_class)
-        self.body = self.model.base_model
-        inner = getattr(self.body, "backbone", self.body)
-        self.backbone_config = inner.config
+        self.encoder = self.model.base_model
+        self.backbone = getattr(self.encoder, "backbone", self.encoder)
         self.is_classifier = folder.kind == "classifier"
-        self.processor = load_processor(folder.path, self.backbone_config)
+        self.processor = load_processor(folder.path, self.backbone.config)
 
-    def preprocess(self, image: torch.Tensor) -> torch.Tensor:
-        """uint8 (3, H, W) to float32 (3, H, W) of the model's size."""
-        return self.processor(image, return_tensors="pt", input_data_format="channels_first")["pixel_values"][0]
+    def preprocess(self, samples: Samples, indices: range) -> torch.Tensor:
+        """Some images of a sample as `pixel_values`, (B, 3, H, W) float32."""
+        images = [samples.decode(index) for index in indices]
+        options = {"return_tensors": "pt", "input_data_format": "channels_first"}
+        return torch.cat([self.processor(image, **options)["pixel_values"] for image in images])
 
     def view(self, pixel_values: torch.Tensor) -> np.ndarray:
-        """Undo the normalisation: uint8 (H, W, 3), `VIEW_SIZE` on the longer side at most."""
+        """Undo the normalization of (3, H, W): uint8 (H, W, 3), at most `VIEW_SIZE` on the longer side."""
         if getattr(self.processor, "do_normalize", False):
             mean, std = (
                 torch.tensor(values).view(-1, 1, 1) for values in (self.processor.image_mean, self.processor.image_std)
@@ -91,69 +82,52 @@ class Viewer:
     @torch.no_grad()
     def look(self, samples: Samples, batch_size: int) -> Seen:
         """
-        Features, patch statistics and answers for all images, in batches.
+        Run the model on all images of a sample.
 
         Raises:
-            ReportError: an image that cannot be decoded, a model without features, or features that are no numbers.
+            ReportError: an image that cannot be decoded, or features that are not finite.
         """
-        seen, features, logits = Seen(), [], []
+        views, features, logits = [], [], []
         for begin in range(0, len(samples), batch_size):
-            batch = torch.stack(
-                [
-                    self.preprocess(samples.decode(index))
-                    for index in range(begin, min(begin + batch_size, len(samples)))
-                ]
-            )
-            seen.views += [self.view(pixel_values) for pixel_values in batch]
+            batch = self.preprocess(samples, range(begin, min(begin + batch_size, len(samples))))
+            views += map(self.view, batch)
             outputs, answers = self.forward(batch)
             features.append(self.pooled(outputs))
             if answers is not None:
                 logits.append(answers.float())
-            if not seen.why_no_patches:
-                self.add_patches(seen, outputs.last_hidden_state, batch)
-        seen.features = torch.cat(features)
-        seen.logits = torch.cat(logits) if logits else None
+        seen = Seen(views, torch.cat(features), torch.cat(logits) if logits else None)
         if not seen.features.isfinite().all():
-            raise ReportError(f"features of {type(self.body).__name__} hold NaN or infinity: the model has diverged")
+            raise ReportError(
+                f"features of {type(self.encoder).__name__} hold NaN or infinity: the model has diverged"
+            )
         return seen
 
     def forward(self, pixel_values: torch.Tensor):
-        """Outputs of the body, and logits where there is a head."""
-        if not self.is_classifier or self.body is self.model:
-            return self.body(pixel_values=pixel_values, return_dict=True), None
+        """Outputs of the encoder, and logits of the classifier, from one forward pass."""
+        if not self.is_classifier or self.encoder is self.model:
+            return self.encoder(pixel_values=pixel_values, return_dict=True), None
         caught = {}
-        hook = self.body.register_forward_hook(lambda _, inputs, outputs: caught.update(body=outputs))
+        hook = self.encoder.register_forward_hook(lambda _, inputs, outputs: caught.update(encoder=outputs))
         try:
-            answers = self.model(pixel_values=pixel_values, return_dict=True).logits
+            logits = self.model(pixel_values=pixel_values, return_dict=True).logits
         finally:
             hook.remove()
-        return caught["body"], answers
+        return caught["encoder"], logits
 
     def pooled(self, outputs) -> torch.Tensor:
-        """The feature: (B, D) float32."""
+        """The features of images, (B, D) float32."""
         pooled = outputs.get("pooler_output") if self.has_pooler else None
         if pooled is None:
             tokens = outputs.last_hidden_state
             pooled = tokens[:, 0] if tokens.dim() == 3 else tokens.mean(dim=(2, 3))
         return pooled.flatten(1).float()
 
-    def add_patches(self, seen: Seen, hidden_state: torch.Tensor, pixel_values: torch.Tensor) -> None:
-        try:
-            maps = patch_maps(hidden_state, pixel_values, self.backbone_config)
-        except ValueError as error:
-            seen.why_no_patches, seen.patches = f"{error}", None
-            return
-        if seen.patches is None:
-            seen.patches = PatchStatistics(maps.shape[-1])
-        seen.patches.add(maps)
-
     @torch.no_grad()
     def patches(self, samples: Samples, count: int) -> torch.Tensor:
-        """Patch features (count, h, w, D) float32 of the first images."""
-        batch = torch.stack([self.preprocess(samples.decode(index)) for index in range(count)])
-        return patch_maps(
-            self.body(pixel_values=batch, return_dict=True).last_hidden_state, batch, self.backbone_config
-        )
+        """Patch features (count, h, w, D) float32 of the first images. Raises ValueError as `grid_of`."""
+        batch = self.preprocess(samples, range(count))
+        outputs = self.encoder(pixel_values=batch, return_dict=True)
+        return patch_maps(outputs.last_hidden_state, batch, self.backbone.config)
 
     @torch.no_grad()
     def attention(self, samples: Samples, count: int) -> torch.Tensor:
@@ -161,16 +135,15 @@ class Viewer:
         Attention of the CLS token to the patches in the last block, (count, heads, h, w), of the first images.
 
         Raises:
-            ValueError: a model without attention over a CLS token and patches; the message says what it has.
+            ValueError: a model without attention of a CLS token.
         """
-        batch = torch.stack([self.preprocess(samples.decode(index)) for index in range(count)])
-        name = type(getattr(self.body, "backbone", self.body)).__name__
-        config = self.backbone_config
+        config, name = self.backbone.config, type(self.backbone).__name__
         if not hasattr(config, "num_attention_heads") or hasattr(config, "depths"):
-            raise ValueError(f"{name} has no attention of a CLS token over patches")
-        outputs = self.body(pixel_values=batch, output_attentions=True, return_dict=True)
+            raise ValueError(f"{name} has no CLS token that attends to patches")
+        batch = self.preprocess(samples, range(count))
+        outputs = self.encoder(pixel_values=batch, output_attentions=True, return_dict=True)
         if not outputs.get("attentions"):
-            raise ValueError(f"{name} gives no attention weights")
+            raise ValueError(f"{name} does not return attention weights")
         return cls_attention(outputs.attentions[-1], grid_of(outputs.last_hidden_state, batch, config))
 
 
@@ -210,17 +183,17 @@ def load_processor(path: Path, backbone_config) -> BaseImageProcessor:
 
 def grid_of(hidden_state: torch.Tensor, pixel_values: torch.Tensor, config) -> tuple[int, int]:
     """
-    Grid (h, w) of the patches among tokens (B, L, D).
+    Grid (h, w) of the patches among the tokens (B, L, D).
 
     Raises:
-        ValueError: a model that does not tell the size of its patches.
+        ValueError: a model without `patch_size` whose tokens are not a square grid.
     """
     if getattr(config, "patch_size", None):
         return token_grid(hidden_state, pixel_values, config)
     side = math.isqrt(hidden_state.shape[1])
     if side * side != hidden_state.shape[1]:
         raise ValueError(
-            f"{hidden_state.shape[1]} tokens of a {config.model_type} model make no grid, and it tells no patch_size"
+            f"{config.model_type} has no patch_size, and its {hidden_state.shape[1]} tokens are not a square grid"
         )
     return side, side
 
@@ -240,12 +213,12 @@ def patch_maps(hidden_state: torch.Tensor, pixel_values: torch.Tensor, config) -
 
 def cls_attention(weights: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """
-    What the first token looks at: (B, heads, h, w) out of the attention weights (B, heads, L, L) of a block.
+    Attention of the first token to the patches, (B, heads, h, w), from the weights (B, heads, L, L) of a block.
 
     Raises:
-        ValueError: no token but the patches, or more patches than tokens.
+        ValueError: no token besides the patches.
     """
     others = weights.shape[-1] - grid[0] * grid[1]
     if others < 1:
-        raise ValueError(f"the {weights.shape[-1]} tokens are patches only, without a CLS token to look from")
+        raise ValueError(f"all {weights.shape[-1]} tokens are patches, there is no CLS token")
     return weights[:, :, 0, others:].unflatten(-1, grid).float()

@@ -1,4 +1,4 @@
-"""What a folder of a run or a model tells about itself, read as far as it can be read."""
+"""The contents of the folder of a run or a model. Damaged files are left out and noted."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..data.sources import is_local
+from ..storage import is_local
 from ..recipe import RecipeError, load_recipe
 
 
@@ -17,7 +17,7 @@ Lines = list[dict[str, Any]]
 
 
 class ReportError(ValueError):
-    """A report that cannot be made; the message says why and what to do."""
+    """A report that cannot be made; the message says why and how to fix it."""
 
 
 @dataclass
@@ -26,14 +26,14 @@ class ModelFolder:
     Attributes:
         path: the folder.
         kind: "pretraining", "classifier" or "encoder".
-        config: of `config.json`; empty before the first checkpoint.
-        recipe: of `recipe.yaml`, flat, with all defaults; empty where there is none.
-        state: `run` of the newest checkpoint's `state.json`; empty where there is none.
-        metrics, knn, events: lines of `metrics.jsonl`, `knn.jsonl` and `events.jsonl`, the oldest first.
-        results: of `results.json`.
-        conversion: of `conversion.json`; empty for weights that were not converted.
-        parameters: number of parameters and buffers, by the first part of their names; empty without weights.
-        notes: what could not be read, in sentences.
+        config: `config.json`; empty before the first checkpoint.
+        recipe: `recipe.yaml`, flat, with all defaults; empty if there is none.
+        state: `run` in the `state.json` of the newest checkpoint; empty if there is none.
+        metrics, knn, events: lines of `metrics.jsonl`, `knn.jsonl` and `events.jsonl`, oldest first.
+        results: entries of `results.json`, oldest first.
+        conversion: `conversion.json`; empty if the weights were not converted.
+        parameters: number of parameters by the first part of their names; empty without weights.
+        notes: sentences about what could not be read.
     """
 
     path: Path
@@ -55,12 +55,12 @@ class ModelFolder:
 
     @property
     def architecture(self) -> str | None:
-        """Name of the class that was saved."""
+        """Name of the saved model class."""
         return (self.config.get("architectures") or [None])[0]
 
     @property
     def backbone(self) -> dict[str, Any]:
-        """Configuration of the body: that inside of a `MoCoV3Config`, else the folder's own."""
+        """Configuration of the backbone: the one inside a `MoCoV3Config`, otherwise the whole configuration."""
         return self.config.get("backbone_config") or self.config or self.recipe.get("backbone_config") or {}
 
     @property
@@ -69,7 +69,7 @@ class ModelFolder:
 
     @property
     def global_batch_size(self) -> int | None:
-        """Images per step over all processes; None where no checkpoint tells and the recipe counts per process."""
+        """Images per step over all processes; None if only the batch size per process is known."""
         if "global_batch_size" in self.state:
             return self.state["global_batch_size"]
         return None if self.recipe.get("per_device_train_batch_size") else self.recipe.get("train_batch_size")
@@ -77,19 +77,19 @@ class ModelFolder:
 
 def read_folder(path: str | Path) -> ModelFolder:
     """
-    Everything but the weights.
+    Read everything except the weights.
 
     Raises:
-        ReportError: no such folder, or one that is neither a run nor a model.
+        ReportError: no such folder, or one that holds neither a run nor a model.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
-        raise ReportError(f"{str(path)!r} {what}: give the output folder of a run, or a model folder")
+        raise ReportError(f"{str(path)!r} {what}: pass the output folder of a run, or a model folder")
     if not any((path / name).is_file() for name in RECORDS):
         raise ReportError(
-            f"{str(path)!r} is no run and no model, it has none of {', '.join(RECORDS)}: give the output folder of"
-            " pretrain.py, linear_probe.py or finetune.py, or a folder written by save_pretrained"
+            f"{str(path)!r} is neither a run nor a model, it has none of {', '.join(RECORDS)}: pass the output folder"
+            " of a training command, or a folder written by save_pretrained"
         )
     notes: list[str] = []
     config = read_json(path / "config.json", notes)
@@ -127,7 +127,7 @@ def newest_first(path: Path) -> list[Path]:
 
 
 def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
-    """A JSON object; empty, with a note, where it cannot be read, and without one where it is not there."""
+    """A JSON object; empty if the file does not exist, and with a note if it cannot be read."""
     if not path.is_file():
         return {}
     try:
@@ -142,8 +142,8 @@ def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def read_lines(path: Path, notes: list[str]) -> Lines:
-    """Objects of a file of JSON lines that name a step. Lines that are damaged, as a killed run leaves its last one,
-    are passed over with a note."""
+    """The objects in a file of JSON lines that have a step. Damaged lines, such as the last one of a killed run,
+    are skipped with a note."""
     if not path.is_file():
         return []
     try:
@@ -181,14 +181,14 @@ def read_recipe(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def read_results(path: Path, notes: list[str]) -> Lines:
-    """Evaluations that have metrics, the oldest first."""
+    """Evaluations with metrics, oldest first."""
     content = read_json(path, notes)
     results = content.get("results", []) if isinstance(content.get("results", []), list) else []
     return [row for row in results if isinstance(row, dict) and isinstance(row.get("metrics"), dict)]
 
 
 def trainer_history(checkpoints: list[Path], notes: list[str]) -> Lines:
-    """The log that `Trainer` keeps in its newest checkpoint, for classifiers without `metrics.jsonl`."""
+    """The log in the newest checkpoint of `Trainer`, for classifiers without `metrics.jsonl`."""
     for folder in checkpoints:
         history = read_json(folder / "trainer_state.json", notes).get("log_history")
         if isinstance(history, list):
@@ -197,13 +197,13 @@ def trainer_history(checkpoints: list[Path], notes: list[str]) -> Lines:
 
 
 def count_parameters(path: Path, notes: list[str]) -> dict[str, int]:
-    """Numbers in the weight files, by the first part of their names, read off the headers."""
+    """Number of parameters by the first part of their names, from the headers of the weight files."""
     counts: dict[str, int] = {}
     for file in sorted(path.glob("model*.safetensors")):
         try:
             with safe_open(file, framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118 - no mapping
-                    # Statistics of batch normalisation are buffers, not parameters.
+                    # Statistics of batch normalization are buffers, not parameters.
                     if name.endswith(("running_mean", "running_var", "num_batches_tracked")):
                         continue
                     size = 1
@@ -217,6 +217,6 @@ def count_parameters(path: Path, notes: list[str]) -> dict[str, int]:
 
 
 def shown_name(name: Any) -> str:
-    """A data set or model as it is called; of a folder only its last name, as a report may be published."""
+    """Name of a dataset or model; only the last part of a local path, because a report may be published."""
     name = str(name)
     return Path(name).name if is_local(name) else name

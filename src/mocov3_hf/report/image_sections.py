@@ -1,242 +1,249 @@
-"""The sections about what a model sees in images."""
+"""The sections about what a model sees in images: attention, patch features, t-SNE map and nearest neighbors.
 
+Legend: n images, D width, h w grid of patches, H W image.
+"""
+
+from collections import Counter
 from pathlib import Path
 
+import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
+import torch
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from sklearn.metrics import pairwise_distances
+from sklearn.neighbors import NearestNeighbors
+from torch.nn import functional as F
 
-from .charts import LIGHT, Palette, make_chart, plain
-from .components import component_colors
-from .confusion_section import confusion_parts, shorten
+from .confusion import confusion_parts
 from .encoding import Seen, Viewer
-from .neighbors import MIN_POINTS, agreement, embed, neighbors_of_each
-from .page import Charts, Gallery, Section, Strip, Text, make_picture
-from .pictures import colors, heat_map, over_image, save_sheet
+from .parts import (
+    INK,
+    MUTED,
+    PAPER,
+    SERIES,
+    Charts,
+    Gallery,
+    Picture,
+    Section,
+    Text,
+    finish_chart,
+    new_figure,
+    save_sheet,
+    shorten,
+)
 from .samples import Samples
 
 
-# How many images are shown.
-ATTENTION_IMAGES, COMPONENT_IMAGES, QUERIES = 6, 12, 8
-NEIGHBORS = 6
-# Images without which a class has no place on the map.
-MAP_IMAGES = 3
+# Number of images shown in each section, and of neighbors of each query.
+ATTENTION_IMAGES, COMPONENT_IMAGES, QUERIES, NEIGHBORS = 6, 12, 8, 6
 MAX_HEADS = 16
+# A class needs this many images for a color on the map; t-SNE needs this many for a meaningful perplexity.
+MAP_IMAGES, MIN_POINTS = 3, 10
+PERPLEXITY = 30
 
 
 def image_sections(viewer: Viewer, samples: Samples, seen: Seen, plots: Path, seed: int) -> list[Section]:
-    """All that images show of a model; PNG files for a card go to `plots`."""
+    """All sections that need images. Writes the PNG files of charts and galleries to `plots`."""
     sections = [
         Section("attention", "Attention", attention_parts(viewer, samples, seen, plots)),
         Section("components", "Patch features", component_parts(viewer, samples, seen, plots)),
-        Section("map", "Map of the features", map_parts(samples, seen, plots, seed)),
-        Section("neighbours", "Nearest neighbours", neighbor_parts(samples, seen, plots)),
+        Section("map", "t-SNE map", map_parts(samples, seen, plots, seed)),
+        Section("neighbors", "Nearest neighbors", neighbor_parts(samples, seen, plots)),
     ]
     if viewer.is_classifier:
-        sections.append(Section("confusions", "Confusions", confusion_parts(viewer, samples, seen, plots)))
+        sections.append(Section("confusion", "Confusion matrix", confusion_parts(viewer, samples, seen, plots)))
     return sections
 
 
 def attention_parts(viewer: Viewer, samples: Samples, seen: Seen, plots: Path) -> list:
-    count = min(ATTENTION_IMAGES, len(samples))
     try:
-        attention = viewer.attention(samples, count).numpy()
+        attention = viewer.attention(samples, min(ATTENTION_IMAGES, len(samples))).numpy()
     except ValueError as error:
         return [Text(f"No attention maps: {error}.")]
-    heads = attention.shape[1]
-    strips, sheet = [], []
-    for index in range(count):
-        name, image, mean = samples.name_of(index), seen.views[index], attention[index].mean(axis=0)
+    heads, strips = attention.shape[1], []
+    for index, maps in enumerate(attention):
+        name, image = samples.name_of(index), seen.views[index]
+        mean = over_image(maps.mean(axis=0), image)
         pictures = [
-            make_picture(image, f"Image of {name}", "image"),
-            make_picture(over_image(mean, image), f"Mean attention over an image of {name}", "mean"),
+            Picture(image, f"Image of {name}", "image"),
+            Picture(mean, f"Mean attention over an image of {name}", "mean"),
         ]
-        pictures += [
-            make_picture(
-                heat_map(attention[index, head]),
-                f"Attention of head {head + 1} on an image of {name}",
-                f"head {head + 1}",
-                kind="png",
-                pixelated=True,
-            )
-            for head in range(min(heads, MAX_HEADS))
-        ]
-        strips.append(Strip(name, pictures))
-        sheet.append(
-            [image, over_image(mean, image), *(heat_map(attention[index, head]) for head in range(min(6, heads)))]
-        )
-    save_sheet(sheet, plots / "attention.png")
+        for head, values in enumerate(maps[:MAX_HEADS], start=1):
+            alt = f"Attention of head {head} on an image of {name}"
+            pictures.append(Picture(heat_map(values), alt, f"head {head}", is_grid=True))
+        strips.append((name, pictures))
+    save_sheet(strips, plots / "attention.png", per_row=len(strips[0][1]))
     caption = (
-        f"Attention of the CLS token to the patches in the last block: the mean of its {heads} heads over the image,"
-        f" then {'each head' if heads <= MAX_HEADS else f'the first {MAX_HEADS} heads'}; every map is as bright as its"
-        " largest value. Healthy: heads differ, and several lie on the object. Maps that are all flat, or all on the"
-        " same few patches of the background, belong to a model that has learned little."
+        f"Attention of the CLS token to the patches in the last block: the mean of the {heads} heads over the image,"
+        f" then {'each head' if heads <= MAX_HEADS else f'the first {MAX_HEADS} heads'}. Every map is scaled to its"
+        " maximum. Healthy: heads differ, and several focus on the object. If all maps are flat, or all focus on the"
+        " same background patches, the model has learned little."
     )
     return [Gallery(strips, caption, size=84)]
 
 
 def component_parts(viewer: Viewer, samples: Samples, seen: Seen, plots: Path) -> list:
-    if seen.patches is None:
-        return [Text(f"No patch features: {seen.why_no_patches}.")]
-    count = min(COMPONENT_IMAGES, len(samples))
-    maps = viewer.patches(samples, count)
-    if maps.shape[1] * maps.shape[2] < 4:
-        return [
-            Text(
-                f"No patch features: the last feature map is {maps.shape[1]} × {maps.shape[2]} at this image size, too"
-                " small to show anything."
-            )
-        ]
-    painted = component_colors(maps, seen.patches).numpy()
-    strips, pairs = [], []
-    for index in range(count):
-        name, image, picture = samples.name_of(index), seen.views[index], colors(painted[index])
-        strips.append(
-            Strip(
-                "",
-                [
-                    make_picture(image, f"Image of {name}", name),
-                    make_picture(
-                        picture,
-                        f"First three principal components of the patches of an image of {name}",
-                        kind="png",
-                        pixelated=True,
-                    ),
-                ],
-            )
-        )
-        pairs.append([image, picture])
-    rows = [[one for pair in pairs[begin : begin + 4] for one in pair] for begin in range(0, count, 4)]
-    save_sheet(rows, plots / "components.png")
-    grid = f"{maps.shape[1]} × {maps.shape[2]}"
+    try:
+        maps = viewer.patches(samples, min(COMPONENT_IMAGES, len(samples))).numpy()
+    except ValueError as error:
+        return [Text(f"No patch features: {error}.")]
+    height, width = maps.shape[1:3]
+    if height * width < 4:
+        return [Text(f"No patch features: at this image size the last feature map is only {height} × {width}.")]
+    colors, explained = component_colors(maps)
+    strips = []
+    for index, color in enumerate((colors * 255).round().astype(np.uint8)):
+        name = samples.name_of(index)
+        alt = f"First three principal components of the patches of an image of {name}"
+        pictures = [Picture(seen.views[index], f"Image of {name}", name), Picture(color, alt, is_grid=True)]
+        strips.append(("", pictures))
+    save_sheet(strips, plots / "components.png", per_row=8)
     caption = (
-        f"First three principal components of the {grid} patch features of all {len(samples)} images as red, green"
-        f" and blue; they hold {100 * seen.patches.explained():.0f} % of the variance. Mid grey is the mean patch."
-        " Healthy: parts of one kind have one colour in all images, and objects stand out from their background. The"
-        " same pattern in every image is position, not content."
+        f"First three principal components of the {height} × {width} patch features of these {len(maps)} images as"
+        f" red, green and blue. They explain {100 * explained:.0f} % of the variance; gray is the mean patch. Healthy:"
+        " similar parts have the same color in all images, and objects stand out from the background. The same pattern"
+        " in every image encodes position, not content."
     )
     return [Gallery(strips, caption, size=110, columns=True)]
 
 
 def map_parts(samples: Samples, seen: Seen, plots: Path, seed: int) -> list:
     if len(samples) < MIN_POINTS:
-        return [Text(f"No map: {len(samples)} images are too few, t-SNE needs at least {MIN_POINTS}.")]
-    points = embed(seen.features, seed)
-    labels = samples.labels
-    shown = [] if labels is None else most_frequent(labels, len(LIGHT.series), at_least=MAP_IMAGES)
-    labels = labels if shown else None
-
-    def draw(figure: Figure, palette: Palette) -> None:
-        axes = figure.subplots()
-        axes.set_axis_off()
-        axes.set_aspect("equal", adjustable="datalim")
-        others = np.ones(len(points), dtype=bool) if labels is None else ~np.isin(labels, shown)
-        options = {"s": 14, "linewidths": 0, "rasterized": len(points) > 3000}
-        color = palette.series[0] if labels is None else palette.muted
-        axes.scatter(*points[others].T, color=color, alpha=0.75 if labels is None else 0.4, **options)
-        for number, label in enumerate(shown):
-            name = plain(shorten(samples.class_names[label]))
-            color = palette.series[number]
-            axes.scatter(*points[labels == label].T, color=color, alpha=0.85, label=name, **options)
-        for number, label in enumerate(shown):
-            axes.annotate(
-                plain(shorten(samples.class_names[label])),
-                medoid(points[labels == label]),
-                color=palette.ink,
-                fontsize=9,
-                fontweight="bold",
-                ha="center",
-                va="center",
-                bbox={
-                    "boxstyle": "round,pad=0.2",
-                    "facecolor": palette.paper,
-                    "edgecolor": palette.series[number],
-                    "alpha": 0.85,
-                },
-            )
-        if shown:  # names on the map lie upon each other where classes do
-            options = {"frameon": False, "fontsize": 8, "labelcolor": palette.ink, "handletextpad": 0.1}
-            figure.legend(loc="outside lower center", ncols=min(len(shown), 5), **options)
-
+        return [Text(f"No t-SNE map: {len(samples)} images are too few, it needs at least {MIN_POINTS}.")]
+    points, labels = embed(seen.features, seed), samples.labels
+    shown = [] if labels is None else most_frequent(labels, len(SERIES), at_least=MAP_IMAGES)
+    figure = new_figure((5.4, 4.3))
+    axes = figure.subplots()
+    axes.set_axis_off()
+    axes.set_aspect("equal", adjustable="datalim")
+    options = {"s": 14, "linewidths": 0, "rasterized": len(points) > 3000}
+    others = ~np.isin(labels, shown) if shown else np.ones(len(points), dtype=bool)
+    axes.scatter(*points[others].T, color=MUTED if shown else SERIES[0], alpha=0.4 if shown else 0.75, **options)
+    for label, color in zip(shown, SERIES, strict=False):
+        members, name = points[labels == label], samples.class_names[label]
+        axes.scatter(*members.T, color=color, alpha=0.85, label=shorten(name), **options)
+        box = {"boxstyle": "round,pad=0.2", "facecolor": PAPER, "edgecolor": color, "alpha": 0.8}
+        axes.annotate(shorten(name, 14), medoid(members), ha="center", va="center", fontsize=7, color=INK, bbox=box)
+    if shown:  # labels on the map overlap where classes do
+        figure.legend(loc="outside lower center", ncols=3, handletextpad=0.1)
+    caption = (
+        f"t-SNE of the features of {len(samples)} images. Neighbors are similar; distances between clusters mean"
+        " little. "
+    )
     alt = f"Scatter plot of {len(samples)} images"
-    caption = f"t-SNE of the features of {len(samples)} images: near is similar, distances of islands mean little."
-    if labels is None:
-        caption += " Healthy: islands, not one even cloud. " + samples.why_unlabelled
-        if samples.labels is not None:
-            caption += f"Classes are not coloured: none has {MAP_IMAGES} images here."
-    else:
+    if shown:
         classes = len(np.unique(labels))
         alt += f" of {classes} classes"
-        caption += " Healthy: classes form islands of their own, though no label was used in pre-training."
+        caption += "Healthy: classes form clusters, although pre-training used no labels."
         if classes > len(shown):
-            caption += f" Coloured: {len(shown)} of {classes} classes; the others are grey."
-    chart = make_chart(
-        "tsne",
-        draw,
-        plots,
-        title="t-SNE",
-        caption=caption,
-        alt=f"{alt}.",
-        size=(5.6, 4.4),
-        wide=True,
-    )
-    return [Charts([chart])]
+            caption += f" {len(shown)} of {classes} classes are colored, the others are gray."
+    else:
+        caption += "Healthy: several clusters, not one even cloud. " + samples.why_unlabeled
+        if labels is not None:
+            caption += f"Classes are not colored: none has {MAP_IMAGES} images here."
+    return [Charts([finish_chart(figure, "tsne", plots, title="t-SNE", caption=caption, alt=f"{alt}.")])]
 
 
 def neighbor_parts(samples: Samples, seen: Seen, plots: Path) -> list:
     k = min(NEIGHBORS, len(samples) - 1)
-    similarities, rows = (found.numpy() for found in neighbors_of_each(seen.features, k))
+    similarities, rows = nearest_others(seen.features, k)
     labels = samples.labels
-    if labels is not None and chance_of_agreement(labels) == 0:
-        labels = None  # one image of every class: no neighbour can be right
-    strips, sheet = [], []
+    chance = 0.0 if labels is None else chance_of_agreement(labels)
+    is_judged = chance > 0  # with one image of every class no neighbor can be right
+    strips = []
     for query in range(min(QUERIES, len(samples))):
         name = samples.name_of(query)
-        pictures = [make_picture(seen.views[query], f"Query: {name}", name, mark="query")]
+        pictures = [Picture(seen.views[query], f"Query: {name}", name, mark="query")]
         for similarity, row in zip(similarities[query], rows[query], strict=True):
-            other = samples.name_of(row)
-            mark, what = "", f" {other}" if samples.labels is not None else ""
-            if labels is not None:
+            other, mark = samples.name_of(row), ""
+            label = f"{similarity:.3f}" if labels is None else f"{similarity:.3f} {other}"
+            if is_judged:
                 mark = "right" if labels[row] == labels[query] else "wrong"
-                what = " ✓" if mark == "right" else f" ✕ {other}"
-            alt = f"Neighbour: {other}, similarity {similarity:.3f}"
-            pictures.append(make_picture(seen.views[row], alt, f"{similarity:.3f}{what}", mark=mark))
-        strips.append(Strip("", pictures))
-        sheet.append([seen.views[query], *(seen.views[row] for row in rows[query])])
-    save_sheet(sheet, plots / "neighbours.png")
-    mean = f"{similarities[:, 0].mean():.3f}"
+                label = f"{similarity:.3f} ✓" if mark == "right" else f"{similarity:.3f} ✕ {other}"
+            alt = f"Neighbor: {other}, similarity {similarity:.3f}"
+            pictures.append(Picture(seen.views[row], alt, label, mark))
+        strips.append(("", pictures))
+    save_sheet(strips, plots / "neighbors.png", per_row=k + 1)
     caption = (
-        f"An image (left) and the {k} most similar of the other {len(samples) - 1}, with cosine similarity (that of"
-        f" the nearest is {mean} in the mean)."
+        f"A query (left) and the {k} most similar of the other {len(samples) - 1} images, with cosine similarity (mean"
+        f" of the nearest: {similarities[:, 0].mean():.3f})."
     )
-    if labels is not None:
+    if is_judged:
+        agreement = (labels[rows] == labels[:, None]).mean()
         caption += (
-            f" ✓ same class, ✕ another. Over all images {100 * agreement(labels, rows):.1f} % of the {k} nearest have"
-            f" the class of their image, by chance {100 * chance_of_agreement(labels):.1f} %."
+            f" ✓ same class, ✕ another class. Over all images, {100 * agreement:.1f} % of the {k} nearest neighbors"
+            f" share the class of the query; chance is {100 * chance:.1f} %."
         )
     caption += (
-        " Healthy: neighbours show the same kind of thing, not merely the same colours. Similarities that are all near"
-        " 1 are a sign of collapse."
+        " Healthy: neighbors show the same kind of object, not just the same colors. If all similarities are close to"
+        " 1, the features have collapsed."
     )
     return [Gallery(strips, caption)]
 
 
-def most_frequent(labels: np.ndarray, count: int, at_least: int = 1) -> list[int]:
-    """The `count` classes with the most images, of equal ones the lower number, in the order of their numbers; those
-    with fewer than `at_least` left out."""
-    classes, images = np.unique(labels, return_counts=True)
-    classes, images = classes[images >= at_least], images[images >= at_least]
-    return sorted(classes[np.argsort(-images, kind="stable")][:count].tolist())
+def heat_map(values: np.ndarray) -> np.ndarray:
+    """Nonnegative values (h, w) as uint8 (h, w, 3): black at 0, bright at the maximum."""
+    return matplotlib.colormaps["inferno"](values / (values.max() or 1), bytes=True)[..., :3]
 
 
-def medoid(points: np.ndarray) -> np.ndarray:
-    """The point (2,) with the smallest sum of distances to the others (n, 2): unlike a mean, it lies among them. Of
-    very many the first thousand are looked at."""
-    points = points[:1000]
-    distances = np.linalg.norm(points[:, None] - points[None], axis=2).sum(axis=1)
-    return points[distances.argmin()]
+def over_image(values: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """A heat map (h, w), enlarged smoothly, over a grayscale version of an image uint8 (H, W, 3)."""
+    values = torch.as_tensor(values)[None, None].float()
+    smooth = F.interpolate(values, image.shape[:2], mode="bicubic", antialias=True)[0, 0].clamp(min=0).numpy()
+    return (0.65 * heat_map(smooth) + 0.35 * image.mean(axis=2, keepdims=True)).round().astype(np.uint8)
+
+
+def component_colors(maps: np.ndarray) -> tuple[np.ndarray, float]:
+    """
+    The first three principal components of patch features as red, green and blue: 0.5 is the mean, and two standard
+    deviations to either side reach 0 and 1.
+
+    Args:
+        maps: (n, h, w, D) float.
+
+    Returns:
+        (n, h, w, 3) in 0..1, a component without variance is 0.5; and the share of the variance that the components
+        explain.
+    """
+    patches = maps.reshape(-1, maps.shape[-1])
+    variance = patches.var(axis=0).sum()
+    colors = np.full((len(patches), 3), 0.5)
+    if variance < 1e-12:
+        return colors.reshape(*maps.shape[:3], 3), 0.0
+    scores = PCA(min(3, *patches.shape), random_state=0).fit_transform(patches)
+    deviations = scores.std(axis=0)
+    usable = np.flatnonzero(deviations > 1e-6 * deviations.max())
+    colors[:, usable] += scores[:, usable] / (4 * deviations[usable])
+    return colors.clip(0, 1).reshape(*maps.shape[:3], 3), float(scores.var(axis=0).sum() / variance)
+
+
+def nearest_others(features: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine similarities (n, k), highest first, and row numbers (n, k) of the k nearest other images; k < n."""
+    distances, rows = NearestNeighbors(n_neighbors=k, metric="cosine").fit(features.numpy()).kneighbors()
+    return 1 - distances, rows
 
 
 def chance_of_agreement(labels: np.ndarray) -> float:
     """Probability that another image, drawn at random, has the class of an image."""
     images = np.unique(labels, return_counts=True)[1]
     return float((images * (images - 1)).sum() / (len(labels) * (len(labels) - 1)))
+
+
+def embed(features: torch.Tensor, seed: int = 0) -> np.ndarray:
+    """t-SNE (van der Maaten and Hinton, 2008) of L2-normalized features (n, D), n ≥ `MIN_POINTS`: (n, 2) float32."""
+    perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
+    tsne = TSNE(2, perplexity=perplexity, init="pca", random_state=seed)
+    return tsne.fit_transform(F.normalize(features, dim=1).numpy())
+
+
+def most_frequent(labels: np.ndarray, count: int, at_least: int = 1) -> list[int]:
+    """The `count` most frequent classes with `at_least` images, sorted; among equals the lowest."""
+    found = Counter(sorted(labels.tolist())).most_common(count)
+    return sorted(label for label, images in found if images >= at_least)
+
+
+def medoid(points: np.ndarray) -> np.ndarray:
+    """The one of the first thousand points (n, 2) closest to the others: unlike the mean it lies in a cluster."""
+    points = points[:1000]
+    return points[pairwise_distances(points).sum(axis=0).argmin()]

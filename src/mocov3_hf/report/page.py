@@ -1,140 +1,53 @@
-"""The parts of a page, and the page."""
+"""Composes a page from its sections and renders it as HTML."""
 
-import base64
-import io
-from dataclasses import dataclass, field
+import argparse
+import datetime
 from importlib.resources import files
+from pathlib import Path
 
-import numpy as np
+import matplotlib
 from jinja2 import Environment
 from markupsafe import Markup
-from PIL import Image
 
-from .charts import Chart, style_variables
+from .._version import __version__
+from .folder import ModelFolder
+from .image_sections import image_sections
+from .parts import CHART_STYLE, CSS_VARIABLES, SERIES, Section, Text
+from .summary import facts, findings, lead, quoted, results_section
+from .training import training_section
 
 
-@dataclass(frozen=True)
-class Picture:
+@matplotlib.rc_context(CHART_STYLE)
+def render_page(folder: ModelFolder, options: argparse.Namespace, looked: tuple | None, plots: Path) -> str:
     """
-    Attributes:
-        source: a data URI.
-        width, height: in pixels; the page keeps the room before the picture is decoded.
-        alt: what is seen.
-        label: text below.
-        mark: "right", "wrong", "query" or "" for none of them.
-        pixelated: whether its pixels are values, not to be smoothed.
-    """
-
-    source: str
-    width: int
-    height: int
-    alt: str
-    label: str = ""
-    mark: str = ""
-    pixelated: bool = False
-
-
-@dataclass(frozen=True)
-class Strip:
-    """Pictures that belong together, with a title of their own."""
-
-    title: str
-    pictures: list[Picture]
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Strips of pictures with one caption; `size` is the width of a picture in pixels."""
-
-    strips: list[Strip]
-    caption: str
-    size: int = 96
-    columns: bool = False
-    kind: str = field(default="gallery", init=False)
-
-
-@dataclass(frozen=True)
-class Charts:
-    charts: list[Chart]
-    kind: str = field(default="charts", init=False)
-
-
-@dataclass(frozen=True)
-class Table:
-    """`numeric` are the columns that are set flush right."""
-
-    columns: list[str]
-    rows: list[list[str]]
-    caption: str
-    numeric: tuple[int, ...] = ()
-    kind: str = field(default="table", init=False)
-
-
-@dataclass(frozen=True)
-class Text:
-    """A paragraph, with a command below it where there is one."""
-
-    text: str
-    command: str = ""
-    kind: str = field(default="text", init=False)
-
-
-@dataclass(frozen=True)
-class Section:
-    """`name` is its anchor."""
-
-    name: str
-    title: str
-    parts: list
-
-
-@dataclass(frozen=True)
-class Page:
-    """
-    Attributes:
-        title: of the document.
-        lead: one sentence of what it is about.
-        facts: name and value.
-        findings: pairs of "good", "look" or "bad", and a sentence.
-        notes: what could not be read.
-        sections: the rest.
-        footer: of what and when the page was made.
-    """
-
-    title: str
-    lead: str
-    facts: list[tuple[str, str]]
-    findings: list[tuple[str, str]]
-    notes: list[str]
-    sections: list[Section]
-    footer: str
-
-
-def render(page: Page) -> str:
-    """One HTML document that needs nothing but itself. All text is escaped."""
-    read = files(__package__).joinpath
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        read("page.html").read_text(encoding="utf-8")
-    )
-    style = read("style.css").read_text(encoding="utf-8").replace("/*series*/", style_variables())
-    return template.render(page=page, style=Markup(style)) + "\n"
-
-
-def make_picture(
-    pixels: np.ndarray, alt: str, label: str = "", mark: str = "", kind: str | None = None, pixelated: bool = False
-) -> Picture:
-    """
-    An image inside of a page.
+    One self-contained HTML document. All text is escaped. Writes the PNG files of charts and galleries to `plots`.
 
     Args:
-        pixels: uint8 (H, W, 3).
-        alt, label, mark, pixelated: of `Picture`.
-        kind: "jpeg" or "png"; None for the smaller of them: JPEG for photographs, PNG for tiny ones.
+        options: as parsed by `command.build_parser`.
+        looked: `(viewer, samples, seen)`, None without images.
+        plots: an existing folder.
     """
-    height, width = pixels.shape[:2]
-    if kind is None:
-        kind = "png" if max(height, width) <= 64 else "jpeg"
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, kind, **({"quality": 85} if kind == "jpeg" else {"optimize": True}))
-    source = f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
-    return Picture(source, width, height, alt, label, mark, pixelated)
+    sections = [training_section(folder, plots), results_section(folder)]
+    if looked is not None:
+        sections += image_sections(*looked, plots, options.seed)
+    else:
+        shown = "Attention maps, patch features, the t-SNE map and nearest neighbors"
+        text = f"{shown}{', and the confusion matrix,' if folder.kind == 'classifier' else ''} need images:"
+        command = f"mocov3 report {quoted(folder)} --dataset_name DATA --split test"
+        sections.append(Section("images", "Images", [Text(text, command)]))
+    read = files(__package__).joinpath
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(read("page.html").read_text(encoding="utf-8"))
+    series = "".join(f"{CSS_VARIABLES[color]}:{color};" for color in SERIES)
+    page = template.render(
+        title=folder.path.resolve().name,
+        lead=lead(folder),
+        facts=facts(folder),
+        findings=findings(folder),
+        notes=folder.notes,
+        sections=sections,
+        version=__version__,
+        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        style=Markup(read("style.css").read_text(encoding="utf-8").replace("/*series*/", series)),
+    )
+    return page + "\n"

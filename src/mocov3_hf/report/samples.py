@@ -1,5 +1,6 @@
-"""Images to look at: some of a split, spread over its classes, labelled or not."""
+"""The images of a report: a sample of a split, balanced over its classes, with or without labels."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,46 +15,43 @@ from .folder import ReportError, shown_name
 @dataclass(frozen=True)
 class Samples:
     """
-    Legend: n images.
+    A sample of n images.
 
     Attributes:
         source: all images of the split.
-        rows: (n,) int64, those to look at. Whatever is shown only of some images is shown of the first.
+        rows: (n,) int64, rows of the split. Sections that show only some images show the first.
         labels: (n,) int64, None without labels.
         class_names: by label, None without labels.
-        why_unlabelled: a sentence, empty with labels.
-        description: of the data set, in words.
+        why_unlabeled: a sentence, empty with labels.
+        description: name and split of the dataset.
     """
 
     source: MapSource
     rows: np.ndarray
     labels: np.ndarray | None
     class_names: list[str] | None
-    why_unlabelled: str
+    why_unlabeled: str
     description: str
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def name_of(self, index: int) -> str:
-        """Class of image `index` of these n, or its row where there are no labels."""
-        if self.labels is None:
-            return f"row {self.rows[index]}"
-        return self.class_names[self.labels[index]]
+        """Class of an image of the sample, or its row in the split without labels."""
+        return f"row {self.rows[index]}" if self.labels is None else self.class_names[self.labels[index]]
 
     def decode(self, index: int) -> torch.Tensor:
         """
-        Image `index` of these n: uint8 (3, H, W).
+        An image of the sample, uint8 (3, H, W).
 
         Raises:
             ReportError: it cannot be decoded.
         """
         row = int(self.rows[index])
-        images = LabelledImages(self.source, np.zeros(1, dtype=np.int64), None)
         try:
-            return images.decode(row)
+            return LabelledImages(self.source, np.zeros(1, dtype=np.int64), None).decode(row)
         except BadImageError as error:
-            raise ReportError(f"image in row {row} of {self.description} {error}: repair it or take it out") from error
+            raise ReportError(f"image in row {row} of {self.description} {error}: repair or remove it") from error
 
 
 def open_samples(
@@ -67,19 +65,18 @@ def open_samples(
     seed: int = 0,
 ) -> Samples:
     """
-    Choose images of a split: of every class as many as of the others, as far as they go.
+    Sample a split, balanced over its classes.
 
     Args:
-        dataset_name, config_name, split, image_column: of `data.sources.open_dataset`.
-        label_column: None to find it; without one the images are taken as unlabelled.
-        num_images: how many, all of a smaller split.
-        seed: of the choice.
+        dataset_name, config_name, split, image_column: as for `data.sources.open_dataset`.
+        label_column: None to detect it; images without one are unlabeled.
+        num_images: size of the sample; a smaller split is taken whole.
 
     Raises:
-        ValueError: as `open_dataset`; a label column that does not exist or holds no labels; fewer than 2 images.
+        ValueError: as `open_dataset`; a label column that does not exist or is not one; fewer than 2 images.
     """
     if num_images < 2:
-        raise ReportError(f"--num_images must be at least 2, got {num_images}: one image has nothing to compare with")
+        raise ReportError(f"--num_images must be at least 2, got {num_images}: a report compares images")
     dataset = open_dataset(dataset_name, config_name, split)
     description = f"{shown_name(dataset_name)}, split {split}"
     try:
@@ -87,24 +84,23 @@ def open_samples(
     except ValueError as error:
         if label_column is not None:
             raise
-        column, why = None, f"The images are taken as unlabelled: {error}."
+        column, why = None, f"The images have no labels: {error}."
     if column is None:
         source = MapSource(dataset, image_column)
-        rows = choose_rows(len(source), None, num_images, seed)
-        samples = Samples(source, rows, None, None, why, description)
+        samples = Samples(source, choose_rows(len(source), None, num_images, seed), None, None, why, description)
     else:
         images = open_labelled(dataset_name, config_name, split, image_column, column)
         rows = choose_rows(len(images), images.labels, num_images, seed)
         names = images.class_names or [str(number) for number in range(images.num_classes)]
         samples = Samples(images.source, rows, images.labels[rows], list(names), "", description)
     if len(samples) < 2:
-        raise ReportError(f"{description} has {len(samples)} image: there is nothing to compare it with")
+        raise ReportError(f"{description} has {len(samples)} image, a report compares at least 2")
     return samples
 
 
 def choose_rows(num_rows: int, labels: np.ndarray | None, num_images: int, seed: int) -> np.ndarray:
     """
-    Rows of a split, class after class in turn, in an order drawn from `seed` within a class and among the classes.
+    Rows of a split: one of every class, then a second of every class, and so on, each in random order.
 
     Args:
         num_rows: of the split.
@@ -114,12 +110,11 @@ def choose_rows(num_rows: int, labels: np.ndarray | None, num_images: int, seed:
     Returns:
         (n,) int64 without repetition.
     """
-    draw = np.random.default_rng(seed).permutation(num_rows)
+    shuffled = np.random.default_rng(seed).permutation(num_rows)
     if labels is None:
-        return draw[:num_images]
-    # The turn of a row: how many of its class come before it. Within a turn the order of the draw stays.
-    turns, seen = np.empty(num_rows, dtype=np.int64), {}
-    for place, row in enumerate(draw):
-        turns[place] = seen.get(labels[row], 0)
-        seen[labels[row]] = turns[place] + 1
-    return draw[np.argsort(turns, kind="stable")][:num_images]
+        return shuffled[:num_images]
+    rounds, seen = [], Counter()
+    for label in labels[shuffled].tolist():
+        rounds.append(seen[label])
+        seen[label] += 1
+    return shuffled[np.argsort(rounds, kind="stable")][:num_images]

@@ -1,114 +1,104 @@
-"""What a folder is, how its run went, and what was measured, in words and tables."""
+"""The summary of a folder and its results: what it is, how training went, and what was measured."""
 
 import shlex
 from typing import Any
 
 import numpy as np
 
-from ..probes.collapse import COLLAPSED_STD_RATIO
-from .curves import MARKS, Series, count_marks, loss_bounds, series, split_abandoned
+from ..metrics.collapse import COLLAPSED_STD_RATIO
+from .curves import Series, loss_bounds, read_curves, series
 from .folder import ModelFolder, shown_name
-from .page import Section, Table, Text
-from .published import Published, figure_for, published_figures
+from .parts import Section, Table, Text
+from .published import Reference, find_references, load_zoo, reference_for
 
 
-# From which share of waiting on data follows; how far an accuracy may lie below its best.
-MUCH_WAITING, SMALL_FALL = 0.1, 0.01
-# The way from chance to floor below which nothing has been learned yet.
+# Stalls above this share of the time are reported, and accuracies this far below their best.
+LONG_STALL, ACCURACY_DROP = 0.1, 0.01
+# Share of the way from chance to floor below which nothing has been learned.
 LITTLE_PROGRESS = 0.02
 KINDS = {"pretraining": "Pre-training run", "classifier": "Classifier", "encoder": "Encoder"}
-PARTS = {
-    "mocov3": "backbone",
-    "backbone": "backbone",
-    "projector": "projector",
-    "predictor": "predictor",
-    "momentum_encoder": "momentum copy",
-    "classifier": "classifier",
-}
+PARTS = {"mocov3": "backbone", "momentum_encoder": "momentum encoder"}
 TASKS = {
-    "knn": "nearest neighbours",
-    "linear": "linear evaluation",
-    "linear_cached": "linear, cached features",
+    "knn": "kNN",
+    "linear": "linear probe",
+    "linear_cached": "linear probe, cached features",
     "finetune": "fine-tuning",
-    "evaluate": "test of the classifier",
+    "evaluate": "evaluation of the classifier",
 }
-Facts = list[tuple[str, str]]
+STAGES = {"linear": "linear probe", "finetuned": "fine-tuning"}
+SIZES = {
+    "hidden_size": "width {}",
+    "num_hidden_layers": "{} blocks",
+    "num_attention_heads": "{} heads",
+    "patch_size": "{} px patches",
+}
 
 
 def lead(folder: ModelFolder) -> str:
-    """One sentence of what the folder is."""
-    body = describe_backbone(folder.backbone)
+    """One sentence about what the folder is."""
+    backbone = describe_backbone(folder.backbone)
     if folder.kind == "pretraining":
-        return f"Pre-training by MoCo v3 of {body}{trained_on(folder)}."
+        dataset = folder.recipe.get("dataset_name")
+        return f"MoCo v3 pre-training of {backbone}{f' on {shown_name(dataset)}' if dataset else ''}."
     if folder.kind == "classifier":
         classes = len(folder.config.get("id2label") or {}) or folder.config.get("num_labels")
-        return f"A classifier{f' of {classes} classes' if classes else ''} on {body}."
-    return f"An encoder: {body}."
-
-
-def trained_on(folder: ModelFolder) -> str:
-    name = folder.recipe.get("dataset_name")
-    return f" on {shown_name(name)}" if name else ""
+        return f"Classifier{f' with {classes} classes' if classes else ''}, backbone {backbone}."
+    return f"Encoder: {backbone}."
 
 
 def describe_backbone(backbone: dict[str, Any]) -> str:
-    """A body in words: its type and its sizes."""
+    """Model type and sizes of a backbone in words."""
+    depths = backbone.get("depths")
+    sizes = [text.format(backbone[key]) for key, text in SIZES.items() if isinstance(backbone.get(key), int)]
+    if isinstance(depths, list):
+        sizes = [size for size in sizes if "patches" not in size] + [f"depths {'-'.join(map(str, depths))}"]
     kind = backbone.get("model_type", "an unknown backbone")
-    sizes = []
-    for key, word in (("num_hidden_layers", "blocks"), ("num_attention_heads", "heads")):
-        if isinstance(backbone.get(key), int):
-            sizes.append(f"{backbone[key]} {word}")
-    if isinstance(backbone.get("hidden_size"), int):
-        sizes.insert(0, f"width {backbone['hidden_size']}")
-    if isinstance(backbone.get("depths"), list):
-        sizes.append(f"depths {'-'.join(map(str, backbone['depths']))}")
-    if isinstance(backbone.get("patch_size"), int) and "depths" not in backbone:
-        sizes.append(f"patches of {backbone['patch_size']} pixels")
     return f"{kind} ({', '.join(sizes)})" if sizes else kind
 
 
-def facts(folder: ModelFolder) -> Facts:
-    """Name and value of what identifies a model and its run; what is unknown is left out."""
+def facts(folder: ModelFolder) -> list[tuple[str, str]]:
+    """Names and values that identify a model and its run; unknown ones are left out."""
+    size = folder.backbone.get("image_size") or folder.recipe.get("image_size")
     found: list[tuple[str, Any]] = [
         ("Kind", KINDS[folder.kind]),
-        ("Saved as", folder.architecture),
+        ("Architecture", folder.architecture),
         ("Backbone", describe_backbone(folder.backbone) if folder.backbone else None),
-        ("Image size", pixels(folder.backbone.get("image_size") or folder.recipe.get("image_size"))),
-        ("Parameters", parameters(folder.parameters)),
+        ("Image size", size and " × ".join(map(str, size if isinstance(size, list | tuple) else (size, size)))),
+        ("Parameters", describe_parameters(folder.parameters)),
     ]
-    if folder.conversion:
-        source = folder.conversion.get("source", {})
-        found.append(("Converted from", source.get("name") or source.get("url") or source.get("file")))
+    source = folder.conversion.get("source", {})
+    found.append(("Converted from", source.get("name") or source.get("url") or source.get("file")))
     if folder.kind == "pretraining":
         found += run_facts(folder)
     if folder.results:
         last = folder.results[-1]
+        hardware = last.get("hardware") or {}
+        device = f"{hardware.get('cpu', '')}, {hardware['cpu_count']} cores" if hardware.get("cpu_count") else None
+        if hardware.get("gpu"):
+            device = f"{hardware.get('gpu_count', 1)} × {hardware['gpu']}"
         found += [
             ("Evaluated", str(last.get("date") or "")[:10]),
             ("Evaluated with", versions(last.get("versions") or {})),
+            ("Evaluated on", device),
         ]
-        found.append(("Evaluated on", hardware(last.get("hardware") or {})))
     return [(name, str(value)) for name, value in found if value not in (None, "")]
 
 
 def run_facts(folder: ModelFolder) -> list[tuple[str, Any]]:
-    recipe, state = folder.recipe, folder.state
+    recipe, state, batch = folder.recipe, folder.state, folder.global_batch_size
     steps = folder.metrics[-1]["step"] if folder.metrics else state.get("step")
     total, per_epoch = state.get("total_steps") or recipe.get("max_steps"), state.get("steps_per_epoch")
     length = None
     if steps is not None:
-        length = f"{steps:,.0f}" + (f" of {total:,}" if total else "")
+        length = f"{steps:,.0f}{f' of {total:,}' if total else ''}"
         length += f" ({steps / per_epoch:.4g} epochs)" if per_epoch else ""
-    batch = folder.global_batch_size
-    images = f"{batch:,}" if batch else None
-    if batch and state.get("num_processes", 1) > 1:
-        images += f" on {state['num_processes']} processes"
+    processes = state.get("num_processes", 1)
     return [
-        ("Data", shown_name(recipe["dataset_name"]) if recipe.get("dataset_name") else None),
+        ("Dataset", shown_name(recipe["dataset_name"]) if recipe.get("dataset_name") else None),
         ("Steps", length),
-        ("Global batch", images),
+        ("Global batch size", batch and f"{batch:,}{f' on {processes} processes' if processes > 1 else ''}"),
         ("Optimizer", recipe.get("optimizer")),
-        ("Learning rate", peak_learning_rate(recipe, batch)),
+        ("Peak learning rate", peak_learning_rate(recipe, batch)),
         ("Weight decay", recipe.get("weight_decay")),
         ("Momentum", f"{recipe['momentum']:g}, {recipe['momentum_schedule']}" if "momentum" in recipe else None),
         ("Temperature", folder.temperature),
@@ -119,176 +109,139 @@ def run_facts(folder: ModelFolder) -> list[tuple[str, Any]]:
 
 
 def peak_learning_rate(recipe: dict[str, Any], batch: int | None) -> str | None:
+    """With the linear scaling rule spelled out."""
+    base = recipe.get("base_learning_rate")
     if recipe.get("learning_rate") is not None:
         return f"{recipe['learning_rate']:g}"
-    if recipe.get("base_learning_rate") is None:
+    if base is None:
         return None
-    base = f"{recipe['base_learning_rate']:g} × batch / 256"
-    return f"{base} = {recipe['base_learning_rate'] * batch / 256:.4g}" if batch else base
+    return f"{base:g} × batch size / 256{f' = {base * batch / 256:.4g}' if batch else ''}"
 
 
-def parameters(counts: dict[str, int]) -> str:
-    """Millions altogether and by part."""
-    if not counts:
-        return ""
-    by_part: dict[str, int] = dict.fromkeys(PARTS.values(), 0)
+def describe_parameters(counts: dict[str, int]) -> str:
+    """Millions in total and by part."""
+    by_part: dict[str, int] = {}
     for part, count in counts.items():
         name = PARTS.get(part, part)
         by_part[name] = by_part.get(name, 0) + count
-    by_part = {name: count for name, count in by_part.items() if count}
-    total = f"{millions(sum(by_part.values()))} M"
-    if len(by_part) == 1:
-        return total
-    return f"{total}: {', '.join(f'{name} {millions(count)}' for name, count in by_part.items())}"
+    parts = ", ".join(f"{name} {millions(count)}" for name, count in by_part.items() if count)
+    total = f"{millions(sum(by_part.values()))} M" if by_part else ""
+    return f"{total}: {parts}" if len(by_part) > 1 else total
 
 
 def millions(count: int) -> str:
     return f"{count / 1e6:.2f}" if count >= 10_000 else f"{count / 1e6:.4f}"
 
 
-def pixels(size: Any) -> str | None:
-    if isinstance(size, list | tuple):
-        return " × ".join(map(str, size))
-    return None if size is None else f"{size} pixels"
-
-
 def versions(found: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in found.items() if version)
 
 
-def hardware(found: dict[str, Any]) -> str:
-    if found.get("gpu"):
-        return f"{found.get('gpu_count', 1)} × {found['gpu']}"
-    return f"{found.get('cpu', '')}, {found['cpu_count']} cores" if found.get("cpu_count") else ""
-
-
 def findings(folder: ModelFolder) -> list[tuple[str, str]]:
-    """What a glance at the curves would tell: "good", "look" or "bad", and a sentence."""
-    kept, _ = split_abandoned(folder.metrics)
+    """What to notice in the curves: "good", "look" or "bad", and a sentence."""
+    curves = read_curves(folder)
+    kept = curves.kept
     if folder.kind == "classifier":
-        return accuracy_findings("Accuracy on the test split", series(kept, "eval_top1"))
-    if not kept:
+        return accuracy_findings("Test accuracy", series(kept, "eval_top1").known)
+    if not folder.metrics:
         return []
-    found = loss_findings(folder, series(kept, "loss"))
-    found += accuracy_findings("Nearest neighbour accuracy", series(split_abandoned(folder.knn)[0], "knn_top1"))
-    counts = count_marks(folder)
-    if any(counts.values()):
-        words = {kind: kind for kind in MARKS} | {"spike": "gradient spike", "skipped": "skipped step"}
-        named = ", ".join(f"{count} {words[kind]}{'s' * (count > 1)}" for kind, count in counts.items() if count)
-        serious = counts["divergence"] + counts["rollback"]
-        found.append(("bad" if serious else "look", f"Not undisturbed: {named}. See the gradient norm."))
+    found = loss_findings(folder, series(kept, "loss").known)
+    found += accuracy_findings("kNN accuracy", series(kept, "knn_top1").known)
+    counts = {kind: count for kind, count in curves.counts.items() if count}
+    if counts:
+        words = {"spike": "gradient spike", "skipped": "skipped step"}
+        named = ", ".join(f"{count} {words.get(kind, kind)}{'s' * (count > 1)}" for kind, count in counts.items())
+        is_serious = "divergence" in counts or "rollback" in counts
+        found.append(("bad" if is_serious else "look", f"Instability: {named}. See the gradient norm."))
     else:
         found.append(("good", "No gradient spikes, skipped steps or rollbacks."))
-    spread, rank = (series(kept, f"projection_{name}").known for name in ("std_ratio", "effective_rank"))
+    spread, rank = (series(kept, f"projection_{name}").known.values for name in ("std_ratio", "effective_rank"))
     if len(spread) and spread[-1] < COLLAPSED_STD_RATIO:
-        found.append(("bad", f"The projections have collapsed: spread {spread[-1]:.2g}, where 1 is even."))
+        found.append(("bad", f"The projections have collapsed: spread {spread[-1]:.2g}, uniform is 1."))
     elif len(spread) and len(rank):
-        text = f"No collapse: the projections' spread is {spread[-1]:.2f} of 1, their effective rank {rank[-1]:.1f}."
+        text = (
+            f"No collapse: spread of the projections {spread[-1]:.2f} (uniform is 1), effective rank {rank[-1]:.1f}."
+        )
         found.append(("good", text))
-    waiting = series(kept, "data_wait_fraction").known
-    if len(waiting) and np.median(waiting) > MUCH_WAITING:
-        share = 100 * np.median(waiting)
-        found.append(("look", f"Training waits for data {share:.0f} % of the time: raise --dataloader_num_workers."))
-    total = folder.state.get("total_steps")
-    if total and kept[-1]["step"] < total:
-        text = f"The run stands at step {kept[-1]['step']:,} of {total:,}: --resume_from_checkpoint auto continues it."
+    stall = series(kept, "data_wait_fraction").known.values
+    if len(stall) and np.median(stall) > LONG_STALL:
+        text = f"Data loading stalls training for {100 * np.median(stall):.0f} % of the time"
+        found.append(("look", f"{text}: raise --dataloader_num_workers."))
+    total, step = folder.state.get("total_steps"), folder.metrics[-1]["step"]
+    if total and step < total:
+        text = f"The run stopped at step {step:,} of {total:,}: --resume_from_checkpoint auto resumes it."
         found.append(("look", text))
     return found
 
 
 def loss_findings(folder: ModelFolder, loss: Series) -> list[tuple[str, str]]:
     bounds = loss_bounds(folder)
-    if not len(loss.known) or bounds is None:
+    if not len(loss) or bounds is None:
         return []
-    chance, floor = bounds
-    progress = (chance - loss.known[-1]) / (chance - floor)
-    where = f"from chance ({chance:.2f}) to the floor ({floor:.2f})"
+    (chance, floor), last = bounds, loss.values[-1]
+    progress = (chance - last) / (chance - floor)
     if progress < LITTLE_PROGRESS:
-        return [("bad", f"The loss of {loss.known[-1]:.3f} is that of chance: nothing has been learned yet.")]
-    return [("good", f"The loss of {loss.known[-1]:.3f} has gone {100 * progress:.0f} % of the way {where}.")]
+        return [("bad", f"The loss, {last:.3f}, is at chance: nothing has been learned yet.")]
+    text = f"The loss, {last:.3f}, has covered {100 * progress:.0f} % of the way from chance ({chance:.2f}) to the"
+    return [("good", f"{text} floor ({floor:.2f}).")]
 
 
 def accuracy_findings(name: str, accuracy: Series) -> list[tuple[str, str]]:
-    if not len(accuracy.known):
+    if not len(accuracy):
         return []
-    steps = accuracy.steps[np.isfinite(accuracy.values)]
-    last, best = accuracy.known[-1], accuracy.known.max()
-    if last < best - SMALL_FALL:
-        at = steps[accuracy.known.argmax()]
-        return [("look", f"{name} has fallen from {100 * best:.1f} % at step {at:,.0f} to {100 * last:.1f} %.")]
-    text = f"{name} is {100 * last:.1f} %"
-    if len(accuracy.known) > 1:
-        text += f", from {100 * accuracy.known[0]:.1f} % at step {steps[0]:,.0f}"
-    return [("good", f"{text}.")]
+    first, last, best = accuracy.values[0], accuracy.values[-1], accuracy.values.max()
+    if last < best - ACCURACY_DROP:
+        step = accuracy.steps[accuracy.values.argmax()]
+        return [("look", f"{name} fell from {100 * best:.1f} % at step {step:,.0f} to {100 * last:.1f} %.")]
+    start = f", up from {100 * first:.1f} % at step {accuracy.steps[0]:,.0f}" if len(accuracy) > 1 else ""
+    return [("good", f"{name} is {100 * last:.1f} %{start}.")]
 
 
 def results_section(folder: ModelFolder) -> Section:
-    """Measured figures beside published ones."""
-    figures = published_figures(folder)
-    parts: list = [results_table(folder, figures)] if folder.results else []
-    if not parts:
-        command = {
-            "classifier": f"python scripts/evaluate.py --model {quoted(folder)} --dataset_name DATA",
-        }.get(folder.kind, f"python scripts/knn.py --model {quoted(folder)} --dataset_name DATA")
-        parts.append(Text("Nothing has been measured yet. This measures, and adds to results.json:", command))
-    if figures:
-        parts.append(published_table(figures))
+    """Measured metrics and published accuracies."""
+    references = find_references(folder)
+    if folder.results:
+        parts: list = [results_table(folder, references)]
+    else:
+        command = f"mocov3 {'evaluate' if folder.kind == 'classifier' else 'knn'} --model {quoted(folder)}"
+        text = "No results yet. Evaluation adds them to results.json:"
+        parts = [Text(text, f"{command} --dataset_name DATA")]
+    if references:
+        rows = []
+        for entry, is_same_recipe in references:
+            epochs = load_zoo()[entry.pretrained].epochs
+            same = "recipe and backbone" if is_same_recipe else "backbone"
+            rows.append([f"{entry.top1:.2f} %", STAGES[entry.stage], f"{epochs} epochs", entry.source, same])
+        columns = ["top-1", "protocol", "pre-training", "published by", "same"]
+        caption = "Published ImageNet-1k accuracy of models with this backbone. Not measured here."
+        parts.append(Table(columns, rows, caption, numeric=(0,)))
     return Section("results", "Results", parts)
 
 
-def results_table(folder: ModelFolder, figures: list[Published]) -> Table:
+def results_table(folder: ModelFolder, references: list[Reference]) -> Table:
     rows = []
     for result in folder.results:
         dataset = result.get("dataset") if isinstance(result.get("dataset"), dict) else {}
         split = dataset.get("split") or dataset.get("test_split")
-        where = shown_name(dataset.get("name", "unknown")) + (f", {split}" if split else "")
+        where = f"{shown_name(dataset.get('name', 'unknown'))}{f', {split}' if split else ''}"
         for metric, value in result["metrics"].items():
             if isinstance(value, bool) or not isinstance(value, int | float):
-                continue  # of every class
-            figure = figure_for(result, metric, figures, folder.kind)
-            rows.append(
-                [
-                    metric,
-                    shown_value(metric, value),
-                    "" if figure is None else f"{100 * figure.top1:.2f} %",
-                    TASKS.get(result.get("task"), str(result.get("task"))),
-                    where,
-                    str(result.get("date", ""))[:10],
-                ]
-            )
-    columns = ["metric", "measured", "published, ImageNet-1k", "task", "data set", "date"]
-    caption = "From results.json. What the metrics mean: docs/evaluation.md."
-    if not any(row[2] for row in rows):
-        return Table(columns[:2] + columns[3:], [row[:2] + row[3:] for row in rows], caption, numeric=(1,))
-    caption += (
-        " A published figure stands only beside a metric of its own protocol and recipe; it compares only where the"
-        " data set is ImageNet-1k too."
-    )
-    return Table(columns, rows, caption, numeric=(1, 2))
-
-
-def shown_value(metric: str, value: float) -> str:
-    """Accuracies in percent, other numbers as they are."""
-    return f"{100 * value:.2f} %" if "top" in metric or metric.endswith("mean_per_class") else f"{value:.4g}"
-
-
-def published_table(figures: list[Published]) -> Table:
-    rows = [
-        [
-            f"{100 * figure.top1:.2f} %",
-            {"linear": "linear evaluation", "finetuned": "fine-tuning"}[figure.stage],
-            figure.pretraining,
-            figure.source,
-            "this recipe" if figure.same_recipe else "this backbone only",
-        ]
-        for figure in figures
-    ]
-    return Table(
-        ["top-1", "protocol", "pre-training", "published by", "compares with"],
-        rows,
-        "Published, ImageNet-1k: top-1 of models with this backbone, as published by others, not measured here.",
-        numeric=(0,),
-    )
+                continue  # metrics by class
+            is_share = "top" in metric or metric.endswith("mean_per_class")
+            measured = f"{100 * value:.2f} %" if is_share else f"{value:.4g}"
+            reference = reference_for(result, metric, references, folder.kind)
+            published = f"{reference.entry.top1:.2f} %" if reference else ""
+            task = TASKS.get(result.get("task"), str(result.get("task")))
+            rows.append([metric, measured, published, task, where, str(result.get("date", ""))[:10]])
+    columns = ["metric", "measured", "published, ImageNet-1k", "task", "dataset", "date"]
+    caption = "From results.json. docs/evaluation.md defines the metrics."
+    if any(row[2] for row in rows):
+        caption += (
+            " Published values are of the same protocol and recipe; they are comparable only if the dataset is"
+            " ImageNet-1k."
+        )
+        return Table(columns, rows, caption, numeric=(1, 2))
+    return Table(columns[:2] + columns[3:], [row[:2] + row[3:] for row in rows], caption, numeric=(1,))
 
 
 def quoted(folder: ModelFolder) -> str:

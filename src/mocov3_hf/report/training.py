@@ -1,383 +1,296 @@
-"""The curves of a run as charts."""
+"""The section about training: learning curves of a pre-training run or a classifier."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from .charts import Chart, Palette, label_line, make_chart, plain
-from .curves import Mark, Series, block_norms, edges, loss_bounds, marks, series, split_abandoned
+from .curves import Curves, Series, loss_bounds, number, read_curves, series
 from .folder import Lines, ModelFolder
+from .parts import BAD, MUTED, SERIES, Chart, Charts, Section, Text, finish_chart, new_figure
 
 
-def pretraining_charts(folder: ModelFolder, plots: Path) -> list[Chart]:
-    """Charts of `metrics.jsonl` and `knn.jsonl`, those without data left out."""
-    kept, abandoned = split_abandoned(folder.metrics)
-    found = marks(folder)
-    drawn = [
-        loss_chart(folder, kept, abandoned, found, plots),
-        knn_chart(folder, found, plots),
-        positives_chart(folder, kept, found, plots),
-        gradient_chart(kept, abandoned, found, plots),
-        layers_chart(kept, found, plots),
-        pair_chart(
-            ("learning_rate", "learning rate"),
-            ("momentum", "momentum"),
-            kept,
-            plots,
-            name="schedule",
-            title="Learning rate and momentum",
-            caption="Healthy: the learning rate rises in a line through the warm-up and falls along a cosine; the"
-            " momentum of the key encoder rises to 1 by the end. A step down that is not in the recipe is a rollback"
-            " that lowered it.",
-        ),
-        pair_chart(
-            ("projection_std_ratio", "spread"),
-            ("projection_effective_rank", "effective rank"),
-            kept,
-            plots,
-            name="collapse",
-            title="Spread and rank of the projections",
-            caption="Spread is the standard deviation of the normalised projections times √P: 1 when they lie evenly"
-            " on the sphere, 0 when all images share one. Effective rank counts the directions in use. Healthy:"
-            " the spread stays near 1 and the rank settles far above 1. A fall towards 0 and 1 is collapse.",
-            zero=True,
-        ),
-        pair_chart(
-            ("images_per_second", "images / s"),
-            ("data_wait_fraction", "wait for data"),
-            kept,
-            plots,
-            name="throughput",
-            title="Throughput and wait for data",
-            caption="Healthy: level after the first lines, with a wait below a tenth. A larger one means that decoding"
-            " cannot keep up: more --dataloader_num_workers.",
-            zero=True,
-        ),
-        blocks_chart(kept, abandoned, plots),
-    ]
-    return [chart for chart in drawn if chart is not None]
+LABEL_UNIT = "offset points"
 
 
-def classifier_charts(folder: ModelFolder, plots: Path) -> list[Chart]:
-    """Charts of a classifier's training."""
-    kept, abandoned = split_abandoned(folder.metrics)
-    drawn = [
-        simple_chart(
-            {"training loss": series(kept, "loss")},
-            plots,
-            name="loss",
-            title="Training loss",
-            caption="Cross-entropy on augmented images. Healthy: falls fast, then slowly, and never jumps. Mixup and"
-            " label smoothing keep it well above 0.",
-            before=series(abandoned, "loss"),
-        ),
-        simple_chart(
-            {"weights": series(kept, "eval_top1"), "their average": series(kept, "eval_top1_ema")},
-            plots,
-            name="accuracy",
-            title="Accuracy on the test split",
-            caption="Top-1 after every epoch. Healthy: still rising a little where the learning rate ends; a fall from"
-            " the middle on is overfitting. The moving average of the weights leads until the end.",
-            percent=True,
-        ),
-        simple_chart(
-            {"gradient norm": series(kept, "grad_norm")},
-            plots,
-            name="gradients",
-            title="Gradient norm",
-            caption="L2 norm of all gradients. Healthy: within a factor of a few of its usual value.",
-            log=True,
-        ),
-        simple_chart(
-            {"learning rate": series(kept, "learning_rate")},
-            plots,
-            name="schedule",
-            title="Learning rate",
-            caption="Healthy: the schedule of the recipe, down to about 0 at the end.",
-        ),
-    ]
-    return [chart for chart in drawn if chart is not None]
+@dataclass(frozen=True)
+class LineChart:
+    """
+    Metrics over steps. Discarded lines are dashed, and the steps that they cover are shaded.
+
+    Attributes:
+        name, title, caption: as in `Chart`.
+        panels: for each panel, one above the other, the labels of its lines and their keys in the logs.
+        percent, log, from_zero: format and range of the y axes.
+    """
+
+    name: str
+    title: str
+    caption: str
+    panels: tuple[dict[str, str], ...]
+    percent: bool = False
+    log: bool = False
+    from_zero: bool = False
 
 
-def loss_chart(folder: ModelFolder, kept: Lines, abandoned: Lines, found: list[Mark], plots: Path) -> Chart | None:
-    loss, bounds = series(kept, "loss"), loss_bounds(folder)
-    if not len(loss.known):
-        return None
-
-    def draw(figure: Figure, palette: Palette) -> None:
-        axes = step_axes(figure, palette)
-        draw_rollbacks(axes, palette, found)
-        draw_line(axes, series(abandoned, "loss"), palette.muted, dashed=True)
-        draw_line(axes, loss, palette.series[0])
-        for mark in found:
-            if mark.kind == "divergence":
-                axes.axvline(mark.step, color=palette.bad, linewidth=1)
-                label_line(axes, mark.step, 0.5, "divergence", palette.bad, xycoords=("data", "axes fraction"))
-        for value, name in zip(bounds or (), ("chance", "floor"), strict=False):
-            axes.axhline(value, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)))
-            axes.annotate(
-                f"{name} {value:.2f}",
-                (1, value),
-                xycoords=("axes fraction", "data"),
-                xytext=(-2, 3 if name == "floor" else -10),
-                textcoords="offset points",
-                ha="right",
-                fontsize=8,
-                color=palette.ink,
-            )
-
-    caption = "Healthy: leaves chance within the warm-up, then falls steadily and slowly towards the floor."
-    if bounds:
-        caption += " Chance: all keys equally similar. Floor: positives coincide and negatives are orthogonal."
-    else:
-        caption += " Chance and floor are not drawn: the folder tells no global batch or no temperature."
-    return make_chart("loss", draw, plots, title="Contrastive loss", caption=caption, alt=describe("loss", loss))
-
-
-def knn_chart(folder: ModelFolder, found: list[Mark], plots: Path) -> Chart | None:
-    kept, abandoned = split_abandoned(folder.knn)
-    return simple_chart(
-        {"kNN": series(kept, "knn_top1")},
-        plots,
-        name="knn",
-        title="Nearest neighbour accuracy",
-        caption="Top-1 on labelled images while training. Healthy: rises all the way. A dip is what an unstable run"
-        " looks like (paper §4): a spike of the gradient comes shortly before it, and the run ends lower.",
+LOSS = LineChart(
+    "loss",
+    "Contrastive loss",
+    "InfoNCE loss. Healthy: leaves chance during warmup, then falls steadily and slowly towards the floor.",
+    ({"loss": "loss"},),
+)
+GRADIENTS = LineChart(
+    "gradients",
+    "Gradient norm",
+    "L2 norm of all gradients, mean since the previous log line; spikes are single steps. Healthy: falls or stays"
+    " within a factor of 2 of its usual value, without spikes (▼), skipped steps (×) or rollbacks (shaded).",
+    ({"gradient norm": "grad_norm"},),
+    log=True,
+)
+PRETRAINING_CHARTS = (
+    LOSS,
+    LineChart(
+        "knn",
+        "kNN accuracy",
+        "Top-1 on labeled images during training. Healthy: rises throughout. A dip indicates instability (paper §4):"
+        " it follows a spike in the gradient, and the run ends with lower accuracy.",
+        ({"kNN top-1": "knn_top1"},),
         percent=True,
-        before=series(abandoned, "knn_top1"),
-        rollbacks=found,
-        dots=True,
-    )
-
-
-def positives_chart(folder: ModelFolder, kept: Lines, found: list[Mark], plots: Path) -> Chart | None:
-    batch = folder.global_batch_size
-    return simple_chart(
-        {"positive top-1": series(kept, "positive_top1")},
-        plots,
-        name="positives",
-        title="Positives found among the keys",
-        caption="Share of the queries whose own image is the most similar of all keys of the batch"
-        f"{f'; by chance 1 in {batch}' if batch else ''}. Healthy: rises with the fall of the loss.",
+    ),
+    LineChart(
+        "positives",
+        "Contrastive accuracy",
+        "Share of queries whose positive is the most similar of all keys in the batch; chance is 1 in the global batch"
+        " size. Healthy: rises as the loss falls.",
+        ({"positive top-1": "positive_top1"},),
         percent=True,
-        rollbacks=found,
-    )
-
-
-def gradient_chart(kept: Lines, abandoned: Lines, found: list[Mark], plots: Path) -> Chart | None:
-    norms = series(kept, "grad_norm")
-    if not len(norms.known):
-        return None
-
-    def draw(figure: Figure, palette: Palette) -> None:
-        axes = step_axes(figure, palette)
-        logarithmic(axes)
-        draw_rollbacks(axes, palette, found)
-        draw_line(axes, series(abandoned, "grad_norm"), palette.muted, dashed=True)
-        draw_line(axes, norms, palette.series[0])
-        spikes = [mark for mark in found if mark.kind == "spike" and mark.value is not None]
-        if spikes:
-            axes.plot(
-                [mark.step for mark in spikes],
-                [mark.value for mark in spikes],
-                linestyle="none",
-                marker="v",
-                markersize=6,
-                color=palette.bad,
-                label="spike",
-            )
-        skipped = [mark.step for mark in found if mark.kind == "skipped"]
-        if skipped:
-            axes.plot(
-                skipped,
-                np.full(len(skipped), 0.03),
-                transform=axes.get_xaxis_transform(),
-                linestyle="none",
-                marker="x",
-                markersize=6,
-                color=palette.bad,
-                label="skipped step",
-            )
-        if spikes or skipped:
-            axes.legend(frameon=False, fontsize=8, loc="upper right", labelcolor=palette.ink)
-
-    counts = {kind: sum(mark.kind == kind for mark in found) for kind in ("spike", "skipped", "rollback")}
-    return make_chart(
-        "gradients",
-        draw,
-        plots,
-        title="Gradient norm",
-        caption="L2 norm of all gradients, mean between two lines; spikes are single steps. Healthy: falls or stays"
-        " within a factor of 2 of its usual value, without spikes (▼), skipped steps (×) and rollbacks (shaded).",
-        alt=f"{describe('gradient norm', norms)} Marked: {counts['spike']} spikes, {counts['skipped']} skipped steps,"
-        f" {counts['rollback']} rollbacks.",
-    )
-
-
-def layers_chart(kept: Lines, found: list[Mark], plots: Path) -> Chart | None:
-    return simple_chart(
-        {"first layer": series(kept, "first_layer_grad_max"), "last layer": series(kept, "last_layer_grad_max")},
-        plots,
-        name="layers",
-        title="Largest gradient, first and last layer",
-        caption="Largest component of the gradient since the last line. Healthy: level. In an unstable run the first"
-        " layer spikes, and the last one tens of steps later (paper §4.2, figure 4).",
+    ),
+    GRADIENTS,
+    LineChart(
+        "layers",
+        "Largest gradient, first and last layer",
+        "Largest gradient component since the previous log line. Healthy: level. In an unstable run the first layer"
+        " spikes tens of steps before the last layer (paper §4.2, figure 4).",
+        ({"first layer": "first_layer_grad_max", "last layer": "last_layer_grad_max"},),
         log=True,
-        rollbacks=found,
-    )
+    ),
+    LineChart(
+        "schedule",
+        "Learning rate and momentum",
+        "Healthy: linear warmup of the learning rate, then cosine decay; the momentum of the EMA encoder rises to 1 at"
+        " the end. A step down that the recipe does not contain is a rollback with a lower learning rate.",
+        ({"learning rate": "learning_rate"}, {"momentum": "momentum"}),
+    ),
+    LineChart(
+        "collapse",
+        "Spread and rank of the projections",
+        "Spread: standard deviation of the L2-normalized projections times the square root of their dimension; 1 if"
+        " uniform on the sphere, 0 if collapsed. Effective rank: number of directions in use. Healthy: spread near 1"
+        " and rank well above 1. A fall towards 0 and 1 is collapse.",
+        ({"spread": "projection_std_ratio"}, {"effective rank": "projection_effective_rank"}),
+        from_zero=True,
+    ),
+    LineChart(
+        "throughput",
+        "Throughput and data-loading stall",
+        "Stall: share of the time spent waiting for data. Healthy: constant throughput and a stall below 0.1. A larger"
+        " stall means that decoding is the bottleneck: raise --dataloader_num_workers.",
+        ({"images/s": "images_per_second"}, {"stall": "data_wait_fraction"}),
+        from_zero=True,
+    ),
+)
+CLASSIFIER_CHARTS = (
+    LineChart(
+        "loss",
+        "Training loss",
+        "Cross-entropy on augmented images. Healthy: falls fast, then slowly, without jumps. Mixup and label smoothing"
+        " keep it well above 0.",
+        ({"training loss": "loss"},),
+    ),
+    LineChart(
+        "accuracy",
+        "Test accuracy",
+        "Top-1 after every epoch. Healthy: still rising slightly at the end of the schedule; a decline from the middle"
+        " on is overfitting. The EMA of the weights usually leads until the end.",
+        ({"weights": "eval_top1", "EMA of the weights": "eval_top1_ema"},),
+        percent=True,
+    ),
+    LineChart(
+        "gradients",
+        "Gradient norm",
+        "L2 norm of all gradients. Healthy: stays within a small factor of its usual value.",
+        ({"gradient norm": "grad_norm"},),
+        log=True,
+    ),
+    LineChart(
+        "schedule",
+        "Learning rate",
+        "Healthy: the schedule of the recipe, ending near 0.",
+        ({"learning rate": "learning_rate"},),
+    ),
+)
 
 
-def blocks_chart(kept: Lines, abandoned: Lines, plots: Path) -> Chart | None:
-    parts = [("", block_norms(kept)), ("thrown away by a rollback", block_norms(abandoned))]
-    parts = [(title, table) for title, table in parts if table is not None]
-    if not parts:
+def training_section(folder: ModelFolder, plots: Path) -> Section:
+    """Charts of all metrics that were logged, and the command for those that were not."""
+    curves, is_classifier = read_curves(folder), folder.kind == "classifier"
+    specs = CLASSIFIER_CHARTS if is_classifier else PRETRAINING_CHARTS
+    charts = [draw_chart(spec, folder, curves, plots) for spec in specs] + [draw_blocks(curves, plots)]
+    charts = [chart for chart in charts if chart is not None]
+    pretrain = "mocov3 pretrain DATA --recipe NAME --output_dir DIR"
+    if not charts:
+        command = "mocov3 finetune --model MODEL --dataset_name DATA --output_dir DIR" if is_classifier else pretrain
+        text = "No training metrics found (metrics.jsonl). Training logs them:"
+        return Section("training", "Training", [Text(text, command)])
+    parts: list = [Charts(charts)]
+    if folder.kind == "pretraining" and not folder.knn:
+        text = "kNN accuracy was not measured during training. --knn_steps enables it:"
+        parts.append(Text(text, f"{pretrain} --knn_steps 500"))
+    return Section("training", "Training", parts)
+
+
+def draw_chart(spec: LineChart, folder: ModelFolder, curves: Curves, plots: Path) -> Chart | None:
+    """None if no metric of the chart was logged."""
+    panels = [{label: series(curves.kept, key) for label, key in panel.items()} for panel in spec.panels]
+    panels = [{label: values for label, values in panel.items() if len(values.known)} for panel in panels]
+    panels = [panel for panel in panels if panel]
+    if not panels:
         return None
-    names = list(dict.fromkeys(name for _, table in parts for name in table[1]))
-    all_norms = np.concatenate([table[2].ravel() for _, table in parts])
-    logarithms = np.log10(all_norms[np.isfinite(all_norms) & (all_norms > 0)])
-    if not len(logarithms):
-        return None
-
-    def draw(figure: Figure, palette: Palette) -> None:
-        widths = [max(len(table[0]), 4) for _, table in parts]
-        row = figure.subplots(1, len(parts), squeeze=False, sharey=True, width_ratios=widths)[0]
-        for axes, (title, (steps, own, norms)) in zip(row, parts, strict=True):
-            shown = np.full((len(names), len(steps)), np.nan)
-            shown[[names.index(name) for name in own]] = np.log10(np.where(norms > 0, norms, np.nan))
-            mesh = axes.pcolormesh(
-                edges(steps),
-                np.arange(len(names) + 1),
-                shown,
-                cmap="viridis",
-                vmin=logarithms.min(),
-                vmax=logarithms.max(),
-                rasterized=True,
-                shading="flat",
-            )
-            axes.set_xlabel("step", fontsize=8)
-            axes.set_title(title, fontsize=8, color=palette.bad)
-            axes.tick_params(axis="y", length=0)
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        row[0].set_yticks(np.arange(len(names)) + 0.5, [plain(name) for name in names], fontsize=7)
-        row[0].invert_yaxis()
-        bar = figure.colorbar(mesh, ax=row, pad=0.02, aspect=30)
-        bar.outline.set_visible(False)
-        bar.set_label("log₁₀ of the norm", fontsize=8, color=palette.ink)
-
-    caption = (
-        "From the image (top) to the loss (bottom); brighter is larger. Healthy: rows keep their order and change"
-        " slowly. A bright column is a spike: see in which row it began."
-    )
-    return make_chart(
-        "blocks",
-        draw,
-        plots,
-        title="Gradient norm of every block",
-        caption=caption,
-        alt=f"Heat map of the gradient norms of {len(names)} blocks over {len(kept)} lines.",
-        size=(7.0, 1.5 + 0.16 * len(names)),
-        wide=True,
-        min_width=560,
-    )
-
-
-def pair_chart(
-    upper: tuple[str, str], lower: tuple[str, str], kept: Lines, plots: Path, *, name, title, caption, zero=False
-) -> Chart | None:
-    """Two values over the same steps, each on axes of its own. `upper` and `lower`: key and label."""
-    pairs = [(label, series(kept, key)) for key, label in (upper, lower)]
-    pairs = [(label, values) for label, values in pairs if len(values.known)]
-    if not pairs:
-        return None
-
-    def draw(figure: Figure, palette: Palette) -> None:
-        rows = figure.subplots(len(pairs), 1, sharex=True, squeeze=False)[:, 0]
-        for row, ((label, values), axes) in enumerate(zip(pairs, rows, strict=True)):
-            axes.grid(axis="y")
-            draw_line(axes, values, palette.series[row])
-            axes.set_ylabel(label, fontsize=8)
-            if zero:
-                axes.set_ylim(0, max(1e-12, 1.1 * values.known.max()))
-        figure.align_ylabels()
-        rows[-1].set_xlabel("step", fontsize=8)
-
-    alt = " ".join(describe(label, values) for label, values in pairs)
-    return make_chart(name, draw, plots, title=title, caption=caption, alt=alt)
-
-
-def simple_chart(
-    lines: dict[str, Series],
-    plots: Path,
-    *,
-    name: str,
-    title: str,
-    caption: str,
-    percent: bool = False,
-    log: bool = False,
-    before: Series | None = None,
-    rollbacks: list[Mark] = (),
-    dots: bool = False,
-) -> Chart | None:
-    """One or several series on common axes; `before` is what a rollback threw away."""
-    lines = {label: values for label, values in lines.items() if len(values.known)}
-    if not lines:
-        return None
-
-    def draw(figure: Figure, palette: Palette) -> None:
-        axes = step_axes(figure, palette)
-        draw_rollbacks(axes, palette, rollbacks)
-        if before is not None:
-            draw_line(axes, before, palette.muted, dashed=True)
-        for number, (label, values) in enumerate(lines.items()):
-            few = dots or len(values) < 20
-            draw_line(axes, values, palette.series[number], label=label, marker="o" if few else None)
-        if percent:
+    keys = {label: key for panel in spec.panels for label, key in panel.items()}
+    colors = iter(SERIES)
+    figure = new_figure()
+    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, panel in zip(rows, panels, strict=True):
+        axes.grid(axis="y")
+        for label, values in panel.items():
+            draw_line(axes, series(curves.discarded, keys[label]), MUTED, linestyle=(0, (2, 2)))
+            draw_line(axes, values, next(colors), label=label)
+        if len(panel) > 1:
+            axes.legend()
+        if len(panels) > 1:
+            axes.set_ylabel(next(iter(panel)))
+        if spec.percent:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-        if log and all((values.known > 0).all() for values in lines.values()):
-            logarithmic(axes)
-        if len(lines) > 1:
-            axes.legend(frameon=False, fontsize=8, labelcolor=palette.ink)
+        if spec.log and all((values.known.values > 0).all() for values in panel.values()):
+            use_log_scale(axes)
+        if spec.from_zero:
+            axes.set_ylim(0, max(1e-12, 1.1 * max(values.known.values.max() for values in panel.values())))
+        shade_rollbacks(axes, curves, label=axes is rows[0])
+    rows[-1].set_xlabel("step")
+    figure.align_ylabels()
+    alt = [describe(label, values, spec.percent) for panel in panels for label, values in panel.items()]
+    caption = spec.caption
+    if spec is LOSS:
+        caption += annotate_loss(rows[0], folder, curves)
+    if spec is GRADIENTS:
+        annotate_gradients(rows[0], curves)
+        alt.append("Marked: {spike} spikes, {skipped} skipped steps, {rollback} rollbacks.".format(**curves.counts))
+    return finish_chart(figure, spec.name, plots, title=spec.title, caption=caption, alt=" ".join(alt))
 
-    alt = " ".join(describe(label, values, percent) for label, values in lines.items())
-    return make_chart(name, draw, plots, title=title, caption=caption, alt=alt)
+
+def annotate_loss(axes: Axes, folder: ModelFolder, curves: Curves) -> str:
+    """Mark divergences and the bounds of the loss; returns what to add to the caption."""
+    for event in curves.events:
+        if event.kind == "divergence":
+            axes.axvline(event.step, color=BAD, linewidth=1)
+            axes.annotate("divergence", (event.step, 0.5), (4, 3), ("data", "axes fraction"), LABEL_UNIT, color=BAD)
+    bounds = loss_bounds(folder)
+    if bounds is None:
+        return " Chance and floor are not shown: the global batch size or the temperature is unknown."
+    for value, name, height in zip(bounds, ("chance", "floor"), (-10, 3), strict=True):
+        axes.axhline(value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": LABEL_UNIT, "ha": "right"}
+        axes.annotate(f"{name} {value:.2f}", (1, value), (-2, height), **place)
+    return " Chance: all keys equally similar. Floor: aligned positives, orthogonal negatives."
 
 
-def step_axes(figure: Figure, palette: Palette) -> Axes:
-    axes = figure.subplots()
-    axes.grid(axis="y")
-    axes.set_xlabel("step", fontsize=8)
-    return axes
+def annotate_gradients(axes: Axes, curves: Curves) -> None:
+    """Mark spikes and skipped steps."""
+    options = {"linestyle": "none", "markersize": 6, "color": BAD}
+    spikes = [event for event in curves.events if event.kind == "spike"]
+    if spikes:
+        steps, norms = [event.step for event in spikes], [event.grad_norm for event in spikes]
+        axes.plot(steps, norms, marker="v", label="spike", **options)
+    skipped = [event.step for event in curves.events if event.kind == "skipped"]
+    if skipped:
+        heights, transform = np.full(len(skipped), 0.03), axes.get_xaxis_transform()
+        axes.plot(skipped, heights, marker="x", label="skipped step", transform=transform, **options)
+    if spikes or skipped:
+        axes.legend(loc="upper right")
 
 
-def logarithmic(axes: Axes) -> None:
-    """A logarithmic scale with numbers as one writes them, also where it spans less than a decade."""
+def draw_blocks(curves: Curves, plots: Path) -> Chart | None:
+    """Heat map of the gradient norm by block and step, next to that of the discarded steps."""
+    key = "block_grad_norms"
+    panels = {"": curves.kept, "discarded by a rollback": curves.discarded}
+    panels = {title: [line for line in lines if isinstance(line.get(key), dict)] for title, lines in panels.items()}
+    names = list(dict.fromkeys(name for lines in panels.values() for line in lines for name in line[key]))
+    norms = {title: block_norms(lines, names) for title, lines in panels.items() if lines}
+    known = [values[np.isfinite(values)] for values in norms.values()]
+    known = np.concatenate(known) if known else np.empty(0)
+    if not len(known):
+        return None
+    figure = new_figure((7.0, 1.5 + 0.16 * len(names)))
+    widths = [max(values.shape[1], 4) for values in norms.values()]
+    row = figure.subplots(1, len(norms), squeeze=False, sharey=True, width_ratios=widths)[0]
+    for axes, (title, values) in zip(row, norms.items(), strict=True):
+        steps = np.array([line["step"] for line in panels[title]], dtype=np.float64)
+        first = 2 * steps[0] - steps[1] if len(steps) > 1 else steps[0] - 1
+        # A cell spans the steps since the previous line.
+        edges = (np.concatenate([[first], steps]), np.arange(len(names) + 1))
+        mesh = axes.pcolormesh(*edges, values, vmin=known.min(), vmax=known.max(), rasterized=True)
+        axes.set_xlabel("step")
+        axes.set_title(title, color=BAD)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    row[0].set_yticks(np.arange(len(names)) + 0.5, names, fontsize=7)
+    row[0].invert_yaxis()
+    bar = figure.colorbar(mesh, ax=row, pad=0.02, aspect=30, label="log₁₀ of the norm")
+    bar.outline.set_visible(False)
+    return finish_chart(
+        figure,
+        "blocks",
+        plots,
+        title="Gradient norm by block",
+        caption="From the input (top) to the loss (bottom); brighter is larger. Healthy: rows keep their order and"
+        " change slowly. A bright column is a spike: look for the row where it began.",
+        alt=f"Heat map of the gradient norms of {len(names)} blocks over {len(panels[''])} log lines.",
+    )
+
+
+def block_norms(lines: Lines, names: list[str]) -> np.ndarray:
+    """log10 of the gradient norms (blocks, lines), NaN where unknown or 0."""
+    norms = np.array([[number(line["block_grad_norms"].get(name)) for line in lines] for name in names])
+    return np.log10(np.where(norms > 0, norms, np.nan))
+
+
+def draw_line(axes: Axes, values: Series, color: str, **options) -> None:
+    """Few points are marked, so that a single one is visible too."""
+    axes.plot(values.steps, values.values, color=color, marker="o" if len(values.known) < 20 else None, **options)
+
+
+def use_log_scale(axes: Axes) -> None:
+    """A logarithmic scale with plain numbers, also for ranges of less than a decade."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
 
 
-def draw_line(axes: Axes, values: Series, color: str, dashed: bool = False, **options) -> None:
-    if len(values.known) == 1:
-        options["marker"] = "o"
-    style = (0, (2, 2)) if dashed else "solid"
-    axes.plot(values.steps, values.values, color=color, linestyle=style, markersize=3.5, **options)
-
-
-def draw_rollbacks(axes: Axes, palette: Palette, found: list[Mark]) -> None:
-    """Shade the steps that were done again, on which the dashed line lies."""
-    for mark in found:
-        if mark.kind == "rollback":
-            begin = mark.step if mark.to_step is None else mark.to_step
-            axes.axvspan(begin, mark.step, color=palette.bad, alpha=0.12, linewidth=0)
-            label_line(axes, begin, 0.98, "rollback", palette.bad, xycoords=("data", "axes fraction"), va="top")
+def shade_rollbacks(axes: Axes, curves: Curves, label: bool) -> None:
+    for event in curves.events:
+        if event.kind == "rollback":
+            begin = event.step if np.isnan(event.to_step) else event.to_step
+            axes.axvspan(begin, event.step, color=BAD, alpha=0.12, linewidth=0)
+            if label:
+                place = {"xycoords": ("data", "axes fraction"), "textcoords": LABEL_UNIT, "va": "top"}
+                axes.annotate("rollback", (begin, 0.98), (4, 3), **place, color=BAD)
 
 
 def describe(name: str, values: Series, percent: bool = False) -> str:
-    """A line chart in a sentence."""
-    steps, known = values.steps[np.isfinite(values.values)], values.known
-    first, last = (f"{100 * value:.1f} %" if percent else f"{value:.4g}" for value in known[[0, -1]])
-    return f"Line of {name}: {first} at step {steps[0]:.0f}, {last} at step {steps[-1]:.0f}."
+    """A line in words."""
+    known = values.known
+    first, last = (f"{100 * value:.1f} %" if percent else f"{value:.4g}" for value in known.values[[0, -1]])
+    return f"{name}: {first} at step {known.steps[0]:.0f}, {last} at step {known.steps[-1]:.0f}."

@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score, top_k_accuracy_score
 
 from mocov3_hf.evaluation.evaluate_metric import ClassificationAccuracy
-from mocov3_hf.evaluation.metrics import accuracy_metrics
+from mocov3_hf.metrics import accuracy_metrics
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mocov3_hf.probes import collapse_summary, effective_rank, normalized_std
+from mocov3_hf.metrics import collapse_summary, effective_rank, normalized_std
 
 
 def gaussian(rows, width, seed=0):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from mocov3_hf.probes import knn_accuracy, knn_predict, nearest_neighbors
+from mocov3_hf.metrics import knn_accuracy, knn_predict, nearest_neighbors
 
 
 @pytest.fixture

@@ -1,0 +1,69 @@
+"""
+The command `mocov3`: a table of commands, each a function of one room of `mocov3_hf`.
+
+It stands beside the package, not in it: importing the package imports torch, and `mocov3 --help` answers without.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+
+# Name: module and function, called with the arguments after the name; what the command does.
+COMMANDS = {
+    "pretrain": ("mocov3_hf.pretraining.loop:main", "pre-train an encoder on unlabeled images"),
+    "knn": ("mocov3_hf.evaluation.knn:main", "evaluate an encoder by its nearest neighbors"),
+    "linear-probe": ("mocov3_hf.evaluation.linear_probe:main", "train a linear classifier on a frozen encoder"),
+    "finetune": ("mocov3_hf.evaluation.finetune:main", "fine-tune an encoder as a classifier"),
+    "evaluate": ("mocov3_hf.evaluation.evaluate:main", "test a classifier on a labeled data set"),
+    "extract": ("mocov3_hf.inference.files:extract", "write the features of images to a file"),
+    "classify": ("mocov3_hf.inference.files:classify", "print the labels of images"),
+    "convert": ("mocov3_hf.interop.convert:main", "convert a checkpoint of another codebase or a published model"),
+    "export": ("mocov3_hf.interop.export:main", "export to transformers' own classes, timm, ONNX or torch.export"),
+    "push": ("mocov3_hf.hub.push:main", "push a model folder to the Hub"),
+    "report": ("mocov3_hf.report.write:main", "write an HTML report about a run or a model"),
+    "recipes": ("mocov3_hf.options:recipes_main", "list the recipes, or print one"),
+    "zoo": ("mocov3_hf.zoo:main", "list the published models"),
+}
+HELP = """\
+usage: mocov3 COMMAND [--option value ...]
+
+MoCo v3 self-supervised pre-training for any vision backbone, native to Hugging Face transformers.
+
+commands:
+{commands}
+
+mocov3 COMMAND --help shows the options of a command, mocov3 --version the version.
+Several processes: accelerate launch -m mocov3_hf COMMAND ..., or torchrun -m mocov3_hf COMMAND ..."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; without arguments those of the process. Exit code 2 for a mistake, 1 for a failure."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"mocov3_hf {version('mocov3_hf')}")
+        return
+    name = arguments[0].replace("_", "-")
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"commands are {', '.join(COMMANDS)}"
+        print(f"error: there is no command {arguments[0]!r}; {hint}", file=sys.stderr)
+        sys.exit(2)
+    module, function = COMMANDS[name][0].split(":")
+    getattr(importlib.import_module(module), function)(arguments[1:])
+
+
+def help_text() -> str:
+    """The commands with a line each."""
+    width = max(map(len, COMMANDS))
+    return HELP.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()))
+
+
+if __name__ == "__main__":
+    main()

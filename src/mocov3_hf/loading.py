@@ -1,0 +1,286 @@
+"""The one way to load a model with its image processor, for every command and class of the package.
+
+One policy: a model is a folder, a Hub id, or the name of a published model. Its weights must be complete, with one
+exception: a ViT that was saved without its pooling layer is loaded without it, and its feature is the CLS token.
+Without a saved image processor, the default of MoCo v3's evaluation at the model's image size is used, with a warning.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+from .processing import build_image_processor
+from .run_folder import CONFIG
+from .storage import is_local
+from .zoo import fetch, load_zoo
+
+
+logger = logging.get_logger(__name__)
+
+# Legend of dimensions: B batch, C H W image, D width of the pooled features, L tokens.
+
+# Keys of a configuration that change no output.
+NAMES_AND_DATES = (
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "id2label",
+    "label2id",
+    "use_cache",  # written by `Trainer` into every configuration
+)
+DEFAULT_IMAGE_SIZE = 224
+
+
+def resolve_model(model: str | os.PathLike) -> str:
+    """
+    What `from_pretrained` takes for a model: a local folder, a Hub id, or the folder of a published model, which is
+    downloaded and converted the first time.
+
+    Raises:
+        ValueError: A path that does not exist or holds no model.
+    """
+    name = os.path.expanduser(os.fspath(model))
+    if not os.path.exists(name) and name in load_zoo():
+        return fetch(name)
+    if is_local(name):
+        if not os.path.isdir(name):
+            what = "is a file" if os.path.exists(name) else "does not exist"
+            raise ValueError(
+                f"model folder {name!r} {what}: pass a folder written by save_pretrained, a Hub id, or a name that"
+                " mocov3 zoo lists"
+            )
+        if not (Path(name) / CONFIG).is_file():
+            raise ValueError(
+                f"folder {name!r} holds no model (no {CONFIG}): pass a folder written by save_pretrained, such as the"
+                " output folder of mocov3 pretrain after its first checkpoint"
+            )
+    return name
+
+
+def load_config(model: str | os.PathLike, **options: Any) -> PreTrainedConfig:
+    """The configuration of a model; ValueError as `load_encoder`. `options` go to `from_pretrained`."""
+    return from_pretrained(AutoConfig, resolve_model(model), **options)
+
+
+def load_encoder(model: str | os.PathLike, **options: Any) -> PreTrainedModel:
+    """
+    The encoder of any vision model, without heads, in evaluation mode, on the CPU.
+
+    Args:
+        model: As `resolve_model`; whatever `AutoModel` loads: a pre-training model, a bare encoder, a classifier.
+        options: Of `from_pretrained`: `dtype`, `attn_implementation`, `revision`, ...
+
+    Raises:
+        ValueError: No such model, or weights that are damaged or missing.
+    """
+    name = resolve_model(model)
+    encoder, info = from_pretrained(AutoModel, name, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    if missing and all(key.startswith("pooler.") for key in missing):
+        encoder, info = from_pretrained(AutoModel, name, output_loading_info=True, add_pooling_layer=False, **options)
+        missing = sorted(info["missing_keys"])
+    refuse_missing(name, encoder, missing)
+    return encoder.eval()
+
+
+def load_classifier(model: str | os.PathLike, **options: Any) -> PreTrainedModel:
+    """
+    A classifier, complete, in evaluation mode, on the CPU.
+
+    Args:
+        model: As `resolve_model`; whatever `AutoModelForImageClassification` loads.
+        options: Of `from_pretrained`.
+
+    Raises:
+        ValueError: As `load_encoder`; an architecture without a classifier; an encoder without a trained head.
+    """
+    name = resolve_model(model)
+    config = load_config(name, **{key: value for key, value in options.items() if key == "revision"})
+    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        raise ValueError(f"{name!r} is a {config.model_type!r} model, which has no image classifier")
+    classifier, info = from_pretrained(
+        AutoModelForImageClassification, name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    missing = sorted(info["missing_keys"])
+    backbone = f"{classifier.base_model_prefix}."
+    if missing and not any(key.startswith(backbone) for key in missing):
+        raise ValueError(
+            f"{name!r} is an encoder without a classification head ({', '.join(missing[:2])} missing): train one with"
+            " mocov3 linear-probe or mocov3 finetune, or evaluate the encoder with mocov3 knn"
+        )
+    refuse_missing(name, classifier, missing)
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        key, found, expected = mismatched[0]
+        raise ValueError(
+            f"{name!r} holds {key} of shape {tuple(found)}, but its config.json ({classifier.config.num_labels}"
+            f" classes) expects {tuple(expected)}: restore the config.json it was saved with"
+        )
+    return classifier.eval()
+
+
+def load_processor(model: str | os.PathLike | None, config: PreTrainedConfig, **options: Any) -> BaseImageProcessor:
+    """
+    The image processor saved with a model; without one, `build_image_processor` at the model's image size.
+
+    Args:
+        model: As `resolve_model`; None if there is only the configuration.
+        config: Of the loaded model.
+        options: Of `from_pretrained`.
+
+    Raises:
+        ValueError: A saved processor that is damaged.
+    """
+    name = None if model is None else resolve_model(model)
+    size, channels = image_size_of(config) or DEFAULT_IMAGE_SIZE, num_channels_of(config)
+    if name is not None and has_processor(name):
+        try:
+            return AutoImageProcessor.from_pretrained(name, **options)
+        except OSError:  # a Hub repository without one
+            pass
+        except Exception as error:
+            raise ValueError(f"the image processor of {name!r} cannot be loaded: {first_line(error)}") from error
+    if name is not None:
+        logger.warning(
+            f"{name!r} has no image processor: resizing to {round(size * 256 / 224)}, cropping to {size}, normalizing"
+            " with ImageNet's mean and standard deviation"
+        )
+    return build_image_processor(size, num_channels=channels)
+
+
+def has_processor(name: str) -> bool:
+    """Whether a local folder holds an image processor; True for a Hub id, which is not asked here."""
+    files = ("preprocessor_config.json", "processor_config.json")
+    return not os.path.isdir(name) or any((Path(name) / file).is_file() for file in files)
+
+
+def from_pretrained(auto_class: type, name: str, **options: Any) -> Any:
+    """
+    `auto_class.from_pretrained` without its report of unused keys: heads are left out on purpose.
+
+    Raises:
+        ValueError: Whatever went wrong, in one line.
+    """
+    with quiet_transformers():
+        try:
+            return auto_class.from_pretrained(name, **options)
+        # transformers, safetensors and the Hub client each have exceptions of their own for damaged or missing files.
+        except Exception as error:
+            raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
+
+
+def refuse_missing(name: str, model: PreTrainedModel, missing: list[str]) -> None:
+    """ValueError where a file lacks weights of its model: nothing is evaluated on random weights."""
+    if missing:
+        listed = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(
+            f"{name!r} lacks {len(missing)} weights of {type(model).__name__} ({listed}): its weights and its"
+            " config.json belong to different models"
+        )
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Only errors from transformers' logger."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+# What a loaded model is and gives
+
+
+def image_size_of(config: PreTrainedConfig) -> int | None:
+    """Image size a model was built for in pixels (the shorter side); None where its architecture does not fix one."""
+    size = getattr(config, "image_size", None) or getattr(getattr(config, "backbone_config", None), "image_size", None)
+    return min(size) if isinstance(size, list | tuple) else size
+
+
+def num_channels_of(config: PreTrainedConfig) -> int:
+    """Channels of the images that a model takes; 3 where its configuration does not say."""
+    for part in (config, getattr(config, "backbone_config", None)):
+        if isinstance(getattr(part, "num_channels", None), int):
+            return part.num_channels
+    return 3
+
+
+def base_encoder(model: nn.Module) -> PreTrainedModel:
+    """The encoder inside a model: without wrappers (DDP, torch.compile) and heads."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    return getattr(model, "base_model", model)
+
+
+def pooled_features(encoder: PreTrainedModel, pixel_values: torch.Tensor, **options: Any) -> torch.Tensor:
+    """
+    Features (B, D) float32 of images (B, C, H, W): `pooler_output`, or the first token of models without it.
+
+    Position embeddings are interpolated if the images have another size than the model was built for. `options` go to
+    the forward pass.
+
+    Raises:
+        ValueError: The model returns neither a pooled vector nor tokens.
+    """
+    outputs = encoder(pixel_values=pixel_values, **size_options(encoder, pixel_values), **options)
+    return pooled_of(outputs, encoder)
+
+
+def pooled_of(outputs: Any, encoder: nn.Module) -> torch.Tensor:
+    """The features (B, D) float32 in the outputs of an encoder; ValueError as `pooled_features`."""
+    pooled = outputs.get("pooler_output")
+    if pooled is None:
+        tokens = outputs.get("last_hidden_state")
+        if tokens is None or tokens.dim() != 3:
+            raise ValueError(
+                f"{type(encoder).__name__} returns neither a pooled vector (pooler_output) nor tokens (B, L, D)"
+            )
+        pooled = tokens[:, 0]
+    return pooled.flatten(1).float()
+
+
+def size_options(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> dict[str, bool]:
+    """The forward arguments that let an encoder accept images of another size than it was built for."""
+    size = image_size_of(encoder.config)
+    inner = getattr(encoder, "backbone", encoder)
+    can_interpolate = "interpolate_pos_encoding" in inspect.signature(inner.forward).parameters
+    is_other = size is not None and size != min(pixel_values.shape[-2:])
+    return {"interpolate_pos_encoding": True} if is_other and can_interpolate else {}
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """32 hex digits that change with any weight, buffer, or setting of the architecture."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in NAMES_AND_DATES}
+    digest = hashlib.sha256(type(model).__name__.encode())
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()[:32]

@@ -1,0 +1,192 @@
+"""The parts of a page: text, tables, charts and galleries. The last two are also saved as PNG for model cards."""
+
+import base64
+import io
+import itertools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import matplotlib
+import numpy as np
+import torch
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+from PIL import Image
+from torchvision.utils import make_grid
+
+
+# Default size of a chart in inches: readable at full width on a phone.
+CHART_SIZE = (4.4, 2.75)
+PNG_DPI = 200
+# Side of a picture in the PNG of a gallery, in pixels.
+TILE = 128
+
+INK, MUTED, GRID, BAD, PAPER = "#24292f", "#8a9099", "#e3e6ea", "#c62f2d", "#ffffff"
+# A palette for readers with impaired color vision (after Okabe and Ito, 2008).
+SERIES = ["#0072b2", "#d55e00", "#009e73", "#b4578f", "#b58900", "#3aa0d8", "#7a5cc0", "#5a6b1f", "#a34a28", "#47606f"]
+# In the page every color of a chart is a CSS variable, so that charts follow the light or dark theme.
+CSS_VARIABLES = {INK: "--chart-ink", MUTED: "--chart-muted", GRID: "--chart-grid", BAD: "--chart-bad"}
+CSS_VARIABLES |= {PAPER: "--chart-paper"} | {color: f"--chart-{number}" for number, color in enumerate(SERIES)}
+CHART_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 8,
+    "figure.titlesize": 10,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": matplotlib.cycler(color=SERIES),
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 3.5,
+    "figure.constrained_layout.use": True,
+    "svg.fonttype": "none",  # text stays text: screen readers read it, and it can be searched and copied
+}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph, optionally followed by a command."""
+
+    kind: ClassVar[str] = "text"
+    text: str
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """`numeric` lists the right-aligned columns."""
+
+    kind: ClassVar[str] = "table"
+    columns: list[str]
+    rows: list[list[str]]
+    caption: str
+    numeric: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """
+    Attributes:
+        name: anchor in the page and stem of the PNG file.
+        svg: inline SVG element.
+        width: in inches.
+    """
+
+    name: str
+    title: str
+    caption: str
+    svg: Markup
+    width: float
+
+
+@dataclass(frozen=True)
+class Charts:
+    kind: ClassVar[str] = "charts"
+    charts: list[Chart]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """
+    Attributes:
+        pixels: uint8 (H, W, 3).
+        alt: description for screen readers.
+        label: text below the picture.
+        mark: "right", "wrong", "query" or "".
+        is_grid: whether pixels are cells of a grid, which must not be smoothed when enlarged.
+    """
+
+    pixels: np.ndarray
+    alt: str
+    label: str = ""
+    mark: str = ""
+    is_grid: bool = False
+
+    @property
+    def source(self) -> str:
+        """Data URI: JPEG for photographs, PNG for grids and small images."""
+        kind = "png" if self.is_grid or max(self.pixels.shape[:2]) <= 64 else "jpeg"
+        stream = io.BytesIO()
+        Image.fromarray(self.pixels).save(stream, kind, quality=85, optimize=True)
+        return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Titled strips of pictures with one caption; `size` is the width of a picture in pixels."""
+
+    kind: ClassVar[str] = "gallery"
+    strips: list[tuple[str, list[Picture]]]
+    caption: str
+    size: int = 96
+    columns: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """`name` is the anchor."""
+
+    name: str
+    title: str
+    parts: list[Text | Table | Charts | Gallery]
+
+
+def new_figure(size: tuple[float, float] = CHART_SIZE) -> Figure:
+    """An empty figure, `size` in inches. Draw on it inside `matplotlib.rc_context(CHART_STYLE)`."""
+    return Figure(figsize=size)
+
+
+def finish_chart(figure: Figure, name: str, plots: Path, *, title: str, caption: str, alt: str) -> Chart:
+    """Turn a figure into a `Chart`, described by `alt` for screen readers, and write it to `plots/name.png`."""
+    stream = io.StringIO()
+    # Salted with the name, ids are unique in the page and the same in every run.
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(stream, format="svg", transparent=True, metadata=metadata, dpi=PNG_DPI)
+    figure.suptitle(title)
+    figure.savefig(plots / f"{name}.png", dpi=PNG_DPI, facecolor=PAPER)
+    return Chart(name, title, caption, inline_svg(stream.getvalue(), alt), figure.get_figwidth())
+
+
+def inline_svg(svg: str, alt: str) -> Markup:
+    """Matplotlib's SVG document as an element that scales with the page and uses its colors."""
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    view_box = re.search(r'viewBox="[^"]*"', svg).group()
+    body = svg[svg.index(">") + 1 :].replace("xlink:href", "href")
+    svg = f'<svg {view_box} role="img" aria-label="{escape(alt)}">{body}'
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # numbered group ids repeat in every chart, and nothing refers to them
+    for color, variable in CSS_VARIABLES.items():
+        svg = svg.replace(f": {color}", f": var({variable})")
+    return Markup(re.sub(r">\s*\n\s*<", ">\n<", svg).strip())
+
+
+def save_sheet(strips: list[tuple[str, list[Picture]]], path: Path, per_row: int) -> None:
+    """Write the pictures of a gallery as one PNG on white."""
+    tiles = []
+    for picture in itertools.chain.from_iterable(pictures for _, pictures in strips):
+        method = Image.Resampling.NEAREST if picture.is_grid else Image.Resampling.BICUBIC
+        tile = Image.fromarray(picture.pixels).resize((TILE, TILE), method)
+        tiles.append(torch.from_numpy(np.array(tile)).permute(2, 0, 1))
+    sheet = make_grid(torch.stack(tiles), nrow=per_row, padding=6, pad_value=255)
+    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(path)
+
+
+def shorten(name: str, length: int = 22) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"

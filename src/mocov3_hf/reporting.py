@@ -1,0 +1,82 @@
+"""How a command speaks: errors in one line with an exit code, warnings, and the command that the user typed."""
+
+import contextlib
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
+from typing import NoReturn
+
+
+class UsageError(ValueError):
+    """A user's mistake: one line with what was wrong, what was expected and the fix. The exit code is 2."""
+
+
+class RunError(RuntimeError):
+    """A failure at run time that is not the user's mistake: one line with what happened. The exit code is 1."""
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all processes of the run, before they have joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def warn(message: str) -> None:
+    """A warning on stderr, once for all processes."""
+    if is_first_process():
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line. Of a traceback that a worker process handed on, its last line."""
+    text = str(error).strip()
+    if "Traceback (most recent call last)" in text:
+        text = re.sub(r"^\w+(\.\w+)*Error: ", "", text.splitlines()[-1])
+    return " ".join(text.split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[None]:
+    """
+    End the process with one line on stderr instead of a traceback: exit code 2 for a user's mistake (`ValueError`), 1
+    for a failure at run time (`RunError`, `OSError`).
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output, such as `head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except ValueError as error:
+        fail(one_line(error), 2)
+    except (RunError, OSError) as error:
+        fail(one_line(error), 1)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End the process with one line on stderr, from the first process only."""
+    if is_first_process():
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def typed_command(arguments: Iterable[str] | None = None) -> str:
+    """
+    The command that started this process, as a shell takes it. Of several hosts, the part of one.
+
+    Args:
+        arguments: Others after the program instead of those of this process.
+    """
+    program, rest = sys.argv[0], list(sys.argv[1:] if arguments is None else arguments)
+    is_module = os.path.basename(program) == "__main__.py"
+    words = ["-m", "mocov3_hf"] if is_module else [program if program.endswith(".py") else os.path.basename(program)]
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by accelerate launch
+        launcher = ["accelerate", "launch", *(["--num_processes", str(num_processes)] if num_processes > 1 else [])]
+    elif num_processes > 1:
+        launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "N")]
+    else:
+        launcher = ["python"] if is_module or program.endswith(".py") else []
+    return shlex.join([*launcher, *words, *rest])

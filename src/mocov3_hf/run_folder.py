@@ -1,0 +1,430 @@
+"""What a run or model folder holds: names, writers and readers of checkpoints, metrics, events and results.
+
+config.json, preprocessor_config.json, model.safetensors    what `from_pretrained` loads: the newest weights
+recipe.yaml                                                  the resolved recipe, which starts the same run again
+metrics.jsonl, events.jsonl, knn.jsonl, bad_images.jsonl     what happened, one JSON object per line
+results.json                                                 evaluations, appended by every command
+checkpoint-N/                                                everything needed to resume after step N
+    manifest.json                                            size and SHA-256 of every other file
+"""
+
+import datetime
+import json
+import math
+import os
+import platform
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from .storage import locked, read_lines, sha256_of, write_json
+
+
+CONFIG, PROCESSOR, RECIPE, CONVERSION = "config.json", "preprocessor_config.json", "recipe.yaml", "conversion.json"
+METRICS, EVENTS, KNN, BAD_IMAGES = "metrics.jsonl", "events.jsonl", "knn.jsonl", "bad_images.jsonl"
+RESULTS, MANIFEST, STATE, OPTIMIZER = "results.json", "manifest.json", "state.json", "optimizer.safetensors"
+TRAINER_STATE = "trainer_state.json"  # of transformers' Trainer
+CHECKPOINT_PREFIX = "checkpoint-"
+
+RESULTS_FORMAT = 1
+# The evaluations that `results.json` knows: the Hub's task, and what a reader calls it.
+TASKS = {
+    "knn": ("image-feature-extraction", "k-nearest neighbors"),
+    "linear": ("image-classification", "linear probe"),
+    "linear_cached": ("image-classification", "linear probe on cached features"),
+    "finetune": ("image-classification", "fine-tuning"),
+    "evaluate": ("image-classification", "classification"),
+}
+# Keys of metrics.jsonl that had another name in earlier versions.
+RENAMED_METRICS = {"momentum": "ema_decay"}
+PACKAGES = ("mocov3_hf", "torch", "torchvision", "transformers", "accelerate", "datasets")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged or does not belong to the run; the message names it and says why."""
+
+
+# Checkpoints
+
+
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """The `checkpoint-N` folders in a folder, newest first, whole or not."""
+    found = [path for path in Path(folder).glob(f"{CHECKPOINT_PREFIX}*") if step_of(path) is not None]
+    return sorted((path for path in found if path.is_dir()), key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The number of steps done at a checkpoint, from its name; None for any other name."""
+    match = re.fullmatch(rf"{CHECKPOINT_PREFIX}([0-9]{{1,18}})", checkpoint.name)
+    return int(match.group(1)) if match else None
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """List size and SHA-256 of every file of a checkpoint; the last file to be written."""
+    write_json(checkpoint / MANIFEST, {file.name: describe_file(file) for file in sorted(checkpoint.iterdir())})
+
+
+def describe_file(file: Path) -> dict[str, Any]:
+    return {"size": file.stat().st_size, "sha256": sha256_of(file)}
+
+
+def check_manifest(checkpoint: Path) -> None:
+    """
+    Compare a checkpoint with its manifest.
+
+    Raises:
+        CheckpointError: no valid manifest, or a file that is missing or differs from what was written.
+    """
+    manifest = read_manifest(checkpoint)
+    for name, expected in manifest.items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise CheckpointError(f"{checkpoint} is damaged: {name} is missing")
+        size = file.stat().st_size
+        if size != expected["size"]:
+            raise CheckpointError(f"{checkpoint} is damaged: {name} has {size} bytes, expected {expected['size']}")
+        if sha256_of(file) != expected["sha256"]:
+            raise CheckpointError(f"{checkpoint} is damaged: the content of {name} is not what was written")
+
+
+def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{checkpoint} is not complete: its {MANIFEST} cannot be read ({error})") from error
+    is_valid = (
+        isinstance(manifest, dict)
+        and {"model.safetensors", STATE} <= manifest.keys()
+        and all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in manifest.values())
+        and all(name and Path(name).name == name for name in manifest)
+    )
+    if not is_valid:
+        raise CheckpointError(f"{checkpoint} is damaged: its {MANIFEST} does not list the files of a checkpoint")
+    return manifest
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint is as it was written."""
+    try:
+        check_manifest(checkpoint)
+    except CheckpointError:
+        return False
+    return True
+
+
+def newest_whole_checkpoint(folder: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that agrees with its manifest, None without one; and what is wrong with newer ones."""
+    complaints = []
+    for checkpoint in list_checkpoints(folder):
+        try:
+            check_manifest(checkpoint)
+        except CheckpointError as error:
+            complaints.append(str(error))
+        else:
+            return checkpoint, complaints
+    return None, complaints
+
+
+# Results of evaluations
+
+
+def append_result(
+    output_dir: str | os.PathLike,
+    *,
+    task: str,
+    dataset: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    seconds: float,
+    seed: int | None = None,
+    model: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """
+    Append one evaluation to `output_dir/results.json`: `{"format": 1, "results": [...]}`, oldest first.
+
+    Safe against crashes and against other evaluations at the same time. A file that cannot be read is moved to
+    `results.json.damaged` with a warning; it is never overwritten.
+
+    Args:
+        output_dir: Folder; created if missing.
+        task: A key of `TASKS`.
+        dataset: What was evaluated on: name, config, splits, revision, fingerprint, ...
+        metrics: Name to value; accuracies between 0 and 1; per-class accuracies as a mapping.
+        settings: Every choice that has an influence on the metrics.
+        seconds: Wall-clock time of the evaluation.
+        seed: None if nothing was random.
+        model: Name of the model and hash of its weights.
+
+    Returns:
+        The result as stored: the arguments, date, versions and hardware.
+
+    Raises:
+        ValueError: A value that JSON cannot hold, including NaN.
+    """
+    result = {
+        "task": task,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "model": None if model is None else dict(model),
+        "dataset": dict(dataset),
+        "metrics": dict(metrics),
+        "settings": dict(settings),
+        "seed": seed,
+        "seconds": round(seconds, 3),
+        "versions": package_versions(),
+        "hardware": hardware(),
+    }
+    try:
+        result = json.loads(json.dumps(result, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"a result may only hold numbers, text, lists and mappings: {error}") from error
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        results = [*_read_or_move_aside(folder / RESULTS), result]
+        write_json(folder / RESULTS, {"format": RESULTS_FORMAT, "results": results})
+    return result
+
+
+def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """
+    All evaluations in a folder's `results.json`, oldest first; none without the file.
+
+    Raises:
+        ValueError: The file is damaged, or was written by a later version of the package.
+    """
+    path = Path(folder) / RESULTS
+    if not path.exists():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found, results = content["format"], content["results"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}): repair it or move it away") from error
+    if found != RESULTS_FORMAT or not isinstance(results, list):
+        raise ValueError(f"{str(path)!r} has format {found!r}, expected {RESULTS_FORMAT}: update mocov3_hf")
+    return [row for row in results if isinstance(row, dict) and isinstance(row.get("metrics"), dict)]
+
+
+def _read_or_move_aside(path: Path) -> list[dict[str, Any]]:
+    try:
+        return read_results(path.parent)
+    except ValueError as error:
+        aside, number = path.with_name(f"{path.name}.damaged"), 1
+        while aside.exists():
+            number += 1
+            aside = path.with_name(f"{path.name}.damaged-{number}")
+        os.replace(path, aside)
+        warnings.warn(f"started a new {path.name}, moved the old one to {aside.name}: {error}", stacklevel=3)
+        return []
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that have an influence on results."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # used from a folder, not installed
+            versions[name] = "unknown"
+    return versions
+
+
+def hardware() -> dict[str, Any]:
+    """CPU, number of cores, GPU and number of processes."""
+    found: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "gpu_count": torch.cuda.device_count()}
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, None) or platform.processor() or platform.machine()
+
+
+# Everything at once, for reports, cards and summaries
+
+
+@dataclass
+class RunFolder:
+    """
+    The content of a run or model folder, weights excepted.
+
+    Attributes:
+        path: The folder.
+        kind: `"pretraining"`, `"classifier"` or `"encoder"`.
+        config: Of `config.json`; empty before the first checkpoint.
+        recipe: Of `recipe.yaml`: flat, resolved; empty without one.
+        state: `run` of the newest checkpoint's `state.json`; empty without one.
+        metrics, knn, events: Lines of `metrics.jsonl`, `knn.jsonl` and `events.jsonl`, oldest first.
+        results: Evaluations of `results.json`, oldest first.
+        conversion: Of `conversion.json`; empty for weights that were not converted.
+        parameters: Number of parameters by the first part of their names; empty without weights.
+        notes: What could not be read, one sentence each.
+    """
+
+    path: Path
+    kind: str
+    config: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    knn: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    results: list[dict[str, Any]] = field(default_factory=list)
+    conversion: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def architecture(self) -> str | None:
+        """Name of the class that was saved, from `config.json`."""
+        return (self.config.get("architectures") or [None])[0]
+
+    @property
+    def backbone(self) -> dict[str, Any]:
+        """Configuration of the backbone: the one inside a `MoCoV3Config`, else the folder's own."""
+        return self.config.get("backbone_config") or self.config or self.recipe.get("backbone_config") or {}
+
+    @property
+    def temperature(self) -> float | None:
+        return self.config.get("temperature", self.recipe.get("temperature")) if self.kind == "pretraining" else None
+
+    @property
+    def global_batch_size(self) -> int | None:
+        """Images per step over all processes; None where neither a checkpoint nor the recipe says."""
+        if "global_batch_size" in self.state:
+            return self.state["global_batch_size"]
+        return None if self.recipe.get("per_device_train_batch_size") else self.recipe.get("train_batch_size")
+
+
+def read_run_folder(path: str | Path) -> RunFolder:
+    """
+    Read everything but the weights; what is damaged is left out and named in `notes`.
+
+    Raises:
+        ValueError: No such folder, or one that is neither a run nor a model.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"folder {str(path)!r} {what}: pass the output folder of a run, or a model folder")
+    if not any((path / name).is_file() for name in (CONFIG, METRICS, RECIPE)):
+        raise ValueError(
+            f"folder {str(path)!r} is neither a run nor a model (no {CONFIG}, {METRICS} or {RECIPE}): pass the output"
+            " folder of mocov3 pretrain, linear-probe or finetune, or a folder written by save_pretrained"
+        )
+    notes: list[str] = []
+    config, recipe = read_object(path / CONFIG, notes), read_recipe(path / RECIPE, notes)
+    architecture = str((config.get("architectures") or [""])[0])
+    kind = "encoder"
+    if architecture.endswith("ForImageClassification"):
+        kind = "classifier"
+    elif architecture == "MoCoV3ForPreTraining" or (path / RECIPE).is_file():
+        kind = "pretraining"
+    checkpoints = list_checkpoints(path)
+    metrics = read_noted_lines(path / METRICS, notes)
+    if kind == "classifier" and not metrics:
+        metrics = _trainer_history(checkpoints, notes)
+    state = next((read_object(folder / STATE, notes).get("run") for folder in checkpoints), None)
+    try:
+        results = read_results(path)
+    except ValueError as error:
+        results = []
+        notes.append(f"{RESULTS} was left out: {error}.")
+    return RunFolder(
+        path=path,
+        kind=kind,
+        config=config,
+        recipe=recipe,
+        state=state if isinstance(state, dict) else {},
+        metrics=[{RENAMED_METRICS.get(name, name): value for name, value in line.items()} for line in metrics],
+        knn=read_noted_lines(path / KNN, notes),
+        events=read_noted_lines(path / EVENTS, notes),
+        results=results,
+        conversion=read_object(path / CONVERSION, notes),
+        parameters=count_parameters(path, notes),
+        notes=notes,
+    )
+
+
+def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
+    """A JSON object; empty without the file, and with a note where it cannot be read."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        notes.append(f"{path.name} was left out, it cannot be read: {error}.")
+        return {}
+    if not isinstance(content, dict):
+        notes.append(f"{path.name} was left out, it holds a {type(content).__name__} instead of an object.")
+        return {}
+    return content
+
+
+def read_recipe(path: Path, notes: list[str]) -> dict[str, Any]:
+    """The options in a `recipe.yaml`; empty without the file, and with a note where it cannot be read."""
+    if not path.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        notes.append(f"{path.name} was left out, it cannot be read: {' '.join(str(error).split())}.")
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_noted_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Lines of a JSON Lines file; damaged ones are left out with a note."""
+    try:
+        lines, damaged = read_lines(path)
+    except OSError as error:
+        notes.append(f"{path.name} was left out, it cannot be read: {error}.")
+        return []
+    if damaged:
+        which = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+        total = len(lines) + len(damaged)
+        notes.append(f"{len(damaged)} of {total} lines of {path.name} were left out, they are damaged: line {which}.")
+    return lines
+
+
+def _trainer_history(checkpoints: list[Path], notes: list[str]) -> list[dict[str, Any]]:
+    """The log that `Trainer` keeps in its newest checkpoint, for classifiers without `metrics.jsonl`."""
+    for folder in checkpoints:
+        history = read_object(folder / TRAINER_STATE, notes).get("log_history")
+        if isinstance(history, list):
+            return [line for line in history if isinstance(line, dict) and "step" in line]
+    return []
+
+
+def count_parameters(path: Path, notes: list[str]) -> dict[str, int]:
+    """Number of parameters in the weight files by the first part of their names, read from the headers."""
+    counts: dict[str, int] = {}
+    for file in sorted(path.glob("model*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 - not a mapping
+                    # Running statistics of batch norm are buffers, not parameters.
+                    if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+                        part = name.partition(".")[0]
+                        counts[part] = counts.get(part, 0) + math.prod(weights.get_slice(name).get_shape())
+        except (OSError, SafetensorError) as error:
+            notes.append(f"{file.name} cannot be read: {error}.")
+    return counts

@@ -1,0 +1,212 @@
+"""Files and folders that are written whole or not at all, JSON Lines files, hashes and locks."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+BLOCK = 1 << 20
+INCOMPLETE, DELETED = ".incomplete", ".deleted"
+
+
+def is_local(name: str | os.PathLike) -> bool:
+    """Whether a name means a path on this machine: it exists, or it cannot be a Hub id."""
+    name = os.fspath(name)
+    return os.path.exists(name) or name.startswith(("/", "./", "../", "~")) or name in (".", "..")
+
+
+def flush(path: str | Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and Path(path).is_dir():  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def aside_of(path: Path) -> Path:
+    """Where a file or folder is prepared before it takes its name; left behind only by a killed process."""
+    return path.with_name(f".{path.name}{INCOMPLETE}")
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """
+    A path beside `path` to write to. When the block ends, the content is flushed and renamed to `path` in one step;
+    when it fails, `path` stays as it was. Two processes that write the same file do not meet.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}{INCOMPLETE}")
+    try:
+        yield aside
+        grant_usual_permissions(aside)
+        flush(aside)
+        os.replace(aside, path)
+        flush(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path, *, replace: bool = False, durable: bool = True) -> Iterator[Path]:
+    """
+    A folder beside `path` to fill. When the block ends, everything in it is flushed and it takes the name `path`; when
+    it fails, it is deleted and `path` stays as it was.
+
+    Args:
+        path: The new folder; may be an empty folder already.
+        replace: Whether a folder with content is replaced. The old one is moved out of the way first and deleted last.
+        durable: Whether to wait until everything is on the disk, so that it survives a power failure.
+
+    Raises:
+        FileExistsError: `path` is a file, or a folder with content and `replace` is False.
+    """
+    path = Path(os.path.abspath(path))
+    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not replace)):
+        raise FileExistsError(f"{path} exists and is not an empty folder")
+    aside = aside_of(path)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for inner in sorted(aside.rglob("*")):
+            grant_usual_permissions(inner)
+            if durable:
+                flush(inner)
+        if durable:
+            flush(aside)
+        displaced = path.with_name(f".{path.name}{DELETED}")
+        if path.exists():
+            shutil.rmtree(displaced, ignore_errors=True)
+            os.rename(path, displaced)
+        os.rename(aside, path)
+        flush(path.parent)
+        shutil.rmtree(displaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def delete_folder(path: Path) -> None:
+    """Delete a folder so that a kill in between never leaves half of it under its name."""
+    doomed = path.with_name(f".{path.name}{DELETED}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process had begun to write or to delete in a folder."""
+    for pattern in (f".*{INCOMPLETE}", f".*{DELETED}"):
+        for path in folder.glob(pattern):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def grant_usual_permissions(path: Path) -> None:
+    """The permissions of a file made by `open`: safetensors and temporary files are private to the user otherwise."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in one step: readers see the old content or the new one, never half of it."""
+    with atomic_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, values: Any) -> None:
+    """Write a JSON file in one step."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def append_line(path: str | Path, values: Mapping[str, Any]) -> None:
+    """Append one object to a JSON Lines file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def read_lines(path: str | Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """
+    The objects of a JSON Lines file that have a numeric `step`, and the numbers (from 1) of the lines that are not
+    such objects: a killed run can leave half a line. A file that does not exist has no lines.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return [], []
+    lines, damaged = [], []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError):
+            content = None
+        step = content.get("step") if isinstance(content, dict) else None
+        if isinstance(step, int | float) and not isinstance(step, bool):
+            lines.append(content)
+        else:
+            damaged.append(number)
+    return lines, damaged
+
+
+def rewrite_lines(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Replace the content of a JSON Lines file in one step."""
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file where the file system allows it, else a copy."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
+
+
+def process_is_alive(process_id: int) -> bool:
+    """Whether a process of this machine exists."""
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Exclusive among the processes of this machine that lock the same folder. No file is left behind."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: the rename alone must do
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

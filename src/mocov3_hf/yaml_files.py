@@ -1,0 +1,78 @@
+"""YAML files from anywhere, read without surprises."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .reporting import UsageError
+
+
+# Bounds that no sensible recipe reaches; they keep mistakes and hostile files from costing time or memory.
+LARGEST_FILE, DEEPEST_NESTING, MOST_ALIASES = 100_000, 20, 50
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without duplicate keys, deep nesting, and aliases that multiply."""
+
+    nesting = aliases = 0
+
+    def compose_node(self, parent, index):
+        self.nesting += 1
+        self.aliases += self.check_event(yaml.AliasEvent)
+        if self.nesting > DEEPEST_NESTING:
+            raise UsageError(f"it is nested more than {DEEPEST_NESTING} levels deep")
+        if self.aliases > MOST_ALIASES:
+            raise UsageError(f"it has more than {MOST_ALIASES} aliases")
+        node = super().compose_node(parent, index)
+        self.nesting -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key, count in Counter(keys).items() if count > 1)
+            raise UsageError(f"the key {twice!r} occurs twice")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """
+    The mapping in a YAML file.
+
+    Raises:
+        UsageError: a file that cannot be read, is not valid YAML, or does not hold a mapping.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise UsageError(f"it has {path.stat().st_size:,} bytes, a recipe has at most {LARGEST_FILE:,}")
+        content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+        _check_expansion(content)
+    except (OSError, ValueError, TypeError, yaml.YAMLError, RecursionError, OverflowError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{path} cannot be read as a recipe: {reason}") from error
+    if content is not None and not isinstance(content, dict):
+        raise UsageError(f"{path} must hold a mapping of options, got {describe_yaml(content)}")
+    return content or {}
+
+
+def _check_expansion(content: Any) -> None:
+    """UsageError where aliases expand to more than a recipe could hold, or contain themselves."""
+    waiting, seen = [(content, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        seen += 1
+        if seen > LARGEST_FILE or depth > DEEPEST_NESTING:
+            raise UsageError("its aliases expand to more than a recipe can hold")
+        if isinstance(value, dict):
+            waiting += [(item, depth + 1) for item in value.values()]
+        elif isinstance(value, list):
+            waiting += [(item, depth + 1) for item in value]
+
+
+def describe_yaml(content: Any) -> str:
+    return {list: "a list", str: "text", int: "a number", float: "a number", bool: "a truth value"}.get(
+        type(content), f"a {type(content).__name__}"
+    )

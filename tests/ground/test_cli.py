@@ -1,0 +1,173 @@
+"""The command `mocov3`: its table, its exit codes, and what it does without torch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mocov3_cli
+from mocov3_hf import options, reporting
+
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+# The script of a command, where its name is another.
+SCRIPT_NAMES = {
+    "linear-probe": "linear_probe",
+    "extract": "extract_features",
+    "convert": "convert_checkpoint",
+    "push": "push_to_hub",
+}
+
+
+def ended(arguments, code, capsys):
+    with pytest.raises(SystemExit) as raised:
+        mocov3_cli.main(arguments)
+    assert raised.value.code == code
+    return capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", mocov3_cli.COMMANDS)
+def test_every_command_has_help(name, capsys):
+    for arguments in (["--help"], ["--help", "all"]):
+        text = ended([name, *arguments], 0, capsys).out
+        assert text.startswith(f"usage: mocov3 {name} ")
+        assert len(text.splitlines()) < (150 if arguments == ["--help"] else 400)
+        assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", mocov3_cli.COMMANDS)
+def test_every_command_refuses_unknown_options_with_exit_code_2(name, capsys):
+    error = ended([name, "--no_such_option_at_all", "1"], 2, capsys).err
+    assert error.startswith("error: there is no option '--no_such_option_at_all'")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", sorted(set(mocov3_cli.COMMANDS) - {"recipes", "zoo"}))
+def test_every_command_has_a_script(name):
+    script = SCRIPTS / f"{SCRIPT_NAMES.get(name, name)}.py"
+    assert f'main(["{name}", *sys.argv[1:]])' in script.read_text(encoding="utf-8")
+
+
+def test_unknown_command_offers_the_nearest(capsys):
+    assert ended(["pretrian"], 2, capsys).err == "error: there is no command 'pretrian'; did you mean 'pretrain'?\n"
+
+
+def test_old_spelling_with_underscore(capsys):
+    assert ended(["linear_probe", "--help"], 0, capsys).out.startswith("usage: mocov3 linear-probe")
+
+
+def test_recipes(capsys):
+    mocov3_cli.main(["recipes"])
+    listed = capsys.readouterr().out
+    assert "  quickstart\n" in listed
+    for folder in (options.RECIPES, options.RECIPES / "evaluation"):
+        assert all(f"  {name}" in listed for name in options.recipe_names(folder))
+    mocov3_cli.main(["recipes", "quickstart"])
+    assert capsys.readouterr().out.strip() == (options.RECIPES / "quickstart.yaml").read_text(encoding="utf-8").strip()
+    assert "did you mean 'quickstart'?" in ended(["recipes", "quikstart"], 2, capsys).err
+
+
+def test_zoo(capsys):
+    mocov3_cli.main(["zoo"])
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].split() == [
+        "name",
+        "architecture",
+        "stage",
+        "epochs",
+        "params",
+        "M",
+        "GFLOPs",
+        "top-1",
+        "%",
+        "source",
+    ]
+    assert any(row.startswith("vit-small-p16_mocov3-pre_8xb128-linear-coslr-90e_in1k ") for row in rows)
+
+
+def test_help_and_version_need_no_torch():
+    code = (
+        "import sys, mocov3_cli; mocov3_cli.main(['--help']); mocov3_cli.main(['--version']);"
+        " assert not {'torch', 'transformers', 'mocov3_hf'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(f"  {name} " in result.stdout for name in mocov3_cli.COMMANDS)
+
+
+def test_module_is_the_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "mocov3_hf", "nonsense"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.strip().endswith("commands are " + ", ".join(mocov3_cli.COMMANDS))
+
+
+def test_a_reader_that_stops_early_gets_no_traceback():
+    command = f"{sys.executable} -m mocov3_hf zoo | head -n 1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert result.stdout.startswith("name")
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ValueError("one\ntwo"), 2, "error: one two\n"),
+        (reporting.UsageError("wrong"), 2, "error: wrong\n"),
+        (reporting.RunError("failed"), 1, "error: failed\n"),
+        (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
+        (ValueError("Traceback (most recent call last):\n  File x\nValueError: bad image"), 2, "error: bad image\n"),
+    ],
+)
+def test_exit_codes(error, code, message, capsys):
+    with pytest.raises(SystemExit) as raised, reporting.reporting():
+        raise error
+    assert raised.value.code == code
+    assert capsys.readouterr().err == message
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError), reporting.reporting():
+        raise ZeroDivisionError
+
+
+def test_one_process_speaks_for_all(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit), reporting.reporting():
+        raise ValueError("wrong")
+    reporting.warn("old")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "environment", "shown"),
+    [
+        (["/usr/bin/mocov3", "pretrain", "a b"], {}, "mocov3 pretrain 'a b'"),
+        (["scripts/pretrain.py", "--x"], {}, "python scripts/pretrain.py --x"),
+        (["/lib/mocov3_hf/__main__.py", "pretrain"], {}, "python -m mocov3_hf pretrain"),
+        (
+            ["/lib/mocov3_hf/__main__.py", "pretrain"],
+            {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+            "torchrun --nproc_per_node 2 -m mocov3_hf pretrain",
+        ),
+        (
+            ["scripts/pretrain.py"],
+            {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+            "torchrun --nproc_per_node 2 scripts/pretrain.py",
+        ),
+        (
+            ["/lib/mocov3_hf/__main__.py", "pretrain"],
+            {"WORLD_SIZE": "8", "ACCELERATE_MIXED_PRECISION": "no"},
+            "accelerate launch --num_processes 8 -m mocov3_hf pretrain",
+        ),
+    ],
+)
+def test_messages_name_the_command_that_was_typed(monkeypatch, argv, environment, shown):
+    monkeypatch.setattr(sys, "argv", argv)
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert reporting.typed_command() == shown

@@ -1,0 +1,221 @@
+"""One parser for recipes and command lines: what it accepts, converts and refuses."""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from mocov3_hf.options import Command, help_text, option, parse
+from mocov3_hf.reporting import UsageError
+
+
+@dataclass(frozen=True)
+class Data:
+    """Data"""
+
+    dataset_name: str = option(help="Hub id or folder.", metavar="DATASET")
+    streaming: bool = option(False, "Read in place.")
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Training"""
+
+    mixed_precision: Literal["no", "bf16"] = option("bf16", "Precision.")
+    k: list[int] = option([1, 5], "Neighbors.", at_least=1)
+    crop_scale: list[float] = option([0.08, 1.0], "Area.", above=0, at_most=1)
+    backbone_config: dict = option({}, "Backbone.")
+    learning_rate: float | None = option(None, "Peak learning rate, 10 % of it.", above=0, old=["lr"])
+    image_size: int = option(224, "Side.", at_least=1)
+    ema_decay: float = option(0.5, "EMA.", old={"ema_momentum": lambda value: 1 - value})
+    rare: int = option(7, "Rarely needed.", advanced=True)
+
+
+@pytest.fixture
+def recipes(tmp_path):
+    return tmp_path
+
+
+def command(recipes=None):
+    removed, hints = {"fsdp": "use fewer layers"}, {"gradient_accumulation_steps": "there is no accumulation"}
+    return Command("try", "Try.", (Data, Rest), "dataset_name", recipes, hints, removed)
+
+
+def values(*arguments, recipes=None):
+    data, rest = parse(command(recipes), ["d", *arguments])
+    return vars(data) | vars(rest)
+
+
+def of_recipe(recipes, text, *arguments):
+    (recipes / "r.yaml").write_text(text, encoding="utf-8")
+    return values("--recipe", "r", *arguments, recipes=recipes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        (["--streaming"], "streaming", True),
+        (["--streaming", "true"], "streaming", True),
+        (["--streaming=no"], "streaming", False),
+        (["--no_streaming"], "streaming", False),
+        (["--no-streaming"], "streaming", False),
+        (["--mixed-precision", "no"], "mixed_precision", "no"),
+        (["--k", "1", "2", "3"], "k", [1, 2, 3]),
+        (["--k", "[4, 5]"], "k", [4, 5]),
+        (["--crop_scale", "0.2", "1"], "crop_scale", [0.2, 1.0]),
+        (["--image_size", "1e2"], "image_size", 100),
+        (["--learning_rate", "1e-6"], "learning_rate", 1e-6),
+        (["--learning_rate", "null"], "learning_rate", None),
+        (["--lr", "0.1"], "learning_rate", 0.1),
+        (["--ema_momentum", "0.25"], "ema_decay", 0.75),
+        (["--backbone_config", '{"a": "1e-6", "b": [2]}'], "backbone_config", {"a": 1e-6, "b": [2]}),
+        (["--backbone_config", '{"a": 1}', "--backbone_config", '{"b": 2}'], "backbone_config", {"a": 1, "b": 2}),
+        (["--fsdp", "false"], "rare", 7),
+    ],
+)
+def test_command_line(arguments, name, value):
+    assert values(*arguments)[name] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("mixed_precision: no", "mixed_precision", "no"),
+        ("mixed_precision: off", "mixed_precision", "no"),
+        ("streaming: on", "streaming", True),
+        ("learning_rate: 1e-6", "learning_rate", 1e-6),
+        ("learning_rate: null", "learning_rate", None),
+        ("backbone_config: {eps: 1e-6, names: [a, 2E5]}", "backbone_config", {"eps": 1e-6, "names": ["a", 2e5]}),
+        ("k: 3", "k", [3]),
+        ("image_size: [32]", "image_size", 32),
+        ("fsdp: false", "rare", 7),
+        ("lr: null", "learning_rate", None),
+        ("", "rare", 7),
+    ],
+)
+def test_recipe(recipes, text, name, value):
+    found = of_recipe(recipes, text)[name]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_the_command_line_wins_and_mappings_are_merged(recipes):
+    text = "image_size: 32\nk: [7]\nbackbone_config: {a: 1, b: 2}"
+    found = of_recipe(recipes, text, "--image_size", "64", "--backbone_config", '{"b": 3}')
+    assert (found["image_size"], found["k"], found["backbone_config"]) == (64, [7], {"a": 1, "b": 3})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--imag_size", "3"], "there is no option '--imag_size'; did you mean '--image_size'?"),
+        (["--zzz"], "there is no option '--zzz'; --help all lists all options"),
+        (["--gradient_accumulation_steps", "2"], "there is no accumulation"),
+        (["--fsdp", "true"], "--fsdp no longer exists: use fewer layers"),
+        (["-k", "3"], "there is no option '-k': options begin with two dashes"),
+        (["e"], "unexpected argument 'e': try takes one dataset_name"),
+        (["--image_size"], "--image_size needs a value: one integer"),
+        (["--image_size", "2.5"], "--image_size takes one integer, got '2.5'"),
+        (["--image_size", "-3"], "--image_size must be at least 1, got -3"),
+        (["--image_size", "1" + 30 * "0"], "--image_size must not exceed 1e+12"),
+        (["--learning_rate", "nan"], "--learning_rate takes one finite number, got 'nan'"),
+        (["--learning_rate", "-inf"], "--learning_rate takes one finite number"),
+        (["--learning_rate", "0"], "--learning_rate must be above 0, got 0.0"),
+        (["--crop_scale", "0.2", "1.5"], "--crop_scale must be at most 1 and above 0, got 1.5"),
+        (["--mixed_precision", "bf61"], "--mixed_precision takes one of no, bf16, got 'bf61'; did you mean 'bf16'?"),
+        (["--backbone_config", "{"], "--backbone_config takes a mapping (JSON on the command line), got '{'"),
+        (["--backbone_config", '{"a": NaN}'], "numbers in a mapping must be finite"),
+        (["--k", "1", "a"], "--k takes one integer, got 'a'"),
+        (["--recipe", "quikstart"], "there is no option '--recipe'"),
+    ],
+)
+def test_mistakes_of_the_command_line(arguments, message):
+    with pytest.raises(UsageError) as raised:
+        values(*arguments)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join(9 * [f'*{before}'])}]\n" for before, name in zip("abcdefg", "bcdefgh", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image_size: [32, 64]", "r.yaml: image_size takes one integer, got [32, 64]"),
+        ("image_size: {a: 1}", "r.yaml: image_size takes one integer, got {'a': 1}"),
+        ("image_size: true", "r.yaml: image_size takes one integer, got True"),
+        ("learning_rate: .nan", "r.yaml: learning_rate takes one finite number, got nan"),
+        ("learning_rate: .inf", "takes one finite number"),
+        ("dataset_name: no", "r.yaml: dataset_name takes text, got False"),
+        ("k: [[1]]", "r.yaml: k takes a list of integers, got [[1]]"),
+        ("imagesize: 3", "r.yaml: there is no option 'imagesize'; did you mean 'image_size'?"),
+        ("image_size: 3\nimage_size: 4", "the key 'image_size' occurs twice"),
+        ("backbone_config: {a: 1, a: 2}", "the key 'a' occurs twice"),
+        (1000 * "[", "nested more than 20 levels deep"),
+        ("backbone_config: " + 30 * "{a: " + "1" + 30 * "}", "nested more than 20 levels deep"),
+        (BOMB, "aliases"),
+        ("backbone_config: &a {b: *a}", "aliases expand to more"),
+        ("image_size: " + "9" * 50_000, "cannot be read as a recipe"),
+        ("image_size: 1" + "0" * 30, "must not exceed 1e+12"),
+        ("backbone_config: {num_hidden_layers: 1" + "0" * 30 + "}", "must not exceed 1e+12"),
+        ("#" * 200_000, "a recipe has at most 100,000"),
+        ("- 1", "must hold a mapping of options, got a list"),
+        ("!!python/object/apply:os.getcwd []", "cannot be read as a recipe"),
+        ("\0", "cannot be read as a recipe"),
+        ("a: b: c", "cannot be read as a recipe"),
+    ],
+)
+def test_mistakes_of_a_recipe_are_told_in_one_line_and_at_once(recipes, text, message):
+    started = time.process_time()
+    with pytest.raises(UsageError) as raised:
+        of_recipe(recipes, text)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500
+    assert time.process_time() - started < 5
+
+
+def test_unknown_recipe_offers_the_nearest(recipes):
+    (recipes / "quickstart.yaml").write_text("", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"there is no recipe 'quikstart'; did you mean 'quickstart'\?"):
+        values("--recipe", "quikstart", recipes=recipes)
+    with pytest.raises(UsageError, match=r"recipe file 'no.yaml' does not exist"):
+        values("--recipe", "no.yaml", recipes=recipes)
+
+
+def test_a_required_option_is_named():
+    with pytest.raises(UsageError, match=r"^--dataset_name is missing: hub id or folder"):
+        parse(command(), [])
+
+
+def test_deprecated_spellings_say_what_to_use(recipes, capsys):
+    values("--lr", "1")
+    assert capsys.readouterr().err == "warning: --lr is deprecated: use --learning_rate\n"
+    of_recipe(recipes, "lr: 1")
+    assert capsys.readouterr().err == "warning: lr is deprecated: use learning_rate\n"
+
+
+def test_help_is_grouped_and_short_unless_asked_for_all(recipes):
+    (recipes / "some.yaml").write_text("", encoding="utf-8")
+    short, everything = help_text(command(recipes)), help_text(command(recipes), everything=True)
+    assert short.startswith("usage: mocov3 try [DATASET] [--recipe NAME|FILE]")
+    assert [line for line in short.splitlines() if line.endswith(":")] == ["Recipe:", "Data:", "Training:"]
+    assert "(default: 0.08 1)" in short
+    assert "10 % of it" in short
+    assert "--rare" not in short
+    assert "1 more options: mocov3 try --help all" in short
+    assert "--rare" in everything
+    assert "--lr" not in everything
+    assert "--no" not in everything
+
+
+def test_help_wins_over_mistakes(capsys):
+    for arguments in (["--help"], ["--nonsense", "--help", "all"]):
+        with pytest.raises(SystemExit) as ended:
+            parse(command(), arguments)
+        assert ended.value.code == 0
+    assert "--rare" in capsys.readouterr().out

@@ -1,0 +1,122 @@
+"""Files and folders are written whole or not at all."""
+
+import hashlib
+import json
+import os
+
+import pytest
+
+from mocov3_hf import storage
+
+
+def test_atomic_file_replaces_in_one_step_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    storage.write_text(path, "old")
+    with pytest.raises(RuntimeError), storage.atomic_file(path) as aside:  # noqa: PT012
+        aside.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    storage.write_text(path, "new")
+    assert path.read_text() == "new"
+    assert os.listdir(path.parent) == ["file.txt"]
+
+
+def test_files_have_the_usual_permissions(tmp_path):
+    before = os.umask(0o022)
+    try:
+        with storage.atomic_file(tmp_path / "file") as aside:
+            aside.touch(0o600)
+        with storage.atomic_folder(tmp_path / "folder") as aside:
+            (aside / "file").touch(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "folder" / "file").stat().st_mode & 0o777 == 0o644
+
+
+def test_atomic_folder(tmp_path):
+    folder = tmp_path / "folder"
+    with pytest.raises(RuntimeError), storage.atomic_folder(folder) as aside:  # noqa: PT012
+        (aside / "half").touch()
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+    with storage.atomic_folder(folder) as aside:
+        (aside / "first").touch()
+        assert not folder.exists()
+    with pytest.raises(FileExistsError), storage.atomic_folder(folder):
+        pass
+    with storage.atomic_folder(folder, replace=True) as aside:
+        (aside / "second").touch()
+        assert os.listdir(folder) == ["first"]
+    assert os.listdir(folder) == ["second"]
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_an_empty_folder_may_be_filled_and_a_file_is_not_replaced(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with storage.atomic_folder(tmp_path / "empty") as aside:
+        (aside / "file").touch()
+    assert os.listdir(tmp_path / "empty") == ["file"]
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError), storage.atomic_folder(tmp_path / "file", replace=True):
+        pass
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    storage.aside_of(tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / ".checkpoint-2.deleted").mkdir()
+    (tmp_path / ".metrics.jsonl.17.incomplete").touch()
+    (tmp_path / "checkpoint-1").mkdir()
+    storage.remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(
+    ("tail", "damaged"),
+    [
+        (b"", []),
+        (b'{"step": 3, "lo', [3]),
+        (b"5\n", [3]),
+        (b"null\n", [3]),
+        (b"\xff\xfe\n", [3]),
+        (b'{"loss": 1}\n', [3]),
+        (b'{"step": "3"}\n[]\n', [3, 4]),
+        (b"[" * 100_000, [3]),
+    ],
+)
+def test_damaged_lines_are_left_out_and_numbered(tmp_path, tail, damaged):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": float("nan")}]
+    for line in lines:
+        storage.append_line(path, line)
+    with open(path, "ab") as file:
+        file.write(tail)
+    found, numbers = storage.read_lines(path)
+    assert json.dumps(found) == json.dumps(lines)
+    assert numbers == damaged
+    storage.rewrite_lines(path, found)
+    assert storage.read_lines(path)[1] == []
+
+
+def test_no_file_has_no_lines(tmp_path):
+    assert storage.read_lines(tmp_path / "none.jsonl") == ([], [])
+
+
+def test_sha256(tmp_path):
+    content = os.urandom(3 * storage.BLOCK + 5)
+    (tmp_path / "file").write_bytes(content)
+    assert storage.sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_is_local(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    assert [storage.is_local(name) for name in ("data", "./no", "~/no", "/no", "user/name", "name")] == [
+        True, True, True, True, False, False,
+    ]  # fmt: skip
+
+
+def test_processes(tmp_path):
+    assert storage.process_is_alive(os.getpid())
+    assert not storage.process_is_alive(2**22 + 12345)
