@@ -376,6 +376,7 @@ def test_configurations_refuse_mistakes(build, message):
         build()
 
 
+@pytest.mark.slow
 def test_importing_a_room_registers_nothing_twice_and_needs_no_network(tmp_path):
     """A fresh process: import, build by name through the Auto classes, save, load."""
     code = f"""
