@@ -478,6 +478,7 @@ def test_validation_runs_on_saving(tmp_path):
         config.save_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_importing_a_room_registers_nothing_twice_and_needs_no_network(tmp_path):
     """A fresh process: import, build by name through the Auto classes, save, load."""
     code = f"""
