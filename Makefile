@@ -1,27 +1,55 @@
-# Two commands do all the set-up: `make quickstart` and `make test` create .venv and install what they need.
+# No set-up is needed: every target that runs Python creates .venv first and installs what it needs.
 PYTHON ?= python3
+PYTHON_OLDEST ?= python3.10
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+OLDEST := .venv-oldest
+OLDEST_INSTALLED := $(OLDEST)/.installed
 
-.PHONY: test lint format conformance quickstart bench cifar10-study clean
+# Each test process uses one thread (tests/conftest.py). PYTEST_OPTIONS="-n 0 -x -k NAME" overrides the defaults.
+TEST_PROCESSES ?= 2
+PYTEST := -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_OPTIONS)
+
+.PHONY: test test-fast test-oldest lint format build conformance quickstart bench cifar10-study clean
 
 $(INSTALLED): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install --editable '.[test]'
+	$(BIN)/python -m pip install --progress-bar off --upgrade pip
+	$(BIN)/python -m pip install --progress-bar off --editable '.[dev]'
+	touch $@
+
+$(OLDEST_INSTALLED): setup.cfg constraints-oldest.txt
+	@if $(PYTHON_OLDEST) -c '' 2>/dev/null; then python=$(PYTHON_OLDEST); \
+	else python=$(PYTHON); echo "$(PYTHON_OLDEST) is not available: using $(PYTHON)"; fi; \
+	test -x $(OLDEST)/bin/python || $$python -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --progress-bar off --upgrade pip
+	$(OLDEST)/bin/python -m pip install --progress-bar off --constraint constraints-oldest.txt --editable '.[test]'
 	touch $@
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
+
+# Under 90 seconds on two cores: without the tests marked `slow`.
+test-fast: $(INSTALLED)
+	$(BIN)/python $(PYTEST) -m "not slow"
+
+# The oldest release of every dependency that setup.cfg allows, on the oldest Python where it is available.
+test-oldest: $(OLDEST_INSTALLED)
+	$(OLDEST)/bin/python $(PYTEST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The wheel and the sdist, in dist/.
+build: $(INSTALLED)
+	$(BIN)/python -m build
 
 # The common model tests of transformers, about three minutes. The first run downloads them.
 conformance: $(INSTALLED)
@@ -35,10 +63,10 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py $(BENCH_OPTIONS)
 	$(BIN)/python -m benchmarks.performance
 
-# About two hours of two cores; started again, it continues. STUDY_OPTIONS goes to benchmarks/cifar10_study.py.
+# About two hours on two cores; resumes if interrupted. STUDY_OPTIONS goes to benchmarks/cifar10_study.py.
 cifar10-study: $(INSTALLED)
 	$(BIN)/python -m benchmarks.cifar10_study $(STUDY_OPTIONS)
 	$(BIN)/python -m benchmarks.study_report
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

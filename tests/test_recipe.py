@@ -166,4 +166,5 @@ def test_plans_refuse_what_cannot_work(arguments, num_images, num_processes, mes
 def test_help_documents_every_option_once():
     text = recipe_help()
     for name in load_recipe("quickstart").to_dict():
-        assert text.count(f"--{name} ") >= 1, name
+        # Python 3.13 writes the value once, after all spellings of an option.
+        assert re.search(rf"--{name}[ ,]", text), name

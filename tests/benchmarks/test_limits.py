@@ -10,6 +10,7 @@ WIDTH, MLP, LAYERS, PATCHES, BATCH = 32, 64, 2, 4, 2
 HEAD, PROJECTION = 48, 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooled_query_only", [False, True])
 def test_operations_of_a_step(pooled_query_only):
     backbone = {

@@ -13,6 +13,7 @@ def size(path):
         return photo.size
 
 
+@pytest.mark.slow
 def test_size_weight_and_repetition(tmp_path):
     paths = make_photos(tmp_path / "first", 24)
     assert [path.name for path in paths[:2]] == ["photo_00000.jpg", "photo_00001.jpg"]

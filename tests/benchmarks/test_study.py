@@ -124,6 +124,7 @@ def test_ablation_table():
     assert set(rows) == {ABLATION_BASELINE, "no predictor", "momentum 0.9", "momentum 0"}
 
 
+@pytest.mark.slow
 def test_report_writes_the_document_and_plots_and_is_stable(tmp_path, monkeypatch):
     results = tmp_path / "results"
     results.mkdir()

@@ -111,6 +111,7 @@ def test_without_the_fast_decoders_pil_does_the_work(zoo, monkeypatch):
     assert all(torch.equal(decode_rgb(data), expected[name]) for name, data in zoo.items())
 
 
+@pytest.mark.slow
 def test_very_large_images(encode):
     wide = Image.new("RGB", (10_000, 700), (200, 30, 90))
     square = Image.new("L", (10_000, 10_000), 77)

@@ -159,6 +159,7 @@ def test_one_loader_serves_epoch_after_epoch(images, kind):
     assert not same(load(source, 0), load(source, 1))
 
 
+@pytest.mark.slow
 def test_workers_that_inherit_nothing(images):
     source = map_source(images)
     assert same(load(source, num_workers=1, multiprocessing_context="spawn"), load(source))

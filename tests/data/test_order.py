@@ -57,6 +57,7 @@ def slow_order(sizes, seed, epoch, batch, window, lanes) -> list[list[tuple[int,
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=70, deadline=None)
 @given(layouts(), st.integers(0, 3))
 def test_every_sample_once_whatever_the_layout_and_the_world(layout, epoch):

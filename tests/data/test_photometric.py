@@ -194,6 +194,7 @@ def test_a_sample_does_not_depend_on_its_batch(pictures):
     assert torch.allclose(whole[2:3], alone, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_batched_stage_is_one_graph_without_data_dependent_shapes(pictures):
     values = draw_view(two_views()[1], 0, 0, torch.arange(6), 1).parameters
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2)
@@ -214,6 +215,7 @@ def test_gpus_shift_and_add_what_cpus_convolve(dim, memory_format):
     assert added.shape[dim] == image.shape[dim] - 6
 
 
+@pytest.mark.slow
 def test_the_stage_that_gpus_compile(pictures, monkeypatch):
     values = draw_view(two_views()[0], 0, 0, torch.arange(6), 0).parameters
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2)

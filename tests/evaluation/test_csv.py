@@ -85,6 +85,7 @@ def test_a_csv_beside_other_data_is_not_the_data_set(image_folder, tmp_path):
     assert find_csv_files(str(folder), "metadata") == []
 
 
+@pytest.mark.slow
 def test_all_commands_read_csv_files(csv_folder, image_folder, model_folder, tmp_path):
     def command(data, name, *more):
         paths = ["--model", model_folder, "--dataset_name", data, "--output_dir", tmp_path / f"{data.name}_{name}"]

@@ -56,6 +56,7 @@ def test_written_twice_it_is_the_same(folder, tmp_path):
     assert (folder / "digits.txt").stat().st_mtime_ns == before, "kept as it is"
 
 
+@pytest.mark.slow
 def test_it_opens_as_a_labelled_data_set(folder):
     images = open_labelled(str(folder), split="test")
     assert len(images) == 359

@@ -61,6 +61,7 @@ def test_pretraining_base_and_classifier_folders_give_one_encoder(model_folder, 
         assert torch.equal(features(encoder), features_of_encoder)
 
 
+@pytest.mark.slow
 def test_heads_and_wrappers_are_looked_through(model_folder, features_of_encoder):
     model = MoCoV3ForPreTraining.from_pretrained(model_folder)
     assert torch.equal(features(base_encoder(model)), features_of_encoder)

@@ -112,6 +112,7 @@ def test_numbers_are_taken_where_there_are_no_names(classifier_folder, image_fol
     assert read_results(folder)[0]["settings"]["classes"] == "by number"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_one_process_and_several_give_the_same_file(classifier_folder, image_folder, tmp_path, processes):
     """21 images in batches of 4 are six batches, the last of a single image: three or two for each process."""
@@ -123,6 +124,7 @@ def test_one_process_and_several_give_the_same_file(classifier_folder, image_fol
     assert one["model"] == more["model"]
 
 
+@pytest.mark.slow
 def test_a_published_name_stands_for_its_folder(classifier_folder, image_folder, tmp_path):
     """Found in the cache of the zoo, as a fetch leaves it; the name is what is recorded."""
     name = "vit-small-p16_mocov3-pre_8xb128-linear-coslr-90e_in1k"

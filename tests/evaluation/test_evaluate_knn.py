@@ -155,6 +155,7 @@ def test_a_folder_of_weights_alone_is_no_model(image_folder, tmp_path):
         main(command(tmp_path, image_folder))
 
 
+@pytest.mark.slow
 def test_script_ends_with_one_line_not_a_traceback(image_folder, tmp_path):
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *command(tmp_path, image_folder)], capture_output=True, text=True, timeout=120

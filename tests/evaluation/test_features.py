@@ -181,6 +181,7 @@ def two_processes(image_folder, damaged_folder, model_folder, tmp_path_factory):
     return [result["jobs"] for result in found]
 
 
+@pytest.mark.slow
 def test_two_processes_change_no_bit(two_processes, images, encoder, transform):
     """45 images in batches of 4: the last is a single image, and the shares of the processes differ in length."""
     expected = extract_features(encoder, images, transform, batch_size=4, progress=False)

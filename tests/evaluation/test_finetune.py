@@ -31,6 +31,7 @@ def trainer_of(model, image_folder, output_dir, **changes):
     return build_finetune_trainer(classifier, Splits(train, test, test, train), transform, arguments, str(output_dir))
 
 
+@pytest.mark.slow
 def test_command_saves_a_classifier_that_evaluates_the_same(model_folder, image_folder, tmp_path, capsys):
     metrics = main(command(model_folder, image_folder, tmp_path, *ALL, "--seed", 3))
     assert "finetune_top1_ema" in capsys.readouterr().out
@@ -45,6 +46,7 @@ def test_command_saves_a_classifier_that_evaluates_the_same(model_folder, image_
     assert {entry["label"] for entry in answer} == set(NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_weights", ["ema", "raw"])
 def test_both_weights_are_measured_and_the_chosen_ones_saved(model_folder, image_folder, tmp_path, save_weights):
     main(command(model_folder, image_folder, tmp_path, "--ema_momentum", 0.2, "--save_weights", save_weights))
@@ -149,6 +151,7 @@ def test_everything_is_trained(model_folder, image_folder, tmp_path):
     assert (body.position_embedding, body.freeze_patch_projection) == ("learned", False)
 
 
+@pytest.mark.slow
 def test_from_scratch_is_the_same_network_with_fresh_weights(model_folder, image_folder, tmp_path):
     loaded = load_with_new_head(model_folder, NAMES)
     fresh = unfrozen(with_fresh_body(loaded, seed=5))
@@ -166,6 +169,7 @@ def test_from_scratch_is_the_same_network_with_fresh_weights(model_folder, image
     assert result["model"]["weights"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:all 21 images are taken for the same class")  # after four steps it may be so
 @pytest.mark.parametrize("kind", ["base", "vit", "classifier", "fine-tuned", "resnet", "native"])
 def test_every_folder_is_fine_tuned(model_folder, image_folder, tmp_path, kind):
@@ -198,6 +202,7 @@ def test_every_folder_is_fine_tuned(model_folder, image_folder, tmp_path, kind):
     assert [classifier.config.id2label[number] for number in range(3)] == NAMES
 
 
+@pytest.mark.slow
 def test_log_is_what_a_report_reads(model_folder, image_folder, tmp_path):
     main(command(model_folder, image_folder, tmp_path, "--ema_momentum", 0.5))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -212,6 +217,7 @@ def test_log_is_what_a_report_reads(model_folder, image_folder, tmp_path):
     assert not any("train_runtime" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_best_epoch_is_kept_and_chosen_on_held_out_images(model_folder, image_folder, tmp_path, monkeypatch):
     """The second of four epochs is made the best one: its weights must be the saved ones."""
     found = iter([0.2, 0.9, 0.5, 0.4])
@@ -246,6 +252,7 @@ def test_training_ends_early_without_progress(model_folder, image_folder, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_are_the_batch(model_folder, image_folder, tmp_path):
     options = ["--no_augment", "--optimizer", "sgd", "--base_learning_rate", 1.6]
     main(command(model_folder, image_folder, tmp_path / "1", *options))
@@ -257,6 +264,7 @@ def test_parts_of_a_batch_are_the_batch(model_folder, image_folder, tmp_path):
     assert (settings["train_batch_size"], settings["steps"]) == (16, 4), "13 images of an epoch are left out"
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_bit_of_the_result(model_folder, image_folder, tmp_path):
     main(command(model_folder, image_folder, tmp_path / "plain", *ALL))
     main(command(model_folder, image_folder, tmp_path / "again", *ALL, "--gradient_checkpointing"))

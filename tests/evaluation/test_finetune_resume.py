@@ -27,6 +27,7 @@ def continue_from(whole, step, folder):
     (folder / "metrics.jsonl").write_text(log_of(whole) + '{"step": 99, "loss": 1.0}\n')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_interrupted_and_resumed_it_is_the_same_to_the_bit(model_folder, image_folder, tmp_path, num_processes):
     def run(folder, *more):
@@ -50,6 +51,7 @@ def test_interrupted_and_resumed_it_is_the_same_to_the_bit(model_folder, image_f
     )
 
 
+@pytest.mark.slow
 def test_patience_counts_on_after_an_interruption(model_folder, image_folder, tmp_path, monkeypatch):
     from mocov3_hf.evaluation import evaluate
 
@@ -63,6 +65,7 @@ def test_patience_counts_on_after_an_interruption(model_folder, image_folder, tm
     assert read_results(tmp_path / "resumed")[0]["settings"]["steps"] == 6
 
 
+@pytest.mark.slow
 def test_one_process_and_two_train_the_same_classifier(model_folder, image_folder, tmp_path):
     """Crops, operations and erasing are those of seed, epoch and image. 32 images are two whole steps."""
     images = tmp_path / "images"
@@ -102,6 +105,7 @@ def test_averages_that_do_not_fit_are_refused(model_folder, image_folder, tmp_pa
         load_average(classifier, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_options_it_began_with(model_folder, image_folder, tmp_path):
     main(command(model_folder, image_folder, tmp_path))
     for changes, named in (

@@ -73,6 +73,7 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 def test_the_body_is_frozen_to_the_bit(resnet_folder, image_folder, tmp_path, mixed_precision):
     main(command(resnet_folder, image_folder, tmp_path, "--mixed_precision", mixed_precision))
@@ -143,6 +144,7 @@ class Digits:
         return self.pixels[row]
 
 
+@pytest.mark.slow
 def test_it_learns_digits_as_well_as_the_cached_form(model_folder, tmp_path):
     train, test = Digits(0, 800), Digits(1000, 1700)
     transform = EvaluationTransform(32, 32)
@@ -170,6 +172,7 @@ def test_it_learns_digits_as_well_as_the_cached_form(model_folder, tmp_path):
     assert found == pytest.approx(np.mean(cached), abs=max(4 * np.std(cached), 0.02))
 
 
+@pytest.mark.slow
 def test_command_saves_a_classifier_that_evaluates_the_same(model_folder, image_folder, tmp_path, capsys):
     metrics = main(command(model_folder, image_folder, tmp_path, "--seed", 3))
     assert metrics["linear_top1"] > 0.8
@@ -187,6 +190,7 @@ def test_command_saves_a_classifier_that_evaluates_the_same(model_folder, image_
         main(command(model_folder, image_folder, tmp_path))
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_it_is_the_same_to_the_bit(model_folder, image_folder, tmp_path):
     main(command(model_folder, image_folder, tmp_path / "whole", "--save_total_limit", 2))
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
@@ -199,6 +203,7 @@ def test_interrupted_and_resumed_it_is_the_same_to_the_bit(model_folder, image_f
     assert not torch.equal(first["classifier.weight"], whole["classifier.weight"])
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_are_never_passed_over(model_folder, image_folder, tmp_path):
     main(command(model_folder, image_folder, tmp_path))
     weights = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
@@ -216,6 +221,7 @@ def test_weights_that_do_not_fit_are_never_passed_over(model_folder, image_folde
         reload_strictly(load_with_new_head(model_folder, ["a", "b"]), tmp_path)
 
 
+@pytest.mark.slow
 def test_one_process_and_two_train_the_same_classifier(model_folder, image_folder, tmp_path):
     """The same images and crops in every step. 32 images are two whole steps, which nothing has to fill up."""
     images = tmp_path / "images"

@@ -25,6 +25,7 @@ def command(model_folder, image_folder, output_dir, *more):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "more", "task"),
     [("finetune.py", ["--warmup_epochs", 0], "finetune"), ("linear_probe.py", [], "linear")],

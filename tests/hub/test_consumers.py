@@ -139,6 +139,7 @@ def models(tmp_path):
     return tmp_path, expected
 
 
+@pytest.mark.slow
 def test_code_of_a_folder_serves_every_class_without_the_package(models):
     folder, expected = models
     for name in ("pretraining", "classifier"):
@@ -153,6 +154,7 @@ def test_code_of_a_folder_serves_every_class_without_the_package(models):
     assert config["auto_map"]["AutoModel"].endswith("modeling_mocov3.MoCoV3Model")
 
 
+@pytest.mark.slow
 def test_pushed_code_serves_every_class_without_the_package(models, hub, api):
     folder, expected = models
     for name in ("pretraining", "classifier"):
@@ -176,6 +178,7 @@ def parquet_of_images():
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_pushed_models_load_with_the_package_and_data_streams(models, hub, api, monkeypatch, capsys):
     folder, expected = models
     Image.open(folder / "image.png").save(folder / "classifier" / "plots" / "cat.png")

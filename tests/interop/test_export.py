@@ -68,6 +68,7 @@ def logits(folders, images):
 NATIVE = {"vit": (ViTModel, ViTForImageClassification), "resnet": (ResNetModel, ResNetForImageClassification)}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_native_encoder_is_transformers_own(body, folders, images, features, tmp_path):
     exported = export_model(folders / "pre", tmp_path / "out", body)
@@ -134,6 +135,7 @@ def test_timm_needs_twelve_heads_for_the_small_vit():
 KINDS = {"vit": "cls", "resnet": "pre"}
 
 
+@pytest.mark.slow
 def test_onnx_runs_any_batch(body, folders, images, features, logits, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -148,6 +150,7 @@ def test_onnx_runs_any_batch(body, folders, images, features, logits, tmp_path):
     assert AutoImageProcessor.from_pretrained(tmp_path / "out") is not None
 
 
+@pytest.mark.slow
 def test_torch_export_runs_any_batch(body, folders, images, features, logits, tmp_path):
     exported = export_model(folders / KINDS[body], tmp_path / "out", "torch_export")
     assert exported.max_error <= 1e-5

@@ -79,6 +79,7 @@ def test_every_form_of_file_gives_the_same_model(form, tmp_path):
     assert all(torch.equal(loaded[key], value) for key, value in expected.items())
 
 
+@pytest.mark.slow
 def test_mmpretrain_file_gives_epochs_labels_stage_and_normalisation(tmp_path):
     state_dict = mmpretrain_pretraining("resnet")
     state_dict["data_preprocessor.mean"] = torch.full((3, 1, 1), 127.5)
@@ -165,6 +166,7 @@ def test_bad_files_are_refused_in_one_line_and_leave_nothing(tmp_path, capsys, m
     assert convert(tmp_path / "entries.pth", "--output_dir", tmp_path / "out", "--entry", "weights") == 0
 
 
+@pytest.mark.slow
 def test_script_shows_no_traceback(tmp_path):
     (tmp_path / "text.pth").write_text("hello")
     command = [sys.executable, SCRIPT, tmp_path / "text.pth", "--output_dir", tmp_path / "out"]

@@ -50,6 +50,7 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_classification_of_every_kind_of_input(folders, body, image, url):
     classify = pipeline("image-classification", model=str(folders / f"{body}-cls"))
     model = AutoModelForImageClassification.from_pretrained(folders / f"{body}-cls")

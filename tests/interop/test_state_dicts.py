@@ -29,6 +29,7 @@ def official_encoder(body):
 LAYOUT_FILES = sorted((FIXTURES / "layouts").glob("*.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [official, mmpretrain_pretraining])
 def test_pretraining_reproduces_the_official_outputs(make, body):
     model = convert_state_dict(make(body), **OVERRIDES[body]).build_model().double()

@@ -24,6 +24,7 @@ def alone(tmp_path_factory):
     return {case.split(":")[0]: result for case, result in torch.load(output, weights_only=True).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_processes_together_equal_one(alone, tmp_path, num_processes):
     torchrun(num_processes, WORKER, str(tmp_path / "results"), *SEVERAL[num_processes])

@@ -35,6 +35,7 @@ def official_model(name):
     return convert_state_dict(official, **CASES[name]["overrides"]).build_model().double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "resnet"])
 def test_three_steps_follow_the_official_ones(name):
     case, reference = CASES[name], np.load(FIXTURES / f"official_{name}_tiny.npz")

@@ -131,6 +131,7 @@ def test_stochastic_depth_draws_the_same(switch):
 torch_warns_of_itself = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
 @torch_warns_of_itself
 def test_compiled():
@@ -143,6 +144,7 @@ def test_compiled():
     assert_same_step(step_of(model, 16, None), first_step(VIT, {}, **settings))
 
 
+@pytest.mark.slow
 @torch_warns_of_itself
 def test_compilation_has_no_graph_breaks_and_leaves_the_names_alone():
     model = build_model(VIT)
@@ -310,6 +312,7 @@ print(usual, faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_glibc(), reason="only glibc is asked")
 def test_freed_memory_is_kept():
     """In a process of its own, which it changes: large buffers after the first ones touch no new page."""
@@ -352,6 +355,7 @@ def test_gradient_accumulation_is_refused(capsys):
     build.check_launch({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"})
 
 
+@pytest.mark.slow
 def test_memory_shrinks():
     config = build_model(VIT).config
 
@@ -372,6 +376,7 @@ def test_the_plan_tells_what_was_chosen():
     assert line.endswith("gradient_checkpointing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "arguments"),
     [

@@ -20,6 +20,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_counts_equal_the_published_ones(name):
     recipe = load_recipe(name)
@@ -50,6 +51,7 @@ def test_activations_are_those_of_a_real_step():
     assert costs.activation_bytes == pytest.approx(real, rel=0.02)
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_batch_and_shrinks_with_the_precision():
     config = build_config(load_recipe("quickstart"))
     small, large, half = (
@@ -60,6 +62,7 @@ def test_memory_grows_with_the_batch_and_shrinks_with_the_precision():
     assert small.weight_bytes == large.weight_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "figures"),
     [

@@ -62,6 +62,7 @@ def test_chunks_give_the_plain_step(chunk_size):
     torch.testing.assert_close(cached, plain, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_two_processes_with_chunks(tmp_path):
     worker = Path(__file__).parent / "gradient_cache_worker.py"
     torchrun(2, worker, str(tmp_path / "results"))
@@ -111,6 +112,7 @@ def test_refusal_on_the_command_line(tmp_path, tiny, capsys):
     assert "error: --gradient_cache_chunk_size cannot be used with" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_vit_small_with_4096_images_fits_80_gb():
     backbone = {"model_type": "mocov3_vit", "hidden_size": 384, "intermediate_size": 1536}
     config = MoCoV3Config(backbone_config=backbone)

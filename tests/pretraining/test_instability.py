@@ -85,6 +85,7 @@ def test_the_guard_changes_no_healthy_step(optimizer_name, monkeypatch):
     torch.testing.assert_close(guarded[-1], plain[-1], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_one_process_with_a_nan_makes_all_skip(tmp_path):
     torchrun(2, Path(__file__), str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
@@ -113,6 +114,7 @@ def test_a_run_goes_on_and_counts(tmp_path, tiny, monkeypatch):
     assert all(torch.isfinite(value).all() for value in weights.values())
 
 
+@pytest.mark.slow
 def test_a_run_of_nothing_but_nan_ends(tmp_path, tiny, monkeypatch, capsys):
     plant(monkeypatch, range(2, 1000))
     length = ["--max_steps", "100", "--logging_steps", "4", "--save_steps", "100"]
@@ -257,6 +259,7 @@ SPIKING = ["--max_steps", "30", "--logging_steps", "10", "--save_steps", "8", "-
 SPIKING += ["--base_learning_rate", "0.01"]
 
 
+@pytest.mark.slow
 def test_a_planted_spike_is_told_and_counted(tmp_path, tiny, monkeypatch, capsys):
     plant_spikes(monkeypatch, [26])
     main([*tiny, *SPIKING, "--output_dir", str(tmp_path)])
@@ -267,6 +270,7 @@ def test_a_planted_spike_is_told_and_counted(tmp_path, tiny, monkeypatch, capsys
     assert event["times_usual"] == pytest.approx(100, rel=0.5)
 
 
+@pytest.mark.slow
 def test_skip_leaves_out_a_step_that_spikes(tmp_path, tiny, monkeypatch):
     plant_spikes(monkeypatch, [26])
     every_step = ["--save_steps", "1", "--save_total_limit", "5", "--on_instability", "skip"]

@@ -77,6 +77,7 @@ def test_a_process_lost_before_the_start(tmp_path, tiny, monkeypatch, capsys, al
     assert line.endswith("There is no checkpoint yet: start again")
 
 
+@pytest.mark.slow
 def test_hosts_with_disks_of_their_own_are_refused(tmp_path, tiny):
     """Where one process finds a checkpoint and another does not, both would go on from different steps."""
     loop.main([*tiny, "--output_dir", str(tmp_path / "0")])

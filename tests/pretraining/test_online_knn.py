@@ -54,6 +54,7 @@ def test_measuring_leaves_no_trace(tmp_path, arguments, fresh):
     assert not (tmp_path / "unwatched" / "knn.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_and_resuming_give_the_same_curve(tmp_path, arguments, fresh):
     main([*arguments, "--output_dir", str(tmp_path / "one")])
     torchrun(2, ROOT / "scripts" / "pretrain.py", *arguments, "--output_dir", str(tmp_path / "two"))

@@ -46,6 +46,7 @@ def test_needs_something_to_push_with(tmp_path, tiny, capsys):
     assert "pass make_pusher" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_away_costs_nothing(tmp_path, tiny):
     """The real script and the real client, at an address where nobody listens."""
     done = python(

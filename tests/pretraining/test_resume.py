@@ -79,6 +79,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("killed_in_step", [2, 3, 4, 6])
 def test_continues_to_the_same_bits(tmp_path, tiny, uninterrupted, monkeypatch, fresh, kind, killed_in_step):
@@ -94,6 +95,7 @@ def test_continues_to_the_same_bits(tmp_path, tiny, uninterrupted, monkeypatch, 
     assert_same_run(tmp_path, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", ["0", "2"])
 def test_a_stream_continues_to_the_same_bits(tmp_path, tiny, shards, monkeypatch, fresh, num_workers):
     arguments = [*tiny, *LENGTH, "--dataset_name", str(shards), "--streaming", "--dataloader_num_workers", num_workers]
@@ -138,6 +140,7 @@ def kill_tree(launch):
     launch.wait()
 
 
+@pytest.mark.slow
 def test_sigkill_on_two_processes_continued_by_one(tmp_path, tiny, uninterrupted, fresh):
     """A real kill of a real launch; the sample sequence does not depend on the number of processes."""
     expected = uninterrupted(*KINDS["adamw"])
@@ -161,6 +164,7 @@ def test_sigkill_on_two_processes_continued_by_one(tmp_path, tiny, uninterrupted
         assert mine["loss"] == pytest.approx(its["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_continue_to_the_same_bits(tmp_path, tiny):
     arguments = [*tiny, *LENGTH, *KINDS["adamw_bf16_dropout"]]
     script = ROOT / "scripts" / "pretrain.py"

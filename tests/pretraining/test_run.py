@@ -85,6 +85,7 @@ def test_the_resolved_recipe_gives_the_same_run(tmp_path, tiny):
     assert without_times(read_metrics(tmp_path / "first")) != without_times(read_metrics(tmp_path / "third"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "lars"])
 def test_two_processes_train_as_one(tmp_path, tiny, optimizer):
     backbone = ["--optimizer", "adamw"]

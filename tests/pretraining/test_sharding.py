@@ -22,6 +22,7 @@ from tests.pretraining.test_run import read_metrics
 WORKER = Path(__file__).parent / "sharding_worker.py"
 
 
+@pytest.mark.slow
 def test_spread_weights_take_the_step_of_whole_ones(tmp_path):
     torchrun(2, WORKER, str(tmp_path / "results"))
     results = torch.load(tmp_path / "results", weights_only=True)
@@ -56,6 +57,7 @@ def run_of_parts(tmp_path_factory, tiny, labelled):
     return folder, arguments
 
 
+@pytest.mark.slow
 def test_a_run_on_parts_is_that_on_copies(tmp_path, run_of_parts):
     folder, arguments = run_of_parts
     torchrun(2, SCRIPT, *arguments, "--fsdp", "false", "--output_dir", str(tmp_path))
@@ -75,6 +77,7 @@ def test_a_run_on_parts_is_that_on_copies(tmp_path, run_of_parts):
     assert MoCoV3Model.from_pretrained(folder).config.architectures == ["MoCoV3ForPreTraining"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_parts_continues_to_the_same_bits(tmp_path, run_of_parts):
     folder, arguments = run_of_parts
     shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-4")
@@ -134,6 +137,7 @@ def test_units_hold_every_parameter_once():
             assert not set(outer.modules()) & set(order[index + 1 :]), "inner units come first"
 
 
+@pytest.mark.slow
 def test_the_plan_of_parts(monkeypatch):
     """Weights, gradients and AdamW's two moments of ViT-L on 64 processes, with what two units take meanwhile."""
     monkeypatch.setenv("WORLD_SIZE", "64")

@@ -26,6 +26,7 @@ def page(request, labelled, tmp_path_factory):
     return (folder / "report.html").as_uri()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1400])
 def test_page(width, page, browser):
     browser.show(width)
@@ -61,6 +62,7 @@ def test_names_of_classes_are_text(page, browser):
     assert browser.run("document.querySelectorAll('main b, main script').length") == 0
 
 
+@pytest.mark.slow
 def test_charts_can_be_read_in_the_light_and_in_the_dark(page, browser):
     """Contrast of text and background, by the formula of WCAG 2: 4.5 and more."""
     contrast = """(() => {

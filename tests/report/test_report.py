@@ -11,7 +11,7 @@ import pytest
 
 from mocov3_hf import MoCoV3Config, MoCoV3Model
 from mocov3_hf.report import command
-from tests.factories import NAMES, RESNET
+from tests.factories import AWKWARD_NAMES, RESNET
 
 
 VOID = {"meta", "link", "img", "br"}
@@ -66,12 +66,13 @@ def report(*arguments):
     assert command.main([*map(str, arguments)]) == 0
 
 
+@pytest.mark.slow
 def test_run_with_images(run, labelled, capsys):
     report(run, "--dataset_name", labelled, "--num_images", "20")
     assert f"{run / 'report.html'} (" in capsys.readouterr().out
     page = Page(run / "report.html")
     check(page)
-    assert all(name in page.text for name in NAMES[:2])
+    assert all(name in page.text for name in AWKWARD_NAMES[:2])
     for words in ("Contrastive loss", "chance 1.66", "floor 0.04", "rollback", "81.50 %", "<em>set</em>", "head 2"):
         assert words in page.text, words
     assert "/secret" not in page.source
@@ -83,6 +84,7 @@ def test_run_with_images(run, labelled, capsys):
     assert not list(run.glob(".report*"))
 
 
+@pytest.mark.slow
 def test_run_without_images_says_what_shows_them(run, tmp_path):
     report(run, "--output", tmp_path / "elsewhere" / "page.html")
     page = Page(tmp_path / "elsewhere" / "page.html")
@@ -93,6 +95,7 @@ def test_run_without_images_says_what_shows_them(run, tmp_path):
     assert not (run / "plots").exists()
 
 
+@pytest.mark.slow
 def test_damaged_line_is_noted_on_the_page(run):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "lo')
@@ -113,6 +116,7 @@ def test_run_of_one_line_without_numbers(run):
     assert "No results yet" in page.text
 
 
+@pytest.mark.slow
 def test_classifier(classifier, labelled):
     report(classifier, "--dataset_name", labelled)
     page = Page(classifier / "report.html")
@@ -125,12 +129,13 @@ def test_classifier(classifier, labelled):
         "most confident of",
     ):
         assert words in page.text, words
-    assert all(name in page.text for name in NAMES[:2])
+    assert all(name in page.text for name in AWKWARD_NAMES[:2])
     assert {"loss", "accuracy", "schedule", "confusion-matrix", "wrong-answers"} <= {
         path.stem for path in (classifier / "plots").glob("*.png")
     }
 
 
+@pytest.mark.slow
 def test_accuracy_on_the_page_is_that_of_the_model(classifier, labelled):
     from mocov3_hf.report.encoding import Viewer
     from mocov3_hf.report.folder import read_folder
@@ -146,6 +151,7 @@ def test_accuracy_on_the_page_is_that_of_the_model(classifier, labelled):
     )
 
 
+@pytest.mark.slow
 def test_unlabelled_images_of_a_classifier(classifier, unlabelled):
     report(classifier, "--dataset_name", unlabelled)
     page = Page(classifier / "report.html")
@@ -153,6 +159,7 @@ def test_unlabelled_images_of_a_classifier(classifier, unlabelled):
     assert "No confusion matrix: it needs labels." in page.text
 
 
+@pytest.mark.slow
 def test_classes_that_the_head_does_not_know(classifier, labelled):
     config = json.loads((classifier / "config.json").read_text())
     config["id2label"] = {"0": "x", "1": "y", "2": "z"}
@@ -177,6 +184,7 @@ def test_convolutional_encoder_has_no_attention(tmp_path, labelled):
         assert words in page.text, words
 
 
+@pytest.mark.slow
 def test_same_folder_gives_the_same_page(run, labelled):
     pages = []
     for _ in range(2):
@@ -222,6 +230,7 @@ def test_missing_packages_are_named(run, monkeypatch, capsys):
     assert "needs no-such-package: pip install 'mocov3_hf[report]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_script():
     script = Path(__file__).parents[2] / "scripts" / "report.py"
     done = subprocess.run([sys.executable, script, "/nowhere"], capture_output=True, text=True, timeout=120)
