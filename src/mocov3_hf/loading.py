@@ -176,7 +176,7 @@ def has_processor(name: str) -> bool:
     return not os.path.isdir(name) or any((Path(name) / file).is_file() for file in files)
 
 
-def from_pretrained(auto_class: type, name: str, **options: Any) -> Any:
+def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     """
     `auto_class.from_pretrained` without its report of unused keys: heads are left out on purpose.
 
@@ -227,10 +227,9 @@ def image_size_of(config: PreTrainedConfig) -> int | None:
 
 def num_channels_of(config: PreTrainedConfig) -> int:
     """Channels of the images that a model takes; 3 where its configuration does not say."""
-    for part in (config, getattr(config, "backbone_config", None)):
-        if isinstance(getattr(part, "num_channels", None), int):
-            return part.num_channels
-    return 3
+    parts = (config, getattr(config, "backbone_config", None))
+    found = (getattr(part, "num_channels", None) for part in parts)
+    return next((channels for channels in found if isinstance(channels, int)), 3)
 
 
 def base_encoder(model: nn.Module) -> PreTrainedModel:

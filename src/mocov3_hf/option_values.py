@@ -8,7 +8,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from .reporting import UsageError
@@ -45,7 +45,14 @@ def convert(name: str, value: Any, kind: Any, bounds: Mapping[str, float | None]
         raise UsageError(f"{name} takes {describe_type(kind)}, got nothing")
     if origin is Literal:
         return _convert_choice(name, value, typing.get_args(kind))
-    converted = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_text, dict: _to_mapping}[kind](value)
+    converters: dict[type, Callable] = {
+        bool: _to_bool,
+        int: _to_int,
+        float: _to_float,
+        str: _to_text,
+        dict: _to_mapping,
+    }
+    converted = converters[kind](value)
     if converted is None:
         raise UsageError(f"{name} takes {describe_type(kind)}, got {shown(value)}")
     if kind in (int, float):

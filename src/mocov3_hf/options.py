@@ -268,7 +268,7 @@ def build(group: type[Group], values: Mapping[str, Any]) -> Group:
     Raises:
         UsageError: a required option is missing.
     """
-    names = {item.name: item for item in dataclasses.fields(group)}
+    names = {item.name: item for item in dataclasses.fields(group)}  # type: ignore[arg-type]
     for name, item in names.items():
         is_required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if is_required and name not in values:
@@ -287,7 +287,7 @@ def parse(command: Command, arguments: Iterable[str]) -> tuple:
     show_help(command, arguments)
     values = values_of_arguments(command, arguments)
     recipe = values.pop("recipe", None)
-    if recipe is not None:
+    if recipe is not None and command.recipes is not None:
         values = merged(values_of_recipe(command, find_recipe(recipe, command.recipes)), values)
         if "recipe" in command.fields():
             values["recipe"] = recipe

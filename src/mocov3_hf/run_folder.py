@@ -57,8 +57,9 @@ class CheckpointError(ValueError):
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """The `checkpoint-N` folders in a folder, newest first, whole or not."""
-    found = [path for path in Path(folder).glob(f"{CHECKPOINT_PREFIX}*") if step_of(path) is not None]
-    return sorted((path for path in found if path.is_dir()), key=step_of, reverse=True)
+    paths = [path for path in Path(folder).glob(f"{CHECKPOINT_PREFIX}*") if path.is_dir()]
+    steps = [(step, path) for path in paths if (step := step_of(path)) is not None]
+    return [path for _, path in sorted(steps, reverse=True)]
 
 
 def step_of(checkpoint: Path) -> int | None:

@@ -7,7 +7,7 @@ import sys
 import torch
 
 from mocov3_hf import MoCoV3Backbone, MoCoV3Config, MoCoV3ForPreTraining, MoCoV3ViTConfig, MoCoV3ViTModel
-from mocov3_hf.remote_code import AUTO_MAPS, CODE_FOLDER, add_code
+from mocov3_hf.hub.remote_code import AUTO_MAPS, CODE_FOLDER, add_code
 
 
 BACKBONE = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
