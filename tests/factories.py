@@ -183,7 +183,7 @@ def metric_lines(first: int, last: int, **changes):
             "loss": 1.6 - 0.02 * step,
             "positive_top1": 0.01 * step,
             "learning_rate": 1e-3,
-            "momentum": 0.99,
+            "ema_decay": 0.99,
             "grad_norm": 2.0 + 1 / step,
             "images_per_second": 100.0,
             "data_wait_fraction": 0.02,
@@ -202,12 +202,17 @@ def write_lines(path, values):
     path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
 
 
+def save_recipe(folder, name: str, *arguments: str) -> None:
+    """Write the recipe.yaml of a run: a recipe of the package with options of the command line over it."""
+    load_recipe(name, list(arguments)).save(folder / "recipe.yaml")
+
+
 def save_run(folder):
     """Save a run of 40 steps with a spike, a skipped step and a rollback from step 27 to 20."""
     pretraining_model().save_pretrained(folder)
     build_image_processor(32).save_pretrained(folder)
     arguments = ["--backbone_config", json.dumps(VIT), "--train_batch_size", "16", "--dataset_name", "/secret/<u>"]
-    load_recipe("quickstart", arguments).save(folder / "recipe.yaml")
+    save_recipe(folder, "quickstart", *arguments)
     (folder / "checkpoint-40").mkdir()
     state = {"step": 40, "global_batch_size": 8, "steps_per_epoch": 4, "total_steps": 40, "num_processes": 2}
     (folder / "checkpoint-40" / "state.json").write_text(json.dumps({"run": state}))

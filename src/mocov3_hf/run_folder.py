@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import re
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from .storage import locked, read_lines, sha256_of, write_json
+from .yaml_files import read_yaml
 
 
 CONFIG, PROCESSOR, RECIPE, CONVERSION = "config.json", "preprocessor_config.json", "recipe.yaml", "conversion.json"
@@ -45,6 +46,8 @@ TASKS = {
 }
 # Keys of metrics.jsonl that had another name in earlier versions.
 RENAMED_METRICS = {"momentum": "ema_decay"}
+# Options in recipe.yaml that had another name in earlier versions.
+RENAMED_OPTIONS = {"momentum": "ema_decay", "momentum_schedule": "ema_schedule", "model_name_or_path": "model"}
 PACKAGES = ("mocov3_hf", "torch", "torchvision", "transformers", "accelerate", "datasets")
 
 
@@ -271,7 +274,7 @@ class RunFolder:
         path: The folder.
         kind: `"pretraining"`, `"classifier"` or `"encoder"`.
         config: Of `config.json`; empty before the first checkpoint.
-        recipe: Of `recipe.yaml`: flat, resolved; empty without one.
+        recipe: Of `recipe.yaml`: flat, resolved, by the option names of today; empty without one.
         state: `run` of the newest checkpoint's `state.json`; empty without one.
         metrics, knn, events: Lines of `metrics.jsonl`, `knn.jsonl` and `events.jsonl`, oldest first.
         results: Evaluations of `results.json`, oldest first.
@@ -301,18 +304,28 @@ class RunFolder:
     @property
     def backbone(self) -> dict[str, Any]:
         """Configuration of the backbone: the one inside a `MoCoV3Config`, else the folder's own."""
-        return self.config.get("backbone_config") or self.config or self.recipe.get("backbone_config") or {}
+        found = self.config.get("backbone_config") or self.config or self.recipe.get("backbone_config")
+        return found if isinstance(found, dict) else {}
 
     @property
     def temperature(self) -> float | None:
-        return self.config.get("temperature", self.recipe.get("temperature")) if self.kind == "pretraining" else None
+        if self.kind != "pretraining":
+            return None
+        return _positive(self.config.get("temperature", self.recipe.get("temperature")))
 
     @property
     def global_batch_size(self) -> int | None:
         """Images per step over all processes; None where neither a checkpoint nor the recipe says."""
         if "global_batch_size" in self.state:
-            return self.state["global_batch_size"]
-        return None if self.recipe.get("per_device_train_batch_size") else self.recipe.get("train_batch_size")
+            return _positive(self.state["global_batch_size"])
+        known = not self.recipe.get("per_device_train_batch_size")
+        return _positive(self.recipe.get("train_batch_size")) if known else None
+
+
+def _positive(value: Any) -> Any:
+    """A positive finite number, None for anything else: the files may have been edited by hand."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and 0 < value <= sys.float_info.max else None
 
 
 def read_run_folder(path: str | Path) -> RunFolder:
@@ -349,6 +362,8 @@ def read_run_folder(path: str | Path) -> RunFolder:
     except ValueError as error:
         results = []
         notes.append(f"{RESULTS} was left out: {error}.")
+    events, knn = read_noted_lines(path / EVENTS, notes), read_noted_lines(path / KNN, notes)
+    conversion, parameters = read_object(path / CONVERSION, notes), count_parameters(path, notes)
     return RunFolder(
         path=path,
         kind=kind,
@@ -356,12 +371,13 @@ def read_run_folder(path: str | Path) -> RunFolder:
         recipe=recipe,
         state=state if isinstance(state, dict) else {},
         metrics=[{RENAMED_METRICS.get(name, name): value for name, value in line.items()} for line in metrics],
-        knn=read_noted_lines(path / KNN, notes),
-        events=read_noted_lines(path / EVENTS, notes),
+        knn=knn,
+        events=events,
         results=results,
-        conversion=read_object(path / CONVERSION, notes),
-        parameters=count_parameters(path, notes),
-        notes=notes,
+        conversion=conversion,
+        parameters=parameters,
+        # Reports and cards are published: notes name files without the folders above them.
+        notes=[note.replace(f"{path}{os.sep}", "") for note in notes],
     )
 
 
@@ -381,15 +397,15 @@ def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def read_recipe(path: Path, notes: list[str]) -> dict[str, Any]:
-    """The options in a `recipe.yaml`; empty without the file, and with a note where it cannot be read."""
+    """The options in a recipe file by their names of today; empty without the file, with a note if it is damaged."""
     if not path.is_file():
         return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        notes.append(f"{path.name} was left out, it cannot be read: {' '.join(str(error).split())}.")
+        content = read_yaml(path)
+    except ValueError as error:
+        notes.append(f"{path.name} was left out: {error}.")
         return {}
-    return content if isinstance(content, dict) else {}
+    return {RENAMED_OPTIONS.get(name, name): value for name, value in content.items()}
 
 
 def read_noted_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:

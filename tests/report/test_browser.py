@@ -2,7 +2,7 @@
 
 import pytest
 
-from mocov3_hf.report import command
+from mocov3_hf.report import write
 from tests.factories import save_run, save_trained_classifier
 from tests.report.browser import Browser, find_chromium
 
@@ -22,7 +22,7 @@ def browser():
 @pytest.fixture(scope="module", params=[save_run, save_trained_classifier], ids=["run", "classifier"])
 def page(request, labelled, tmp_path_factory):
     folder = request.param(tmp_path_factory.mktemp("page") / "a <i>folder & more")
-    assert command.main([str(folder), "--dataset_name", str(labelled), "--num_images", "15"]) == 0
+    write.main([str(folder), "--dataset_name", str(labelled), "--num_images", "15"])
     return (folder / "report.html").as_uri()
 
 

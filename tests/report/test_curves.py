@@ -10,7 +10,7 @@ import torch
 from mocov3_hf.model.loss_mocov3 import contrastive_loss
 from mocov3_hf.report import training
 from mocov3_hf.report.curves import loss_bounds, read_curves, series, split_discarded
-from mocov3_hf.report.folder import read_folder
+from mocov3_hf.run_folder import read_run_folder
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_evaluation_at_the_same_step_discards_nothing():
 
 
 def test_logged_events(run):
-    curves = read_curves(read_folder(run))
+    curves = read_curves(read_run_folder(run))
     assert [(event.kind, event.step) for event in curves.events] == [("spike", 17), ("skipped", 19), ("rollback", 27)]
     assert [event.grad_norm for event in curves.events] == pytest.approx([25.0, math.nan, math.nan], nan_ok=True)
     assert [event.to_step for event in curves.events] == pytest.approx([math.nan, math.nan, 20], nan_ok=True)
@@ -69,13 +69,13 @@ def test_events_from_counters_without_a_log_of_events(run):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 25, "gradient_spikes": 3, "skipped_steps": 0, "rollbacks": 1}\n')
-    curves = read_curves(read_folder(run))
+    curves = read_curves(read_run_folder(run))
     assert [(event.kind, event.step) for event in curves.events] == [("spike", 10), ("spike", 20), ("rollback", 25)]
     assert curves.counts == {"spike": 3, "skipped": 0, "divergence": 0, "rollback": 1}
 
 
 def test_bounds_are_the_loss_of_equal_and_of_orthogonal_keys(run):
-    folder = read_folder(run)
+    folder = read_run_folder(run)
     batch, temperature = folder.global_batch_size, folder.temperature
     alike, orthogonal = torch.ones(batch, 8, dtype=torch.float64), torch.eye(batch, dtype=torch.float64)
     chance = 2 * contrastive_loss(alike, alike, temperature).loss
@@ -84,7 +84,7 @@ def test_bounds_are_the_loss_of_equal_and_of_orthogonal_keys(run):
 
 
 def test_bounds_are_drawn_at_their_height(run, drawn):
-    (axes,) = drawn(read_folder(run))["loss"]
+    (axes,) = drawn(read_run_folder(run))["loss"]
     flat = sorted(
         line.get_ydata()[0] for line in axes.lines if len(set(line.get_ydata())) == 1 and len(line.get_ydata()) == 2
     )
@@ -101,14 +101,14 @@ def test_bounds_are_drawn_at_their_height(run, drawn):
 def test_divergence_is_marked_on_the_loss(run, drawn):
     with (run / "events.jsonl").open("a") as file:
         file.write('{"step": 33, "event": "divergence", "loss_normalized": 0.1}\n')
-    folder = read_folder(run)
+    folder = read_run_folder(run)
     (axes,) = drawn(folder)["loss"]
     assert [33, 33] in [list(line.get_xdata()) for line in axes.lines]
     assert read_curves(folder).counts["divergence"] == 1
 
 
 def test_spikes_skipped_steps_and_rollbacks_are_marked(run, drawn):
-    (axes,) = drawn(read_folder(run))["gradients"]
+    (axes,) = drawn(read_run_folder(run))["gradients"]
     by_label = {line.get_label(): line for line in axes.lines}
     assert (by_label["spike"].get_xdata(), by_label["spike"].get_ydata()) == ([17], [25.0])
     assert list(by_label["skipped step"].get_xdata()) == [19]
@@ -129,7 +129,7 @@ def test_block_norms_are_logarithms_with_gaps():
 
 
 def test_heat_map_shows_the_logarithm_in_the_cell_of_its_block_and_step(run, drawn):
-    now, before, _ = drawn(read_folder(run))["blocks"]
+    now, before, _ = drawn(read_run_folder(run))["blocks"]
     (mesh,) = now.collections
     assert mesh.get_array().shape == (4, 8)
     np.testing.assert_allclose(mesh.get_array()[:, 3], np.log10([0.1, 0.2, 1.0, 2.0]))
@@ -144,4 +144,4 @@ def test_heat_map_shows_the_logarithm_in_the_cell_of_its_block_and_step(run, dra
 def test_charts_without_data_are_left_out(run, drawn):
     (run / "metrics.jsonl").write_text('{"step": 5, "loss": 1.0}\n{"step": 10, "loss": 0.9, "grad_norm": null}\n')
     (run / "knn.jsonl").unlink()
-    assert drawn(read_folder(run)).keys() == {"loss"}
+    assert drawn(read_run_folder(run)).keys() == {"loss"}

@@ -8,8 +8,6 @@ import torch
 from transformers import AutoModel
 
 from mocov3_hf.report.confusion import labels_for_head, most_confused, worst_classes, worst_table
-from mocov3_hf.report.encoding import Viewer, cls_attention, patch_maps
-from mocov3_hf.report.folder import ReportError, read_folder
 from mocov3_hf.report.image_sections import (
     chance_of_agreement,
     component_colors,
@@ -20,7 +18,8 @@ from mocov3_hf.report.image_sections import (
     nearest_others,
     over_image,
 )
-from mocov3_hf.report.samples import choose_rows, open_samples
+from mocov3_hf.report.images import Viewer, choose_rows, cls_attention, open_samples, patch_maps
+from mocov3_hf.run_folder import read_run_folder
 from tests.factories import AWKWARD_NAMES, save_classifier
 
 
@@ -58,7 +57,7 @@ def test_colors_are_gray_without_variance():
 
 def test_attention_is_softmax_of_query_and_keys(run, labelled):
     samples = open_samples(str(labelled), num_images=3)
-    viewer = Viewer(read_folder(run))
+    viewer = Viewer(read_run_folder(run))
     attention = viewer.attention(samples, 2)
     assert attention.shape == (2, 2, 4, 4)
     # Derived again from the weights: the input of the last block, its norm, and each head separately.
@@ -98,7 +97,7 @@ def test_patches_are_the_last_tokens_row_by_row(run):
 def test_features_are_those_of_the_model_and_logits_of_the_head(backbone, classifier, labelled, tmp_path):
     path = classifier if backbone == "vit" else save_classifier(tmp_path / "resnet", "resnet", AWKWARD_NAMES)
     samples = open_samples(str(labelled), num_images=5)
-    viewer = Viewer(read_folder(path))
+    viewer = Viewer(read_run_folder(path))
     seen = viewer.look(samples, batch_size=2)
     with torch.no_grad():
         batch = viewer.preprocess(samples, range(5))
@@ -109,7 +108,7 @@ def test_features_are_those_of_the_model_and_logits_of_the_head(backbone, classi
 
 def test_views_are_what_the_model_sees(run, labelled):
     samples = open_samples(str(labelled), num_images=2)
-    viewer = Viewer(read_folder(run))
+    viewer = Viewer(read_run_folder(run))
     view = viewer.view(viewer.preprocess(samples, range(1))[0])
     assert view.shape == (32, 32, 3)
     assert view.dtype == np.uint8
@@ -120,8 +119,8 @@ def test_views_are_what_the_model_sees(run, labelled):
 def test_weights_that_are_missing_are_refused(run):
     config = (run / "config.json").read_text()
     (run / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
-    with pytest.raises(ReportError, match="lacks 16 weights"):
-        Viewer(read_folder(run))
+    with pytest.raises(ValueError, match="lacks 16 weights"):
+        Viewer(read_run_folder(run))
 
 
 def test_neighbors_match_a_loop():
@@ -186,7 +185,7 @@ def test_labels_are_matched_by_name_then_by_number():
     assert labels_for_head(labels, ["a", "b"], ["b", "c", "a"]).tolist() == [2, 0, 0]
     assert labels_for_head(labels, ["a", "b"], ["LABEL_0", "LABEL_1"]).tolist() == [0, 1, 1]
     assert labels_for_head(labels, ["0", "1"], ["x", "y"]).tolist() == [0, 1, 1]
-    with pytest.raises(ReportError, match="does not have 1 of the 2 classes of the dataset"):
+    with pytest.raises(ValueError, match="does not have 1 of the 2 classes of the dataset"):
         labels_for_head(labels, ["a", "z"], ["a", "b"])
 
 
@@ -210,7 +209,7 @@ def test_unlabelled_images(unlabelled, labelled):
     assert samples.name_of(0) == f"row {samples.rows[0]}"
     with pytest.raises(ValueError, match="'kind' does not exist"):
         open_samples(str(labelled), label_column="kind")
-    with pytest.raises(ReportError, match="at least 2"):
+    with pytest.raises(ValueError, match="at least 2"):
         open_samples(str(labelled), num_images=1)
 
 

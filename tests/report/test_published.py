@@ -3,11 +3,12 @@
 import json
 
 import pytest
+import yaml
 
-from mocov3_hf.recipe import load_recipe
-from mocov3_hf.report.folder import read_folder
-from mocov3_hf.report.published import find_references, reference_for
+from mocov3_hf.report.published import SHAPING_OPTIONS, find_references, identity, reference_for
 from mocov3_hf.report.summary import results_section
+from mocov3_hf.run_folder import RENAMED_OPTIONS, read_run_folder
+from tests.factories import save_recipe
 
 
 SMALL = "mocov3_vit-small-p16_16xb256-amp-coslr-300e_in1k"
@@ -24,14 +25,14 @@ def folder_of(tmp_path):
 
     def make(recipe, *arguments, results=(), batch=4096, config=None):
         if recipe is not None:
-            load_recipe(recipe, list(arguments)).save(tmp_path / "recipe.yaml")
+            save_recipe(tmp_path, recipe, *arguments)
             (tmp_path / "checkpoint-1").mkdir(exist_ok=True)
             state = {"run": {"step": 1, "global_batch_size": batch}}
             (tmp_path / "checkpoint-1" / "state.json").write_text(json.dumps(state))
         if config is not None:
             (tmp_path / "config.json").write_text(json.dumps(config))
         (tmp_path / "results.json").write_text(json.dumps({"format": 1, "results": list(results)}))
-        return read_folder(tmp_path)
+        return read_run_folder(tmp_path)
 
     return make
 
@@ -45,8 +46,18 @@ def own(folder):
     [
         (SMALL, [(LINEAR, 73.6)]),
         (
-            "mocov3_resnet50_8xb512-amp-coslr-800e_in1k",
-            [("resnet50_mocov3-800e-pre_8xb128-linear-coslr-90e_in1k", 74.4)],
+            "mocov3_vit-base-p16_16xb256-amp-coslr-300e_in1k",
+            [
+                ("vit-base-p16_mocov3-pre_8xb128-linear-coslr-90e_in1k", 76.9),
+                ("vit-base-p16_mocov3-pre_8xb64-coslr-150e_in1k", 83.0),
+            ],
+        ),
+        *(
+            (
+                f"mocov3_resnet50_8xb512-amp-coslr-{epochs}e_in1k",
+                [(f"resnet50_mocov3-{epochs}e-pre_8xb128-linear-coslr-90e_in1k", top1)],
+            )
+            for epochs, top1 in ((100, 69.6), (300, 72.8), (800, 74.4))
         ),
         (
             "mocov3_vit-large-p16_64xb64-amp-coslr-300e_in1k",
@@ -68,6 +79,16 @@ def test_another_recipe_with_the_same_backbone_is_distinguished(changed, folder_
     assert {entry.top1 for entry, _ in find_references(folder)} == {73.6, 73.2}
 
 
+@pytest.mark.parametrize("key", SHAPING_OPTIONS)
+def test_every_option_that_shapes_the_weights_distinguishes(key, folder_of, tmp_path):
+    folder_of(SMALL)
+    written = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    current = {RENAMED_OPTIONS.get(name, name): value for name, value in written.items()}
+    assert key in current  # an option of today
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(current | {key: "another value"}))
+    assert own(read_run_folder(tmp_path)) == []
+
+
 def test_another_batch_is_another_recipe(folder_of):
     assert own(folder_of(SMALL, batch=1024)) == []
 
@@ -75,6 +96,14 @@ def test_another_batch_is_another_recipe(folder_of):
 def test_six_heads_are_another_backbone(folder_of):
     assert find_references(folder_of(SMALL, "--backbone_config", '{"num_attention_heads": 6}')) == []
     assert find_references(folder_of("quickstart")) == []
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [None, [], {"model_type": []}, {"model_type": "nothing"}, {"model_type": "mocov3_vit", "hidden_size": "wide"}],
+)
+def test_an_invalid_backbone_has_no_identity(backbone):
+    assert identity(backbone) is None
 
 
 def test_an_accuracy_is_compared_with_top1_of_its_protocol_only(folder_of):

@@ -1,7 +1,9 @@
 """The command: a page for every kind of folder with all text escaped, and one line for every error."""
 
+import importlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -9,21 +11,28 @@ from pathlib import Path
 
 import pytest
 
+import mocov3_cli
 from mocov3_hf import MoCoV3Config, MoCoV3Model
-from mocov3_hf.report import command
-from tests.factories import AWKWARD_NAMES, RESNET
+from mocov3_hf.options import find_recipe, parse, values_of_arguments
+from mocov3_hf.report import write
+from mocov3_hf.report.images import Viewer, open_samples
+from mocov3_hf.run_folder import read_run_folder
+from tests.factories import AWKWARD_NAMES, RESNET, save_run
 
 
+# Where the options of a command are, if not beside its function.
+PARSERS = {"pretrain": "mocov3_hf.pretraining.recipe"}
 VOID = {"meta", "link", "img", "br"}
 
 
 class Page(HTMLParser):
-    """Tags, ids, links and text of a page; fails where tags do not close."""
+    """Tags, ids, links, text and suggested commands of a page; fails where tags do not close."""
 
     def __init__(self, path):
         super().__init__()
         self.source = Path(path).read_text(encoding="utf-8")
         self.open, self.tags, self.ids, self.links, self.images, self.text = [], [], [], [], [], ""
+        self.commands = []
         self.feed(self.source)
         assert self.open == []
 
@@ -48,6 +57,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+        if self.open and self.open[-1] == "code":
+            self.commands.append(data)
 
 
 def check(page):
@@ -63,7 +74,19 @@ def check(page):
 
 
 def report(*arguments):
-    assert command.main([*map(str, arguments)]) == 0
+    write.main([*map(str, arguments)])
+
+
+def refused(arguments, capsys):
+    """The error of a command that ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as raised:
+        write.main([*map(str, arguments)])
+    assert raised.value.code == 2
+    written = capsys.readouterr().err
+    assert written.startswith("error: ")
+    assert written.count("\n") == 1
+    return written
 
 
 @pytest.mark.slow
@@ -89,7 +112,7 @@ def test_run_without_images_says_what_shows_them(run, tmp_path):
     report(run, "--output", tmp_path / "elsewhere" / "page.html")
     page = Page(tmp_path / "elsewhere" / "page.html")
     check(page)
-    assert "--dataset_name DATA --split test" in page.text
+    assert "--dataset_name DATA --test_split test" in page.text
     assert page.images == []
     assert (tmp_path / "elsewhere" / "plots" / "loss.png").is_file()
     assert not (run / "plots").exists()
@@ -102,7 +125,7 @@ def test_damaged_line_is_noted_on_the_page(run):
     report(run)
     page = Page(run / "report.html")
     check(page)
-    assert "1 of 10 lines of metrics.jsonl (line 10) cannot be read and is left out." in page.text
+    assert "1 of 10 lines of metrics.jsonl were left out, they are damaged: line 10." in page.text
 
 
 def test_run_of_one_line_without_numbers(run):
@@ -137,12 +160,8 @@ def test_classifier(classifier, labelled):
 
 @pytest.mark.slow
 def test_accuracy_on_the_page_is_that_of_the_model(classifier, labelled):
-    from mocov3_hf.report.encoding import Viewer
-    from mocov3_hf.report.folder import read_folder
-    from mocov3_hf.report.samples import open_samples
-
     report(classifier, "--dataset_name", labelled)
-    samples, viewer = open_samples(str(labelled)), Viewer(read_folder(classifier))
+    samples, viewer = open_samples(str(labelled)), Viewer(read_run_folder(classifier))
     answers = viewer.look(samples, 8).logits.argmax(dim=1).tolist()
     right = sum(viewer.model.config.id2label[answer] == samples.name_of(row) for row, answer in enumerate(answers))
     assert (
@@ -200,34 +219,68 @@ def test_same_folder_gives_the_same_page(run, labelled):
         (["{tmp}"], "is neither a run nor a model"),
         (["{run}", "--output", "{tmp}"], "is a folder: pass a file"),
         (["{run}", "--dataset_name", "{tmp}/nothing"], "nothing' does not exist"),
-        (["{run}", "--dataset_name", "{data}", "--split", "train"], "split 'train' does not exist"),
+        (["{run}", "--dataset_name", "{data}", "--test_split", "train"], "split 'train' does not exist"),
         (["{run}", "--dataset_name", "{data}", "--image_column", "x"], "image column 'x' does not exist"),
         (["{run}", "--dataset_name", "{data}", "--num_images", "0"], "at least 2"),
         (["{run}", "--dataset_name", "{data}", "--batch_size", "0"], "at least 1"),
+        ([], "--model is missing"),
+        (["{run}", "--dataset", "{data}"], "there is no option '--dataset'; did you mean '--dataset_name'?"),
     ],
 )
 def test_what_cannot_be_done_ends_in_one_line(arguments, words, run, labelled, tmp_path, capsys):
     given = [argument.format(tmp=tmp_path, run=run, data=labelled) for argument in arguments]
-    capsys.readouterr()
-    assert command.main(given) == 2
-    written = capsys.readouterr().err
-    assert written.startswith("error: ")
-    assert written.count("\n") == 1
-    assert words in written
+    assert words in refused(given, capsys)
     assert not (run / "report.html").exists()
     assert not (run / "plots").exists()
 
 
 def test_images_before_the_first_checkpoint(run, labelled, capsys):
     (run / "config.json").unlink()
-    assert command.main([str(run), "--dataset_name", str(labelled)]) == 2
-    assert "no config.json yet" in capsys.readouterr().err
+    assert "no config.json yet" in refused([run, "--dataset_name", labelled], capsys)
 
 
 def test_missing_packages_are_named(run, monkeypatch, capsys):
-    monkeypatch.setitem(command.NEEDED, "no_such_module", "no-such-package")
-    assert command.main([str(run)]) == 2
-    assert "needs no-such-package: pip install 'mocov3_hf[report]'" in capsys.readouterr().err
+    monkeypatch.setitem(write.NEEDED, "no_such_module", "no-such-package")
+    assert "needs no-such-package: pip install 'mocov3_hf[report]'" in refused([run], capsys)
+
+
+@pytest.fixture
+def bare_folders(run, classifier, tmp_path):
+    """Folders whose pages suggest every command: without metrics, results and images."""
+    MoCoV3Model(MoCoV3Config(backbone_config=RESNET)).save_pretrained(tmp_path / "encoder")
+    for folder in (run, classifier):
+        for name in ("metrics.jsonl", "knn.jsonl", "results.json"):
+            (folder / name).unlink(missing_ok=True)
+    return [run, save_run(tmp_path / "not measured"), classifier, tmp_path / "encoder"]
+
+
+def test_suggested_commands_run_as_printed(bare_folders):
+    (bare_folders[1] / "knn.jsonl").unlink()
+    suggested = []
+    for folder in bare_folders:
+        report(folder)
+        page = Page(folder / "report.html")
+        check(page)
+        suggested += page.commands
+    names = set()
+    for line in suggested:
+        program, name, *arguments = shlex.split(line)
+        assert program == "mocov3"
+        names.add(name)
+        module = importlib.import_module(PARSERS.get(name, mocov3_cli.COMMANDS[name][0].split(":")[0]))
+        values = values_of_arguments(module.COMMAND, arguments)
+        assert values
+        if "recipe" in values:
+            assert find_recipe(values["recipe"]).is_file()
+        if name in ("report", "knn", "evaluate"):
+            assert values["model"] in map(str, bare_folders)
+            assert [group for group in parse(module.COMMAND, arguments) if hasattr(group, "dataset_name")]
+    assert names == {"report", "knn", "evaluate", "pretrain", "finetune"}
+
+
+def test_earlier_spelling_of_the_split(run, labelled, capsys):
+    report(run, "--dataset_name", labelled, "--split", "test", "--num_images", "4")
+    assert capsys.readouterr().err.count("warning: --split is deprecated: use --test_split\n") == 1
 
 
 @pytest.mark.slow
@@ -235,4 +288,4 @@ def test_script():
     script = Path(__file__).parents[2] / "scripts" / "report.py"
     done = subprocess.run([sys.executable, script, "/nowhere"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: '/nowhere' does not exist")
+    assert done.stderr.splitlines()[-1].startswith("error: folder '/nowhere' does not exist")

@@ -9,8 +9,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
-from .encoding import Seen, Viewer
-from .folder import ReportError
+from .images import Samples, Seen, Viewer
 from .parts import (
     INK,
     SERIES,
@@ -25,7 +24,6 @@ from .parts import (
     save_sheet,
     shorten,
 )
-from .samples import Samples
 
 
 WRONG_ANSWERS, WORST_CLASSES = 12, 10
@@ -42,7 +40,7 @@ def confusion_parts(viewer: Viewer, samples: Samples, seen: Seen, plots: Path) -
     names = [str(config.id2label[number]) for number in range(config.num_labels)]
     try:
         labels = labels_for_head(samples.labels, samples.class_names, names)
-    except ReportError as error:
+    except ValueError as error:
         return [Text(f"No confusion matrix: {error}.")]
     if names == nameless(len(names)):
         names[: len(samples.class_names)] = samples.class_names
@@ -150,7 +148,7 @@ def labels_for_head(labels: np.ndarray, names: list[str], head_names: list[str])
     dataset has no names.
 
     Raises:
-        ReportError: classes that the classifier does not have.
+        ValueError: classes that the classifier does not have.
     """
     numbers = {name: number for number, name in enumerate(head_names)}
     if all(name in numbers for name in names) and len(numbers) == len(head_names):
@@ -159,7 +157,7 @@ def labels_for_head(labels: np.ndarray, names: list[str], head_names: list[str])
     if (head_names == nameless(len(head_names)) or is_numbered) and labels.max() < len(head_names):
         return labels
     unknown = [name for name in names if name not in numbers]
-    raise ReportError(
+    raise ValueError(
         f"the classifier does not have {len(unknown)} of the {len(names)} classes of the dataset (such as"
         f" {', '.join(map(repr, unknown[:3]))})"
     )

@@ -1,14 +1,17 @@
 """Training curves: time series, rollbacks and instability events from the files of a run."""
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..model.loss_mocov3 import chance_loss, floor_loss
-from .folder import Lines, ModelFolder
+from ..run_folder import RunFolder
 
+
+Lines = list[dict[str, Any]]
 
 # Kinds of events, and the counter of each in `metrics.jsonl`; divergences have none.
 COUNTERS = {"spike": "gradient_spikes", "skipped": "skipped_steps", "divergence": None, "rollback": "rollbacks"}
@@ -65,7 +68,7 @@ class Curves:
     counts: dict[str, int]
 
 
-def read_curves(folder: ModelFolder) -> Curves:
+def read_curves(folder: RunFolder) -> Curves:
     kept, discarded = [], []
     for lines in (folder.metrics, folder.knn):
         for whole, part in zip((kept, discarded), split_discarded(lines), strict=True):
@@ -90,8 +93,8 @@ def series(lines: Lines, key: str | None) -> Series:
 
 def number(value: Any) -> float:
     """A finite number unchanged, NaN for anything else."""
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else math.nan
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) <= sys.float_info.max else math.nan
 
 
 def split_discarded(lines: Lines) -> tuple[Lines, Lines]:
@@ -131,7 +134,7 @@ def counted_events(lines: Lines) -> list[Event]:
     return sorted(events, key=lambda event: event.step)
 
 
-def loss_bounds(folder: ModelFolder) -> tuple[float, float] | None:
+def loss_bounds(folder: RunFolder) -> tuple[float, float] | None:
     """Loss at chance, and with aligned positives and orthogonal negatives; None if temperature or batch size are
     unknown."""
     temperature, batch = folder.temperature, folder.global_batch_size

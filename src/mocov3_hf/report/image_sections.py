@@ -16,7 +16,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
 from .confusion import confusion_parts
-from .encoding import Seen, Viewer
+from .images import Samples, Seen, Viewer
 from .parts import (
     INK,
     MUTED,
@@ -32,7 +32,6 @@ from .parts import (
     save_sheet,
     shorten,
 )
-from .samples import Samples
 
 
 # Number of images shown in each section, and of neighbors of each query.

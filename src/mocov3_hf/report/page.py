@@ -1,6 +1,5 @@
 """Composes a page from its sections and renders it as HTML."""
 
-import argparse
 import datetime
 from importlib.resources import files
 from pathlib import Path
@@ -10,7 +9,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from .._version import __version__
-from .folder import ModelFolder
+from ..run_folder import RunFolder
 from .image_sections import image_sections
 from .parts import CHART_STYLE, CSS_VARIABLES, SERIES, Section, Text
 from .summary import facts, findings, lead, quoted, results_section
@@ -18,22 +17,22 @@ from .training import training_section
 
 
 @matplotlib.rc_context(CHART_STYLE)
-def render_page(folder: ModelFolder, options: argparse.Namespace, looked: tuple | None, plots: Path) -> str:
+def render_page(folder: RunFolder, looked: tuple | None, plots: Path, seed: int) -> str:
     """
     One self-contained HTML document. All text is escaped. Writes the PNG files of charts and galleries to `plots`.
 
     Args:
-        options: as parsed by `command.build_parser`.
         looked: `(viewer, samples, seen)`, None without images.
         plots: an existing folder.
+        seed: of the t-SNE map.
     """
     sections = [training_section(folder, plots), results_section(folder)]
     if looked is not None:
-        sections += image_sections(*looked, plots, options.seed)
+        sections += image_sections(*looked, plots, seed)
     else:
         shown = "Attention maps, patch features, the t-SNE map and nearest neighbors"
         text = f"{shown}{', and the confusion matrix,' if folder.kind == 'classifier' else ''} need images:"
-        command = f"mocov3 report {quoted(folder)} --dataset_name DATA --split test"
+        command = f"mocov3 report {quoted(folder.path)} --dataset_name DATA --test_split test"
         sections.append(Section("images", "Images", [Text(text, command)]))
     read = files(__package__).joinpath
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

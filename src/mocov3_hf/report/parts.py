@@ -6,7 +6,7 @@ import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import matplotlib
 import numpy as np
@@ -15,6 +15,8 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.utils import make_grid
+
+from ..storage import is_local
 
 
 # Default size of a chart in inches: readable at full width on a phone.
@@ -186,6 +188,12 @@ def save_sheet(strips: list[tuple[str, list[Picture]]], path: Path, per_row: int
         tiles.append(torch.from_numpy(np.array(tile)).permute(2, 0, 1))
     sheet = make_grid(torch.stack(tiles), nrow=per_row, padding=6, pad_value=255)
     Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(path)
+
+
+def shown_name(name: Any) -> str:
+    """Name of a dataset or model; only the last part of a local path, because a report may be published."""
+    name = str(name)
+    return Path(name).name if is_local(name) else name
 
 
 def shorten(name: str, length: int = 22) -> str:

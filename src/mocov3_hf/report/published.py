@@ -1,21 +1,30 @@
 """Published accuracies to compare a folder with: those of its own recipe, and others of its backbone."""
 
-from functools import cache
-from importlib.resources import files
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import ResNetConfig
 
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, build_backbone_config
-from ..published_sizes import VIT_SIZES
-from ..recipe import RecipeError, load_recipe
-from .folder import ModelFolder
+from ..options import RECIPES
+from ..run_folder import RunFolder, read_recipe
+from ..zoo import VIT_SIZES, ZooEntry, load_zoo
 
 
-# Options of the model, the views and the optimization that do not change what is learned.
-NEUTRAL_OPTIONS = {"backbone_config", "model_name_or_path", "gradient_cache_chunk_size"}
+# Options of pre-training that shape the weights, with the values of recipes that do not name them.
+SHAPING_OPTIONS = (
+    {"image_size": 224, "crop_scale": [0.08, 1.0], "crop_ratio": [3 / 4, 4 / 3], "flip_probability": 0.5}
+    | {"jitter_probability": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
+    | {"grayscale_probability": 0.2, "blur_sigma": [0.1, 2.0], "blur_probability_1": 1.0, "blur_probability_2": 0.1}
+    | {"solarize_probability_1": 0.0, "solarize_probability_2": 0.2}
+    | {"projection_dim": 256, "head_hidden_size": 4096, "num_projector_layers": 3, "num_predictor_layers": 2}
+    | {"predictor_final_norm": True, "head_batch_norm": True, "zero_init_residual": True, "temperature": 0.2}
+    | {"optimizer": "adamw", "base_learning_rate": 1.5e-4, "learning_rate": None, "weight_decay": 0.1}
+    | {"exclude_norms_and_biases": False, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+    | {"lars_momentum": 0.9, "trust_coefficient": 0.001, "max_grad_norm": None}
+    | {"train_batch_size": 4096, "per_device_train_batch_size": None}
+    | {"num_train_epochs": 300, "warmup_epochs": 40, "max_steps": None, "ema_decay": 0.99, "ema_schedule": "cosine"}
+)
 # Keys that identify a backbone: sizes, and what changes the output at equal sizes, such as the number of heads.
 BACKBONE_KEYS = (
     *("model_type", "stem", "hidden_size", "hidden_sizes", "depths", "layer_type", "num_hidden_layers"),
@@ -28,11 +37,11 @@ class Reference(NamedTuple):
     """An entry of the zoo with an ImageNet-1k accuracy, and whether it was pre-trained with the recipe of the folder,
     not just with the same backbone."""
 
-    entry: SimpleNamespace
+    entry: ZooEntry
     is_same_recipe: bool
 
 
-def find_references(folder: ModelFolder) -> list[Reference]:
+def find_references(folder: RunFolder) -> list[Reference]:
     """Published classifiers with the backbone of the folder, those of its own recipe first."""
     architecture, own = architecture_of(folder.backbone), own_names(folder)
     found = [entry for entry in load_zoo().values() if entry.architecture == architecture and entry.top1 is not None]
@@ -54,7 +63,7 @@ def reference_for(result: dict[str, Any], metric: str, references: list[Referenc
     return next(iter(named + [reference for reference in matching if reference.is_same_recipe]), None)
 
 
-def own_names(folder: ModelFolder) -> set[str]:
+def own_names(folder: RunFolder) -> set[str]:
     """Names in the zoo of the checkpoint that the folder was converted from and of the recipes that it was made by."""
     names = {folder.conversion.get("source", {}).get("name")}
     names |= {(result.get("settings") or {}).get("recipe") for result in folder.results}
@@ -63,15 +72,14 @@ def own_names(folder: ModelFolder) -> set[str]:
     return names - {None}
 
 
-def follows(folder: ModelFolder, name: str) -> bool:
+def follows(folder: RunFolder, name: str) -> bool:
     """Whether the folder was trained with a published recipe."""
-    try:
-        published = load_recipe(name)
-    except RecipeError:  # a published model whose recipe is not in the package
+    published = read_recipe(RECIPES / f"{name}.yaml", [])
+    if not published:  # a published model whose recipe is not in the package
         return False
-    options = vars(published.model) | vars(published.views) | vars(published.optimization)
-    is_same = all(folder.recipe.get(key) == options[key] for key in options.keys() - NEUTRAL_OPTIONS)
-    return is_same and identity(folder.recipe.get("backbone_config") or {}) == identity(options["backbone_config"])
+    own = folder.recipe
+    is_same = all(own.get(key, usual) == published.get(key, usual) for key, usual in SHAPING_OPTIONS.items())
+    return is_same and identity(own.get("backbone_config")) == identity(published["backbone_config"])
 
 
 def architecture_of(backbone: dict[str, Any]) -> str | None:
@@ -81,23 +89,14 @@ def architecture_of(backbone: dict[str, Any]) -> str | None:
     return next((name for name, config in known.items() if own and identity(config.to_dict()) == own), None)
 
 
-def identity(backbone: dict[str, Any]) -> dict[str, Any] | None:
+def identity(backbone: Any) -> dict[str, Any] | None:
     """The `BACKBONE_KEYS` of a backbone configuration with defaults filled in; None if the configuration is not
     valid."""
+    if not isinstance(backbone, dict):
+        return None
     try:
         config = build_backbone_config({key: value for key, value in backbone.items() if key in BACKBONE_KEYS})
-    except ValueError:
+    except (ValueError, TypeError, StrictDataclassError):
         return None
     values = config.to_dict()
     return None if isinstance(config, MoCoV3Config) else {key: values.get(key) for key in BACKBONE_KEYS}
-
-
-@cache
-def load_zoo() -> dict[str, SimpleNamespace]:
-    """The published models by name."""
-    table = yaml.safe_load(files("mocov3_hf").joinpath("interop", "zoo.yaml").read_text(encoding="utf-8"))
-    zoo = {}
-    for name, row in table["models"].items():
-        source = table["sources"][row["source"]]["title"]
-        zoo[name] = SimpleNamespace(**{"top1": None, "pretrained": None} | row | {"name": name, "source": source})
-    return zoo

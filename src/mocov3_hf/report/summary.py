@@ -1,15 +1,18 @@
 """The summary of a folder and its results: what it is, how training went, and what was measured."""
 
+import math
 import shlex
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..metrics.collapse import COLLAPSED_STD_RATIO
-from .curves import Series, loss_bounds, read_curves, series
-from .folder import ModelFolder, shown_name
-from .parts import Section, Table, Text
-from .published import Reference, find_references, load_zoo, reference_for
+from ..run_folder import RESULTS, TASKS, RunFolder
+from ..zoo import load_zoo
+from .curves import Series, loss_bounds, number, read_curves, series
+from .parts import Section, Table, Text, shown_name
+from .published import Reference, find_references, reference_for
 
 
 # Stalls above this share of the time are reported, and accuracies this far below their best.
@@ -18,13 +21,6 @@ LONG_STALL, ACCURACY_DROP = 0.1, 0.01
 LITTLE_PROGRESS = 0.02
 KINDS = {"pretraining": "Pre-training run", "classifier": "Classifier", "encoder": "Encoder"}
 PARTS = {"mocov3": "backbone", "momentum_encoder": "momentum encoder"}
-TASKS = {
-    "knn": "kNN",
-    "linear": "linear probe",
-    "linear_cached": "linear probe, cached features",
-    "finetune": "fine-tuning",
-    "evaluate": "evaluation of the classifier",
-}
 STAGES = {"linear": "linear probe", "finetuned": "fine-tuning"}
 SIZES = {
     "hidden_size": "width {}",
@@ -34,7 +30,7 @@ SIZES = {
 }
 
 
-def lead(folder: ModelFolder) -> str:
+def lead(folder: RunFolder) -> str:
     """One sentence about what the folder is."""
     backbone = describe_backbone(folder.backbone)
     if folder.kind == "pretraining":
@@ -56,7 +52,7 @@ def describe_backbone(backbone: dict[str, Any]) -> str:
     return f"{kind} ({', '.join(sizes)})" if sizes else kind
 
 
-def facts(folder: ModelFolder) -> list[tuple[str, str]]:
+def facts(folder: RunFolder) -> list[tuple[str, str]]:
     """Names and values that identify a model and its run; unknown ones are left out."""
     size = folder.backbone.get("image_size") or folder.recipe.get("image_size")
     found: list[tuple[str, Any]] = [
@@ -84,13 +80,13 @@ def facts(folder: ModelFolder) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in found if value not in (None, "")]
 
 
-def run_facts(folder: ModelFolder) -> list[tuple[str, Any]]:
+def run_facts(folder: RunFolder) -> list[tuple[str, Any]]:
     recipe, state, batch = folder.recipe, folder.state, folder.global_batch_size
     steps = folder.metrics[-1]["step"] if folder.metrics else state.get("step")
-    total, per_epoch = state.get("total_steps") or recipe.get("max_steps"), state.get("steps_per_epoch")
+    total, per_epoch = number(state.get("total_steps") or recipe.get("max_steps")), state.get("steps_per_epoch")
     length = None
     if steps is not None:
-        length = f"{steps:,.0f}{f' of {total:,}' if total else ''}"
+        length = f"{steps:,.0f}{'' if math.isnan(total) else f' of {total:,.0f}'}"
         length += f" ({steps / per_epoch:.4g} epochs)" if per_epoch else ""
     processes = state.get("num_processes", 1)
     return [
@@ -100,9 +96,9 @@ def run_facts(folder: ModelFolder) -> list[tuple[str, Any]]:
         ("Optimizer", recipe.get("optimizer")),
         ("Peak learning rate", peak_learning_rate(recipe, batch)),
         ("Weight decay", recipe.get("weight_decay")),
-        ("Momentum", f"{recipe['momentum']:g}, {recipe['momentum_schedule']}" if "momentum" in recipe else None),
+        ("EMA decay", f"{recipe['ema_decay']}, {recipe.get('ema_schedule')}" if "ema_decay" in recipe else None),
         ("Temperature", folder.temperature),
-        ("Precision", recipe.get("mixed_precision") and recipe["mixed_precision"].replace("no", "float32")),
+        ("Precision", str(recipe.get("mixed_precision") or "").replace("no", "float32")),
         ("Seed", recipe.get("seed")),
         ("Trained with", versions({"mocov3_hf": state.get("version"), "torch": state.get("torch_version")})),
     ]
@@ -110,10 +106,10 @@ def run_facts(folder: ModelFolder) -> list[tuple[str, Any]]:
 
 def peak_learning_rate(recipe: dict[str, Any], batch: int | None) -> str | None:
     """With the linear scaling rule spelled out."""
-    base = recipe.get("base_learning_rate")
-    if recipe.get("learning_rate") is not None:
-        return f"{recipe['learning_rate']:g}"
-    if base is None:
+    given, base = number(recipe.get("learning_rate")), number(recipe.get("base_learning_rate"))
+    if not math.isnan(given):
+        return f"{given:g}"
+    if math.isnan(base):
         return None
     return f"{base:g} × batch size / 256{f' = {base * batch / 256:.4g}' if batch else ''}"
 
@@ -137,7 +133,7 @@ def versions(found: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in found.items() if version)
 
 
-def findings(folder: ModelFolder) -> list[tuple[str, str]]:
+def findings(folder: RunFolder) -> list[tuple[str, str]]:
     """What to notice in the curves: "good", "look" or "bad", and a sentence."""
     curves = read_curves(folder)
     kept = curves.kept
@@ -174,7 +170,7 @@ def findings(folder: ModelFolder) -> list[tuple[str, str]]:
     return found
 
 
-def loss_findings(folder: ModelFolder, loss: Series) -> list[tuple[str, str]]:
+def loss_findings(folder: RunFolder, loss: Series) -> list[tuple[str, str]]:
     bounds = loss_bounds(folder)
     if not len(loss) or bounds is None:
         return []
@@ -197,28 +193,28 @@ def accuracy_findings(name: str, accuracy: Series) -> list[tuple[str, str]]:
     return [("good", f"{name} is {100 * last:.1f} %{start}.")]
 
 
-def results_section(folder: ModelFolder) -> Section:
+def results_section(folder: RunFolder) -> Section:
     """Measured metrics and published accuracies."""
     references = find_references(folder)
     if folder.results:
         parts: list = [results_table(folder, references)]
     else:
-        command = f"mocov3 {'evaluate' if folder.kind == 'classifier' else 'knn'} --model {quoted(folder)}"
-        text = "No results yet. Evaluation adds them to results.json:"
+        command = f"mocov3 {'evaluate' if folder.kind == 'classifier' else 'knn'} --model {quoted(folder.path)}"
+        text = f"No results yet. Evaluation adds them to {RESULTS}:"
         parts = [Text(text, f"{command} --dataset_name DATA")]
     if references:
         rows = []
         for entry, is_same_recipe in references:
             epochs = load_zoo()[entry.pretrained].epochs
             same = "recipe and backbone" if is_same_recipe else "backbone"
-            rows.append([f"{entry.top1:.2f} %", STAGES[entry.stage], f"{epochs} epochs", entry.source, same])
+            rows.append([f"{entry.top1:.2f} %", STAGES[entry.stage], f"{epochs} epochs", entry.publisher.title, same])
         columns = ["top-1", "protocol", "pre-training", "published by", "same"]
         caption = "Published ImageNet-1k accuracy of models with this backbone. Not measured here."
         parts.append(Table(columns, rows, caption, numeric=(0,)))
     return Section("results", "Results", parts)
 
 
-def results_table(folder: ModelFolder, references: list[Reference]) -> Table:
+def results_table(folder: RunFolder, references: list[Reference]) -> Table:
     rows = []
     for result in folder.results:
         dataset = result.get("dataset") if isinstance(result.get("dataset"), dict) else {}
@@ -231,10 +227,10 @@ def results_table(folder: ModelFolder, references: list[Reference]) -> Table:
             measured = f"{100 * value:.2f} %" if is_share else f"{value:.4g}"
             reference = reference_for(result, metric, references, folder.kind)
             published = f"{reference.entry.top1:.2f} %" if reference else ""
-            task = TASKS.get(result.get("task"), str(result.get("task")))
+            task = TASKS.get(result.get("task"), ("", str(result.get("task"))))[1]
             rows.append([metric, measured, published, task, where, str(result.get("date", ""))[:10]])
     columns = ["metric", "measured", "published, ImageNet-1k", "task", "dataset", "date"]
-    caption = "From results.json. docs/evaluation.md defines the metrics."
+    caption = f"From {RESULTS}. docs/evaluation.md defines the metrics."
     if any(row[2] for row in rows):
         caption += (
             " Published values are of the same protocol and recipe; they are comparable only if the dataset is"
@@ -244,5 +240,6 @@ def results_table(folder: ModelFolder, references: list[Reference]) -> Table:
     return Table(columns[:2] + columns[3:], [row[:2] + row[3:] for row in rows], caption, numeric=(1,))
 
 
-def quoted(folder: ModelFolder) -> str:
-    return shlex.quote(str(folder.path))
+def quoted(path: Path) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))

@@ -7,9 +7,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from .curves import Curves, Series, loss_bounds, number, read_curves, series
-from .folder import Lines, ModelFolder
+from ..run_folder import METRICS, RECIPE, RunFolder
+from .curves import Curves, Lines, Series, loss_bounds, number, read_curves, series
 from .parts import BAD, MUTED, SERIES, Chart, Charts, Section, Text, finish_chart, new_figure
+from .summary import quoted
 
 
 LABEL_UNIT = "offset points"
@@ -78,10 +79,10 @@ PRETRAINING_CHARTS = (
     ),
     LineChart(
         "schedule",
-        "Learning rate and momentum",
-        "Healthy: linear warmup of the learning rate, then cosine decay; the momentum of the EMA encoder rises to 1 at"
-        " the end. A step down that the recipe does not contain is a rollback with a lower learning rate.",
-        ({"learning rate": "learning_rate"}, {"momentum": "momentum"}),
+        "Learning rate and EMA decay",
+        "Healthy: linear warmup of the learning rate, then cosine decay; the EMA decay of the momentum encoder rises"
+        " to 1 at the end. A step down that the recipe does not contain is a rollback with a lower learning rate.",
+        ({"learning rate": "learning_rate"}, {"EMA decay": "ema_decay"}),
     ),
     LineChart(
         "collapse",
@@ -133,16 +134,18 @@ CLASSIFIER_CHARTS = (
 )
 
 
-def training_section(folder: ModelFolder, plots: Path) -> Section:
+def training_section(folder: RunFolder, plots: Path) -> Section:
     """Charts of all metrics that were logged, and the command for those that were not."""
     curves, is_classifier = read_curves(folder), folder.kind == "classifier"
     specs = CLASSIFIER_CHARTS if is_classifier else PRETRAINING_CHARTS
     charts = [draw_chart(spec, folder, curves, plots) for spec in specs] + [draw_blocks(curves, plots)]
     charts = [chart for chart in charts if chart is not None]
-    pretrain = "mocov3 pretrain DATA --recipe NAME --output_dir DIR"
+    pretrain = "mocov3 pretrain DATA --recipe quickstart --output_dir DIR"
+    if folder.recipe:
+        pretrain = f"mocov3 pretrain --recipe {quoted(folder.path / RECIPE)} --output_dir DIR"
     if not charts:
         command = "mocov3 finetune --model MODEL --dataset_name DATA --output_dir DIR" if is_classifier else pretrain
-        text = "No training metrics found (metrics.jsonl). Training logs them:"
+        text = f"No training metrics found ({METRICS}). Training logs them:"
         return Section("training", "Training", [Text(text, command)])
     parts: list = [Charts(charts)]
     if folder.kind == "pretraining" and not folder.knn:
@@ -151,7 +154,7 @@ def training_section(folder: ModelFolder, plots: Path) -> Section:
     return Section("training", "Training", parts)
 
 
-def draw_chart(spec: LineChart, folder: ModelFolder, curves: Curves, plots: Path) -> Chart | None:
+def draw_chart(spec: LineChart, folder: RunFolder, curves: Curves, plots: Path) -> Chart | None:
     """None if no metric of the chart was logged."""
     panels = [{label: series(curves.kept, key) for label, key in panel.items()} for panel in spec.panels]
     panels = [{label: values for label, values in panel.items() if len(values.known)} for panel in panels]
@@ -190,7 +193,7 @@ def draw_chart(spec: LineChart, folder: ModelFolder, curves: Curves, plots: Path
     return finish_chart(figure, spec.name, plots, title=spec.title, caption=caption, alt=" ".join(alt))
 
 
-def annotate_loss(axes: Axes, folder: ModelFolder, curves: Curves) -> str:
+def annotate_loss(axes: Axes, folder: RunFolder, curves: Curves) -> str:
     """Mark divergences and the bounds of the loss; returns what to add to the caption."""
     for event in curves.events:
         if event.kind == "divergence":

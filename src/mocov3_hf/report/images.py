@@ -1,33 +1,134 @@
-"""What a model computes on images: features, patch features, attention and logits.
+"""The images of a report, and what a model computes on them: features, patch features, attention and logits.
 
 Legend: n images, B batch, H W image, h w grid of patches or last feature map, L tokens, D width, C classes.
 """
 
 import math
-import os
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    BaseImageProcessor,
-    PreTrainedModel,
-)
-from transformers.utils import logging
 
+from ..data.decode import BadImageError, decode_rgb
+from ..data.labelled import find_label_column, open_labelled
+from ..data.sources import MapSource, open_dataset
+from ..loading import load_classifier, load_encoder, load_processor, pooled_of
 from ..model.modeling_mocov3 import token_grid
-from ..processing import build_image_processor
-from .folder import ModelFolder, ReportError
-from .samples import Samples
+from ..processing import ProcessorTransform
+from ..run_folder import RunFolder
+from .parts import shown_name
 
 
 # Longer side of the images in the page, in pixels.
 VIEW_SIZE = 160
+
+
+@dataclass(frozen=True)
+class Samples:
+    """
+    A sample of n images.
+
+    Attributes:
+        source: all images of the split.
+        rows: (n,) int64, rows of the split. Sections that show only some images show the first.
+        labels: (n,) int64, None without labels.
+        class_names: by label, None without labels.
+        why_unlabeled: a sentence, empty with labels.
+        description: name and split of the dataset.
+    """
+
+    source: MapSource
+    rows: np.ndarray
+    labels: np.ndarray | None
+    class_names: list[str] | None
+    why_unlabeled: str
+    description: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name_of(self, index: int) -> str:
+        """Class of an image of the sample, or its row in the split without labels."""
+        return f"row {self.rows[index]}" if self.labels is None else self.class_names[self.labels[index]]
+
+    def decode(self, index: int) -> torch.Tensor:
+        """
+        An image of the sample, uint8 (3, H, W).
+
+        Raises:
+            ValueError: it cannot be decoded.
+        """
+        row = int(self.rows[index])
+        try:
+            return decode_rgb(self.source.read(row))
+        except BadImageError as error:
+            raise ValueError(f"image in row {row} of {self.description} {error}: repair or remove it") from error
+
+
+def open_samples(
+    dataset_name: str,
+    config_name: str | None = None,
+    split: str = "test",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    *,
+    num_images: int = 500,
+    seed: int = 0,
+) -> Samples:
+    """
+    Sample a split, balanced over its classes.
+
+    Args:
+        dataset_name, config_name, split, image_column: as for `data.labelled.open_labelled`.
+        label_column: None to detect it; images without one are unlabeled.
+        num_images: size of the sample; a smaller split is taken whole.
+
+    Raises:
+        ValueError: as `open_labelled`, if a label column was given or found; fewer than 2 images.
+    """
+    dataset = open_dataset(dataset_name, config_name, split)
+    description = f"{shown_name(dataset_name)}, split {split}"
+    try:
+        column, why = find_label_column(dataset, label_column), ""
+    except ValueError as error:
+        if label_column is not None:
+            raise
+        column, why = None, f"The images have no labels: {error}."
+    if column is None:
+        source = MapSource(dataset, image_column)
+        samples = Samples(source, choose_rows(len(source), None, num_images, seed), None, None, why, description)
+    else:
+        images = open_labelled(dataset_name, config_name, split, image_column, column)
+        rows = choose_rows(len(images), images.labels, num_images, seed)
+        names = images.class_names or [str(number) for number in range(images.num_classes)]
+        samples = Samples(images.source, rows, images.labels[rows], list(names), "", description)
+    if len(samples) < 2:
+        raise ValueError(f"{description} has {len(samples)} image, a report compares at least 2")
+    return samples
+
+
+def choose_rows(num_rows: int, labels: np.ndarray | None, num_images: int, seed: int) -> np.ndarray:
+    """
+    Rows of a split: one of every class, then a second of every class, and so on, each in random order.
+
+    Args:
+        num_rows: of the split.
+        labels: (num_rows,) int64, or None.
+        num_images: at most.
+
+    Returns:
+        (n,) int64 without repetition.
+    """
+    shuffled = np.random.default_rng(seed).permutation(num_rows)
+    if labels is None:
+        return shuffled[:num_images]
+    rounds, seen = [], Counter()
+    for label in labels[shuffled].tolist():
+        rounds.append(seen[label])
+        seen[label] += 1
+    return shuffled[np.argsort(rounds, kind="stable")][:num_images]
 
 
 @dataclass(frozen=True)
@@ -49,22 +150,22 @@ class Viewer:
     Runs the model of a folder on images.
 
     Raises:
-        ReportError: weights that cannot be loaded or are incomplete.
+        ValueError: weights that cannot be loaded or are incomplete.
     """
 
-    def __init__(self, folder: ModelFolder):
-        auto_class = AutoModelForImageClassification if folder.kind == "classifier" else AutoModel
-        self.model, self.has_pooler = load_complete(folder.path, auto_class)
+    def __init__(self, folder: RunFolder):
+        self.is_classifier = folder.kind == "classifier"
+        load = load_classifier if self.is_classifier else load_encoder
+        # Only eager attention returns its weights.
+        self.model = load(folder.path, attn_implementation="eager", dtype=torch.float32)
         self.encoder = self.model.base_model
         self.backbone = getattr(self.encoder, "backbone", self.encoder)
-        self.is_classifier = folder.kind == "classifier"
-        self.processor = load_processor(folder.path, self.backbone.config)
+        self.processor = load_processor(folder.path, self.model.config)
 
     def preprocess(self, samples: Samples, indices: range) -> torch.Tensor:
         """Some images of a sample as `pixel_values`, (B, 3, H, W) float32."""
-        images = [samples.decode(index) for index in indices]
-        options = {"return_tensors": "pt", "input_data_format": "channels_first"}
-        return torch.cat([self.processor(image, **options)["pixel_values"] for image in images])
+        transform = ProcessorTransform(self.processor)
+        return torch.stack([transform(samples.decode(index)) for index in indices])
 
     def view(self, pixel_values: torch.Tensor) -> np.ndarray:
         """Undo the normalization of (3, H, W): uint8 (H, W, 3), at most `VIEW_SIZE` on the longer side."""
@@ -85,20 +186,20 @@ class Viewer:
         Run the model on all images of a sample.
 
         Raises:
-            ReportError: an image that cannot be decoded, or features that are not finite.
+            ValueError: an image that cannot be decoded, or features that are not finite.
         """
         views, features, logits = [], [], []
         for begin in range(0, len(samples), batch_size):
             batch = self.preprocess(samples, range(begin, min(begin + batch_size, len(samples))))
             views += map(self.view, batch)
             outputs, answers = self.forward(batch)
-            features.append(self.pooled(outputs))
+            features.append(pooled_of(outputs, self.encoder))
             if answers is not None:
                 logits.append(answers.float())
         seen = Seen(views, torch.cat(features), torch.cat(logits) if logits else None)
         if not seen.features.isfinite().all():
-            raise ReportError(
-                f"features of {type(self.encoder).__name__} hold NaN or infinity: the model has diverged"
+            raise ValueError(
+                f"features of {type(self.encoder).__name__} contain NaN or infinity: the model has diverged"
             )
         return seen
 
@@ -113,14 +214,6 @@ class Viewer:
         finally:
             hook.remove()
         return caught["encoder"], logits
-
-    def pooled(self, outputs) -> torch.Tensor:
-        """The features of images, (B, D) float32."""
-        pooled = outputs.get("pooler_output") if self.has_pooler else None
-        if pooled is None:
-            tokens = outputs.last_hidden_state
-            pooled = tokens[:, 0] if tokens.dim() == 3 else tokens.mean(dim=(2, 3))
-        return pooled.flatten(1).float()
 
     @torch.no_grad()
     def patches(self, samples: Samples, count: int) -> torch.Tensor:
@@ -145,40 +238,6 @@ class Viewer:
         if not outputs.get("attentions"):
             raise ValueError(f"{name} does not return attention weights")
         return cls_attention(outputs.attentions[-1], grid_of(outputs.last_hidden_state, batch, config))
-
-
-def load_complete(path: str | os.PathLike, auto_class: type) -> tuple[PreTrainedModel, bool]:
-    """A model in eval mode whose attention gives weights, and whether its pooling layer was saved (else the feature
-    is the CLS token). Raises ReportError as `Viewer`."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # heads of pre-training are meant to be left out
-    try:
-        model, info = auto_class.from_pretrained(
-            os.fspath(path), output_loading_info=True, attn_implementation="eager", dtype=torch.float32
-        )
-    # A file that is not there, damaged weights, no code for the model: each library has an exception of its own.
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ReportError(f"the model in {os.fspath(path)!r} cannot be loaded: {reason}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    missing = sorted(info["missing_keys"])
-    has_pooler = not any("pooler." in key for key in missing)
-    missing = [key for key in missing if "pooler." not in key]
-    if missing:
-        raise ReportError(
-            f"{os.fspath(path)!r} lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}): it was saved from another model than its config.json says"
-        )
-    return model.eval(), has_pooler
-
-
-def load_processor(path: Path, backbone_config) -> BaseImageProcessor:
-    """The folder's own image processor; without one, evaluation's at the model's image size."""
-    if (path / "preprocessor_config.json").is_file() or (path / "processor_config.json").is_file():
-        return AutoImageProcessor.from_pretrained(os.fspath(path))
-    size = getattr(backbone_config, "image_size", None) or 224
-    return build_image_processor(min(size) if isinstance(size, list | tuple) else size)
 
 
 def grid_of(hidden_state: torch.Tensor, pixel_values: torch.Tensor, config) -> tuple[int, int]:

@@ -1,0 +1,105 @@
+"""The command `mocov3 report`: one HTML page about a run or a model."""
+
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..options import Command, option, parse
+from ..reporting import UsageError, reporting
+from ..run_folder import CONFIG, RunFolder, read_run_folder
+from ..storage import write_text
+
+
+NEEDED = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "jinja2": "jinja2"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions:
+    """Run or model"""
+
+    model: str = option(help="Output folder of a run, or a model folder.", metavar="FOLDER")
+    output: str | None = option(None, "HTML file to write. Defaults to report.html in the folder.", metavar="FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """Images, with or without labels"""
+
+    dataset_name: str | None = option(
+        None, "Data set: Hub id, or folder. Left out, the report shows no images.", metavar="DATASET"
+    )
+    dataset_config_name: str | None = option(None, "Configuration of a data set that has several.")
+    test_split: str = option("test", "Split of the data set.", old=["split"])
+    image_column: str | None = option(None, "Column of images. Found if there is only one.")
+    label_column: str | None = option(None, "Column of labels. Found if there is only one.")
+    num_images: int = option(500, "Number of images, balanced over the classes.", at_least=2)
+    batch_size: int = option(32, "Images per forward pass.", at_least=1)
+    seed: int = option(0, "Seed of the sample and of the t-SNE map.", at_least=0, at_most=2**32 - 1)
+
+
+COMMAND = Command(
+    "report",
+    "Write an HTML report about a run or a model: training curves and results; with images also attention maps,\n"
+    "patch features, a t-SNE map, nearest neighbors and the confusion matrix. The plots are also saved as PNG in\n"
+    "plots/ next to the report, for the model card.",
+    (FolderOptions, ImageOptions),
+    "model",
+)
+
+
+def write_report(chosen: FolderOptions, images: ImageOptions) -> Path:
+    """
+    Write the report and return its path.
+
+    Raises:
+        ValueError: not a run or model, unreadable images or weights, or a missing package.
+        OSError: a folder that cannot be written.
+    """
+    folder = read_run_folder(chosen.model)
+    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UsageError(f"a report needs {', '.join(missing)}: pip install 'mocov3_hf[report]'")
+    output = folder.path / "report.html" if chosen.output is None else Path(chosen.output).expanduser()
+    if output.is_dir():
+        raise UsageError(f"--output {str(output)!r} is a folder: pass a file, such as {str(output / 'report.html')!r}")
+    # Only here: the checks above must work without the packages that draw.
+    from .page import render_page
+
+    looked = look(folder, images)
+    plots = output.parent / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    write_text(output, render_page(folder, looked, plots, images.seed))
+    return output
+
+
+def look(folder: RunFolder, options: ImageOptions) -> tuple | None:
+    """Load images and model and run the model: `(viewer, samples, seen)`, None without images. Called before anything
+    is written, because bad input fails here."""
+    if options.dataset_name is None:
+        return None
+    if not folder.config:
+        raise UsageError(
+            f"folder {str(folder.path)!r} has no {CONFIG} yet, so there is no model to run on images: leave out"
+            " --dataset_name or wait for the first checkpoint"
+        )
+    from .images import Viewer, open_samples
+
+    samples = open_samples(
+        options.dataset_name,
+        options.dataset_config_name,
+        options.test_split,
+        options.image_column,
+        options.label_column,
+        num_images=options.num_images,
+        seed=options.seed,
+    )
+    viewer = Viewer(folder)
+    return viewer, samples, viewer.look(samples, options.batch_size)
+
+
+def main(arguments: Iterable[str]) -> None:
+    """The command `mocov3 report`. Bad input ends with one line on stderr and exit code 2."""
+    with reporting():
+        output = write_report(*parse(COMMAND, arguments))
+        print(f"{output} ({output.stat().st_size / 1e6:.1f} MB)")

@@ -1,0 +1,63 @@
+"""The summary of a folder: facts about it, and what to notice in its curves."""
+
+import copy
+import json
+
+import pytest
+import yaml
+
+from mocov3_hf import MoCoV3ForPreTraining
+from mocov3_hf.report.summary import facts, findings, lead, results_section
+from mocov3_hf.run_folder import read_run_folder
+
+
+def test_facts(run):
+    found = dict(facts(read_run_folder(run)))
+    assert found["Steps"] == "40 of 40 (10 epochs)"
+    assert found["Global batch size"] == "8 on 2 processes"
+    assert found["Peak learning rate"] == "0.002 × batch size / 256 = 6.25e-05"
+    assert found["EMA decay"] == "0.9, cosine"
+    assert found["Dataset"] == "<u>"  # only the last part of a path: the rest is private
+    total = sum(parameter.numel() for parameter in MoCoV3ForPreTraining.from_pretrained(run).parameters())
+    assert found["Parameters"].startswith(f"{total / 1e6:.2f} M: ")
+    assert "momentum encoder 0.02" in found["Parameters"]
+
+
+def test_findings_of_an_unstable_run(run):
+    found = findings(read_run_folder(run))
+    assert ("bad", "Instability: 1 gradient spike, 1 skipped step, 1 rollback. See the gradient norm.") in found
+    assert ("good", "kNN accuracy is 80.0 %, up from 20.0 % at step 10.") in found
+    assert any(kind == "good" and "of the way from chance (1.66)" in text for kind, text in found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({"loss": 1.7}, "bad", "is at chance"),
+        ({"projection_std_ratio": 0.001}, "bad", "have collapsed"),
+        ({"data_wait_fraction": 0.4}, "look", "stalls training for 40 % of the time"),
+        ({"step": 36}, "look", "stopped at step 36 of 40"),
+    ],
+)
+def test_findings_of_what_goes_wrong(run, changes, kind, words):
+    kept = [json.loads(line) | {"loss": 1.0} | changes for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    assert [found for found, text in findings(read_run_folder(run)) if words in text] == [kind]
+
+
+def test_findings_of_an_accuracy_that_fell(classifier):
+    expected = "Test accuracy fell from 70.0 % at step 10 to 60.0 %."
+    assert findings(read_run_folder(classifier)) == [("look", expected)]
+
+
+@pytest.mark.parametrize("value", ["many", [1], {}, True, False, 10**400, float("nan")])
+def test_a_recipe_edited_by_hand_does_not_stop_a_report(run, value):
+    keys = yaml.safe_load((run / "recipe.yaml").read_text()).keys()
+    (run / "recipe.yaml").write_text(yaml.safe_dump({key: copy.deepcopy(value) for key in keys}))
+    (run / "config.json").unlink()
+    folder = read_run_folder(run)
+    assert folder.notes == []
+    assert lead(folder).startswith("MoCo v3 pre-training of ")
+    assert dict(facts(folder))["Steps"] == "40 of 40 (10 epochs)"
+    assert [kind for kind, text in findings(folder) if "Instability" in text] == ["bad"]
+    assert len(results_section(folder).parts) == 1
