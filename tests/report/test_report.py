@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from tests.factories import AWKWARD_NAMES, RESNET, save_run
 
 # Where the options of a command are, if not beside its function.
 PARSERS = {"pretrain": "mocov3_hf.pretraining.recipe"}
+# Rooms that still have parsers of their own, in modules that go with them, cannot be asked.
+ROOMS_ARE_READY = not any(map(find_spec, ("mocov3_hf.recipe", "mocov3_hf.evaluation.arguments")))
 VOID = {"meta", "link", "img", "br"}
 
 
@@ -267,6 +270,9 @@ def test_suggested_commands_run_as_printed(bare_folders):
         program, name, *arguments = shlex.split(line)
         assert program == "mocov3"
         names.add(name)
+        assert name in mocov3_cli.COMMANDS
+        if name != "report" and not ROOMS_ARE_READY:
+            continue
         module = importlib.import_module(PARSERS.get(name, mocov3_cli.COMMANDS[name][0].split(":")[0]))
         values = values_of_arguments(module.COMMAND, arguments)
         assert values

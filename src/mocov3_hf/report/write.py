@@ -16,7 +16,7 @@ NEEDED = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "jinja2": "jinj
 
 @dataclass(frozen=True, kw_only=True)
 class FolderOptions:
-    """Run or model"""
+    """Report"""
 
     model: str = option(help="Output folder of a run, or a model folder.", metavar="FOLDER")
     output: str | None = option(None, "HTML file to write. Defaults to report.html in the folder.", metavar="FILE")
@@ -24,10 +24,10 @@ class FolderOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
-    """Images, with or without labels"""
+    """Images"""
 
     dataset_name: str | None = option(
-        None, "Data set: Hub id, or folder. Left out, the report shows no images.", metavar="DATASET"
+        None, "Data set, with or without labels: Hub id, or folder. Left out, no images.", metavar="DATASET"
     )
     dataset_config_name: str | None = option(None, "Configuration of a data set that has several.")
     test_split: str = option("test", "Split of the data set.", old=["split"])
