@@ -257,6 +257,7 @@ def bare_folders(run, classifier, tmp_path):
     return [run, save_run(tmp_path / "not measured"), classifier, tmp_path / "encoder"]
 
 
+@pytest.mark.slow
 def test_suggested_commands_run_as_printed(bare_folders):
     (bare_folders[1] / "knn.jsonl").unlink()
     suggested = []
@@ -284,6 +285,7 @@ def test_suggested_commands_run_as_printed(bare_folders):
     assert names == {"report", "knn", "evaluate", "pretrain", "finetune"}
 
 
+@pytest.mark.slow
 def test_earlier_spelling_of_the_split(run, labelled, capsys):
     report(run, "--dataset_name", labelled, "--split", "test", "--num_images", "4")
     assert capsys.readouterr().err.count("warning: --split is deprecated: use --test_split\n") == 1
