@@ -29,7 +29,8 @@ from mocov3_hf.pretraining.estimate import estimate
 from mocov3_hf.pretraining.gradient_cache import cached_backward
 from mocov3_hf.pretraining.loop import main
 from mocov3_hf.pretraining.step import unwrap
-from mocov3_hf.recipe import RecipeError, load_recipe
+from mocov3_hf.pretraining.recipe import load_recipe
+from mocov3_hf.reporting import UsageError
 from tests.factories import NANO_VIT
 
 
@@ -254,7 +255,7 @@ def test_the_c_library_is_asked_to_keep_memory_only_where_that_is_chosen(monkeyp
     accelerate(build_model(VIT), Acceleration(**{**PLAIN, "keep_freed_memory": True}))
     assert library.asked == list(KEEP_FREED_MEMORY)
     monkeypatch.setattr(acceleration, "ctypes", SimpleNamespace(CDLL=lambda name: CLibrary(answer=0)))
-    with pytest.raises(RecipeError, match="--keep_freed_memory: glibc refused mallopt"):
+    with pytest.raises(UsageError, match="--keep_freed_memory: glibc refused mallopt"):
         accelerate(build_model(VIT), Acceleration(**{**PLAIN, "keep_freed_memory": True}))
 
 
@@ -284,7 +285,7 @@ def test_the_model_is_found_inside_what_launchers_make_of_it():
 def test_keeping_memory_is_refused_without_glibc(monkeypatch):
     monkeypatch.setattr(acceleration, "has_glibc", lambda: False)
     assert choose([], VIT).keep_freed_memory is False
-    with pytest.raises(RecipeError, match="--keep_freed_memory is an option of glibc"):
+    with pytest.raises(UsageError, match="--keep_freed_memory is an option of glibc"):
         choose(["--keep_freed_memory", "true"], VIT)
 
 
@@ -347,7 +348,7 @@ def test_gradient_accumulation_is_refused(capsys):
         main(["--recipe", "quickstart", "--gradient_accumulation_steps", "4"])
     assert stop.value.code == 2
     assert "pass --gradient_cache_chunk_size" in capsys.readouterr().err
-    with pytest.raises(RecipeError, match=r"4 gradient_accumulation_steps.*--gradient_cache_chunk_size"):
+    with pytest.raises(UsageError, match=r"4 gradient_accumulation_steps.*--gradient_cache_chunk_size"):
         build.check_launch({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"})
     build.check_launch({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"})
 

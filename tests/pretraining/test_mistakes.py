@@ -5,10 +5,11 @@ import re
 import pytest
 import torch
 
-from mocov3_hf.plan import make_plan
+from mocov3_hf.pretraining.plan import make_plan
 from mocov3_hf.pretraining import build
 from mocov3_hf.pretraining.loop import main
-from mocov3_hf.recipe import RecipeError, load_recipe
+from mocov3_hf.pretraining.recipe import load_recipe
+from mocov3_hf.reporting import UsageError
 
 
 def error_of(capsys, arguments):
@@ -67,7 +68,7 @@ def test_fp16_needs_a_gpu(capsys, tmp_path, tiny):
 
 def test_a_launch_that_fell_back_to_one_process_is_noticed():
     fell_back = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}
-    with pytest.raises(RecipeError, match=r"asked for several processes and started one.*torchrun --nproc"):
+    with pytest.raises(UsageError, match=r"asked for several processes and started one.*torchrun --nproc"):
         build.check_launch(fell_back)
     build.check_launch({})
     build.check_launch({"ACCELERATE_MIXED_PRECISION": "no"})  # one process was asked for

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from mocov3_hf.plan import make_plan
-from mocov3_hf.recipe import RECIPES, RecipeError, find_recipe, load_recipe, recipe_help, recipe_names
+from mocov3_hf.pretraining.plan import make_plan
+from mocov3_hf.recipe import RECIPES, UsageError, find_recipe, load_recipe, recipe_help, recipe_names
 
 
 VIT_B = "mocov3_vit-base-p16_16xb256-amp-coslr-300e_in1k"
@@ -109,7 +109,7 @@ def test_recipes_are_frozen():
     ],
 )
 def test_command_line_mistakes(arguments, message):
-    with pytest.raises(RecipeError, match=re.escape(message)):
+    with pytest.raises(UsageError, match=re.escape(message)):
         load_recipe("quickstart", arguments)
 
 
@@ -124,14 +124,14 @@ def test_command_line_mistakes(arguments, message):
 )
 def test_file_mistakes(tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(RecipeError, match=re.escape(message)):
+    with pytest.raises(UsageError, match=re.escape(message)):
         load_recipe(str(tmp_path / "mine.yaml"))
 
 
 def test_wrong_recipe_name_offers_the_nearest():
-    with pytest.raises(RecipeError, match="Did you mean 'mocov3_vit-small-p16_16xb256-amp-coslr-300e_in1k'"):
+    with pytest.raises(UsageError, match="Did you mean 'mocov3_vit-small-p16_16xb256-amp-coslr-300e_in1k'"):
         find_recipe("mocov3_vit-small")
-    with pytest.raises(RecipeError, match=r"no recipe file missing\.yaml"):
+    with pytest.raises(UsageError, match=r"no recipe file missing\.yaml"):
         find_recipe("missing.yaml")
 
 
@@ -159,7 +159,7 @@ def test_max_steps_keeps_the_share_of_the_warm_up():
     ],
 )
 def test_plans_refuse_what_cannot_work(arguments, num_images, num_processes, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UsageError, match=message):
         make_plan(load_recipe("quickstart", arguments), num_images, num_processes)
 
 

@@ -9,9 +9,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from benchmarks.scaling import RECIPES, foretell, seconds_per_image, step_seconds
 from mocov3_hf.pretraining.build import SHARDED_LAUNCHES, check_launch
-from mocov3_hf.pretraining.communication import Exchange
-from mocov3_hf.pretraining.loop import parse
-from mocov3_hf.recipe import RecipeError
+from mocov3_hf.pretraining.estimate import Exchange
+from mocov3_hf.pretraining.recipe import parse
+from mocov3_hf.reporting import UsageError
 from tests.benchmarks.results import gpu_results
 from tests.launch import ROOT
 
@@ -77,8 +77,8 @@ def test_a_lost_host_queues_the_job_again_and_a_mistake_does_not(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "switch"), SHARDED_LAUNCHES.items())
-def test_launches_that_spread_the_weights_are_refused(name, switch):
-    with pytest.raises(RecipeError, match=rf"asks for {name}: leave it out .* --fsdp true"):
+def test_launches_that_shard_the_model_are_refused(name, switch):
+    with pytest.raises(UsageError, match=rf"asks for {name}, which does not support a momentum encoder: leave it out"):
         check_launch({switch: "true"})
     check_launch({switch: "false"})
 

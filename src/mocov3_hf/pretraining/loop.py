@@ -86,7 +86,8 @@ def run_recipe(recipe: Recipe, resume_command: str) -> Path:
     except ValueError as error:
         if run is None or isinstance(error, UsageError):
             raise
-        raise RuntimeError("training failed") from error  # a defect, not a mistake of the user: keeps its traceback
+        # A defect, not a mistake of the user: it keeps its traceback.
+        raise RuntimeError(f"training failed: {error}") from error
     except RuntimeError as error:
         raise_if_process_lost(error, recipe, None if run is None else run.step, resume_command)
         raise
