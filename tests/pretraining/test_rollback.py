@@ -1,4 +1,4 @@
-"""Runs that become unstable go back, pass over the images that hurt, and end as if those had never been."""
+"""Unstable runs roll back, skip the offending batches, and end as if those had never existed."""
 
 import pytest
 import torch
@@ -33,8 +33,8 @@ def run(tiny, tmp_path, fresh):
     return run
 
 
-def pass_over(monkeypatch, first, last):
-    """A run whose data never held the batches from `first` up to `last`, by the obvious means."""
+def leave_out(monkeypatch, first, last):
+    """A run whose data never had the batches from `first` up to `last`, by the obvious means."""
     batches = loop.batches
 
     def without(loader, plan, step, skipped_batches=0):
@@ -52,7 +52,7 @@ def test_a_rollback_ends_as_if_the_images_had_never_been(run, monkeypatch, facto
         plant_spikes(patch, [20], factor)
         rolled_back = run("rolled_back", *ROLLBACK)
     kinds = [(event["step"], event["event"]) for event in read_events(rolled_back)]
-    # Step 21 goes wrong and is looked at when step 24 is to be saved; batches 16 to 23 are passed over.
+    # Step 21 goes wrong and is looked at when step 24 is to be saved; batches 16 to 23 are skipped.
     assert kinds == [(21, "spike" if factor == 1e3 else "skipped"), (24, "rollback")]
     event = read_events(rolled_back)[-1]
     assert (event["to_step"], event["skipped_batches"], event["learning_rate_scale"]) == (16, 8, 1.0)
@@ -64,7 +64,7 @@ def test_a_rollback_ends_as_if_the_images_had_never_been(run, monkeypatch, facto
     assert (state.skipped_batches, state.num_rollbacks) == (8, 1)
 
     with monkeypatch.context() as patch:
-        pass_over(patch, 16, 24)
+        leave_out(patch, 16, 24)
         expected = run("expected")
     first, second = load_file(rolled_back / "model.safetensors"), load_file(expected / "model.safetensors")
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -138,7 +138,7 @@ def test_a_planted_divergence_is_rolled_back(run, monkeypatch, tmp_path):
     assert read_state(rolled_back / "checkpoint-64").num_rollbacks == 1
 
 
-def test_resuming_knows_what_was_passed_over(run, monkeypatch, tmp_path):
+def test_resuming_knows_what_was_skipped(run, monkeypatch, tmp_path):
     seen = []
     batches = loop.batches
 

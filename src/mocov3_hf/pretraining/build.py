@@ -159,7 +159,8 @@ def build_config(recipe: Recipe) -> MoCoV3Config:
     if model_type is not None and not isinstance(model_type, str):
         raise UsageError(f"model_type in backbone_config takes text, got {shown(model_type)}")
     check_sizes(values)
-    config_class = CONFIG_MAPPING.get(model_type, None)  
+    # `get` finds nothing in this lazy mapping.
+    config_class = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401
     if hasattr(config_class, "image_size") and values.setdefault("image_size", image_size) != image_size:
         raise UsageError(
             f"backbone_config has image_size {shown(values['image_size'])} and the views {image_size}: leave the"
