@@ -9,13 +9,13 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from mocov3_hf.data.views import draw_view, two_views
-from mocov3_hf.pretraining.hardware import choose_settings, compile_augmentation, set_up
 from mocov3_hf.pretraining.build import build_photometric
+from mocov3_hf.pretraining.hardware import choose_settings, compile_augmentation, set_up
 from mocov3_hf.pretraining.instability import GradientWatch
 from mocov3_hf.pretraining.loop import main
-from mocov3_hf.pretraining.step import train_step
 from mocov3_hf.pretraining.recipe import load_recipe
-from tests.pretraining.test_acceleration import RESNET, VIT, build_model
+from mocov3_hf.pretraining.step import train_step
+from tests.pretraining.test_hardware import RESNET, VIT, build_model
 
 
 pytestmark = [
@@ -62,7 +62,7 @@ def test_a_step_never_waits_for_the_device(backbone, chunk_size):
 @pytest.mark.parametrize(
     ("backbone", "arguments"), [(LARGER_VIT, []), (LARGER_VIT, ["--cache_images_on_device"]), (LARGER_RESNET, LARS)]
 )
-def test_runs_resume_to_the_bit(tmp_path, tiny, fresh, backbone, arguments, compiled):
+def test_resumed_runs_are_bit_identical(tmp_path, tiny, fresh, backbone, arguments, compiled):
     backbone = {key: value for key, value in backbone.items() if key != "image_size"}
     run = [
         *tiny,

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from mocov3_hf.pretraining.plan import make_plan
 from mocov3_hf.pretraining import build
 from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.plan import make_plan
 from mocov3_hf.pretraining.recipe import load_recipe
 from mocov3_hf.reporting import UsageError
 

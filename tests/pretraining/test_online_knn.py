@@ -9,8 +9,8 @@ from transformers import AutoImageProcessor
 
 from mocov3_hf import MoCoV3Model
 from mocov3_hf.data.labelled import open_labelled
-from mocov3_hf.pretraining.loop import main
 from mocov3_hf.metrics.knn import knn_accuracy
+from mocov3_hf.pretraining.loop import main
 from tests.launch import ROOT, torchrun
 
 

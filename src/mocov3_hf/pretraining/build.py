@@ -243,12 +243,16 @@ def check_buildable(config: MoCoV3Config) -> MoCoV3ForPreTraining:
     Raises:
         UsageError: a configuration from which no model can be built, or only one that is too large.
     """
+    kind = config.backbone_config.model_type
     try:
         with torch.device("meta"):
             model = MoCoV3ForPreTraining(config)
     except Exception as error:  # from any model of transformers
-        kind = config.backbone_config.model_type
         raise UsageError(f"no {kind!r} backbone can be built from backbone_config: {one_line(error)}") from error
+    if model.mocov3.backbone.main_input_name != "pixel_values":
+        raise UsageError(
+            f"a {kind!r} model takes {model.mocov3.backbone.main_input_name}, not images: pass another model_type"
+        )
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     if num_parameters > MOST_PARAMETERS:
         raise UsageError(f"the model has {num_parameters:,} parameters, more than {MOST_PARAMETERS:,}")
