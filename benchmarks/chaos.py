@@ -38,7 +38,6 @@ KINDS = {
     "1 process, files, bf16, LARS": (1, ["--mixed_precision", "bf16", *LARS]),
     "2 processes, files, bf16, AdamW": (2, ["--mixed_precision", "bf16", *ADAMW]),
     "2 processes, stream, fp32, LARS": (2, ["--mixed_precision", "no", "--streaming", *LARS]),
-    "2 processes, files, bf16, AdamW, FSDP2": (2, ["--mixed_precision", "bf16", "--fsdp", "true", *ADAMW]),
 }
 
 

@@ -28,11 +28,11 @@ from transformers import AutoModel
 from mocov3_hf.data.labelled import open_labelled
 from mocov3_hf.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from mocov3_hf.evaluation.linear import fit_linear_classifier
-from mocov3_hf.pretraining.acceleration import fastest_attention
-from mocov3_hf.pretraining.build import build_model
-from mocov3_hf.pretraining.loop import main as pretrain
 from mocov3_hf.metrics.knn import knn_accuracy
-from mocov3_hf.recipe import load_recipe
+from mocov3_hf.pretraining.build import build_model
+from mocov3_hf.pretraining.hardware import fastest_attention
+from mocov3_hf.pretraining.loop import main as pretrain
+from mocov3_hf.pretraining.recipe import load_recipe
 
 from .study_arms import ARMS, LONG_ARMS, Arm, arguments_of
 
@@ -131,7 +131,7 @@ def run(arm: Arm, seed: int, options: argparse.Namespace) -> None:
         "group": arm.group,
         "recipe": arm.recipe,
         "seed": seed,
-        "command": ["python", "scripts/pretrain.py", *arguments, "--dataset_name", HUB_ID],
+        "command": ["mocov3", "pretrain", *arguments, "--dataset_name", HUB_ID],
         "points": points,
         "metrics": [{name: line[name] for name in KEPT_METRICS if name in line} for line in metrics],
         "knn_while_training": read_lines(folder / "knn.jsonl"),

@@ -24,9 +24,9 @@ from step import cpu_name
 
 import mocov3_hf  # noqa: F401  (registers the models)
 from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification
-from mocov3_hf.complexity import multiply_adds
 from mocov3_hf.inference import FeatureExtractor, ImageClassifier
 from mocov3_hf.inference.images import decode, find_images
+from mocov3_hf.pretraining.estimate import multiply_adds
 from mocov3_hf.processing import build_image_processor
 
 

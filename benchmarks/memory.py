@@ -27,7 +27,7 @@ import torch
 from step import RECIPES, SIZE, OurStep, alternate, cpu_name, fresh_model, random_views, ratio, write
 
 from mocov3_hf.pretraining.estimate import estimate
-from mocov3_hf.recipe import load_recipe
+from mocov3_hf.pretraining.recipe import load_recipe
 
 
 def build(kind: str, backbone: str, mixed_precision: str, chunk_size: int) -> OurStep:

@@ -18,10 +18,9 @@ from pathlib import Path
 import torch
 
 from mocov3_hf import MoCoV3ForPreTraining
-from mocov3_hf.complexity import multiply_adds
 from mocov3_hf.pretraining.build import build_config
-from mocov3_hf.pretraining.communication import Exchange, exchanges
-from mocov3_hf.recipe import load_recipe
+from mocov3_hf.pretraining.estimate import Exchange, exchanges, multiply_adds
+from mocov3_hf.pretraining.recipe import load_recipe
 
 
 # By their names in the files of step.py and step_gpu.py.

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mocov3_hf.pretraining.communication import Exchange
+from mocov3_hf.pretraining.estimate import Exchange
 
 from .hosts import Hosts, wait, why_not
 from .scaling import step_seconds

@@ -16,9 +16,9 @@ from accelerate import Accelerator
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
 from mocov3_hf.pretraining.build import ddp_options
-from mocov3_hf.pretraining.communication import exchanges
+from mocov3_hf.pretraining.estimate import exchanges
 from mocov3_hf.pretraining.instability import GradientWatch
-from mocov3_hf.pretraining.signals import StopRequest
+from mocov3_hf.pretraining.processes import StopRequest
 from mocov3_hf.pretraining.step import train_step
 
 
@@ -55,7 +55,7 @@ def main(output: Path) -> None:
                 optimizer,
                 (views[0], views[1]),
                 learning_rate=1e-4,
-                momentum=0.99,
+                ema_decay=0.99,
                 max_grad_norm=None,
                 accelerator=accelerator,
                 watch=watch,

@@ -5,7 +5,7 @@
 One core, CPU time; step_gpu.py measures a GPU. Each step has a process of its own, as ours changes how its process
 handles memory. Both start from the same weights and views, must agree on the first loss, and take turns, with the
 operation that bounds them (limits.py); figures are medians of the rounds, ratios of neighbouring ones. With
---switches, each switch of the recipe's AccelerationRecipe is turned over by itself too, against the chosen ones.
+--switches, each of `HardwareSettings` is also changed by itself, against the chosen ones.
 
 A quick try: --backbones vit_small --precisions no --batch 4 --rounds 1. The last line is JSON with every run.
 """
@@ -30,12 +30,12 @@ from limits import Convolution, Gemm, cpu_name, step_flop_per_image
 from plain_step import PlainStep
 
 from mocov3_hf import MoCoV3ForPreTraining
-from mocov3_hf.plan import make_plan
-from mocov3_hf.pretraining.acceleration import Acceleration, accelerate, choose_acceleration
 from mocov3_hf.pretraining.build import build_config, build_model, build_optimizer
+from mocov3_hf.pretraining.hardware import HardwareSettings, choose_settings, set_up
 from mocov3_hf.pretraining.instability import GradientWatch
+from mocov3_hf.pretraining.plan import make_plan
+from mocov3_hf.pretraining.recipe import load_recipe
 from mocov3_hf.pretraining.step import train_step
-from mocov3_hf.recipe import load_recipe
 
 
 SIZE = 224
@@ -64,10 +64,10 @@ class OurStep:
         AcceleratorState._reset_state(reset_partial_state=True)  # the precision of a process is set once otherwise
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
         recipe = load_recipe(recipe_name, ["--mixed_precision", mixed_precision])
-        self.choice: Acceleration = choose_acceleration(recipe, model, self.accelerator.device)
+        self.choice: HardwareSettings = choose_settings(recipe, model, self.accelerator.device)
         if overrides:
             self.choice = replace(self.choice, **overrides)
-        accelerate(model, self.choice)
+        set_up(model, self.choice)
         self.learning_rate = LEARNING_RATE[recipe.optimization.optimizer]
         optimizer = build_optimizer(recipe, model, make_plan(recipe, recipe.data.num_train_images, 1))
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -81,7 +81,7 @@ class OurStep:
             self.optimizer,
             views,
             learning_rate=self.learning_rate,
-            momentum=momentum,
+            ema_decay=momentum,
             max_grad_norm=None,
             accelerator=self.accelerator,
             gradient_cache_chunk_size=self.chunk_size,
@@ -126,8 +126,8 @@ class StepProcess:
     """
     A step on random views in a process of its own, which waits between its turns: `seconds()` takes one.
 
-    `kind` is "plain" or "ours", `overrides` are fields of `Acceleration` that are turned over. `first_loss` is that of
-    the first step, `choice` the acceleration, `None` for the plain step.
+    `kind` is "plain" or "ours", `overrides` are fields of `HardwareSettings` that are changed. `first_loss` is that of
+    the first step, `choice` the settings, `None` for the plain step.
     """
 
     def __init__(self, kind: str, backbone: str, mixed_precision: str, batch: int, overrides: dict | None = None):
@@ -210,7 +210,7 @@ def against_plain(backbone: str, mixed_precision: str, batch: int, rounds: int) 
         "limit": {"operation": type(limit).__name__, "flop": limit.flop, "seconds": limit_seconds},
         "flop_per_image": {
             "plain": step_flop_per_image(config, SIZE, False),
-            "ours": step_flop_per_image(config, SIZE, choice.pooled_query_only),
+            "ours": step_flop_per_image(config, SIZE, config.backbone_config.model_type == "mocov3_vit"),
         },
     }
 
@@ -220,18 +220,14 @@ def limit_of(backbone: str, mixed_precision: str, device: str) -> Gemm | Convolu
     return (Convolution if backbone == "resnet50" else Gemm)(mixed_precision, device)
 
 
-def switch_overrides(choice: Acceleration, backbone: str) -> dict[str, dict]:
+def switch_overrides(choice: HardwareSettings, backbone: str) -> dict[str, dict]:
     """What is turned over alone, by name."""
     turned = {"gradient_checkpointing": {"gradient_checkpointing": True}} if backbone != "resnet50" else {}
     if choice.attn_implementation is not None:
         other = "eager" if choice.attn_implementation == "sdpa" else "sdpa"
         turned[f"{other} attention"] = {"attn_implementation": other}
-        turned["views_in_one_pass"] = {"views_in_one_pass": True}
-        turned["without pooled_query_only"] = {"pooled_query_only": False}
     name = "without channels_last" if choice.channels_last else "channels_last"
     turned[name] = {"channels_last": not choice.channels_last}
-    if choice.in_place_relu:
-        turned["without in_place_relu"] = {"in_place_relu": False}
     if choice.keep_freed_memory:
         turned["without keep_freed_memory"] = {"keep_freed_memory": False}
     return turned

@@ -1,7 +1,7 @@
 """How fast a pre-training step is on a GPU, against the plain step (plain_step.py) and against what the card can do.
 
     python benchmarks/step_gpu.py [--backbones vit_small vit_base resnet50] [--data FOLDER] [--profile] [--output FILE]
-    python benchmarks/step_gpu.py --variants plain ours compiled compiled,views_in_one_pass=false
+    python benchmarks/step_gpu.py --variants plain ours compiled compiled,deterministic=false
 
 All variants of a backbone live in one process, start from the same weights and see the same views under bf16 autocast;
 their first losses are compared. They take turns, round after round, with the clock read only when the device is idle,
@@ -47,11 +47,11 @@ from step import (
 from torch.profiler import ProfilerActivity, profile
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
-from mocov3_hf.complexity import multiply_adds
-from mocov3_hf.plan import make_plan
-from mocov3_hf.pretraining.acceleration import Acceleration, accelerate_augmentation, choose_algorithms
 from mocov3_hf.pretraining.build import build_loader, build_photometric, build_source
-from mocov3_hf.recipe import load_recipe
+from mocov3_hf.pretraining.estimate import multiply_adds
+from mocov3_hf.pretraining.hardware import HardwareSettings, choose_algorithms, compile_augmentation
+from mocov3_hf.pretraining.plan import make_plan
+from mocov3_hf.pretraining.recipe import load_recipe
 
 
 # The script runs without a GPU too, so that it can be tried: its figures then mean nothing.
@@ -114,10 +114,10 @@ class Variant:
 
 
 def parse_change(text: str) -> tuple[str, object]:
-    """`views_in_one_pass=false` to a field of `Acceleration` and its value."""
+    """`deterministic=false` to a field of `HardwareSettings` and its value."""
     name, _, value = text.partition("=")
-    if name not in {field.name for field in fields(Acceleration)}:
-        raise SystemExit(f"error: --variants: {name!r} is no field of Acceleration")
+    if name not in {field.name for field in fields(HardwareSettings)}:
+        raise SystemExit(f"error: --variants: {name!r} is not a field of HardwareSettings")
     return name, {"true": True, "false": False}.get(value, value)
 
 
@@ -207,7 +207,7 @@ def measure(backbone: str, options: argparse.Namespace) -> dict:
 
 
 def is_shortened(variant: Variant) -> bool:
-    return variant.choice is not None and variant.choice.pooled_query_only
+    return variant.choice is not None and variant.is_vit
 
 
 def limit_rate(limit: Callable) -> float:
@@ -327,7 +327,7 @@ def augmentation(step: Variant, backbone: str) -> Callable[[dict], tuple[torch.T
     """What makes views of a batch of the loader, as in a run."""
     device = step.take.accelerator.device
     stage = build_photometric(load_recipe(RECIPES[backbone]), device)
-    accelerate_augmentation(stage, step.choice, device)
+    compile_augmentation(stage, step.choice, device)
 
     def augment(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         pixels, parameters = (batch[name].to(device, non_blocking=True) for name in ("pixels", "parameters"))

@@ -68,7 +68,7 @@ POSITION_LEARNED = ("--backbone_config", '{"position_embedding": "learned"}')
 TOO_HIGH = ("--learning_rate", "3e-2")
 FEW_IMAGES = ("--train_split", "train[:5000]")
 IN_MEMORY = ("--mixed_precision", "bf16", "--cache_images_on_device", "--dataloader_num_workers", "0")
-TINY_OPTIONS = (*IN_MEMORY, "--learning_rate", "5e-4", "--momentum", "0.9")
+TINY_OPTIONS = (*IN_MEMORY, "--learning_rate", "5e-4", "--ema_decay", "0.9")
 WATCHED = ("--knn_steps", "40", "--knn_train_split", "train[:5000]", "--knn_test_split", "test[:1000]")
 # Where the paper's figures stand: ViT-B/16, linear accuracy on ImageNet.
 IN_100_EPOCHS, IN_300_EPOCHS = "ViT-B, 100 epochs", "ViT-B, 300 epochs"
@@ -107,9 +107,9 @@ ARMS = [
     ablation("position learned", *POSITION_LEARNED, paper=(76.1, 76.5, IN_300_EPOCHS)),
     ablation("no predictor", "--num_predictor_layers", "0", paper=(75.5, 76.5, IN_300_EPOCHS)),
     ablation("no batch norm in heads", "--no_head_batch_norm", paper=(74.4, 76.5, IN_300_EPOCHS)),
-    ablation("momentum 0", "--momentum", "0", "--momentum_schedule", "constant", paper=(74.3, 76.5, IN_300_EPOCHS)),
-    ablation("momentum 0.9", "--momentum", "0.9", paper=(75.6, 76.5, IN_300_EPOCHS)),
-    ablation("momentum 0.999", "--momentum", "0.999", paper=(75.0, 76.5, IN_300_EPOCHS)),
+    ablation("momentum 0", "--ema_decay", "0", "--ema_schedule", "constant", paper=(74.3, 76.5, IN_300_EPOCHS)),
+    ablation("momentum 0.9", "--ema_decay", "0.9", paper=(75.6, 76.5, IN_300_EPOCHS)),
+    ablation("momentum 0.999", "--ema_decay", "0.999", paper=(75.0, 76.5, IN_300_EPOCHS)),
     ablation("temperature 0.1", "--temperature", "0.1"),
     ablation("temperature 0.5", "--temperature", "0.5"),
     ablation("batch 256", "--learning_rate", "2e-3", batch_size=256, paper=(69.7, 72.2, IN_100_EPOCHS)),
@@ -117,12 +117,12 @@ ARMS = [
     failure(f"{FAILURE[: -len('trained')]}frozen"),
     Arm("the recipe's rate, patch projection frozen", "failure", NANO, options=WATCHED, seeds=1),
     tuning("ViT-nano/8, learning rate 2e-3", NANO, "--learning_rate", "2e-3"),
-    small_batch("momentum 0.99", "--momentum", "0.99"),
-    small_batch("momentum 0.9", "--momentum", "0.9"),
-    small_batch("momentum 0.9, learning rate 3e-4", "--momentum", "0.9", "--learning_rate", "3e-4"),
-    small_data("momentum 0.99", "--momentum", "0.99"),
-    small_data("momentum 0.9", "--momentum", "0.9"),
-    small_data("momentum 0.9, crops from 0.08", "--momentum", "0.9", "--crop_scale", "0.08", "1.0"),
+    small_batch("momentum 0.99", "--ema_decay", "0.99"),
+    small_batch("momentum 0.9", "--ema_decay", "0.9"),
+    small_batch("momentum 0.9, learning rate 3e-4", "--ema_decay", "0.9", "--learning_rate", "3e-4"),
+    small_data("momentum 0.99", "--ema_decay", "0.99"),
+    small_data("momentum 0.9", "--ema_decay", "0.9"),
+    small_data("momentum 0.9, crops from 0.08", "--ema_decay", "0.9", "--crop_scale", "0.08", "1.0"),
     resnet("temperature 0.2", "--temperature", "0.2"),
     resnet("temperature 1", "--temperature", "1.0"),
     resnet("AdamW", "--optimizer", "adamw", "--learning_rate", "1e-3", "--weight_decay", "0.1"),

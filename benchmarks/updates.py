@@ -21,9 +21,9 @@ from limits import Sum, clock, cpu_name
 from plain_step import PlainLARS
 from step import MOMENTUM, RECIPES, fresh_model, write
 
-from mocov3_hf.plan import make_plan
 from mocov3_hf.pretraining.build import build_optimizer
-from mocov3_hf.recipe import load_recipe
+from mocov3_hf.pretraining.plan import make_plan
+from mocov3_hf.pretraining.recipe import load_recipe
 
 
 BYTES_FLOAT32 = 4

@@ -15,8 +15,8 @@ from benchmarks.study_report import (
     sections,
     verdict,
 )
-from mocov3_hf.plan import make_plan
-from mocov3_hf.recipe import load_recipe
+from mocov3_hf.pretraining.plan import make_plan
+from mocov3_hf.pretraining.recipe import load_recipe
 
 
 def result(arm: str, seed: int, linear: float, knn: float = 0.4) -> dict:
@@ -76,7 +76,7 @@ def test_an_arm_differs_from_the_baseline_in_what_its_name_says():
     }
     batch = changed.pop("batch 256")
     assert batch == {"train_batch_size", "learning_rate", "save_steps"}
-    assert changed.pop("momentum 0") == {"momentum", "momentum_schedule"}
+    assert changed.pop("momentum 0") == {"ema_decay", "ema_schedule"}
     for name, options in changed.items():
         assert len(options) == 1, name
     assert recipes["position learned"]["backbone_config"]["position_embedding"] == "learned"

@@ -10,11 +10,11 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification, MoCoV3ForPreTraining, MoCoV3Model
-from mocov3_hf.complexity import multiply_adds
 from mocov3_hf.hub.cards import main
 from mocov3_hf.hub.facts import FEATURE_WIDTHS, carded_models, configuration, published_models
+from mocov3_hf.options import RECIPES
+from mocov3_hf.pretraining.estimate import multiply_adds
 from mocov3_hf.processing import build_image_processor
-from mocov3_hf.recipe import RECIPES
 from mocov3_hf.zoo import load_zoo
 from tests.hub.conftest import tiny_config
 
