@@ -125,9 +125,7 @@ def check_launch(environment: Mapping[str, str]) -> None:
         )
     steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps.strip() != "1":
-        raise UsageError(
-            f"accelerate launch sets it to {steps}, but {NO_ACCUMULATION}. Set it to 1 in its configuration"
-        )
+        raise UsageError(f"{NO_ACCUMULATION}. accelerate launch sets it to {steps}: set it to 1 in its configuration")
 
 
 def check_trackers(names: list[str]) -> list[str]:

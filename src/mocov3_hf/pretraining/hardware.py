@@ -15,7 +15,7 @@ from torch import nn
 from ..data.photometric import PhotometricStage
 from ..model.configuration_mocov3 import MoCoV3ViTConfig
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
-from ..reporting import UsageError
+from ..reporting import UsageError, one_line
 from .recipe import Recipe
 
 
@@ -132,7 +132,7 @@ def set_up_model(model: MoCoV3ForPreTraining, settings: HardwareSettings) -> Non
         try:
             model.set_attn_implementation(settings.attn_implementation)
         except (ValueError, ImportError) as error:
-            raise UsageError(f"--attn_implementation {settings.attn_implementation}: {error}") from error
+            raise UsageError(f"--attn_implementation {settings.attn_implementation}: {one_line(error)}") from error
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     if settings.torch_compile:
