@@ -66,8 +66,9 @@ def train_step(
     unwrapped.update_momentum_encoder(ema_decay)
     # q1, q2 = predictor(encoder(x1)), predictor(encoder(x2));  k1, k2 = momentum_encoder(x1), momentum_encoder(x2)
     # loss = InfoNCE(q1, k2) + InfoNCE(q2, k1);  loss.backward()
+    unwrapped.even_batches = True  # all processes have equally many images
     if gradient_cache_chunk_size is None:
-        output: MoCoV3ForPreTrainingOutput = model(pixel_values=views[0], pixel_values_2=views[1], even_batches=True)
+        output: MoCoV3ForPreTrainingOutput = model(pixel_values=views[0], pixel_values_2=views[1])
         accelerator.backward(output.loss)
     else:
         output = cached_backward(unwrapped, views, gradient_cache_chunk_size, accelerator)
