@@ -1,13 +1,13 @@
-"""How fast a pre-training step is, against a step without any regard to speed (plain_step.py).
+"""Speed of a pre-training step on a CPU, compared with an unoptimized step (plain_step.py).
 
     python benchmarks/step.py [--backbones vit_small resnet50] [--precisions no bf16] [--switches] [--output FILE.json]
 
-One core, CPU time; step_gpu.py measures a GPU. Each step has a process of its own, as ours changes how its process
-handles memory. Both start from the same weights and views, must agree on the first loss, and take turns, with the
-operation that bounds them (limits.py); figures are medians of the rounds, ratios of neighbouring ones. With
---switches, each of `HardwareSettings` is also changed by itself, against the chosen ones.
+One core, CPU time; step_gpu.py measures a GPU. Each step runs in a separate process, because ours changes the memory
+management of its process. Both start from the same weights and views, must agree on the first loss, and alternate with
+the operation that bounds them (limits.py). Reported are medians over the rounds, and medians of the ratios within a
+round. --switches also toggles each field of `HardwareSettings` on its own.
 
-A quick try: --backbones vit_small --precisions no --batch 4 --rounds 1. The last line is JSON with every run.
+Quick test: --backbones vit_small --precisions no --batch 4 --rounds 1. The last line is JSON with every measurement.
 """
 
 import argparse
@@ -50,7 +50,7 @@ LEARNING_RATE = {"adamw": 1e-4, "lars": 0.1}
 
 
 class OurStep:
-    """The project's step, set up as a run sets it up; `step(views)` gives the loss before the update."""
+    """The training step of this package, set up as in a run; `step(views)` returns the loss before the update."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class OurStep:
         overrides: dict | None = None,
         gradient_cache_chunk_size: int | None = None,
     ):
-        AcceleratorState._reset_state(reset_partial_state=True)  # the precision of a process is set once otherwise
+        AcceleratorState._reset_state(reset_partial_state=True)  # accelerate sets the precision once per process
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
         recipe = load_recipe(recipe_name, ["--mixed_precision", mixed_precision])
         self.choice: HardwareSettings = choose_settings(recipe, model, self.accelerator.device)
@@ -91,7 +91,7 @@ class OurStep:
 
 
 def fresh_model(recipe_name: str) -> MoCoV3ForPreTraining:
-    """The same weights at every call; keys and queries apart, as after some steps."""
+    """The same weights at every call; the two encoders differ, as they do after some steps."""
     model = build_model(load_recipe(recipe_name))
     torch.manual_seed(1)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def random_views(batch: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
 def serve(
     connection: Connection, kind: str, backbone: str, mixed_precision: str, batch: int, overrides: dict | None
 ) -> None:
-    """What the process of a `StepProcess` does: tell of the first step, then take a step for every request."""
+    """Main loop of a `StepProcess`: send the first loss, then run and time one step per request."""
     torch.set_num_threads(1)
     recipe_name, views = RECIPES[backbone], random_views(batch, "cpu")
     model, optimizer = fresh_model(recipe_name), load_recipe(recipe_name).optimization.optimizer
@@ -124,10 +124,10 @@ def serve(
 
 class StepProcess:
     """
-    A step on random views in a process of its own, which waits between its turns: `seconds()` takes one.
+    A step on random views in a separate process; `seconds()` runs and times one step.
 
-    `kind` is "plain" or "ours", `overrides` are fields of `HardwareSettings` that are changed. `first_loss` is that of
-    the first step, `choice` the settings, `None` for the plain step.
+    `kind` is "plain" or "ours"; `overrides` are the changed fields of `HardwareSettings`. `first_loss` is the loss of
+    the first step; `choice` holds the settings, or `None` for the plain step.
     """
 
     def __init__(self, kind: str, backbone: str, mixed_precision: str, batch: int, overrides: dict | None = None):
@@ -136,7 +136,7 @@ class StepProcess:
         arguments = (theirs, kind, backbone, mixed_precision, batch, overrides)
         self.process = context.Process(target=serve, args=arguments, daemon=True)
         self.process.start()
-        theirs.close()  # so that a process that fails ends the wait for its answer
+        theirs.close()  # a failed process then ends the wait for its answer
         self.first_loss, self.choice = self.connection.recv()
 
     def __enter__(self) -> "StepProcess":
@@ -159,7 +159,7 @@ def cpu_seconds(function: Callable[[], object]) -> float:
 
 
 def alternate(steps: dict[str, Callable], views: tuple, rounds: int, label: str) -> dict[str, list[float]]:
-    """CPU seconds of each step, round after round; the order turns, and a first round warms up."""
+    """CPU seconds of each step per round. The order alternates; the first round is a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds + 1):
         names = list(steps) if index % 2 else list(steps)[::-1]
@@ -175,13 +175,13 @@ def alternate(steps: dict[str, Callable], views: tuple, rounds: int, label: str)
 
 
 def ratio(seconds: dict[str, list[float]], of: str, over: str) -> dict:
-    """How many times as long `of` takes as `over`, in neighbouring rounds."""
+    """Ratio of the times of `of` and `over`, round by round."""
     ratios = sorted(a / b for a, b in zip(seconds[of], seconds[over], strict=True))
     return {"median": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]}
 
 
 def against_plain(backbone: str, mixed_precision: str, batch: int, rounds: int) -> dict:
-    """Both steps on one core."""
+    """Compare both steps on one core."""
     recipe_name = RECIPES[backbone]
     with torch.device("meta"):
         config = MoCoV3ForPreTraining(build_config(load_recipe(recipe_name))).config
@@ -216,12 +216,12 @@ def against_plain(backbone: str, mixed_precision: str, batch: int, rounds: int) 
 
 
 def limit_of(backbone: str, mixed_precision: str, device: str) -> Gemm | Convolution:
-    """What the step is mostly made of, at the rate that the machine reaches alone."""
+    """The operation that dominates the step, to measure its rate on its own."""
     return (Convolution if backbone == "resnet50" else Gemm)(mixed_precision, device)
 
 
 def switch_overrides(choice: HardwareSettings, backbone: str) -> dict[str, dict]:
-    """What is turned over alone, by name."""
+    """The switches to toggle one at a time, by name."""
     turned = {"gradient_checkpointing": {"gradient_checkpointing": True}} if backbone != "resnet50" else {}
     if choice.attn_implementation is not None:
         other = "eager" if choice.attn_implementation == "sdpa" else "sdpa"
@@ -234,7 +234,7 @@ def switch_overrides(choice: HardwareSettings, backbone: str) -> dict[str, dict]
 
 
 def each_switch(backbone: str, mixed_precision: str, batch: int, rounds: int) -> dict:
-    """How many times as long a step takes with one switch turned over."""
+    """Time of a step with one switch toggled, relative to the chosen settings."""
     views, results = random_views(batch, "cpu"), {}
     with StepProcess("ours", backbone, mixed_precision, batch) as chosen:
         for name, overrides in switch_overrides(chosen.choice, backbone).items():
@@ -249,10 +249,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", choices=list(RECIPES), default=["vit_small", "resnet50"])
     parser.add_argument("--precisions", nargs="+", choices=["no", "bf16"], default=["no", "bf16"])
-    parser.add_argument("--batch", type=int, help="images per step; default 16, of ViT-B 8")
+    parser.add_argument("--batch", type=int, help="images per step; default 16, 8 for ViT-B")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds")
-    parser.add_argument("--switches", action="store_true", help="measure every switch alone too")
-    parser.add_argument("--output", help="write the JSON here as well")
+    parser.add_argument("--switches", action="store_true", help="also toggle each switch on its own")
+    parser.add_argument("--output", help="file to which the JSON is written as well")
     options = parser.parse_args()
     result = {
         "device": f"one core of {cpu_name()}",
@@ -284,10 +284,10 @@ def show(point: dict) -> None:
     speedup = point["speedup"]
     print(
         f"{point['backbone']} {point['mixed_precision']} (batch {point['batch']}; {point['acceleration']}):"
-        f" {speedup['median']:.2f} times the plain step ({speedup['min']:.2f} to {speedup['max']:.2f})"
+        f" {speedup['median']:.2f}× the plain step ({speedup['min']:.2f} to {speedup['max']:.2f})"
     )
-    for name, figures in point.get("switches", {}).items():
-        times = figures["times_as_long"]
+    for name, switched in point.get("switches", {}).items():
+        times = switched["times_as_long"]
         print(f"  {name}: {times['median']:.3f} times as long ({times['min']:.3f} to {times['max']:.3f})")
 
 
