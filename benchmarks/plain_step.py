@@ -186,9 +186,9 @@ class PlainStep:
         else:
             self.optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.1, foreach=False, fused=False)
 
-    def __call__(self, views: tuple[torch.Tensor, torch.Tensor], momentum: float) -> torch.Tensor:
+    def __call__(self, views: tuple[torch.Tensor, torch.Tensor], ema_decay: float) -> torch.Tensor:
         with self.autocast:
-            loss = self.model(*views, momentum)
+            loss = self.model(*views, ema_decay)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

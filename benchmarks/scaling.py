@@ -69,7 +69,7 @@ def main() -> None:
         row
         for name, recipe in RECIPES.items()
         if (name in ASSUMED if measured is None else BACKBONES[name] in measured)
-        for row in foretell(
+        for row in estimate_step_times(
             name,
             recipe,
             networks,
@@ -110,7 +110,7 @@ def seconds_of_point(point: dict) -> float:
     return 1 / variants["compiled" if "compiled" in variants else "ours"]["median"]
 
 
-def foretell(name, recipe_name, networks, tflops, nvlink, latency, image_seconds=None) -> list[dict]:
+def estimate_step_times(name, recipe_name, networks, tflops, nvlink, latency, image_seconds=None) -> list[dict]:
     """Step time in ms for each number of processes and each network, with and without overlap."""
     recipe = load_recipe(recipe_name)
     with torch.device("meta"):

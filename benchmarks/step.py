@@ -39,7 +39,7 @@ from mocov3_hf.pretraining.step import train_step
 
 
 SIZE = 224
-MOMENTUM = 0.99
+EMA_DECAY = 0.99
 RECIPES = {
     "vit_small": "mocov3_vit-small-p16_16xb256-amp-coslr-300e_in1k",
     "vit_base": "mocov3_vit-base-p16_16xb256-amp-coslr-300e_in1k",
@@ -75,13 +75,13 @@ class OurStep:
         self.watch = GradientWatch(model)
         self.chunk_size = gradient_cache_chunk_size
 
-    def __call__(self, views: tuple[torch.Tensor, torch.Tensor], momentum: float) -> torch.Tensor:
+    def __call__(self, views: tuple[torch.Tensor, torch.Tensor], ema_decay: float) -> torch.Tensor:
         output = train_step(
             self.model,
             self.optimizer,
             views,
             learning_rate=self.learning_rate,
-            ema_decay=momentum,
+            ema_decay=ema_decay,
             max_grad_norm=None,
             accelerator=self.accelerator,
             gradient_cache_chunk_size=self.chunk_size,
@@ -117,9 +117,9 @@ def serve(
     else:
         step = OurStep(model, recipe_name, mixed_precision, "cpu", overrides)
     del model
-    connection.send((step(views, MOMENTUM).item(), getattr(step, "choice", None)))
+    connection.send((step(views, EMA_DECAY).item(), getattr(step, "choice", None)))
     while connection.recv():
-        connection.send(cpu_seconds(lambda: step(views, MOMENTUM)))
+        connection.send(cpu_seconds(lambda: step(views, EMA_DECAY)))
 
 
 class StepProcess:
@@ -166,7 +166,7 @@ def alternate(steps: dict[str, Callable], views: tuple, rounds: int, label: str)
         for name in names:
             step = steps[name]
             own_process = isinstance(step, StepProcess)
-            taken = step.seconds() if own_process else cpu_seconds(lambda step=step: step(views, MOMENTUM))
+            taken = step.seconds() if own_process else cpu_seconds(lambda step=step: step(views, EMA_DECAY))
             if index:
                 seconds[name].append(taken)
         show = ", ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items() if values)

@@ -35,8 +35,8 @@ import torch
 from limits import cpu_name, step_flop_per_image
 from plain_step import PlainStep
 from step import (
+    EMA_DECAY,
     LEARNING_RATE,
-    MOMENTUM,
     RECIPES,
     SIZE,
     OurStep,
@@ -97,11 +97,11 @@ class Variant:
             self.deterministic = self.choice.deterministic
         started = time.perf_counter()
         self.choose_algorithms()
-        self.first_loss = self.take(views, MOMENTUM).item()
+        self.first_loss = self.take(views, EMA_DECAY).item()
         self.first_seconds = time.perf_counter() - started  # includes compilation
 
     def __call__(self, views: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        return self.take(self.views if views is None else views, MOMENTUM)
+        return self.take(self.views if views is None else views, EMA_DECAY)
 
     def choose_algorithms(self) -> None:
         """Set the algorithms of this variant again before each turn, since they are a setting of the process."""

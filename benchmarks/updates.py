@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from limits import Sum, clock, cpu_name
 from plain_step import PlainLARS
-from step import MOMENTUM, RECIPES, fresh_model, write
+from step import EMA_DECAY, RECIPES, fresh_model, write
 
 from mocov3_hf.pretraining.build import build_optimizer
 from mocov3_hf.pretraining.plan import make_plan
@@ -38,7 +38,7 @@ REPEATS = 3
 def plain_average(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """The loop of plain_step.py and of the official code."""
     for average, parameter in pairs:
-        average.data = average.data * MOMENTUM + parameter.data * (1 - MOMENTUM)
+        average.data = average.data * EMA_DECAY + parameter.data * (1 - EMA_DECAY)
 
 
 def candidates(name: str, device: str) -> tuple[dict[str, Callable], int]:
@@ -47,7 +47,7 @@ def candidates(name: str, device: str) -> tuple[dict[str, Callable], int]:
     recipe, models = load_recipe(recipe_name), [fresh_model(recipe_name).to(device) for _ in range(2)]
     if name == "EMA":
         pairs = models[1].momentum_pairs()
-        runs = {"ours": lambda: models[0].update_momentum_encoder(MOMENTUM), "plain": lambda: plain_average(pairs)}
+        runs = {"ours": lambda: models[0].update_momentum_encoder(EMA_DECAY), "plain": lambda: plain_average(pairs)}
         return runs, sum(average.numel() for average, _ in pairs)
     for model in models:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
