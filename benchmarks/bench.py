@@ -1,16 +1,15 @@
-"""All benchmarks of speed and memory in one run, beside the plain reference implementations, on this machine.
+"""Run all benchmarks of speed and memory on this machine, next to plain reference implementations.
 
     python benchmarks/bench.py [--quick] [--images DIR] [--only step ...] [--machine NAME] [--output_dir DIR]
-    make bench                       # this, and then the tables and the plot of docs/performance.md
+    make bench                       # also updates the tables and plots of docs/performance.md
 
-Parts run one after another, each as a process of its own, and never side by side: on most machines two busy cores
-share caches, memory bandwidth and clock, and would measure each other. On a CPU every part uses one core and counts
-CPU time; the limits of the machine are measured before and after, and again inside the parts. Without --images the
-photographs are those of photos.py.
+Parts run one after another, each in a separate process, and never in parallel, because busy cores share caches, memory
+bandwidth and clock. On a CPU every part uses one core and counts CPU time. The hardware limits are measured before and
+after all parts, and again inside the parts. Without --images the photographs are made by photos.py.
 
-Everything goes into OUTPUT_DIR/MACHINE.json. --only measures these parts anew and leaves the others in that file as
-they are; every part tells its own date and revision. A part that fails is named, the others run, and the exit code
-is 1. --quick is a try of the machinery in some minutes: its figures mean nothing, its file is MACHINE-quick.json.
+The results go to OUTPUT_DIR/MACHINE.json. --only measures the named parts again and keeps the other results in that
+file; each part records its date and revision. If a part fails, the others still run and the exit code is 1. --quick
+tests in a few minutes that everything runs; its numbers are meaningless and go to MACHINE-quick.json.
 """
 
 import argparse
@@ -40,14 +39,14 @@ LINES_OF_A_FAILURE = 20
 @dataclass(frozen=True)
 class Part:
     """
-    A benchmark.
+    One benchmark.
 
     Args:
-        name: In the results and of --only.
-        script: In this folder; run as a module where it imports its neighbours as one.
-        arguments: Of the script; `--output` is added.
-        seconds: That it takes on a quiet core of an AMD EPYC, to tell how far the run is; not a measurement.
-        as_module: Whether it is run as `python -m benchmarks.NAME`.
+        name: Name in the results and for --only.
+        script: Name of the script in this folder.
+        arguments: Arguments of the script; `--output` is added.
+        seconds: Approximate duration on a quiet core of an AMD EPYC, for the progress line.
+        as_module: Whether it runs as `python -m benchmarks.NAME`.
     """
 
     name: str
@@ -66,7 +65,7 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def plan_parts(device: str, quick: bool, images: str, rounds: int, step_json: str) -> list[Part]:
-    """What runs, in order; `step_json` is where scaling finds the measured steps."""
+    """The parts in order; scaling reads the measured step times from `step_json`."""
     on = ("--device", device) if device == "cuda" else ()
     limits = (*on, "--rounds", "2" if quick else "5")
     data = ("--images", images, "--reference", "--rounds", "1" if quick else "5")
@@ -94,7 +93,7 @@ def plan_parts(device: str, quick: bool, images: str, rounds: int, step_json: st
     inference += ("--tasks", "classification", "features")
     parts.append(Part("inference", "inference", inference, 20 if quick else 90))
     scaling = ("--step_json", step_json)
-    if device == "cpu":  # cores of one host, and hosts on Ethernet of 1 and 10 Gbit/s
+    if device == "cpu":  # cores of one host; hosts on 1 and 10 Gbit/s Ethernet
         scaling += words("--ethernet 0.125 --infiniband 1.25 --nvlink 10")
     parts.append(Part("scaling", "scaling", scaling, 20, as_module=True))
     if device == "cpu" and not quick:
@@ -104,14 +103,14 @@ def plan_parts(device: str, quick: bool, images: str, rounds: int, step_json: st
 
 
 def machine_name(device: str, cores: int | None) -> str:
-    """`AMD EPYC` with 2 cores: `amd-epyc-2-cores`; a GPU's name alone where `cores` is `None`."""
+    """`AMD EPYC` with 2 cores becomes `amd-epyc-2-cores`; for a GPU (`cores` is None) the name alone."""
     name = re.sub(r"\((r|tm|c)\)|@.*|\b\d+-core\b|\b(cpu|processor)\b", " ", device.lower())
     name = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
     return name if cores is None else f"{name}-{cores}-cores"
 
 
 def revision() -> str:
-    """Of the working tree, `-dirty` with changes in it that are not committed; `unknown` outside of git."""
+    """Git revision of the working tree, with `-dirty` if it has uncommitted changes; `unknown` outside of git."""
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"]
     try:
         return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
@@ -121,8 +120,8 @@ def revision() -> str:
 
 def run_part(part: Part, folder: Path, label: str) -> tuple[dict | None, dict]:
     """
-    The JSON that a part wrote, `None` if it failed, and the record of its run: command, seconds, date, load. What it
-    prints is passed on.
+    Run a part and forward its output. Returns its JSON result (None if it failed) and the record of the run: command,
+    seconds, date, load.
     """
     output = folder / f"{part.name}.json"
     command = [*part.command(), "--output", str(output)]
@@ -139,33 +138,33 @@ def run_part(part: Part, folder: Path, label: str) -> tuple[dict | None, dict]:
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         for line in process.stdout:
-            if not line.startswith("{"):  # the JSON, which is in the file
+            if not line.startswith("{"):  # the JSON is in the file
                 last.append(line.rstrip())
                 print(f"    {line}", end="", flush=True)
     record["seconds"] = time.perf_counter() - start
     if process.returncode != 0:
         return None, {**record, "exit_code": process.returncode, "last_lines": list(last)}
     if not output.exists():
-        return None, {**record, "exit_code": 0, "last_lines": ["ended without writing its --output"]}
+        return None, {**record, "exit_code": 0, "last_lines": ["exited without writing its --output"]}
     return json.loads(output.read_text(encoding="utf-8")), record
 
 
 def merge(before: dict, header: dict, finished: dict[str, dict], failed: dict[str, dict]) -> dict:
     """
-    The results of a machine after a run.
+    Merge the results of a run into those of the machine.
 
     Args:
-        before: Results so far, `{}` if there are none; parts that did not run now stay as they are.
-        header: What is told of the machine and the run.
-        finished: By part, `{"run": record, "result": what it wrote}`.
-        failed: By part, the record of its run. Its earlier result is dropped.
+        before: Earlier results, or `{}`. Parts that did not run now are kept.
+        header: Description of the machine and of the settings.
+        finished: Maps part to `{"run": record, "result": JSON result}`.
+        failed: Maps part to the record of its run. An earlier result of it is dropped.
     """
     parts = {name: part for name, part in before.get("parts", {}).items() if name not in failed}
     return {**header, "parts": parts | finished, "failed": failed}
 
 
 def drift(parts: dict[str, dict]) -> dict[str, float]:
-    """Rate of every limit after the run over that before it; empty without both."""
+    """Rate of every limit after the run, relative to that before it; empty if one is missing."""
     if not {"limits_before", "limits_after"} <= parts.keys():
         return {}
     rates = [parts[name]["result"]["limits"] for name in ("limits_before", "limits_after")]
@@ -178,20 +177,20 @@ def middle(values: list[float]) -> float:
 
 
 def has_gpu() -> bool:
-    import torch  # here, so that --help and the tests of this file do not wait for it
+    import torch  # imported here: --help and tests do not need torch
 
     return torch.cuda.is_available()
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny settings, to try whether everything runs")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU, if there is one")
+    parser.add_argument("--quick", action="store_true", help="tiny settings, to test that everything runs")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="device; default: the GPU, if there is one")
     parser.add_argument("--images", help="folder of photographs; default: 300 made by photos.py")
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds of the training steps on a CPU")
     names = [part.name for part in plan_parts("cpu", False, "", 1, "")]
     parser.add_argument("--only", nargs="+", choices=[name for name in names if "limits" not in name], metavar="PART")
-    parser.add_argument("--machine", help="name of the results; default: from the processor or the GPU")
+    parser.add_argument("--machine", help="name of the result file; default: from the CPU or GPU name")
     parser.add_argument("--output_dir", type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -203,11 +202,11 @@ def main() -> None:
         output, results = run(options, device, Path(folder))
     print(f"{output} after {results['seconds']:.0f} s")
     if results["failed"]:
-        sys.exit(f"error: failed: {', '.join(results['failed'])}; exit codes and last lines are in {output}")
+        sys.exit(f"error: {', '.join(results['failed'])} failed; exit codes and last lines are in {output}")
 
 
 def run(options: argparse.Namespace, device: str, folder: Path) -> tuple[Path, dict]:
-    """Every part after another; the file of the results and what is in it, which is written after each of them."""
+    """Run all parts; the result file is written after each. Returns its path and its content."""
     start = time.perf_counter()
     images = options.images or make_photos(folder, 16 if options.quick else 300)
     step_json = folder / "step.json"
@@ -215,7 +214,7 @@ def run(options: argparse.Namespace, device: str, folder: Path) -> tuple[Path, d
     if options.only:
         parts = [part for part in parts if part.name in options.only or part.name.startswith("limits")]
     output, before, header, finished, failed = None, {}, {}, {}, {}
-    measured = revision()  # before anything is written: results are files of the repository
+    measured = revision()  # before any result file changes the working tree
     for index, part in enumerate(parts):
         left = sum(later.seconds for later in parts[index:])
         so_far = time.perf_counter() - start
@@ -225,11 +224,11 @@ def run(options: argparse.Namespace, device: str, folder: Path) -> tuple[Path, d
         record["revision"] = measured
         if output is None:
             if result is None:
-                sys.exit("error: the limits of this machine could not be measured; the lines above tell why")
+                sys.exit("error: measuring the hardware limits failed; see the lines above")
             header = describe(result, options, device)
             output = options.output_dir / f"{header['machine']}{'-quick' if options.quick else ''}.json"
             before = json.loads(output.read_text(encoding="utf-8")) if options.only and output.exists() else {}
-            if "step" in before.get("parts", {}):  # for scaling, where the step is not measured anew
+            if "step" in before.get("parts", {}):  # for scaling, when the step is not measured in this run
                 step_json.write_text(json.dumps(before["parts"]["step"]["result"]), encoding="utf-8")
         if result is None:
             failed[part.name] = record
@@ -244,7 +243,7 @@ def run(options: argparse.Namespace, device: str, folder: Path) -> tuple[Path, d
 
 
 def make_photos(folder: Path, count: int) -> str:
-    """Photographs in a folder of their own, by photos.py."""
+    """Make photographs with photos.py; returns their folder."""
     target = folder / "photos"
     command = [sys.executable, str(FOLDER / "photos.py"), str(target), "--count", str(count)]
     subprocess.run(command, check=True)
@@ -252,7 +251,7 @@ def make_photos(folder: Path, count: int) -> str:
 
 
 def describe(limits: dict, options: argparse.Namespace, device: str) -> dict:
-    """What is told of the machine and of the settings."""
+    """Description of the machine and of the settings."""
     return {
         "machine": options.machine or machine_name(limits["device"], limits["cores"] if device == "cpu" else None),
         "device": limits["device"],
@@ -268,7 +267,7 @@ def describe(limits: dict, options: argparse.Namespace, device: str) -> dict:
 
 
 def write(results: dict, path: Path) -> None:
-    """Whole or not at all: a run may be interrupted, and the file may hold earlier parts."""
+    """Write atomically: a run may be interrupted, and the file may hold results of earlier parts."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(f"{json.dumps(results, indent=1)}\n", encoding="utf-8")

@@ -1,10 +1,11 @@
-"""Kill pre-training runs at random moments, resume them, and compare the end with that of an undisturbed run.
+"""Kill pre-training runs at random moments, resume them, and compare the final weights with an uninterrupted run.
 
     python benchmarks/chaos.py --kills 50
 
-Every kind of run (processes, data, precision, optimizer) is first run through, then killed with SIGKILL again and
-again at random times, inside saves too, until its share of the kills is used up, and finished. The weights must be the
-same to the bit. Prints a line for each kill and a JSON object on the last line. Exit code 1 if any bit differs.
+Every configuration (processes, data, precision, optimizer) first runs without interruption. A second run is killed
+with SIGKILL at random times, also inside saves, and resumed until its share of the kills is used up; then it finishes.
+The final weights must be bit-identical. Prints one line per kill and a JSON object on the last line. Exits with 1 if
+any weight differs.
 """
 
 import argparse
@@ -31,23 +32,26 @@ VIT = '{"patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attenti
 RESNET = '{"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}'
 ADAMW = ["--optimizer", "adamw", "--backbone_config", VIT]
 LARS = ["--optimizer", "lars", "--base_learning_rate", "0.3", "--backbone_config", RESNET]
-# name: (processes, options). Together they hold every value of each dimension, and each with several of the others.
+# name: (processes, options). Together they cover every value of each dimension, in several combinations.
 KINDS = {
     "1 process, files, fp32, AdamW": (1, ["--mixed_precision", "no", *ADAMW]),
     "1 process, stream, bf16, AdamW": (1, ["--mixed_precision", "bf16", "--streaming", *ADAMW]),
     "1 process, files, bf16, LARS": (1, ["--mixed_precision", "bf16", *LARS]),
     "2 processes, files, bf16, AdamW": (2, ["--mixed_precision", "bf16", *ADAMW]),
     "2 processes, stream, fp32, LARS": (2, ["--mixed_precision", "no", "--streaming", *LARS]),
-    "2 processes, files, bf16, AdamW, FSDP2": (2, ["--mixed_precision", "bf16", "--fsdp", "true", *ADAMW]),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=50, help="Kills altogether, shared by the kinds of run.")
-    parser.add_argument("--steps", type=int, default=200, help="Steps of every run.")
-    parser.add_argument("--save_steps", type=int, default=3, help="Steps between checkpoints: often, to hit saves.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the moments.")
+    parser.add_argument(
+        "--kills", type=int, default=50, help="total number of kills, divided among the configurations"
+    )
+    parser.add_argument("--steps", type=int, default=200, help="steps of every run")
+    parser.add_argument(
+        "--save_steps", type=int, default=3, help="steps between checkpoints; small, so that kills hit saves"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times")
     options = parser.parse_args()
     moments = random.Random(options.seed)
     report = {"kills": 0, "kills_in_a_save": 0, "kinds": {}}
@@ -65,7 +69,7 @@ def main() -> None:
 
 
 class Killable:
-    """One kind of run, undisturbed in one folder and killed in another."""
+    """One configuration: an uninterrupted run in one folder, a killed one in another."""
 
     def __init__(self, folder: Path, data: Path, num_processes: int, settings: list[str], options):
         self.straight, self.killed = folder / "straight", folder / "killed"
@@ -96,11 +100,11 @@ class Killable:
             launch = self.start(self.killed)
             restarts += 1
             before = self.newest_step()
-            # Killed only once it works: a run that never comes to a step would make no progress.
+            # Kill only after progress, or a run might never get past its first step.
             while launch.poll() is None and self.newest_step() <= before:
                 time.sleep(0.01)
             time.sleep(moments.uniform(0.0, 1.5))
-            if launch.poll() is not None:  # it reached the end before its share of the kills: once more
+            if launch.poll() is not None:  # it finished before all kills were used: run it again
                 identical = identical and self.is_identical()
                 shutil.rmtree(self.killed)
                 continue
@@ -116,7 +120,7 @@ class Killable:
         return {"kills": self.kills, "restarts": restarts, "identical": identical}
 
     def is_identical(self) -> bool:
-        """Whether both folders hold the same weights, to the bit."""
+        """Whether the weights in both folders are bit-identical."""
         expected, actual = (load_file(folder / "model.safetensors") for folder in (self.straight, self.killed))
         return expected.keys() == actual.keys() and all(torch.equal(expected[k], actual[k]) for k in expected)
 
@@ -131,19 +135,19 @@ class Killable:
 
 
 def kill_tree(launch: subprocess.Popen) -> None:
-    """SIGKILL to a launcher and all that it started, at one moment as far as possible."""
+    """Send SIGKILL to a launcher and all its descendants, as simultaneously as possible."""
     processes = [psutil.Process(launch.pid), *psutil.Process(launch.pid).children(recursive=True)]
     for process in processes:
         try:
             process.kill()
         except psutil.NoSuchProcess:
-            continue  # ended by itself in between
+            continue  # exited in the meantime
     psutil.wait_procs(processes, timeout=60)
     launch.wait()
 
 
 def write_shards(folder: Path) -> Path:
-    """48 small pictures in three parquet files of unequal length."""
+    """48 small images in three parquet files of unequal length."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for shard, number in enumerate([11, 20, 17]):

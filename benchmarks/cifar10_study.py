@@ -1,14 +1,13 @@
-"""What matters for learning, on CIFAR-10: accuracy against epochs, and the paper's ablations in miniature.
+"""CIFAR-10 study: accuracy over epochs, and the paper's ablations in miniature.
 
     python -m benchmarks.cifar10_study [--jobs 2] [--groups curves ablations tuning failure] [--dataset_name ID|FOLDER]
-    python -m benchmarks.cifar10_study --long       (a GPU: the same arms on ViT-tiny/4, 200 epochs, and ResNet-14)
+    python -m benchmarks.cifar10_study --long    # for a GPU: the same arms on ViT-tiny/4, 200 epochs, and ResNet-14
 
-Every run is a process that pre-trains with the command of the package on the 50,000 images and evaluates checkpoints:
-kNN (k = 20) and logistic regression on frozen features of 20,000 training images (all in the long form), tested on all
-10,000. It leaves one
-file in --results; runs whose file is there are passed over, and a run that was cut off continues at its checkpoint, so
-the study can be stopped at any time. Arms and budgets are in study_arms.py, tables and plots come from
-study_report.py.
+Every run is a process that pre-trains on the 50,000 training images with `mocov3 pretrain` and evaluates its
+checkpoints by kNN (k = 20) and logistic regression on frozen features of 20,000 training images (all with --long),
+tested on all 10,000 test images. It writes one file to --results. Finished runs are skipped and interrupted ones
+resume, so the study can be stopped at any time. study_arms.py defines the arms; study_report.py makes the tables and
+plots.
 """
 
 import argparse
@@ -28,11 +27,11 @@ from transformers import AutoModel
 from mocov3_hf.data.labelled import open_labelled
 from mocov3_hf.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from mocov3_hf.evaluation.linear import fit_linear_classifier
-from mocov3_hf.pretraining.acceleration import fastest_attention
-from mocov3_hf.pretraining.build import build_model
-from mocov3_hf.pretraining.loop import main as pretrain
 from mocov3_hf.metrics.knn import knn_accuracy
-from mocov3_hf.recipe import load_recipe
+from mocov3_hf.pretraining.build import build_model
+from mocov3_hf.pretraining.hardware import fastest_attention
+from mocov3_hf.pretraining.loop import main as pretrain
+from mocov3_hf.pretraining.recipe import load_recipe
 
 from .study_arms import ARMS, LONG_ARMS, Arm, arguments_of
 
@@ -42,7 +41,7 @@ HUB_ID = "uoft-cs/cifar10"
 KNN_K = 20
 TRAIN_SPLIT, TEST_SPLIT = "train[:20000]", "test"
 LONG_TRAIN_SPLIT = "train"
-# What of every line of metrics.jsonl is kept.
+# Metrics of metrics.jsonl that are kept.
 KEPT_METRICS = (
     *("step", "epoch", "loss", "loss_normalized", "positive_top1", "grad_norm", "first_layer_grad_max"),
     *("last_layer_grad_max", "projection_std_ratio", "projection_effective_rank", "gradient_spikes", "skipped_steps"),
@@ -52,8 +51,8 @@ BATCH_SIZE = 500
 
 class LabelledSplit:
     """
-    A split of CIFAR-10 in memory: whole images, normalised, (N, 3, 32, 32); enlarged where the model has seen views of
-    more pixels.
+    A split of CIFAR-10 in memory: whole normalized images (N, 3, 32, 32), upsampled if the model was trained on larger
+    views.
     """
 
     def __init__(self, dataset_name: str, split: str, image_size: int):
@@ -81,7 +80,7 @@ class LabelledSplit:
 
 
 def evaluate(encoder: torch.nn.Module, train: LabelledSplit, test: LabelledSplit) -> dict[str, float]:
-    """kNN and linear accuracy, between 0 and 1, of the features in eval mode."""
+    """kNN and linear accuracy (0 to 1) of the features, in eval mode."""
     encoder = encoder.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if encoder.backbone._supports_sdpa:
         encoder.set_attn_implementation(fastest_attention(encoder.device, "bf16"))
@@ -94,7 +93,7 @@ def evaluate(encoder: torch.nn.Module, train: LabelledSplit, test: LabelledSplit
 
 
 def run(arm: Arm, seed: int, options: argparse.Namespace) -> None:
-    """One run of one arm, in this process: pre-train, evaluate, write its file."""
+    """Run one arm with one seed in this process: pre-train, evaluate, write its result file."""
     folder = options.output_dir / f"{arm.key}_seed{seed}"
     arguments = [*arguments_of(arm), "--seed", str(seed)]
     is_continued = (folder / "metrics.jsonl").exists()
@@ -106,13 +105,13 @@ def run(arm: Arm, seed: int, options: argparse.Namespace) -> None:
             *("--resume_from_checkpoint", "auto"),
         ]
     )
-    # Of a run that was cut off, only the last part is known.
+    # The time of an interrupted run is unknown.
     seconds = {"pretraining": None if is_continued else time.process_time() - started}
     wall = None if is_continued else time.perf_counter() - started_at
     recipe = load_recipe(arguments[1], arguments[2:])
     metrics = read_lines(folder / "metrics.jsonl")
-    if not metrics or metrics[-1]["step"] < arm.steps:  # a signal ends pre-training like its last step does
-        sys.exit("stopped before its end; it continues when it is started again")
+    if not metrics or metrics[-1]["step"] < arm.steps:  # after a signal, pretrain also returns normally
+        sys.exit("interrupted; start the study again to resume")
     started = time.process_time()
     splits = (LONG_TRAIN_SPLIT if options.long else TRAIN_SPLIT, TEST_SPLIT)
     train, test = (LabelledSplit(options.dataset_name, split, recipe.views.image_size) for split in splits)
@@ -131,7 +130,7 @@ def run(arm: Arm, seed: int, options: argparse.Namespace) -> None:
         "group": arm.group,
         "recipe": arm.recipe,
         "seed": seed,
-        "command": ["python", "scripts/pretrain.py", *arguments, "--dataset_name", HUB_ID],
+        "command": ["mocov3", "pretrain", *arguments, "--dataset_name", HUB_ID],
         "points": points,
         "metrics": [{name: line[name] for name in KEPT_METRICS if name in line} for line in metrics],
         "knn_while_training": read_lines(folder / "knn.jsonl"),
@@ -157,7 +156,7 @@ def result_path(arm: Arm, seed: int, options: argparse.Namespace) -> Path:
 
 
 def run_all(arms: list[Arm], options: argparse.Namespace) -> None:
-    """Every run that has no file yet, `--jobs` at a time, each on one core."""
+    """Start all runs without a result file, `--jobs` at a time, each on its share of the cores."""
     todo = [
         (arm, seed)
         for seed in range(max(arm.seeds for arm in arms))
@@ -191,18 +190,18 @@ def run_all(arms: list[Arm], options: argparse.Namespace) -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(start, todo))
     if failed:
-        sys.exit(f"error: {len(failed)} of {len(todo)} runs failed; start the command again to repeat them")
+        sys.exit(f"error: {len(failed)} of {len(todo)} runs failed: run the command again to repeat them")
 
 
 def shared_arguments(options: argparse.Namespace) -> list[str]:
     paths = ("--output_dir", str(options.output_dir.resolve()), "--results", str(options.results.resolve()))
-    # A folder may be given relative to where the study was started.
+    # A folder may be relative to the current directory.
     name = str(Path(options.dataset_name).resolve()) if Path(options.dataset_name).exists() else options.dataset_name
     return [*paths, "--dataset_name", name, *(["--long"] if options.long else [])]
 
 
 def one_core(options: argparse.Namespace) -> dict[str, str]:
-    """Environment of a run: its share of the cores, and memory that stays with the process (fewer page faults)."""
+    """Environment of a run: its share of the cores, and malloc settings that avoid page faults."""
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     return {
         **os.environ,
@@ -215,12 +214,18 @@ def one_core(options: argparse.Namespace) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_name", default=HUB_ID, help="Hub id, or folder of CIFAR-10's parquet files")
-    parser.add_argument("--groups", nargs="+", help="groups of arms to run; all by default")
-    parser.add_argument("--arms", nargs="+", help="names of arms to run; all by default")
-    parser.add_argument("--long", action="store_true", help="the form for a GPU")
-    parser.add_argument("--jobs", type=int, help="runs at a time; one per core, or 1 on a GPU")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/cifar10-study"), help="checkpoints and logs")
-    parser.add_argument("--results", type=Path, help="one file per run; benchmarks/results/cifar10_study_cpu or _gpu")
+    parser.add_argument("--groups", nargs="+", help="groups of arms to run; default: all")
+    parser.add_argument("--arms", nargs="+", help="names of arms to run; default: all")
+    parser.add_argument("--long", action="store_true", help="longer runs, for a GPU")
+    parser.add_argument("--jobs", type=int, help="parallel runs; default: one per core, or 1 on a GPU")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/cifar10-study"), help="folder for checkpoints and logs"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="folder for one file per run; default: benchmarks/results/cifar10_study_cpu or _gpu",
+    )
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--run_seed", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -234,7 +239,7 @@ def main() -> None:
         return
     for wanted, known in ((options.groups, {arm.group for arm in arms}), (options.arms, {arm.name for arm in arms})):
         if unknown := set(wanted or ()) - known:
-            parser.error(f"no {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
+            parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(sorted(known))}")
     arms = [
         arm
         for arm in arms

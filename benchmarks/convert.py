@@ -1,9 +1,9 @@
 """
-Full-size conversions: time and peak memory of every layout, each in a process of its own.
+Time and peak memory of converting full-size checkpoints, one separate process per layout.
 
     python benchmarks/convert.py --work_dir /tmp/conversions
 
-Weights come from `tests/fixtures/fill.py`, so the files have the sizes and names of the published ones.
+The weights come from `tests/fixtures/fill.py`: the files have the sizes and parameter names of the published ones.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from tests.fixtures.fill import filled_state_dict  # noqa: E402
 
 
 def write_source(layout: Path, file: Path) -> None:
-    """The layout as its codebase saves it."""
+    """Save the layout as its codebase does."""
     state_dict = filled_state_dict(layout)
     if layout.stem.startswith("mmpretrain"):
         torch.save({"meta": {"epoch": 300}, "state_dict": state_dict}, file)
@@ -35,7 +35,7 @@ def write_source(layout: Path, file: Path) -> None:
 
 
 def convert(file: Path, folder: Path) -> dict:
-    """One conversion, for the child process."""
+    """Run one conversion, in the child process."""
     from mocov3_hf.interop import convert_checkpoint
 
     start = time.perf_counter()
@@ -49,15 +49,17 @@ def convert(file: Path, folder: Path) -> dict:
 
 
 def peak_memory_mb() -> float:
-    """Peak resident memory of this process, pages of mapped files included; `ru_maxrss` would hold its parent's."""
+    """Peak resident memory of this process, including mapped files; `ru_maxrss` would include the parent's."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) / 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=Path("/tmp/conversions"), help="for files of several GB")
-    parser.add_argument("--only", default="", help="part of the names of the layouts to run")
+    parser.add_argument(
+        "--work_dir", type=Path, default=Path("/tmp/conversions"), help="working folder, for files of several GB"
+    )
+    parser.add_argument("--only", default="", help="run only layouts whose name contains this")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -1,14 +1,14 @@
-"""How fast images become training batches, against the classic pipeline.
+"""Throughput of data loading, from image files to batches of views, compared with the classic pipeline.
 
     python benchmarks/data_path.py --images DIR --reference [--device_stage] [--output FILE.json]
 
-Table 1, one core: (a) the classic pipeline, PIL and torchvision transforms, both views decoded from one file;
-(b) ours, the CPU stage; (c) decoding alone, the limit of any pipeline. The three take turns in one run, round after
-round over the same images, in CPU time; figures are medians of the rounds, ratios medians of the rounds' ratios.
-Table 2: whole DataLoaders with 1 and 2 workers, in CPU time of all processes together and in wall time.
-Table 3 (--device_stage): the photometric stage, and the share of a ViT-S pre-training step that it costs.
+Table 1, one core: (a) the classic pipeline, PIL and torchvision transforms, with both views from one decoded file;
+(b) ours, the CPU stage; (c) decoding alone, the limit of any pipeline. The three alternate round by round over the
+same images. Reported are medians of the CPU time, and medians of the ratios within a round.
+Table 2: whole DataLoaders with 1 and 2 workers, in CPU time of all processes and in wall time.
+Table 3 (--device_stage): the photometric stage, and its share of the time of a ViT-S pre-training step.
 
-The last line is JSON with every figure.
+The last line is JSON with every measurement.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class PilSolarize:
 
 
 def classic_view(blur_probability: float, solarize_probability: float) -> transforms.Compose:
-    """One view as it is usually made: per image, on PIL images, ending in a normalised float tensor."""
+    """One view by the usual transforms: per image, on PIL images, to a normalized float tensor."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(SIZE, scale=(0.08, 1.0)),
@@ -83,7 +83,7 @@ class Classic(Dataset):
 
 
 class Files:
-    """A list of files with what the CPU stage asks of a source."""
+    """A list of files with the interface that the CPU stage needs."""
 
     def __init__(self, paths: list[str]):
         self.paths = paths
@@ -120,7 +120,7 @@ def one_core(paths: list[str], rounds: int, with_reference: bool, batch: int = 6
 
     seconds = {"classic": [], "ours": [], "decode": []}
     for round_index in range(-1, rounds):
-        # The order within a round alternates too; round -1 warms up.
+        # The order within a round alternates; round -1 is a warm-up.
         runs = [("ours", lambda epoch=round_index + 1: run_ours(epoch)), ("decode", run_decode)]
         if with_reference:
             runs.insert(0, ("classic", run_classic))
@@ -148,7 +148,7 @@ def one_core(paths: list[str], rounds: int, with_reference: bool, batch: int = 6
 
 
 def cpu_of_workers(loader: DataLoader) -> float:
-    """CPU seconds that a loader's workers have used so far (Linux)."""
+    """CPU seconds used so far by the workers of a loader (Linux)."""
     ticks = 0
     for worker in [] if loader._iterator is None else loader._iterator._workers:
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
@@ -157,7 +157,7 @@ def cpu_of_workers(loader: DataLoader) -> float:
 
 
 def loaders(directory: str, paths: list[str], workers: int, rounds: int, with_reference: bool, batch: int) -> dict:
-    """Table 2: a whole loader, workers and transport included."""
+    """Table 2: a whole loader, including workers and transport."""
     source = open_source(directory)
     ours = TwoViewLoader(source, two_views(image_size=SIZE), global_batch_size=batch, num_workers=workers)
     classic = DataLoader(
@@ -249,21 +249,23 @@ def device_stage(device: torch.device, batch: int, rounds: int, compiled: bool) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", required=True, help="folder of images, at any depth")
-    parser.add_argument("--reference", action="store_true", help="measure the classic pipeline too")
-    parser.add_argument("--device_stage", action="store_true", help="measure the device stage and a ViT-S step")
+    parser.add_argument("--images", required=True, help="folder of images, searched recursively")
+    parser.add_argument("--reference", action="store_true", help="also measure the classic pipeline")
+    parser.add_argument("--device_stage", action="store_true", help="also measure the device stage and a ViT-S step")
     parser.add_argument("--compile", action="store_true", help="compile the device stage")
-    parser.add_argument("--device_batch", type=int, help="images in the device stage; default 256 on a GPU, 8 else")
+    parser.add_argument(
+        "--device_batch", type=int, help="batch size of the device stage; default 256 on a GPU, else 8"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
-    parser.add_argument("--batch", type=int, default=64, help="of the loaders")
-    parser.add_argument("--output", help="write the JSON here as well")
+    parser.add_argument("--batch", type=int, default=64, help="batch size of the loaders")
+    parser.add_argument("--output", help="file to which the JSON is written as well")
     options = parser.parse_args()
 
     torch.set_num_threads(1)
     paths = [str(path) for path in sorted(Path(options.images).rglob("*")) if path.suffix.lower() in SUFFIXES]
     if not paths:
-        parser.error(f"no images in {options.images!r}")
+        parser.error(f"no images in {options.images!r}: pass a folder that contains image files as --images")
     result = {
         "images": len(paths),
         "mean_file_bytes": round(statistics.mean(os.path.getsize(path) for path in paths)),

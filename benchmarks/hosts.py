@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces that a virtual cable joins, each with its own processes and sockets."""
+"""Two simulated hosts on one machine: network namespaces connected by a virtual link."""
 
 import os
 import shlex
@@ -18,7 +18,7 @@ PORT = 29500
 
 
 def why_not() -> str | None:
-    """Why network namespaces cannot be made here, `None` where they can."""
+    """Why network namespaces cannot be created on this machine; `None` if they can."""
     name = f"mocov3-try-{os.getpid()}"
     try:
         ip("netns", "add", name)
@@ -29,7 +29,7 @@ def why_not() -> str | None:
     try:
         ip("link", "add", INTERFACE, "netns", name, "type", "veth", "peer", "name", "veth1", "netns", name)
     except subprocess.CalledProcessError as error:
-        return f"virtual network cables are not permitted: {error.stderr.strip()}"
+        return f"virtual network links are not permitted: {error.stderr.strip()}"
     finally:
         ip("netns", "delete", name)
     return None
@@ -41,10 +41,10 @@ def ip(*arguments: str) -> str:
 
 class Hosts:
     """
-    Two hosts while it is entered; what still runs on them when it is left is killed.
+    Context manager of two hosts; processes that still run on them at exit are killed.
 
     Args:
-        rate: Bandwidth of the cable in both directions as `tc` writes it, such as `400mbit`; `None` for no limit.
+        rate: Bandwidth of the link in both directions in the notation of `tc`, such as `400mbit`; `None` for no limit.
     """
 
     def __init__(self, rate: str | None = None):
@@ -73,12 +73,12 @@ class Hosts:
 
     def start(self, arguments: list[str], logs: Path, script: Path = SCRIPT) -> list[subprocess.Popen]:
         """
-        One process on each host, by the commands that docs/scaling.md gives for two nodes.
+        Start one process on each host, as docs/scaling.md describes for two nodes.
 
         Args:
-            arguments: Of `script`.
-            logs: Folder for the output of each host, `host0.log` and `host1.log`.
-            script: What is started.
+            arguments: Arguments of `script`.
+            logs: Folder for the output of the hosts, `host0.log` and `host1.log`.
+            script: Script to start.
         """
         logs.mkdir(parents=True, exist_ok=True)
         launches = []
@@ -95,30 +95,30 @@ class Hosts:
         return launches
 
     def cut(self) -> None:
-        """Pull the cable: packets vanish, and no connection is told."""
+        """Cut the link: packets are dropped, and connections are not closed."""
         ip("-n", self.names[1], "link", "set", INTERFACE, "down")
 
     def mend(self) -> None:
-        """Put the cable back."""
+        """Restore the link."""
         ip("-n", self.names[1], "link", "set", INTERFACE, "up")
 
     def kill(self, host: int) -> None:
-        """SIGKILL to all processes of a host, the launcher among them, as if it had lost its power."""
+        """Send SIGKILL to all processes of a host, including the launcher, like a power failure."""
         processes = [psutil.Process(int(pid)) for pid in ip("netns", "pids", self.names[host]).split()]
         for process in processes:
             try:
                 process.kill()
             except psutil.NoSuchProcess:
-                continue  # ended by itself in between
+                continue  # exited in the meantime
         psutil.wait_procs(processes, timeout=60)
 
 
 def wait(launches: list[subprocess.Popen], timeout: float) -> list[float]:
     """
-    Seconds after which each launcher ended.
+    Wait for all launchers; returns the seconds after which each exited.
 
     Raises:
-        subprocess.TimeoutExpired: one still runs after `timeout` seconds.
+        subprocess.TimeoutExpired: if one still runs after `timeout` seconds.
     """
     started = time.monotonic()
     seconds: list[float | None] = [None] * len(launches)
@@ -134,13 +134,13 @@ def wait(launches: list[subprocess.Popen], timeout: float) -> list[float]:
 
 def wait_for(path: Path, launches: list[subprocess.Popen], timeout: float = 120) -> None:
     """
-    Until `path` exists.
+    Wait until `path` exists.
 
     Raises:
-        RuntimeError: the launchers have ended, or `timeout` seconds have passed, without it.
+        RuntimeError: if the launchers exit or `timeout` seconds pass first.
     """
     started = time.monotonic()
     while not path.exists():
         if all(launch.poll() is not None for launch in launches) or time.monotonic() - started > timeout:
-            raise RuntimeError(f"{path} did not come to be")
+            raise RuntimeError(f"{path} was not created within {timeout:.0f} s")
         time.sleep(0.01)

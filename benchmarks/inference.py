@@ -1,11 +1,11 @@
-"""Images per second of `ImageClassifier` and `FeatureExtractor` beside transformers' pipelines, on one core of a CPU.
+"""Speed of `ImageClassifier` and `FeatureExtractor` on one CPU core, compared with the transformers pipelines.
 
     python benchmarks/inference.py [--images DIR] [--models vit_small resnet50] [--output FILE.json]
 
-Random weights, JPEG files (without --images those of benchmarks/photos.py). Every variant goes over the same files in
-turn, round after round; CPU time per image, medians and ranges, and ratios of neighbouring rounds. The limit of the
-machine is measured in the same rounds: decoding alone, plus the model's multiply-adds at the rate of a large matrix
-product in the same precision. Results are held against the pipeline's. The last line is the result as JSON.
+Random weights and JPEG files (those of photos.py without --images). All variants process the same files and alternate
+round by round. Reported are CPU time per image (median and range) and ratios within a round. The limit is measured in
+the same rounds: decoding alone, plus the model's multiply-adds at the rate of a large matrix product in the same
+precision. The results are compared with the pipeline's. The last line is the result as JSON.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from step import cpu_name
 
 import mocov3_hf  # noqa: F401  (registers the models)
 from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification
-from mocov3_hf.complexity import multiply_adds
 from mocov3_hf.inference import FeatureExtractor, ImageClassifier
 from mocov3_hf.inference.images import decode, find_images
+from mocov3_hf.pretraining.estimate import multiply_adds
 from mocov3_hf.processing import build_image_processor
 
 
@@ -45,7 +45,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def save_model(name: str, folder: Path) -> tuple[str, int]:
-    """A classifier of 1000 classes with random weights; its folder and the multiply-adds of an image."""
+    """Save a 1000-class classifier with random weights; returns its folder and the multiply-adds per image."""
     torch.manual_seed(0)
     model = MoCoV3ForImageClassification(
         MoCoV3Config(backbone_config=BACKBONES[name], num_labels=1000, zero_init_residual=False)
@@ -58,7 +58,7 @@ def save_model(name: str, folder: Path) -> tuple[str, int]:
 
 
 def make_variants(folder: str, task: str, batch_size: int) -> dict:
-    """Functions of a list of files, by name."""
+    """The variants by name; each is a function of a list of files."""
     if task == "classification":
         pipeline, options, ours = transformers.pipeline("image-classification", model=folder), {}, ImageClassifier
     else:
@@ -73,7 +73,7 @@ def make_variants(folder: str, task: str, batch_size: int) -> dict:
 
 
 def limits() -> dict:
-    """What the machine does at best: products of large matrices."""
+    """Matrix products that measure the hardware limit, by precision."""
     found = {}
     for name, dtype in DTYPES.items():
         a, b = torch.randn(2, GEMM_SIZE, GEMM_SIZE).to(dtype)
@@ -82,7 +82,7 @@ def limits() -> dict:
 
 
 def measure(variants: dict, files: list[str], rounds: int, label: str) -> dict[str, list[float]]:
-    """CPU seconds of every variant; the order turns, and a first round warms up."""
+    """CPU seconds of every variant. The order alternates; the first round is a warm-up."""
     seconds = {name: [] for name in variants}
     for index in range(rounds + 1):
         for name in list(variants)[:: 1 if index % 2 else -1]:
@@ -100,7 +100,7 @@ def summary(values: list[float], scale: float = 1.0) -> dict:
 
 
 def agreement(task: str, found, expected) -> dict[str, float]:
-    """How far results are from the pipeline's: of classifiers the first labels and their scores, else the features."""
+    """Agreement with the pipeline: first labels and their scores of a classifier, or distance of features."""
     if task == "features":
         expected = torch.tensor(expected).flatten(1)
         return {"relative_distance": (torch.linalg.norm(found - expected) / torch.linalg.norm(expected)).item()}
@@ -137,7 +137,7 @@ def run(name: str, task: str, files: list[str], rounds: int, batch_size: int, fo
         result["variants"][variant] = entry
         spread = entry["times_the_pipeline"]
         print(
-            f"{name} {task} {variant}: {entry['ms_per_image']['median']:.1f} ms an image, {spread['median']:.2f} times"
+            f"{name} {task} {variant}: {entry['ms_per_image']['median']:.1f} ms per image, {spread['median']:.2f}×"
             f" the pipeline ({spread['min']:.2f} to {spread['max']:.2f})"
             + (f", {entry['fraction_of_limit']:.0%} of the limit" if "fraction_of_limit" in entry else ""),
             flush=True,
@@ -151,9 +151,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(BACKBONES), default=list(BACKBONES))
     parser.add_argument("--tasks", nargs="+", choices=["classification", "features"], default=["classification"])
     parser.add_argument("--num_images", type=int, default=16)
-    parser.add_argument("--batch_size", type=int, default=8, help="of the batched pipeline")
+    parser.add_argument("--batch_size", type=int, default=8, help="batch size of the batched pipeline")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", help="write the JSON here as well")
+    parser.add_argument("--output", help="file to which the JSON is written as well")
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()

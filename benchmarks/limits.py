@@ -1,12 +1,11 @@
-"""What this machine can do at best, measured as the other benchmarks measure: one core, CPU time; or its GPU.
+"""Hardware limits of this machine: matrix products, convolutions and memory bandwidth, on one core or a GPU.
 
     python benchmarks/limits.py [--device cuda] [--rounds 5] [--output FILE.json]
 
-Matrix products and convolutions in float32 and bf16, in GFLOP/s (a multiply-add is two); the copy of a tensor larger
-than any cache, and the sum of two in place, in GB/s (what is read and what is written). A copy moves more than it
-tells, since a processor reads the lines that it is about to overwrite: the sum is what bounds work in place. step.py
-and updates.py measure again between their own rounds, and hold their figures against that. The last line is JSON with
-every round.
+Matrix products and convolutions in float32 and bf16, in GFLOP/s (a multiply-add counts as two). The copy of a tensor
+larger than any cache, and the in-place sum of two, in GB/s read and written. A copy moves more than it counts, because
+a processor also reads the cache lines that it overwrites; the in-place sum is therefore the limit of in-place work.
+step.py and updates.py measure the limits again between their own rounds. The last line is JSON with every round.
 """
 
 import argparse
@@ -28,17 +27,17 @@ from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
 
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
-# Sides of the square matrices. On a CPU the rate is the same, within noise, from 512 on and for the shapes of ViT-S.
+# Side of the square matrices. On a CPU the rate is the same within noise from 512 on, and for the shapes of ViT-S.
 GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
 GEMM_REPEATS = {"cpu": 4, "cuda": 20}
-# Of each tensor that is copied or added: far more than the caches hold.
+# Size of each tensor that is copied or added: much larger than the caches.
 TENSOR_BYTES = {"cpu": 2**28, "cuda": 2**31}
-# Input of a 3×3 convolution of ResNet-50's second stage: B, C, H, W.
+# Input of a 3×3 convolution in ResNet-50's second stage: B, C, H, W.
 CONVOLUTION = {"cpu": (16, 128, 28, 28), "cuda": (256, 128, 28, 28)}
 
 
 class Gemm:
-    """Linear layers on square matrices in one precision; a call makes all of `flop`."""
+    """Linear layers on square matrices in one precision; a call computes `flop` operations."""
 
     def __init__(self, mixed_precision: str, device: str = "cpu"):
         side, self.repeats = GEMM_SIDE[device], GEMM_REPEATS[device]
@@ -53,7 +52,7 @@ class Gemm:
 
 
 class Convolution:
-    """3×3 convolutions of a channels_last batch, as ResNet-50 has them."""
+    """3×3 convolutions of a channels_last batch, as in ResNet-50."""
 
     def __init__(self, mixed_precision: str, device: str = "cpu"):
         batch, channels, height, width = CONVOLUTION[device]
@@ -72,7 +71,7 @@ class Convolution:
 
 
 class Copy:
-    """The copy of a large tensor; `bytes` counts reading and writing."""
+    """Copy of a large tensor; `bytes` counts reads and writes."""
 
     def __init__(self, device: str = "cpu"):
         self.source = torch.zeros(TENSOR_BYTES[device] // 4, device=device)
@@ -84,7 +83,7 @@ class Copy:
 
 
 class Sum(Copy):
-    """A large tensor added to another in place; `bytes` counts reading both and writing one."""
+    """In-place sum of two large tensors; `bytes` counts two reads and one write."""
 
     def __init__(self, device: str = "cpu"):
         super().__init__(device)
@@ -95,7 +94,7 @@ class Sum(Copy):
 
 
 def clock(function: Callable[[], object], device: str) -> float:
-    """Seconds: of this process's CPU, or of the GPU by the wall, waiting for it at both ends."""
+    """CPU seconds of this process, or wall-clock seconds on a GPU, synchronized at both ends."""
     if device == "cpu":
         start = time.process_time()
         function()
@@ -108,7 +107,7 @@ def clock(function: Callable[[], object], device: str) -> float:
 
 
 def measure(device: str, rounds: int) -> dict[str, dict]:
-    """Rates of all limits, in turns; a first round warms up."""
+    """Rates of all limits. They alternate; the first round is a warm-up."""
     limits = {}
     for mixed_precision in DTYPES:
         limits[f"gemm_{mixed_precision}"] = Gemm(mixed_precision, device)
@@ -132,25 +131,25 @@ def measure(device: str, rounds: int) -> dict[str, dict]:
 
 def step_flop_per_image(config: MoCoV3Config, image_size: int, pooled_query_only: bool) -> float:
     """
-    Operations of a pre-training step for one image, both views: matrix products and convolutions that are computed,
-    forward in both branches and backward in the trained one (none for the frozen projection of patches, none for the
-    gradient of pixels). Norms, activations and the optimizer are not counted. A multiply-add is two.
+    FLOPs of a pre-training step per image, for both views: the matrix products and convolutions that are computed,
+    forward in both branches and backward in the trained one (no gradient of pixels or of a frozen patch projection).
+    Norms, activations and the optimizer are not counted. A multiply-add counts as two.
     """
     batch = 2
     with torch.device("meta"):
         model = MoCoV3ForPreTraining(config)
     if model.mocov3.backbone._supports_attention_backend:
-        model.set_attn_implementation("eager")  # whose products are counted on every device
+        model.set_attn_implementation("eager")  # its matrix products are counted on every device
     model.pooled_query_only = pooled_query_only
     with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
-        model.to_empty(device="cpu")  # shapes only: autocast does not know the device "meta"
+        model.to_empty(device="cpu")  # shapes only; autocast does not support the device "meta"
         views = torch.zeros(2, batch, 3, image_size, image_size)
         model(pixel_values=views[0], pixel_values_2=views[1]).loss.backward()
     return counter.get_total_flops() / batch
 
 
 def cpu_name() -> str:
-    """As the system tells it."""
+    """The CPU model that the operating system reports."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -161,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", help="write the JSON here as well")
+    parser.add_argument("--output", help="file to which the JSON is written as well")
     options = parser.parse_args()
     torch.set_num_threads(1)
     result = {

@@ -1,14 +1,14 @@
-"""Memory and cost of the gradient cache: batches larger than memory against the plain step.
+"""Peak memory and CPU time of the gradient cache, compared with the plain step.
 
     python benchmarks/memory.py [--batches 64 128 256 512] [--chunk_size 32] [--cost_batch 64] [--output FILE.json]
 
-Peak memory: every point is a process of its own, in which one step is taken; its figure is the highest resident size
-during one step, less that before it (weights, gradients and moments are there by then). `counted_gib` is what cannot
-be less: the views, and what autograd must keep, counted on tensors without data. The curve of the plain step ends
-where --limit_gib would not hold the next batch. Cost: CPU time per image of both steps at one batch, taking turns on
-one core.
+Peak memory: each point runs in a separate process. It is the peak resident size during one step, minus the resident
+size before it, which already includes weights, gradients and optimizer state. `counted_gib` is a lower bound: the
+views and the tensors that autograd must keep, counted on tensors without data. The curve of the plain step ends at the
+first batch that would exceed --limit_gib. Cost: CPU time per image of both steps at one batch, alternating on one
+core.
 
-A quick try: --batches 4 8 --chunk_size 2 --cost_batch 4 --rounds 1. The last line is JSON with every run.
+Quick test: --batches 4 8 --chunk_size 2 --cost_batch 4 --rounds 1. The last line is JSON with every measurement.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import torch
 from step import RECIPES, SIZE, OurStep, alternate, cpu_name, fresh_model, random_views, ratio, write
 
 from mocov3_hf.pretraining.estimate import estimate
-from mocov3_hf.recipe import load_recipe
+from mocov3_hf.pretraining.recipe import load_recipe
 
 
 def build(kind: str, backbone: str, mixed_precision: str, chunk_size: int) -> OurStep:
@@ -42,13 +42,13 @@ def build(kind: str, backbone: str, mixed_precision: str, chunk_size: int) -> Ou
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds now."""
+    """Resident memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
 
 class Peak:
-    """The highest resident size within the block, looked at every few milliseconds."""
+    """The peak resident size within the block, sampled every few milliseconds."""
 
     def __enter__(self) -> "Peak":
         self.bytes, self.done = resident_bytes(), threading.Event()
@@ -66,7 +66,7 @@ class Peak:
 
 
 def measure_point(kind: str, backbone: str, mixed_precision: str, batch: int, chunk_size: int) -> dict:
-    """Of this process: a step with two images makes the moments, the next is measured."""
+    """Measure in this process: a step with two images creates the optimizer state, the next one is measured."""
     step = build(kind, backbone, mixed_precision, chunk_size)
     counted = estimate(
         step.model.config,
@@ -102,7 +102,7 @@ def in_own_process(kind: str, options: argparse.Namespace, batch: int) -> dict:
 
 
 def curve(kind: str, options: argparse.Namespace) -> list[dict]:
-    """Points from the smallest batch on, to the first that memory would not hold."""
+    """Points in increasing order of batch size, up to the first that would exceed the memory limit."""
     points = []
     for batch in sorted(options.batches):
         if points:
@@ -110,14 +110,14 @@ def curve(kind: str, options: argparse.Namespace) -> list[dict]:
             growth = batch / last["batch"] if kind == "plain" else 1.2
             expected = last["resident_before_gib"] + last["peak_gib"] * growth
             if expected > options.limit_gib:
-                print(f"{kind}: ends before batch {batch}, which needs about {expected:.0f} GiB", file=sys.stderr)
+                print(f"{kind}: skipping batch {batch}, which needs about {expected:.0f} GiB", file=sys.stderr)
                 break
         points.append(in_own_process(kind, options, batch))
     return points
 
 
 def cost(options: argparse.Namespace) -> dict:
-    """CPU time of the cached step over that of the plain one."""
+    """CPU time of the cached step, relative to the plain step."""
     views = random_views(options.cost_batch, "cpu")
     steps = {
         kind: build(kind, options.backbone, options.mixed_precision, options.chunk_size)
@@ -140,10 +140,10 @@ def main() -> None:
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
     parser.add_argument("--batches", nargs="+", type=int, default=[64, 128, 256, 512])
     parser.add_argument("--chunk_size", type=int, default=32)
-    parser.add_argument("--cost_batch", type=int, default=64, help="batch at which both steps are timed")
+    parser.add_argument("--cost_batch", type=int, default=64, help="batch size at which both steps are timed")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--limit_gib", type=float, default=16.0, help="memory that a point may take")
-    parser.add_argument("--output", help="write the JSON here as well")
+    parser.add_argument("--limit_gib", type=float, default=16.0, help="maximum memory of a point")
+    parser.add_argument("--output", help="file to which the JSON is written as well")
     parser.add_argument("--point", choices=["plain", "cached"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)

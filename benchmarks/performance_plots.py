@@ -1,11 +1,11 @@
-"""One plot for each machine: every part against the plain implementation, and the fraction of its limit reached."""
+"""One plot per machine: speedup over the plain implementation, fraction of the hardware limit, memory."""
 
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from .performance_figures import (
+from .performance_numbers import (
     Spread,
     gpu_step_reached,
     gpu_times_plain,
@@ -20,13 +20,13 @@ from .performance_figures import (
 
 
 OURS, PLAIN = "#2563ab", "#b0b7c0"
-# The same file for the same figures: no date, no random identifiers, and text that stays text.
+# Deterministic output: no date, no random identifiers. Text stays text.
 STABLE = {"svg.hashsalt": "mocov3_hf", "svg.fonttype": "none"}
 Bar = tuple[str, Spread, Spread]  # what, plain, ours
 
 
 def fractions(results: dict) -> list[Bar]:
-    """Of the limit, by the plain implementation and by ours."""
+    """Fractions of the hardware limit, of the plain implementation and of ours."""
     bars = []
     data, step, updates = (result(results, part) for part in ("data_path", "step", "updates"))
     if data is not None:
@@ -50,7 +50,7 @@ def fractions(results: dict) -> list[Bar]:
 
 
 def times_plain(results: dict) -> list[tuple[str, Spread]]:
-    """How many times as fast as the plain implementation."""
+    """Speedups over the plain implementation."""
     bars = []
     data, step, updates = (result(results, part) for part in ("data_path", "step", "updates"))
     if data is not None:
@@ -66,12 +66,12 @@ def times_plain(results: dict) -> list[tuple[str, Spread]]:
 
 
 def error(spreads: list[Spread]) -> list[list[float]]:
-    """Down to the least and up to the most, as matplotlib takes it."""
+    """Error bars from minimum to maximum, as offsets from the median."""
     return [[s.median - s.least for s in spreads], [s.most - s.median for s in spreads]]
 
 
 def draw(results: dict, path: Path) -> None:
-    """Write the plot of a machine as SVG."""
+    """Write the plot of one machine as SVG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STABLE):
         figure = Figure(figsize=(11, 3.6), layout="constrained")
@@ -84,7 +84,7 @@ def draw(results: dict, path: Path) -> None:
         else:
             draw_memory(axes[2], memory)
         figure.savefig(path, format="svg", metadata={"Date": None})
-    # Trailing blanks of matplotlib's paths would be the only ones of the repository.
+    # matplotlib leaves trailing whitespace in paths.
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text("".join(f"{line.rstrip()}\n" for line in lines), encoding="utf-8")
 
@@ -97,7 +97,7 @@ def draw_fractions(axes, bars: list[Bar]) -> None:
     axes.set_yticks(range(len(bars)), [bar[0] for bar in bars])
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
-    axes.set_title("fraction of the machine's limit", fontsize=10)
+    axes.set_title("fraction of the hardware limit", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -107,15 +107,15 @@ def draw_times(axes, bars: list[tuple[str, Spread]]) -> None:
     axes.set_yticks(range(len(bars)), [bar[0] for bar in bars])
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
-    axes.set_title("times as fast as the plain implementation", fontsize=10)
+    axes.set_title("speedup over the plain implementation", fontsize=10)
 
 
 def draw_memory(axes, memory: dict) -> None:
     for kind, name, color in (("plain", "plain step", PLAIN), ("cached", "gradient cache", OURS)):
         batches = [point["batch"] for point in memory[kind]]
         axes.plot(batches, [point["peak_gib"] for point in memory[kind]], "o-", color=color, label=name)
-        axes.plot(batches, [point["counted_gib"] for point in memory[kind]], ":", color=color, label="must be kept")
+        axes.plot(batches, [point["counted_gib"] for point in memory[kind]], ":", color=color, label="lower bound")
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("images in a step")
-    axes.set_title("memory of a step, GiB", fontsize=10)
+    axes.set_xlabel("batch size")
+    axes.set_title("peak memory of a step, GiB", fontsize=10)
     axes.legend(frameon=False, fontsize=8)

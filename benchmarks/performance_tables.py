@@ -1,6 +1,6 @@
-"""Figures of bench.py as text: pure functions from the results of a machine to Markdown."""
+"""Markdown tables of docs/performance.md: pure functions of the results of one machine."""
 
-from .performance_figures import (
+from .performance_numbers import (
     LIMITS,
     NAMES,
     OPERATIONS,
@@ -21,7 +21,7 @@ from .performance_figures import (
 
 
 SHOWN_PROCESSES = (2, 8, 16, 64)
-LEAST_SHARE = 0.01  # of a kind of kernel, to be named
+MIN_SHARE = 0.01  # kinds of kernels below this share are not listed
 
 
 def report(results: dict) -> str:
@@ -49,7 +49,7 @@ def heading(results: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     where = f"{results['device']}, {results['cores']} cores" if results["device_type"] == "cpu" else results["device"]
     return (
-        f"## {where}\n\n![Figures of this machine](performance/{results['machine']}.svg)\n\n"
+        f"## {where}\n\n![speedup, fraction of the limit, memory](performance/{results['machine']}.svg)\n\n"
         f"[{results['machine']}.json](../benchmarks/results/{results['machine']}.json); {results['system']}, Python"
         f" {results['python']}, {versions}. Photographs: {results['images']}.\n"
     )
@@ -64,8 +64,8 @@ def limits_section(results: dict) -> str:
         drift = f"{results['drift'][name]:.2f}" if after else "–"
         rows.append([LIMITS[name], limit["unit"], spread(limit["rates"]).text(digits), later, drift])
     return (
-        "### Limits\n\nBefore and after all parts; a drift from 1 is how much the machine itself changed.\n\n"
-        f"{table(['operation', 'unit', 'before', 'after', 'drift'], rows)}\n"
+        "### Limits\n\nMeasured before and after all parts. A drift other than 1 means that the machine itself"
+        f" changed.\n\n{table(['operation', 'unit', 'before', 'after', 'drift'], rows)}\n"
     )
 
 
@@ -76,7 +76,7 @@ def data_path_section(results: dict) -> str:
     names = {
         "classic": "classic: PIL and torchvision transforms",
         "ours": "ours",
-        "decode": "decoding alone: the limit",
+        "decode": "decoding only (the limit)",
     }
     rows = [
         [
@@ -88,28 +88,28 @@ def data_path_section(results: dict) -> str:
         for name, text in names.items()
     ]
     text = (
-        f"### Data path\n\nBoth views of {images} photographs of {data['mean_file_bytes'] / 1e3:.0f} KB, one core,"
-        f" CPU time.\n\n{table(['', 'ms per image', 'times classic', 'of the limit'], rows)}\n"
+        f"### Data loading\n\nBoth views of {images} photographs of {data['mean_file_bytes'] / 1e3:.0f} KB on average,"
+        f" one core, CPU time.\n\n{table(['', 'ms per image', 'speedup', 'fraction of the limit'], rows)}\n"
     )
     rows = [
         [
             workers if workers != "1 workers" else "1 worker",
             *(
-                spread([1 / taken for taken in figures["wall_seconds_per_image"][who]]).text(0)
+                spread([1 / taken for taken in measured["wall_seconds_per_image"][who]]).text(0)
                 for who in ("classic", "ours")
             ),
-            ratio(*(figures["wall_seconds_per_image"][who] for who in ("classic", "ours"))).text(),
-            ratio(*(figures["cpu_seconds_per_image"][who] for who in ("classic", "ours"))).text(),
+            ratio(*(measured["wall_seconds_per_image"][who] for who in ("classic", "ours"))).text(),
+            ratio(*(measured["cpu_seconds_per_image"][who] for who in ("classic", "ours"))).text(),
         ]
-        for workers, figures in data["loaders"].items()
+        for workers, measured in data["loaders"].items()
     ]
-    head = ["whole loader", "classic, images/s", "ours, images/s", "times, wall", "times, CPU"]
+    head = ["whole DataLoader", "classic, images/s", "ours, images/s", "speedup, wall time", "speedup, CPU time"]
     text += f"\n{table(head, rows)}\n"
     if "device_stage" in data:
         stage = data["device_stage"]
         text += (
-            f"\nThe photometric stage on {stage['device']} makes both views of {stage['images_per_second']:.0f}"
-            f" images/s: {100 * stage['share_of_step']:.1f} % of a ViT-S step.\n"
+            f"\nThe photometric stage on {stage['device']} augments both views of {stage['images_per_second']:.0f}"
+            f" images/s, which takes {100 * stage['share_of_step']:.1f} % of a ViT-S step.\n"
         )
     return text
 
@@ -128,10 +128,10 @@ def step_section(results: dict) -> str:
         ]
         for point in points
     ]
-    head = ["step", "plain, s", "ours, s", "times plain", "limit, GFLOP/s", "plain reaches", "ours reaches"]
+    head = ["step", "plain, s", "ours, s", "speedup", "limit, GFLOP/s", "plain, of limit", "ours, of limit"]
     batches = ", ".join(sorted({str(point["batch"]) for point in points}, key=int))
     counted = "; ".join(
-        f"{NAMES[point['backbone']]} {point['flop_per_image']['plain'] / 1e9:.1f} GFLOP an image"
+        f"{NAMES[point['backbone']]} {point['flop_per_image']['plain'] / 1e9:.1f} GFLOP per image"
         f" (ours {point['flop_per_image']['ours'] / 1e9:.1f})"
         for point in points
         if point["mixed_precision"] == points[0]["mixed_precision"]
@@ -139,34 +139,34 @@ def step_section(results: dict) -> str:
     choices = "; ".join(f"{step_name(point)}: {point['acceleration']}" for point in points)
     return (
         f"### Pre-training step\n\nBatch {batches}, one core, CPU time. {counted}.\n\n{table(head, rows)}\n\n"
-        f"Chosen for ours: {choices}.\n"
+        f"Settings of ours: {choices}.\n"
     )
 
 
 def gpu_step_section(points: list[dict]) -> str:
     rows = []
     for point in points:
-        for name, figures in point["variants"].items():
+        for name, measured in point["variants"].items():
             rows.append(
                 [
                     step_name(point),
                     str(point["batch"]),
                     name,
-                    spread(figures["images_per_second"]).text(0),
+                    spread(measured["images_per_second"]).text(0),
                     gpu_times_plain(point, name).text(),
                     gpu_step_reached(point, name).percent(),
-                    "–" if figures["mfu"] is None else f"{100 * figures['mfu']:.1f} %",
-                    "–" if figures["peak_memory_gib"] is None else f"{figures['peak_memory_gib']:.1f}",
+                    "–" if measured["mfu"] is None else f"{100 * measured['mfu']:.1f} %",
+                    "–" if measured["peak_memory_gib"] is None else f"{measured['peak_memory_gib']:.1f}",
                 ]
             )
-    head = ["step", "batch", "variant", "images/s", "times plain", "of the limit", "MFU", "GiB at most"]
+    head = ["step", "batch", "variant", "images/s", "speedup", "of limit", "MFU", "peak GiB"]
     limits = "; ".join(
         f"{step_name(point)}: {spread(point['limit']['tflops']).text(0)}, {OPERATIONS[point['limit']['operation']]}"
         for point in points
     )
     sentences = [
-        f"Limit in the same run, TFLOP/s: {limits}. MFU: operations as published (two views, two encoders), over the"
-        " data sheet's rate for bf16.",
+        f"Limits in the same run, TFLOP/s: {limits}. MFU: operations as published (two views, two encoders), divided"
+        " by the bf16 peak of the data sheet.",
         *(profile_text(point) for point in points if "profile" in point),
         *(data_text(point) for point in points if "data" in point),
     ]
@@ -176,22 +176,22 @@ def gpu_step_section(points: list[dict]) -> str:
 def profile_text(point: dict) -> str:
     profile = point["profile"]
     shares = ", ".join(
-        f"{kind} {100 * share:.0f} %" for kind, share in profile["shares_of_busy"].items() if share >= LEAST_SHARE
+        f"{kind} {100 * share:.0f} %" for kind, share in profile["shares_of_busy"].items() if share >= MIN_SHARE
     )
     return (
-        f"Where the time of {step_name(point)}, {profile['variant']}, goes: the GPU is busy"
-        f" {100 * profile['busy']:.0f} % of it, of which {shares}."
+        f"Profile of {step_name(point)}, {profile['variant']}: the GPU is busy {100 * profile['busy']:.0f} % of the"
+        f" time. Shares of the busy time: {shares}."
     )
 
 
 def data_text(point: dict) -> str:
-    """Photographs from disk against views that lie ready."""
+    """Training on photographs from disk, compared with views that are already in memory."""
     data = point["data"]
     ready, read = (spread(data["images_per_second"][how]).text(0) for how in ("ready", "data"))
     return (
         f"{step_name(point)}, {data['variant']}, on photographs from disk, {data['workers']} workers: {read} images/s"
-        f" against {ready} on views that lie ready, {100 * data['slower_than_ready']:.0f} % slower. The loader alone"
-        f" gives {data['loader_alone']:.0f} images/s, the augmentation on the GPU {data['augmentation_alone']:.0f}."
+        f" instead of {ready} on views in GPU memory, {100 * data['slower_than_ready']:.0f} % slower. The loader alone"
+        f" reaches {data['loader_alone']:.0f} images/s, the augmentation on the GPU {data['augmentation_alone']:.0f}."
     )
 
 
@@ -209,8 +209,8 @@ def updates_section(results: dict) -> str:
                 *(update_reached(point, who).percent() for who in ("plain", "ours")),
             ]
         )
-    head = ["update", "loop, ms", "ours, ms", "times the loop", "limit, GB/s", "loop reaches", "ours reaches"]
-    return f"### Updates of the weights\n\n{table(head, rows)}\n"
+    head = ["step", "loop, ms", "ours, ms", "speedup", "limit, GB/s", "loop, of limit", "ours, of limit"]
+    return f"### EMA and optimizer steps\n\n{table(head, rows)}\n"
 
 
 def memory_section(results: dict) -> str:
@@ -227,50 +227,51 @@ def memory_section(results: dict) -> str:
         ]
         for batch in sorted(plain | cached)
     ]
-    head = ["batch", "plain step, GiB", "least", "gradient cache, GiB", "least"]
+    head = ["batch", "plain step, GiB", "lower bound", "gradient cache, GiB", "lower bound"]
     cost = memory["cost"]
     return (
         f"### Memory\n\n{NAMES[memory['backbone']]} in {PRECISIONS[memory['mixed_precision']]}, chunks of"
-        f" {memory['chunk_size']}: peak of a step above weights, gradients and moments, and what views and the tensors"
-        f" that autograd must keep come to, counted.\n\n{table(head, rows)}\n\nAn image costs"
-        f" {ratio(cost['cpu_seconds']['cached'], cost['cpu_seconds']['plain']).text()} times the plain step's CPU time"
-        f" (batch {cost['batch']}).\n"
+        f" {memory['chunk_size']}: peak memory of a step beyond weights, gradients and optimizer state. The lower"
+        f" bound is the size of the views and of the tensors that autograd must keep.\n\n{table(head, rows)}\n\nThe"
+        f" gradient cache takes {ratio(cost['cpu_seconds']['cached'], cost['cpu_seconds']['plain']).text()} times the"
+        f" CPU time of the plain step (batch {cost['batch']}).\n"
     )
 
 
 def inference_section(results: dict) -> str:
-    """Ways to the same outputs."""
+    """Our predictors and the transformers pipelines, on the same images."""
     points = result(results, "inference")["points"]
     rows = []
     for point in points:
-        for way, figures in point["variants"].items():
+        for way, measured in point["variants"].items():
             limit, reached = "–", "–"
-            if "fraction_of_limit" in figures:
-                limit, reached = f"{figures['limit_ms_per_image']:.1f}", f"{100 * figures['fraction_of_limit']:.0f} %"
+            if "fraction_of_limit" in measured:
+                limit = f"{measured['limit_ms_per_image']:.1f}"
+                reached = f"{100 * measured['fraction_of_limit']:.0f} %"
             rows.append(
                 [
                     f"{NAMES[point['model']]}, {point['task']}",
                     way,
-                    Spread(*figures["ms_per_image"].values()).text(1),
-                    Spread(*figures["times_the_pipeline"].values()).text(),
+                    Spread(*measured["ms_per_image"].values()).text(1),
+                    Spread(*measured["times_the_pipeline"].values()).text(),
                     limit,
                     reached,
-                    agreement_text(figures.get("agreement")),
+                    agreement_text(measured.get("agreement")),
                 ]
             )
-    head = ["model", "way", "ms per image", "times the pipeline", "limit, ms", "reached", "against its results"]
+    head = ["model", "method", "ms per image", "speedup", "limit, ms", "of limit", "agreement with the pipeline"]
     return (
-        f"### Inference\n\n{points[0]['images']} photographs, one core, CPU time. The limit is decoding them, and the"
+        f"### Inference\n\n{points[0]['images']} photographs, one core, CPU time. The limit is decoding plus the"
         f" model's operations at the rate of a large matrix product.\n\n{table(head, rows)}\n"
     )
 
 
 def agreement_text(agreement: dict | None) -> str:
-    """How far the results are from the pipeline's."""
+    """How closely the results agree with the pipeline's."""
     if agreement is None:
         return "–"
     if "relative_distance" in agreement:
-        return f"{agreement['relative_distance']:.1g} away"
+        return f"relative distance {agreement['relative_distance']:.1g}"
     same, largest = agreement["same_first_label"], agreement["largest_score_difference"]
     return f"{100 * same:.0f} % same label, scores within {largest:.1g}"
 
@@ -295,20 +296,21 @@ def scaling_section(results: dict) -> str:
         for row in scaling["rows"]
         if row["processes"] in SHOWN_PROCESSES
     ]
-    head = ["model", "processes", "images each", "computation, s", "MB sent"]
+    head = ["model", "processes", "images per process", "computation, s", "MB sent"]
     head += [f"{rate:g} GB/s, {how} overlap" for rate in networks.values() for how in ("without", "with")]
     text = (
-        "### Scaling\n\n**Derived, not measured:** the step measured above (bf16), shared by processes with a device"
-        " each, and the bytes that they exchange, counted, at assumed"
-        f" {assumed['nvlink']:g} GB/s inside a node of 8, the rates of the table's head between nodes, and"
-        f" {assumed['latency']:g} µs an exchange. The share of the step that is computation, global batch"
-        f" {scaling['rows'][0]['batch_size']}:\n\n{table(head, rows)}\n"
+        "### Scaling\n\n**Estimated, not measured**, from the step time above (bf16), one device per process, and the"
+        f" number of bytes that processes exchange. Assumed are {assumed['nvlink']:g} GB/s inside a node of 8, the"
+        f" bandwidths in the table's header between nodes, and a latency of {assumed['latency']:g} µs per collective."
+        " The table shows the computation as a share of the step time, at a global batch of"
+        f" {scaling['rows'][0]['batch_size']}:\n\n"
+        f"{table(head, rows)}\n"
     )
     check = result(results, "scaling_check")
     if check is None:
         return text
     if "impossible" in check:
-        return f"{text}\nNot held against a measurement here: {check['impossible']}.\n"
+        return f"{text}\nNot compared with a measurement on this machine: {check['impossible']}.\n"
     rows = [
         [
             str(row["megabits_per_second"]),
@@ -316,31 +318,31 @@ def scaling_section(results: dict) -> str:
                 f"{row[key]:.0f}"
                 for key in (
                     "measured_ms",
-                    "foretold_without_overlap_ms",
-                    "foretold_with_overlap_ms",
-                    "foretold_from_unlimited_ms",
+                    "estimated_without_overlap_ms",
+                    "estimated_with_overlap_ms",
+                    "estimated_from_unlimited_ms",
                 )
             ),
         ]
         for row in check["rates"]
     ]
     head = [
-        "cable, Mbit/s",
+        "bandwidth, Mbit/s",
         "measured, ms",
-        "foretold without overlap",
+        "estimated without overlap",
         "with overlap",
-        "from the cable without limit",
+        "from the unlimited link",
     ]
     return (
-        f"{text}\n**Measured**, to hold this way of foretelling against: a small ViT on two hosts of one core each,"
-        f" joined by a cable, {check['sent_mb']:.1f} MB a step. One process takes"
-        f" {check['one_process_ms']:.0f} ms, two hosts without limit"
-        f" {check['two_hosts_without_limit_ms']:.0f} ms.\n\n{table(head, rows)}\n"
+        f"{text}\nTo validate the estimate, the same formula is compared with a **measurement**: a small ViT on two"
+        f" hosts of one core each, connected by a virtual link, {check['sent_mb']:.1f} MB per step. A step takes"
+        f" {check['one_process_ms']:.0f} ms on one process and {check['two_hosts_without_limit_ms']:.0f} ms on two"
+        f" hosts with unlimited bandwidth.\n\n{table(head, rows)}\n"
     )
 
 
 def runs_section(results: dict) -> str:
-    """Commands, dates and times of all parts; a dash where a part was run by hand and that was not recorded."""
+    """Commands, dates and durations of all parts; a dash where they were not recorded."""
     rows = [
         [
             name,
@@ -356,4 +358,4 @@ def runs_section(results: dict) -> str:
     ]
     taken = [part["run"]["seconds"] for part in results["parts"].values()]
     total = "" if None in taken else f"All parts together took {sum(taken) / 60:.0f} minutes.\n\n"
-    return f"### Runs\n\n{total}{table(['part', 'command', 'date', 'revision', 'load before', 's'], rows)}\n"
+    return f"### Runs\n\n{total}{table(['part', 'command', 'date', 'revision', 'load before', 'seconds'], rows)}\n"

@@ -1,10 +1,11 @@
-"""Photographs to measure with on a machine that has none and no network.
+"""Make photographs for benchmarks, without a download.
 
     python benchmarks/photos.py DIR [--count 300] [--seed 0]
 
-Random crops of the two photographs that scikit-learn brings, as JPEG files with the size and the weight of ImageNet's:
-500×375 pixels or upright, about 110 KB in the mean (ImageNet's training set: 147.9 GB in 1.28 million files, 115 KB).
-The weight matters, since a JPEG's decoding time goes with pixels and with bytes: quality 96 and grain bring it about.
+Random crops of the two sample photographs of scikit-learn, as JPEG files with the pixels and the bytes of ImageNet's:
+500×375 pixels or upright, about 110 KB on average (ImageNet's training set: 147.9 GB in 1.28 million files, 115 KB).
+The file size matters because decoding time grows with pixels and with bytes; quality 96 and added grain give that
+size.
 """
 
 import argparse
@@ -17,28 +18,28 @@ from PIL import Image
 
 LONG, SHORT = 500, 375
 QUALITY = 96
-GRAIN = (0.0, 10.0)  # standard deviation in levels, drawn for every photograph
-SMALLEST_CROP = 0.6  # of the sides; less would have to be enlarged, and a blurred photograph is easier to decode
+GRAIN = (0.0, 10.0)  # standard deviation of the noise in gray levels, drawn per photograph
+SMALLEST_CROP = 0.6  # relative to the sides; smaller crops would be upsampled, and blurred photographs decode faster
 
 
 def make_photos(directory: str | Path, count: int, seed: int = 0) -> list[Path]:
     """
-    Write `count` JPEG files into `directory`, which is made; the same ones for the same seed and library versions.
+    Write `count` JPEG files into `directory`. The files are deterministic for a given seed and library versions.
 
     Args:
-        directory: Files of the same names in it are replaced.
-        count: How many; at least 1.
-        seed: Of the crops.
+        directory: Created if needed; files with the same names are replaced.
+        count: Number of files, at least 1.
+        seed: Seed of the crops.
 
     Returns:
-        Their paths in order: `photo_00000.jpg` and so on.
+        The paths in order: `photo_00000.jpg` and so on.
 
     Raises:
-        ValueError: a count below 1.
-        ModuleNotFoundError: scikit-learn is not installed.
+        ValueError: if `count` is below 1.
+        ModuleNotFoundError: if scikit-learn is not installed.
     """
     if count < 1:
-        raise ValueError(f"make_photos was asked for {count} photographs: pass a count of at least 1")
+        raise ValueError(f"cannot make {count} photographs: pass a count of at least 1")
     originals = sample_photographs()
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -51,19 +52,18 @@ def make_photos(directory: str | Path, count: int, seed: int = 0) -> list[Path]:
 
 
 def sample_photographs() -> list[Image.Image]:
-    """The two of scikit-learn, 640×427 pixels."""
+    """The two sample photographs of scikit-learn, 640×427 pixels."""
     try:
         from sklearn.datasets import load_sample_images
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "the photographs to measure with are scikit-learn's: pip install scikit-learn, or pass --images with a"
-            " folder of your own"
+            "the benchmark photographs need scikit-learn: pip install scikit-learn, or pass a folder as --images"
         ) from error
     return [Image.fromarray(array) for array in load_sample_images().images]
 
 
 def draw_photo(original: Image.Image, random: np.random.Generator) -> bytes:
-    """A crop, flipped or not, with grain, as JPEG."""
+    """A random crop, possibly flipped, with added grain, as JPEG bytes."""
     share = random.uniform(SMALLEST_CROP, 1.0)
     upright = random.random() < 0.25  # about as often as in ImageNet
     size = (SHORT, LONG) if upright else (LONG, SHORT)
@@ -88,7 +88,7 @@ def main() -> None:
     options = parser.parse_args()
     paths = make_photos(options.directory, options.count, options.seed)
     mean = sum(path.stat().st_size for path in paths) / len(paths)
-    print(f"{len(paths)} photographs of {mean / 1000:.0f} KB in the mean in {options.directory}")
+    print(f"{len(paths)} photographs of {mean / 1000:.0f} KB on average in {options.directory}")
 
 
 if __name__ == "__main__":

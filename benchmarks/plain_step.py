@@ -1,8 +1,7 @@
-"""A MoCo v3 step as one writes it down from the paper, without any regard to speed: what benchmarks/step.py measures
-against.
+"""The plain step: MoCo v3 written straight from the paper, without optimization. The reference of step.py.
 
-Two passes per encoder, attention in plain matrix products, one update per parameter after another (moving average,
-AdamW, LARS), contiguous images. One process, so that batch normalisation is torch's own.
+Two passes per encoder, attention as plain matrix products, loops over parameters (EMA, AdamW, LARS), contiguous
+images. A single process, with torch's own batch norm.
 """
 
 import torch
@@ -41,7 +40,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """`(B, 3, H, W)` to the CLS token `(B, D)`."""
+    """Maps images `(B, 3, H, W)` to CLS tokens `(B, D)`."""
 
     def __init__(self, width: int, depth: int, num_heads: int, mlp_width: int, patch: int, num_patches: int):
         super().__init__()
@@ -58,7 +57,7 @@ class ViT(nn.Module):
 
 
 def mlp(ours: nn.Module) -> nn.Sequential:
-    """A head of the widths of ours, with its weights."""
+    """A head with the sizes and the weights of ours."""
     layers = []
     for layer in ours.layers:
         layers.append(nn.Linear(layer.dense.in_features, layer.dense.out_features, bias=False))
@@ -121,8 +120,8 @@ def plain_resnet50(ours: nn.Module) -> nn.Module:
 
 
 def plain_encoder(backbone: nn.Module, projector: nn.Module) -> nn.Sequential:
-    body = plain_resnet50(backbone) if backbone.config.model_type == "resnet" else plain_vit(backbone)
-    return nn.Sequential(body, mlp(projector))
+    plain = plain_resnet50(backbone) if backbone.config.model_type == "resnet" else plain_vit(backbone)
+    return nn.Sequential(plain, mlp(projector))
 
 
 class PlainMoCo(nn.Module):
@@ -176,7 +175,7 @@ class PlainLARS(torch.optim.Optimizer):
 
 
 class PlainStep:
-    """`step(views)` gives the loss before the update."""
+    """`step(views)` returns the loss before the weight update."""
 
     def __init__(self, ours: MoCoV3ForPreTraining, optimizer: str, lr: float, mixed_precision: str, device: str):
         self.model = PlainMoCo(ours).to(device).train()
@@ -187,9 +186,9 @@ class PlainStep:
         else:
             self.optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.1, foreach=False, fused=False)
 
-    def __call__(self, views: tuple[torch.Tensor, torch.Tensor], momentum: float) -> torch.Tensor:
+    def __call__(self, views: tuple[torch.Tensor, torch.Tensor], ema_decay: float) -> torch.Tensor:
         with self.autocast:
-            loss = self.model(*views, momentum)
+            loss = self.model(*views, ema_decay)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

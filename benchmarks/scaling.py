@@ -1,13 +1,13 @@
-"""Foretell the time of a step on 1 to 64 GPUs from that on one, and from what the processes exchange.
+"""Estimate the step time on 1 to 64 GPUs from the step time on one and from the bytes that processes exchange.
 
     python -m benchmarks.scaling --output benchmarks/results/scaling_assumed.json
 
-The global batch stays and is shared, as in training. Every exchange goes round a ring (Patarasuk and Yuan 2009) as
-fast as the slowest link on it: NVLink inside a node of 8 GPUs, the network beyond. Bandwidths, latency and the speed
-of one GPU are assumptions, and parameters: pass what yours reach. With overlap, gradients travel during the backward
-pass, half of the computation (two forward passes, and a backward pass of twice the work of one).
-With --step_json, computation is what step.py or step_gpu.py (there the compiled step) measured on one device instead
-of --tflops, in proportion to the images, for the models and the precision of that file.
+The global batch is fixed and divided among the processes, as in training. Every collective is a ring (Patarasuk and
+Yuan 2009) at the speed of its slowest link: NVLink inside a node of 8 GPUs, the network between nodes. Bandwidths,
+latency and the speed of one GPU are assumptions; pass those of your machines. With overlap, gradients are exchanged
+during the backward pass, which is half of the computation (two forward passes, and a backward pass that costs two).
+With --step_json, the computation is the step time that step.py or step_gpu.py measured on one device (compiled, on a
+GPU), in proportion to the number of images, instead of --tflops.
 Prints a table in Markdown.
 """
 
@@ -18,13 +18,12 @@ from pathlib import Path
 import torch
 
 from mocov3_hf import MoCoV3ForPreTraining
-from mocov3_hf.complexity import multiply_adds
 from mocov3_hf.pretraining.build import build_config
-from mocov3_hf.pretraining.communication import Exchange, exchanges
-from mocov3_hf.recipe import load_recipe
+from mocov3_hf.pretraining.estimate import Exchange, exchanges, multiply_adds
+from mocov3_hf.pretraining.recipe import load_recipe
 
 
-# By their names in the files of step.py and step_gpu.py.
+# Names in the result files of step.py and step_gpu.py.
 BACKBONES = {"ResNet-50": "resnet50", "ViT-S": "vit_small", "ViT-B": "vit_base", "ViT-L": "vit_large"}
 RECIPES = {
     "ResNet-50": "mocov3_resnet50_8xb512-amp-coslr-300e_in1k",
@@ -32,26 +31,30 @@ RECIPES = {
     "ViT-B": "mocov3_vit-base-p16_16xb256-amp-coslr-300e_in1k",
     "ViT-L": "mocov3_vit-large-p16_64xb64-amp-coslr-300e_in1k",
 }
-ASSUMED = ("ResNet-50", "ViT-B", "ViT-L")  # the models of the table for an assumed GPU
+ASSUMED = ("ResNet-50", "ViT-B", "ViT-L")  # models in the table for an assumed GPU
 NUM_PROCESSES = (1, 2, 4, 8, 16, 32, 64)
 GPUS_PER_NODE = 8
-# Two views, forward through both encoders and backward, at twice the forward, through one; a multiply-add is two.
+# Two views; forward through both encoders, backward (twice the forward) through one; a multiply-add counts as two.
 OPERATIONS_PER_MULTIPLY_ADD = 2 * 2 * (1 + 1 + 2)
 BACKWARD_SHARE = 0.5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tflops", type=float, default=316, help="Of one GPU; 316 is 32 %% of an H200's bf16.")
     parser.add_argument(
-        "--step_json", type=Path, default=None, help="Measured steps: of step.py, step_gpu.py or bench.py."
+        "--tflops", type=float, default=316, help="TFLOP/s of one GPU; 316 is 32 %% of the bf16 peak of an H200"
     )
-    parser.add_argument("--precision", default="bf16", help="Which of the measured steps.")
-    parser.add_argument("--nvlink", type=float, default=450, help="GB/s of a ring inside a node.")
-    parser.add_argument("--infiniband", type=float, default=200, help="GB/s between nodes: half of 8 × 400 Gb.")
-    parser.add_argument("--ethernet", type=float, default=10, help="GB/s of a ring between nodes on 100 GbE.")
-    parser.add_argument("--latency", type=float, default=30, help="Microseconds of every exchange.")
-    parser.add_argument("--output", type=Path, default=None, help="File for the figures.")
+    parser.add_argument(
+        "--step_json", type=Path, default=None, help="measured step times, from step.py, step_gpu.py or bench.py"
+    )
+    parser.add_argument("--precision", default="bf16", help="precision of the measured steps")
+    parser.add_argument("--nvlink", type=float, default=450, help="GB/s of a ring inside a node")
+    parser.add_argument(
+        "--infiniband", type=float, default=200, help="GB/s between nodes; default: half of 8 × 400 Gbit/s"
+    )
+    parser.add_argument("--ethernet", type=float, default=10, help="GB/s of a ring between nodes on 100 GbE")
+    parser.add_argument("--latency", type=float, default=30, help="microseconds per collective")
+    parser.add_argument("--output", type=Path, default=None, help="file for the results")
     options = parser.parse_args()
     networks = {"InfiniBand": options.infiniband, "100 GbE": options.ethernet}
     measured = None
@@ -66,7 +69,7 @@ def main() -> None:
         row
         for name, recipe in RECIPES.items()
         if (name in ASSUMED if measured is None else BACKBONES[name] in measured)
-        for row in foretell(
+        for row in estimate_step_times(
             name,
             recipe,
             networks,
@@ -90,7 +93,7 @@ def main() -> None:
 
 
 def seconds_per_image(report: dict, precision: str) -> dict[str, float]:
-    """Of each backbone that was measured in this precision, on one device; also from a whole file of bench.py."""
+    """Seconds per image on one device, by backbone; also reads the result file of bench.py."""
     steps = report["parts"]["step"]["result"] if "parts" in report else report
     return {
         point["backbone"]: seconds_of_point(point)
@@ -100,15 +103,15 @@ def seconds_per_image(report: dict, precision: str) -> dict[str, float]:
 
 
 def seconds_of_point(point: dict) -> float:
-    """Of our step for an image: on a GPU compiled, if that was measured."""
+    """Seconds per image of our step; on a GPU of the compiled step, if it was measured."""
     if "variants" not in point:
         return point["seconds_median"]["ours"] / point["batch"]
     variants = point["variants"]
     return 1 / variants["compiled" if "compiled" in variants else "ours"]["median"]
 
 
-def foretell(name, recipe_name, networks, tflops, nvlink, latency, image_seconds=None) -> list[dict]:
-    """Milliseconds of a step for every number of processes and network, with and without overlap."""
+def estimate_step_times(name, recipe_name, networks, tflops, nvlink, latency, image_seconds=None) -> list[dict]:
+    """Step time in ms for each number of processes and each network, with and without overlap."""
     recipe = load_recipe(recipe_name)
     with torch.device("meta"):
         model = MoCoV3ForPreTraining(build_config(recipe))
@@ -137,15 +140,15 @@ def step_seconds(
     compute: float, exchanged: list[Exchange], num_processes: int, bandwidth: float, latency: float, overlap: bool
 ) -> float:
     """
-    Seconds of a step.
+    Estimated step time in seconds.
 
     Args:
-        compute: Seconds of computation.
-        exchanged: What is exchanged.
-        num_processes: In the ring.
+        compute: Computation in seconds.
+        exchanged: Collectives of a step.
+        num_processes: Processes in the ring.
         bandwidth: Bytes per second of its slowest link.
-        latency: Seconds that each operation takes besides.
-        overlap: Whether gradients travel during the backward pass.
+        latency: Additional seconds per collective.
+        overlap: Whether gradients are exchanged during the backward pass.
     """
     if num_processes == 1:
         return compute
@@ -159,7 +162,7 @@ def step_seconds(
 def as_markdown(rows: list[dict], networks: list[str]) -> str:
     columns = [f"{network}, {key} overlap" for network in networks for key in ("without", "with")]
     lines = [
-        f"| model | GPUs | images each | computation, ms | MB sent | {' | '.join(columns)} |",
+        f"| model | GPUs | images per GPU | computation, ms | MB sent | {' | '.join(columns)} |",
         f"|---|---|---|---|---|{'---|' * len(columns)}",
     ]
     for row in rows:

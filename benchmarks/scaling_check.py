@@ -1,11 +1,11 @@
-"""Hold the step times that scaling.py foretells against measured ones; needs root, for the two hosts.
+"""Compare the step times that scaling.py estimates with measured ones. Needs root, to create two hosts.
 
     python -m benchmarks.scaling_check --output benchmarks/results/scaling_cpu.json
 
-A small model trains in one process, and on two hosts (network namespaces) whose cable has no limit, or one by `tc`.
-Computation is the step of one process with the images that each of two has; latency is that of summing one number over
-the cable without limit, so that what is left to foretell is the time of the bytes. As the two hosts may have less than
-a core each, the cable without limit also serves as the computation, in `foretold_from_unlimited_ms`.
+A small model trains in one process, and on two hosts (network namespaces) whose link is unlimited or limited by `tc`.
+The computation is the step time of one process with the images of one of two. The latency is measured by summing one
+number over the unlimited link. The estimate therefore tests the transfer time of the bytes. As the two hosts may have
+less than one core each, `estimated_from_unlimited_ms` uses the step time over the unlimited link as the computation.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mocov3_hf.pretraining.communication import Exchange
+from mocov3_hf.pretraining.estimate import Exchange
 
 from .hosts import Hosts, wait, why_not
 from .scaling import step_seconds
@@ -27,16 +27,16 @@ WORKER = Path(__file__).parent / "scaling_worker.py"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--megabits", type=int, nargs="+", default=[100], help="Mbit/s of the cable.")
-    parser.add_argument("--output", type=Path, default=None, help="File for the figures.")
+    parser.add_argument("--megabits", type=int, nargs="+", default=[100], help="bandwidths of the link in Mbit/s")
+    parser.add_argument("--output", type=Path, default=None, help="file for the results")
     parser.add_argument(
-        "--or_why_not", action="store_true", help="Where hosts cannot be made, write the reason and succeed."
+        "--or_why_not", action="store_true", help="if hosts cannot be created, write the reason and exit with 0"
     )
     options = parser.parse_args()
     reason = why_not()
     if reason is not None and options.or_why_not and options.output is not None:
         options.output.write_text(f"{json.dumps({'impossible': reason})}\n", encoding="utf-8")
-        print(f"left out: {reason}")
+        print(f"skipped: {reason}")
         return
     if reason is not None:
         sys.exit(f"error: {reason}")
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def check(folder: Path, megabits: list[int]) -> dict:
-    """Milliseconds, foretold and measured, for every rate of the cable."""
+    """Estimated and measured step times in ms, for every bandwidth of the link."""
     load = os.getloadavg()[0]
     alone = measure_alone(folder / "alone")
     unlimited = measure_on_two_hosts(folder / "unlimited", None)
@@ -56,16 +56,16 @@ def check(folder: Path, megabits: list[int]) -> dict:
     rows = []
     for rate in megabits:
         measured = measure_on_two_hosts(folder / f"{rate}", f"{rate}mbit")["step_seconds"]
-        cable = (exchanged, 2, rate * 1e6 / 8)
+        link = (exchanged, 2, rate * 1e6 / 8)
         latency = unlimited["latency_seconds"]
         rows.append(
             {
                 "megabits_per_second": rate,
                 "measured_ms": measured * 1e3,
-                "foretold_without_overlap_ms": step_seconds(alone["step_seconds"], *cable, latency, False) * 1e3,
-                "foretold_with_overlap_ms": step_seconds(alone["step_seconds"], *cable, latency, True) * 1e3,
-                # The exchanges' latencies are in that step already.
-                "foretold_from_unlimited_ms": step_seconds(unlimited["step_seconds"], *cable, 0.0, False) * 1e3,
+                "estimated_without_overlap_ms": step_seconds(alone["step_seconds"], *link, latency, False) * 1e3,
+                "estimated_with_overlap_ms": step_seconds(alone["step_seconds"], *link, latency, True) * 1e3,
+                # That step already includes the latencies.
+                "estimated_from_unlimited_ms": step_seconds(unlimited["step_seconds"], *link, 0.0, False) * 1e3,
             }
         )
     return {
@@ -88,7 +88,7 @@ def measure_alone(output: Path) -> dict:
 def measure_on_two_hosts(output: Path, rate: str | None) -> dict:
     """
     Raises:
-        RuntimeError: a host that does not end with exit code 0, with what it printed.
+        RuntimeError: if a host exits with another code than 0; the message holds its output.
     """
     logs = output.with_suffix(".logs")
     with Hosts(rate) as hosts:
@@ -97,7 +97,7 @@ def measure_on_two_hosts(output: Path, rate: str | None) -> dict:
     for rank, launch in enumerate(launches):
         if launch.returncode != 0:
             raise RuntimeError(
-                f"host {rank} ended with {launch.returncode}:\n{(logs / f'host{rank}.log').read_text()}"
+                f"host {rank} exited with {launch.returncode}:\n{(logs / f'host{rank}.log').read_text()}"
             )
     return json.loads(output.read_text(encoding="utf-8"))
 

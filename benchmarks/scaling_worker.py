@@ -1,6 +1,6 @@
-"""Step times of a small model; started by scaling_check.py in one process, or in one on each of two hosts.
+"""Measure the step time of a small model; started by scaling_check.py, in one process or on two hosts.
 
-Usage: scaling_worker.py OUTPUT, to which the first process writes medians, and what the processes exchange.
+Usage: scaling_worker.py OUTPUT. The first process writes the medians and the collectives of a step to OUTPUT.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from accelerate import Accelerator
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
 from mocov3_hf.pretraining.build import ddp_options
-from mocov3_hf.pretraining.communication import exchanges
+from mocov3_hf.pretraining.estimate import exchanges
 from mocov3_hf.pretraining.instability import GradientWatch
-from mocov3_hf.pretraining.signals import StopRequest
+from mocov3_hf.pretraining.processes import StopRequest
 from mocov3_hf.pretraining.step import train_step
 
 
@@ -32,7 +32,7 @@ BACKBONE = {
     "intermediate_size": 768,
 }
 HEADS = {"projection_dim": 64, "head_hidden_size": 256}
-BATCH_SIZE = 8  # on each process
+BATCH_SIZE = 8  # per process
 WARM_UP_STEPS, STEPS, SMALL_EXCHANGES = 3, 15, 200
 
 
@@ -41,7 +41,7 @@ def main(output: Path) -> None:
     accelerator.ddp_handler = ddp_options()
     torch.manual_seed(0)
     model = MoCoV3ForPreTraining(MoCoV3Config(backbone_config=BACKBONE, **HEADS))
-    foretold = exchanges(model, BATCH_SIZE, accelerator.num_processes, on_gpu=False)
+    exchanged = exchanges(model, BATCH_SIZE, accelerator.num_processes, on_gpu=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     watch = GradientWatch(model)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -55,7 +55,7 @@ def main(output: Path) -> None:
                 optimizer,
                 (views[0], views[1]),
                 learning_rate=1e-4,
-                momentum=0.99,
+                ema_decay=0.99,
                 max_grad_norm=None,
                 accelerator=accelerator,
                 watch=watch,
@@ -65,7 +65,7 @@ def main(output: Path) -> None:
     report = {
         "step_seconds": statistics.median(seconds[WARM_UP_STEPS:]),
         "latency_seconds": small_exchange_seconds() if accelerator.num_processes > 1 else 0.0,
-        "exchanged": [dataclasses.asdict(exchange) for exchange in foretold],
+        "exchanged": [dataclasses.asdict(exchange) for exchange in exchanged],
     }
     if accelerator.is_main_process:
         output.write_text(json.dumps(report), encoding="utf-8")
@@ -73,7 +73,7 @@ def main(output: Path) -> None:
 
 
 def small_exchange_seconds() -> float:
-    """Median time of summing one number over the processes."""
+    """Median time of an all-reduce of one number."""
     number, seconds = torch.zeros(1), []
     for _ in range(SMALL_EXCHANGES):
         start = time.perf_counter()

@@ -1,13 +1,13 @@
-"""How fast a pre-training step is, against a step without any regard to speed (plain_step.py).
+"""Speed of a pre-training step on a CPU, compared with an unoptimized step (plain_step.py).
 
     python benchmarks/step.py [--backbones vit_small resnet50] [--precisions no bf16] [--switches] [--output FILE.json]
 
-One core, CPU time; step_gpu.py measures a GPU. Each step has a process of its own, as ours changes how its process
-handles memory. Both start from the same weights and views, must agree on the first loss, and take turns, with the
-operation that bounds them (limits.py); figures are medians of the rounds, ratios of neighbouring ones. With
---switches, each switch of the recipe's AccelerationRecipe is turned over by itself too, against the chosen ones.
+One core, CPU time; step_gpu.py measures a GPU. Each step runs in a separate process, because ours changes the memory
+management of its process. Both start from the same weights and views, must agree on the first loss, and alternate with
+the operation that bounds them (limits.py). Reported are medians over the rounds, and medians of the ratios within a
+round. --switches also toggles each field of `HardwareSettings` on its own.
 
-A quick try: --backbones vit_small --precisions no --batch 4 --rounds 1. The last line is JSON with every run.
+Quick test: --backbones vit_small --precisions no --batch 4 --rounds 1. The last line is JSON with every measurement.
 """
 
 import argparse
@@ -30,16 +30,16 @@ from limits import Convolution, Gemm, cpu_name, step_flop_per_image
 from plain_step import PlainStep
 
 from mocov3_hf import MoCoV3ForPreTraining
-from mocov3_hf.plan import make_plan
-from mocov3_hf.pretraining.acceleration import Acceleration, accelerate, choose_acceleration
 from mocov3_hf.pretraining.build import build_config, build_model, build_optimizer
+from mocov3_hf.pretraining.hardware import HardwareSettings, choose_settings, set_up
 from mocov3_hf.pretraining.instability import GradientWatch
+from mocov3_hf.pretraining.plan import make_plan
+from mocov3_hf.pretraining.recipe import load_recipe
 from mocov3_hf.pretraining.step import train_step
-from mocov3_hf.recipe import load_recipe
 
 
 SIZE = 224
-MOMENTUM = 0.99
+EMA_DECAY = 0.99
 RECIPES = {
     "vit_small": "mocov3_vit-small-p16_16xb256-amp-coslr-300e_in1k",
     "vit_base": "mocov3_vit-base-p16_16xb256-amp-coslr-300e_in1k",
@@ -50,7 +50,7 @@ LEARNING_RATE = {"adamw": 1e-4, "lars": 0.1}
 
 
 class OurStep:
-    """The project's step, set up as a run sets it up; `step(views)` gives the loss before the update."""
+    """The training step of this package, set up as in a run; `step(views)` returns the loss before the update."""
 
     def __init__(
         self,
@@ -61,13 +61,13 @@ class OurStep:
         overrides: dict | None = None,
         gradient_cache_chunk_size: int | None = None,
     ):
-        AcceleratorState._reset_state(reset_partial_state=True)  # the precision of a process is set once otherwise
+        AcceleratorState._reset_state(reset_partial_state=True)  # accelerate sets the precision once per process
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
         recipe = load_recipe(recipe_name, ["--mixed_precision", mixed_precision])
-        self.choice: Acceleration = choose_acceleration(recipe, model, self.accelerator.device)
+        self.choice: HardwareSettings = choose_settings(recipe, model, self.accelerator.device)
         if overrides:
             self.choice = replace(self.choice, **overrides)
-        accelerate(model, self.choice)
+        set_up(model, self.choice)
         self.learning_rate = LEARNING_RATE[recipe.optimization.optimizer]
         optimizer = build_optimizer(recipe, model, make_plan(recipe, recipe.data.num_train_images, 1))
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -75,13 +75,13 @@ class OurStep:
         self.watch = GradientWatch(model)
         self.chunk_size = gradient_cache_chunk_size
 
-    def __call__(self, views: tuple[torch.Tensor, torch.Tensor], momentum: float) -> torch.Tensor:
+    def __call__(self, views: tuple[torch.Tensor, torch.Tensor], ema_decay: float) -> torch.Tensor:
         output = train_step(
             self.model,
             self.optimizer,
             views,
             learning_rate=self.learning_rate,
-            momentum=momentum,
+            ema_decay=ema_decay,
             max_grad_norm=None,
             accelerator=self.accelerator,
             gradient_cache_chunk_size=self.chunk_size,
@@ -91,7 +91,7 @@ class OurStep:
 
 
 def fresh_model(recipe_name: str) -> MoCoV3ForPreTraining:
-    """The same weights at every call; keys and queries apart, as after some steps."""
+    """The same weights at every call; the two encoders differ, as they do after some steps."""
     model = build_model(load_recipe(recipe_name))
     torch.manual_seed(1)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def random_views(batch: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
 def serve(
     connection: Connection, kind: str, backbone: str, mixed_precision: str, batch: int, overrides: dict | None
 ) -> None:
-    """What the process of a `StepProcess` does: tell of the first step, then take a step for every request."""
+    """Main loop of a `StepProcess`: send the first loss, then run and time one step per request."""
     torch.set_num_threads(1)
     recipe_name, views = RECIPES[backbone], random_views(batch, "cpu")
     model, optimizer = fresh_model(recipe_name), load_recipe(recipe_name).optimization.optimizer
@@ -117,17 +117,17 @@ def serve(
     else:
         step = OurStep(model, recipe_name, mixed_precision, "cpu", overrides)
     del model
-    connection.send((step(views, MOMENTUM).item(), getattr(step, "choice", None)))
+    connection.send((step(views, EMA_DECAY).item(), getattr(step, "choice", None)))
     while connection.recv():
-        connection.send(cpu_seconds(lambda: step(views, MOMENTUM)))
+        connection.send(cpu_seconds(lambda: step(views, EMA_DECAY)))
 
 
 class StepProcess:
     """
-    A step on random views in a process of its own, which waits between its turns: `seconds()` takes one.
+    A step on random views in a separate process; `seconds()` runs and times one step.
 
-    `kind` is "plain" or "ours", `overrides` are fields of `Acceleration` that are turned over. `first_loss` is that of
-    the first step, `choice` the acceleration, `None` for the plain step.
+    `kind` is "plain" or "ours"; `overrides` are the changed fields of `HardwareSettings`. `first_loss` is the loss of
+    the first step; `choice` holds the settings, or `None` for the plain step.
     """
 
     def __init__(self, kind: str, backbone: str, mixed_precision: str, batch: int, overrides: dict | None = None):
@@ -136,7 +136,7 @@ class StepProcess:
         arguments = (theirs, kind, backbone, mixed_precision, batch, overrides)
         self.process = context.Process(target=serve, args=arguments, daemon=True)
         self.process.start()
-        theirs.close()  # so that a process that fails ends the wait for its answer
+        theirs.close()  # a failed process then ends the wait for its answer
         self.first_loss, self.choice = self.connection.recv()
 
     def __enter__(self) -> "StepProcess":
@@ -159,14 +159,14 @@ def cpu_seconds(function: Callable[[], object]) -> float:
 
 
 def alternate(steps: dict[str, Callable], views: tuple, rounds: int, label: str) -> dict[str, list[float]]:
-    """CPU seconds of each step, round after round; the order turns, and a first round warms up."""
+    """CPU seconds of each step per round. The order alternates; the first round is a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds + 1):
         names = list(steps) if index % 2 else list(steps)[::-1]
         for name in names:
             step = steps[name]
             own_process = isinstance(step, StepProcess)
-            taken = step.seconds() if own_process else cpu_seconds(lambda step=step: step(views, MOMENTUM))
+            taken = step.seconds() if own_process else cpu_seconds(lambda step=step: step(views, EMA_DECAY))
             if index:
                 seconds[name].append(taken)
         show = ", ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items() if values)
@@ -175,13 +175,13 @@ def alternate(steps: dict[str, Callable], views: tuple, rounds: int, label: str)
 
 
 def ratio(seconds: dict[str, list[float]], of: str, over: str) -> dict:
-    """How many times as long `of` takes as `over`, in neighbouring rounds."""
+    """Ratio of the times of `of` and `over`, round by round."""
     ratios = sorted(a / b for a, b in zip(seconds[of], seconds[over], strict=True))
     return {"median": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]}
 
 
 def against_plain(backbone: str, mixed_precision: str, batch: int, rounds: int) -> dict:
-    """Both steps on one core."""
+    """Compare both steps on one core."""
     recipe_name = RECIPES[backbone]
     with torch.device("meta"):
         config = MoCoV3ForPreTraining(build_config(load_recipe(recipe_name))).config
@@ -210,35 +210,31 @@ def against_plain(backbone: str, mixed_precision: str, batch: int, rounds: int) 
         "limit": {"operation": type(limit).__name__, "flop": limit.flop, "seconds": limit_seconds},
         "flop_per_image": {
             "plain": step_flop_per_image(config, SIZE, False),
-            "ours": step_flop_per_image(config, SIZE, choice.pooled_query_only),
+            "ours": step_flop_per_image(config, SIZE, config.backbone_config.model_type == "mocov3_vit"),
         },
     }
 
 
 def limit_of(backbone: str, mixed_precision: str, device: str) -> Gemm | Convolution:
-    """What the step is mostly made of, at the rate that the machine reaches alone."""
+    """The operation that dominates the step, to measure its rate on its own."""
     return (Convolution if backbone == "resnet50" else Gemm)(mixed_precision, device)
 
 
-def switch_overrides(choice: Acceleration, backbone: str) -> dict[str, dict]:
-    """What is turned over alone, by name."""
+def switch_overrides(choice: HardwareSettings, backbone: str) -> dict[str, dict]:
+    """The switches to toggle one at a time, by name."""
     turned = {"gradient_checkpointing": {"gradient_checkpointing": True}} if backbone != "resnet50" else {}
     if choice.attn_implementation is not None:
         other = "eager" if choice.attn_implementation == "sdpa" else "sdpa"
         turned[f"{other} attention"] = {"attn_implementation": other}
-        turned["views_in_one_pass"] = {"views_in_one_pass": True}
-        turned["without pooled_query_only"] = {"pooled_query_only": False}
     name = "without channels_last" if choice.channels_last else "channels_last"
     turned[name] = {"channels_last": not choice.channels_last}
-    if choice.in_place_relu:
-        turned["without in_place_relu"] = {"in_place_relu": False}
     if choice.keep_freed_memory:
         turned["without keep_freed_memory"] = {"keep_freed_memory": False}
     return turned
 
 
 def each_switch(backbone: str, mixed_precision: str, batch: int, rounds: int) -> dict:
-    """How many times as long a step takes with one switch turned over."""
+    """Time of a step with one switch toggled, relative to the chosen settings."""
     views, results = random_views(batch, "cpu"), {}
     with StepProcess("ours", backbone, mixed_precision, batch) as chosen:
         for name, overrides in switch_overrides(chosen.choice, backbone).items():
@@ -253,10 +249,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", choices=list(RECIPES), default=["vit_small", "resnet50"])
     parser.add_argument("--precisions", nargs="+", choices=["no", "bf16"], default=["no", "bf16"])
-    parser.add_argument("--batch", type=int, help="images per step; default 16, of ViT-B 8")
+    parser.add_argument("--batch", type=int, help="images per step; default 16, 8 for ViT-B")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds")
-    parser.add_argument("--switches", action="store_true", help="measure every switch alone too")
-    parser.add_argument("--output", help="write the JSON here as well")
+    parser.add_argument("--switches", action="store_true", help="also toggle each switch on its own")
+    parser.add_argument("--output", help="file to which the JSON is written as well")
     options = parser.parse_args()
     result = {
         "device": f"one core of {cpu_name()}",
@@ -288,10 +284,10 @@ def show(point: dict) -> None:
     speedup = point["speedup"]
     print(
         f"{point['backbone']} {point['mixed_precision']} (batch {point['batch']}; {point['acceleration']}):"
-        f" {speedup['median']:.2f} times the plain step ({speedup['min']:.2f} to {speedup['max']:.2f})"
+        f" {speedup['median']:.2f}× the plain step ({speedup['min']:.2f} to {speedup['max']:.2f})"
     )
-    for name, figures in point.get("switches", {}).items():
-        times = figures["times_as_long"]
+    for name, switched in point.get("switches", {}).items():
+        times = switched["times_as_long"]
         print(f"  {name}: {times['median']:.3f} times as long ({times['min']:.3f} to {times['max']:.3f})")
 
 

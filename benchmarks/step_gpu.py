@@ -1,19 +1,21 @@
-"""How fast a pre-training step is on a GPU, against the plain step (plain_step.py) and against what the card can do.
+"""Throughput of a pre-training step on a GPU, compared with the plain step (plain_step.py) and the hardware limit.
 
     python benchmarks/step_gpu.py [--backbones vit_small vit_base resnet50] [--data FOLDER] [--profile] [--output FILE]
-    python benchmarks/step_gpu.py --variants plain ours compiled compiled,views_in_one_pass=false
+    python benchmarks/step_gpu.py --variants plain ours compiled compiled,deterministic=false
 
-All variants of a backbone live in one process, start from the same weights and see the same views under bf16 autocast;
-their first losses are compared. They take turns, round after round, with the clock read only when the device is idle,
-and a matrix product (limits.py) takes its turn with them. A variant is `plain`, `ours` (as a run sets itself up) or
-`compiled` (with --torch_compile), and after commas what of `Acceleration` shall differ.
+All variants of a backbone run in one process, with the same initial weights and views, under bf16 autocast. Their
+first losses are printed for comparison. The variants alternate round by round, together with a matrix product or
+convolution (limits.py); the device is synchronized around every measurement. A variant is `plain`, `ours` (the
+settings of a normal run) or `compiled` (with --torch_compile), followed by changed fields of `HardwareSettings`,
+separated by commas.
 
-Two shares are told for each: MFU, the model's operations as published (both views; forward three times for the trained
-encoder, once for the momentum encoder) over the data sheet's rate, which is how the field counts; and the operations
-that are really computed, over the rate of the matrix product in the same run.
+Two utilizations are reported for each variant. MFU, as usual in the field: the model's operations as published (two
+views; forward and backward through the encoder, forward through the momentum encoder), divided by the peak rate of the
+data sheet. Fraction of the limit: the operations that are really computed, divided by the rate of the bounding
+operation in the same run.
 
---data reads photographs through the loader and the augmentation, in turns with views that lie ready. --profile says
-where the time of the last variant goes. The last line is JSON with every turn.
+--data also trains on photographs through the loader and the augmentation, alternating with views that are already in
+GPU memory. --profile profiles the last variant. The last line is JSON with every measurement.
 """
 
 import argparse
@@ -33,8 +35,8 @@ import torch
 from limits import cpu_name, step_flop_per_image
 from plain_step import PlainStep
 from step import (
+    EMA_DECAY,
     LEARNING_RATE,
-    MOMENTUM,
     RECIPES,
     SIZE,
     OurStep,
@@ -47,35 +49,35 @@ from step import (
 from torch.profiler import ProfilerActivity, profile
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
-from mocov3_hf.complexity import multiply_adds
-from mocov3_hf.plan import make_plan
-from mocov3_hf.pretraining.acceleration import Acceleration, accelerate_augmentation, choose_algorithms
 from mocov3_hf.pretraining.build import build_loader, build_photometric, build_source
-from mocov3_hf.recipe import load_recipe
+from mocov3_hf.pretraining.estimate import multiply_adds
+from mocov3_hf.pretraining.hardware import HardwareSettings, choose_algorithms, compile_augmentation
+from mocov3_hf.pretraining.plan import make_plan
+from mocov3_hf.pretraining.recipe import load_recipe
 
 
-# The script runs without a GPU too, so that it can be tried: its figures then mean nothing.
+# The script also runs without a GPU, for testing only.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRECISION = "bf16"
 BATCHES = {"vit_small": 256, "vit_base": 256, "resnet50": 256}
-# Dense peak of tensor cores in bf16, TFLOP/s, from the makers' data sheets.
+# Dense bf16 tensor-core peak in TFLOP/s, from the vendors' data sheets.
 PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "4090": 165.2}
-# What a kernel belongs to, by the first of these words in its name.
+# Kind of a kernel, by the first of these words that its name contains.
 KINDS = {
     "attention": ("flash", "fmha", "attention", "sdpa", "dot_do_o", "convert_dq"),
     "convolutions": ("conv", "cudnn", "implicit", "wgrad", "dgrad", "fprop", "nhwc"),
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
     "fused by the compiler": ("triton",),
-    "optimizer and moving average": ("multi_tensor", "foreach", "fusedadam", "adam"),
+    "optimizer and EMA": ("multi_tensor", "foreach", "fusedadam", "adam"),
     "copies": ("memcpy", "memset", "copy"),
-    "batch normalisation": ("batch_norm", "bn_"),
-    "layer normalisation": ("layer_norm", "layernorm"),
-    "element by element": ("elementwise", "reduce", "softmax", "cat"),
+    "batch norm": ("batch_norm", "bn_"),
+    "layer norm": ("layer_norm", "layernorm"),
+    "elementwise": ("elementwise", "reduce", "softmax", "cat"),
 }
 
 
 class Variant:
-    """One way to take the step; `step()` on views that lie ready, `step(views)` on others."""
+    """One variant of the step: `step()` uses views in memory, `step(views)` the given ones."""
 
     def __init__(
         self, name: str, backbone: str, model: MoCoV3ForPreTraining, views: tuple[torch.Tensor, torch.Tensor]
@@ -95,18 +97,18 @@ class Variant:
             self.deterministic = self.choice.deterministic
         started = time.perf_counter()
         self.choose_algorithms()
-        self.first_loss = self.take(views, MOMENTUM).item()
-        self.first_seconds = time.perf_counter() - started  # with compilation
+        self.first_loss = self.take(views, EMA_DECAY).item()
+        self.first_seconds = time.perf_counter() - started  # includes compilation
 
     def __call__(self, views: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        return self.take(self.views if views is None else views, MOMENTUM)
+        return self.take(self.views if views is None else views, EMA_DECAY)
 
     def choose_algorithms(self) -> None:
-        """They are chosen for the whole process, so for every turn anew."""
+        """Set the algorithms of this variant again before each turn, since they are a setting of the process."""
         choose_algorithms(self.deterministic, strictly=self.is_vit)
 
     def rate(self, steps: int) -> float:
-        """Images per second over some steps, after a few that warm up."""
+        """Images per second over `steps` steps, after three warm-up steps."""
         self.choose_algorithms()
         for _ in range(3):
             self()
@@ -114,10 +116,10 @@ class Variant:
 
 
 def parse_change(text: str) -> tuple[str, object]:
-    """`views_in_one_pass=false` to a field of `Acceleration` and its value."""
+    """Parse `deterministic=false` into a field of `HardwareSettings` and its value."""
     name, _, value = text.partition("=")
-    if name not in {field.name for field in fields(Acceleration)}:
-        raise SystemExit(f"error: --variants: {name!r} is no field of Acceleration")
+    if name not in {field.name for field in fields(HardwareSettings)}:
+        raise SystemExit(f"error: --variants: {name!r} is not a field of HardwareSettings")
     return name, {"true": True, "false": False}.get(value, value)
 
 
@@ -127,7 +129,7 @@ def wait() -> None:
 
 
 class PeakMemory:
-    """`with PeakMemory() as memory`: `memory.gib` is what was allocated at most beyond what there was before."""
+    """`with PeakMemory() as memory`: afterwards `memory.gib` is the peak allocation beyond that at entry."""
 
     def __enter__(self):
         if DEVICE == "cuda":
@@ -149,7 +151,7 @@ def images_per_second(step: Callable, views: Iterator, steps: int, batch: int) -
 
 
 def measure(backbone: str, options: argparse.Namespace) -> dict:
-    """All variants of a backbone."""
+    """Measure all variants of one backbone."""
     batch = options.batch or BATCHES[backbone]
     views = random_views(batch, DEVICE)
     limit = limit_of(backbone, PRECISION, DEVICE)
@@ -170,23 +172,23 @@ def measure(backbone: str, options: argparse.Namespace) -> dict:
         show = ", ".join(f"{name} {values[-1]:.0f}" for name, values in rates.items() if name != "limit")
         print(f"{backbone}: round {index + 1}/{options.rounds}, images/s: {show}", flush=True)
     limit_rates = rates.pop("limit")
-    figures = model_figures(model.config)
+    flops = model_flops(model.config)
     point = {
         "backbone": backbone,
         "mixed_precision": PRECISION,
         "batch": batch,
-        **figures,
+        **flops,
         "limit": {"operation": type(limit).__name__, "tflops": limit_rates},
         "variants": {},
     }
     peak = peak_tflops()
     for variant in variants:
         rate = statistics.median(rates[variant.name])
-        computed = figures["flop_per_image"]["ours" if is_shortened(variant) else "plain"]
+        computed = flops["flop_per_image"]["ours" if is_shortened(variant) else "plain"]
         point["variants"][variant.name] = {
             "images_per_second": rates[variant.name],
             "median": rate,
-            "mfu": rate * figures["published_flop_per_image"] / (peak * 1e12) if peak else None,
+            "mfu": rate * flops["published_flop_per_image"] / (peak * 1e12) if peak else None,
             "of_limit": rate * computed / 1e12 / statistics.median(limit_rates),
             "peak_memory_gib": memory[variant.name],
             "first_loss": variant.first_loss,
@@ -207,11 +209,11 @@ def measure(backbone: str, options: argparse.Namespace) -> dict:
 
 
 def is_shortened(variant: Variant) -> bool:
-    return variant.choice is not None and variant.choice.pooled_query_only
+    return variant.choice is not None and variant.is_vit
 
 
 def limit_rate(limit: Callable) -> float:
-    """TFLOP/s of the bounding operation."""
+    """Rate of the bounding operation in TFLOP/s."""
     limit()
     wait()
     start = time.perf_counter()
@@ -229,8 +231,8 @@ def peak_tflops() -> float | None:
     return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
 
-def model_figures(config: MoCoV3Config) -> dict:
-    """Operations for one image and step: as published, and as computed with and without the shortened last block."""
+def model_flops(config: MoCoV3Config) -> dict:
+    """FLOPs per image of a step: as published, and as computed with and without the shortened last block."""
     with torch.device("meta"):
         encoder = MoCoV3ForPreTraining(config).mocov3
         macs = multiply_adds(encoder, torch.empty(1, 3, SIZE, SIZE))
@@ -244,7 +246,7 @@ def model_figures(config: MoCoV3Config) -> dict:
 
 
 def where_time_goes(step: Variant, steps: int = 3) -> dict:
-    """Shares of the device's time by kind of kernel, the longest kernels, and the share in which it had nothing."""
+    """Profile: share of the time in which the device is busy, shares by kind of kernel, and the longest kernels."""
     for _ in range(2):
         step()
     wait()
@@ -281,15 +283,14 @@ def kind_of(kernel: str) -> str:
 
 
 def with_data(step: Variant, backbone: str, batch: int, options: argparse.Namespace) -> dict:
-    """Images per second from photographs on disk, in turns with views that lie ready; and of loader and augmentation
-    alone."""
+    """Images per second on photographs from disk and on views in memory, and of loader and augmentation alone."""
     loader = real_batches(step, backbone, batch, options.data)
     augment = augmentation(step, backbone)
     crops = next(loader)
-    augment(crops)  # compiles
+    augment(crops)  # compiles on the first call
     alone = images_per_second(lambda _: augment(crops), repeat(None), options.steps, batch)
     views = map(augment, loader)
-    for _ in range(2 * (os.cpu_count() or 1) + 3):  # what the loader has made ready meanwhile
+    for _ in range(2 * (os.cpu_count() or 1) + 3):  # consume what the loader has prefetched
         step(next(views))
     rates: dict[str, list[float]] = {"data": [], "ready": []}
     for _ in range(options.rounds):
@@ -312,7 +313,7 @@ def with_data(step: Variant, backbone: str, batch: int, options: argparse.Namesp
 
 
 def real_batches(step: Variant, backbone: str, batch: int, data: str) -> Iterator[dict]:
-    """Crops of the images of a folder, epoch after epoch, as the loader of a run gives them."""
+    """Crops of the images in a folder, epoch after epoch, from the loader that a run uses."""
     options = ["--dataset_name", data, "--per_device_train_batch_size", str(batch), "--output_dir", "runs"]
     recipe = load_recipe(RECIPES[backbone], options)
     source = build_source(recipe)
@@ -324,10 +325,10 @@ def real_batches(step: Variant, backbone: str, batch: int, data: str) -> Iterato
 
 
 def augmentation(step: Variant, backbone: str) -> Callable[[dict], tuple[torch.Tensor, torch.Tensor]]:
-    """What makes views of a batch of the loader, as in a run."""
+    """The augmentation that turns a batch of the loader into views, as in a run."""
     device = step.take.accelerator.device
     stage = build_photometric(load_recipe(RECIPES[backbone]), device)
-    accelerate_augmentation(stage, step.choice, device)
+    compile_augmentation(stage, step.choice, device)
 
     def augment(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         pixels, parameters = (batch[name].to(device, non_blocking=True) for name in ("pixels", "parameters"))
@@ -340,17 +341,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--variants", nargs="+", default=["plain", "ours", "compiled"])
-    parser.add_argument("--batch", type=int, help="images per step; by default 256")
+    parser.add_argument("--batch", type=int, help="images per step; default 256")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10, help="steps per turn")
-    parser.add_argument("--data", help="folder of images for the data path")
-    parser.add_argument("--profile", action="store_true", help="say where the time of the last variant goes")
-    parser.add_argument("--try_on_cpu", action="store_true", help="run without a GPU, for no figures")
-    parser.add_argument("--output", help="write the JSON here as well")
+    parser.add_argument("--steps", type=int, default=10, help="steps per measurement")
+    parser.add_argument("--data", help="folder of images to train on")
+    parser.add_argument("--profile", action="store_true", help="profile the last variant")
+    parser.add_argument("--try_on_cpu", action="store_true", help="run without a GPU, to test the script")
+    parser.add_argument("--output", help="file to which the JSON is written as well")
     options = parser.parse_args()
     if DEVICE == "cpu" and not options.try_on_cpu:
-        parser.error("there is no CUDA device (--try_on_cpu runs the script all the same)")
-    torch._dynamo.config.recompile_limit = 64  # many models through the same code
+        parser.error("no CUDA device found: pass --try_on_cpu to test the script without one")
+    torch._dynamo.config.recompile_limit = 64  # many models share the same code
     result = {
         "device": device_name(),
         "cpu": f"{os.cpu_count()} cores of {cpu_name()}",
@@ -370,13 +371,13 @@ def main() -> None:
 
 
 def show(point: dict) -> None:
-    for name, figures in point["variants"].items():
-        times = f"{figures['speedup']['median']:.2f} times plain, " if "speedup" in figures else ""
-        mfu = f"MFU {figures['mfu']:.3f}, " if figures["mfu"] is not None else ""
+    for name, variant in point["variants"].items():
+        times = f"{variant['speedup']['median']:.2f}× plain, " if "speedup" in variant else ""
+        mfu = f"MFU {variant['mfu']:.3f}, " if variant["mfu"] is not None else ""
         print(
-            f"{point['backbone']} {name} (batch {point['batch']}): {figures['median']:.0f} images/s, {times}{mfu}"
-            f"{figures['of_limit']:.2f} of the matrix product, {figures['peak_memory_gib']:.1f} GiB, first step"
-            f" {figures['first_step_seconds']:.0f} s",
+            f"{point['backbone']} {name} (batch {point['batch']}): {variant['median']:.0f} images/s, {times}{mfu}"
+            f"{variant['of_limit']:.2f} of the limit, {variant['peak_memory_gib']:.1f} GiB, first step"
+            f" {variant['first_step_seconds']:.0f} s",
             file=sys.stderr,
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""What the CIFAR-10 study compares: arms that each change one thing of a recipe of the package."""
+"""The arms of the CIFAR-10 study: each changes one setting of a recipe of the package."""
 
 from dataclasses import dataclass, replace
 
@@ -8,20 +8,21 @@ LOGGING = ("--logging_steps", "5")
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting, run once for every seed.
+    """One setting, run once per seed.
 
     Attributes:
-        name: as the tables show it, unique.
-        group: the table or plot it belongs to.
-        recipe: of the package.
-        epochs: passes over the images; a tenth of them is warm-up.
-        options: of pretrain.py, changed against the recipe.
-        seeds: how many.
-        paper: linear accuracy on ImageNet in % of the changed and of the original setting in the paper, and where;
-            None where the paper has no such comparison.
-        points: evaluations at equal distances; the last is the end.
-        batch_size, num_images: of a step, and of the data.
-        max_steps: to end before the epochs do.
+        name: unique name, as shown in the tables.
+        group: table or plot it belongs to.
+        recipe: recipe of the package.
+        epochs: number of epochs; a tenth of them is warmup.
+        options: options of `mocov3 pretrain` that differ from the recipe.
+        seeds: number of seeds.
+        paper: linear accuracy on ImageNet in %, of the changed and of the original setting, and the setting in the
+            paper; None if the paper has no such comparison.
+        points: number of evaluations at equal distances, the last one at the end.
+        batch_size: images per step.
+        num_images: size of the training set.
+        max_steps: steps after which the run ends early.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Arm:
 
     @property
     def key(self) -> str:
-        """Name of its folder and files."""
+        """Name of its folder and its result files."""
         return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in self.name).lower()
 
     @property
@@ -47,7 +48,7 @@ class Arm:
 
 
 def arguments_of(arm: Arm) -> list[str]:
-    """The command line of pretrain.py, without data set, seed and folder."""
+    """Arguments of `mocov3 pretrain`, without data set, seed and output folder."""
     return [
         *("--recipe", arm.recipe),
         *("--num_train_epochs", str(arm.epochs), "--warmup_epochs", str(arm.epochs / 10)),
@@ -68,9 +69,9 @@ POSITION_LEARNED = ("--backbone_config", '{"position_embedding": "learned"}')
 TOO_HIGH = ("--learning_rate", "3e-2")
 FEW_IMAGES = ("--train_split", "train[:5000]")
 IN_MEMORY = ("--mixed_precision", "bf16", "--cache_images_on_device", "--dataloader_num_workers", "0")
-TINY_OPTIONS = (*IN_MEMORY, "--learning_rate", "5e-4", "--momentum", "0.9")
+TINY_OPTIONS = (*IN_MEMORY, "--learning_rate", "5e-4", "--ema_decay", "0.9")
 WATCHED = ("--knn_steps", "40", "--knn_train_split", "train[:5000]", "--knn_test_split", "test[:1000]")
-# Where the paper's figures stand: ViT-B/16, linear accuracy on ImageNet.
+# Settings of the paper's ablations: ViT-B/16, linear accuracy on ImageNet.
 IN_100_EPOCHS, IN_300_EPOCHS = "ViT-B, 100 epochs", "ViT-B, 300 epochs"
 
 
@@ -107,9 +108,9 @@ ARMS = [
     ablation("position learned", *POSITION_LEARNED, paper=(76.1, 76.5, IN_300_EPOCHS)),
     ablation("no predictor", "--num_predictor_layers", "0", paper=(75.5, 76.5, IN_300_EPOCHS)),
     ablation("no batch norm in heads", "--no_head_batch_norm", paper=(74.4, 76.5, IN_300_EPOCHS)),
-    ablation("momentum 0", "--momentum", "0", "--momentum_schedule", "constant", paper=(74.3, 76.5, IN_300_EPOCHS)),
-    ablation("momentum 0.9", "--momentum", "0.9", paper=(75.6, 76.5, IN_300_EPOCHS)),
-    ablation("momentum 0.999", "--momentum", "0.999", paper=(75.0, 76.5, IN_300_EPOCHS)),
+    ablation("EMA decay 0", "--ema_decay", "0", "--ema_schedule", "constant", paper=(74.3, 76.5, IN_300_EPOCHS)),
+    ablation("EMA decay 0.9", "--ema_decay", "0.9", paper=(75.6, 76.5, IN_300_EPOCHS)),
+    ablation("EMA decay 0.999", "--ema_decay", "0.999", paper=(75.0, 76.5, IN_300_EPOCHS)),
     ablation("temperature 0.1", "--temperature", "0.1"),
     ablation("temperature 0.5", "--temperature", "0.5"),
     ablation("batch 256", "--learning_rate", "2e-3", batch_size=256, paper=(69.7, 72.2, IN_100_EPOCHS)),
@@ -117,12 +118,12 @@ ARMS = [
     failure(f"{FAILURE[: -len('trained')]}frozen"),
     Arm("the recipe's rate, patch projection frozen", "failure", NANO, options=WATCHED, seeds=1),
     tuning("ViT-nano/8, learning rate 2e-3", NANO, "--learning_rate", "2e-3"),
-    small_batch("momentum 0.99", "--momentum", "0.99"),
-    small_batch("momentum 0.9", "--momentum", "0.9"),
-    small_batch("momentum 0.9, learning rate 3e-4", "--momentum", "0.9", "--learning_rate", "3e-4"),
-    small_data("momentum 0.99", "--momentum", "0.99"),
-    small_data("momentum 0.9", "--momentum", "0.9"),
-    small_data("momentum 0.9, crops from 0.08", "--momentum", "0.9", "--crop_scale", "0.08", "1.0"),
+    small_batch("EMA decay 0.99", "--ema_decay", "0.99"),
+    small_batch("EMA decay 0.9", "--ema_decay", "0.9"),
+    small_batch("EMA decay 0.9, learning rate 3e-4", "--ema_decay", "0.9", "--learning_rate", "3e-4"),
+    small_data("EMA decay 0.99", "--ema_decay", "0.99"),
+    small_data("EMA decay 0.9", "--ema_decay", "0.9"),
+    small_data("EMA decay 0.9, crops from 0.08", "--ema_decay", "0.9", "--crop_scale", "0.08", "1.0"),
     resnet("temperature 0.2", "--temperature", "0.2"),
     resnet("temperature 1", "--temperature", "1.0"),
     resnet("AdamW", "--optimizer", "adamw", "--learning_rate", "1e-3", "--weight_decay", "0.1"),
@@ -130,14 +131,14 @@ ARMS = [
 
 
 def in_long_form(arm: Arm) -> Arm:
-    """The same comparison on ViT-tiny/4, for 200 epochs with batches eight times as large, by the recipe's rate."""
+    """The same comparison on ViT-tiny/4: 200 epochs, batches eight times as large, learning rate of the recipe."""
     options = (*IN_MEMORY, *without(arm.options, "--learning_rate"))
     recipe = TINY if arm.recipe == NANO else arm.recipe
     return replace(arm, recipe=recipe, epochs=200, max_steps=None, options=options, batch_size=8 * arm.batch_size)
 
 
 def without(options: tuple[str, ...], name: str) -> tuple[str, ...]:
-    """Options without one that takes one value."""
+    """`options` without the option `name` and its value."""
     if name not in options:
         return options
     place = options.index(name)

@@ -1,9 +1,9 @@
-"""Tables and plots of the CIFAR-10 study, from its files in benchmarks/results to docs/cifar10.md.
+"""Generate the tables and plots of docs/cifar10.md from the result files of the CIFAR-10 study.
 
     python -m benchmarks.study_report [--results benchmarks/results/cifar10_study_cpu] [--document docs/cifar10.md]
 
-Writes between the markers `<!-- NAME -->` and `<!-- end NAME -->` of the document, and the plots beside it. The
-document is the same whenever the results are.
+Replaces the text between the markers `<!-- NAME -->` and `<!-- end NAME -->` of the document, and writes the plots to
+a folder next to it. The output is deterministic.
 """
 
 import argparse
@@ -22,16 +22,16 @@ from .study_arms import ABLATION_BASELINE, ARMS, FAILURE, RESNET_14, Arm
 
 ROOT = Path(__file__).parent.parent
 CURVES = [*(arm for arm in ARMS if arm.group == "curves"), RESNET_14]
-METRICS = ("knn_top1", "linear_top1")  # the last judges the signs
-# Differences smaller than so many standard errors are noise.
+METRICS = ("knn_top1", "linear_top1")  # the last one decides whether signs agree
+# Differences below this number of standard errors are noise.
 SIGNIFICANT = 2.0
-# Measurements of a watched run between two lines of its table.
-TOLD_EVERY = 4
+# The table of a monitored run shows every nth measurement.
+SHOWN_EVERY = 4
 WATCHED_METRICS = ("loss_normalized", "first_layer_grad_max", "projection_effective_rank")
 
 
 def load(folder: Path) -> dict[str, list[dict]]:
-    """The runs of every arm, by seed."""
+    """The runs of every arm, sorted by seed."""
     runs: dict[str, list[dict]] = {}
     for path in sorted(folder.glob("*_seed*.json")):
         result = json.loads(path.read_text())
@@ -54,13 +54,13 @@ def spread(values: list[float]) -> str:
 
 
 def paired_differences(changed: list[dict], baseline: list[dict], metric: str) -> list[float]:
-    """Of the seeds that both arms have, in points of %: these share initial weights and the order of images."""
+    """Differences per seed in percentage points; arms share initial weights and order of images per seed."""
     original = {run["seed"]: run["points"][-1][metric] for run in baseline}
     return [100 * (run["points"][-1][metric] - original[run["seed"]]) for run in changed if run["seed"] in original]
 
 
 def pooled_deviation(samples: Iterable[list[float]]) -> float:
-    """Standard deviation within samples of different means, taken to be the same in all."""
+    """Pooled standard deviation of samples with different means and the same variance."""
     samples = [sample for sample in samples if len(sample) > 1]
     freedom = sum(len(sample) - 1 for sample in samples)
     if freedom == 0:
@@ -69,7 +69,7 @@ def pooled_deviation(samples: Iterable[list[float]]) -> float:
 
 
 def verdict(here: float, error: float, there: float) -> str:
-    """Whether the sign of a difference here is that of the paper's."""
+    """Whether a difference here has the same sign as in the paper."""
     if math.isnan(error):
         return "one seed"
     if abs(here) < SIGNIFICANT * error:
@@ -78,7 +78,7 @@ def verdict(here: float, error: float, there: float) -> str:
 
 
 def ablation_table(runs: dict[str, list[dict]], arms: list[Arm]) -> str:
-    """Every arm against the baseline, beside the paper's difference; its sign is judged by linear accuracy."""
+    """Every arm compared with the baseline and with the paper; signs are compared on linear accuracy."""
     arms = [arm for arm in arms if arm.name in runs]
     changed = [arm for arm in arms if arm.name != ABLATION_BASELINE]
     differences = {
@@ -87,8 +87,8 @@ def ablation_table(runs: dict[str, list[dict]], arms: list[Arm]) -> str:
     }
     deviations = {metric: pooled_deviation(differences[metric].values()) for metric in METRICS}
     lines = [
-        "| setting | seeds | kNN % | against the baseline | linear % | against the baseline | ImageNet, paper |"
-        " against its own | sign agrees |",
+        "| setting | seeds | kNN % | vs. baseline | linear % | vs. baseline | paper, ImageNet % |"
+        " vs. paper's baseline | same sign |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in arms:
@@ -113,7 +113,7 @@ def ablation_table(runs: dict[str, list[dict]], arms: list[Arm]) -> str:
 
 
 def plain_table(runs: dict[str, list[dict]], arms: list[Arm]) -> str:
-    lines = ["| setting | seeds | epochs | kNN % | linear % | core minutes of training |", "|---|---|---|---|---|---|"]
+    lines = ["| setting | seeds | epochs | kNN % | linear % | core-minutes of training |", "|---|---|---|---|---|---|"]
     for arm in arms:
         if arm.name not in runs:
             continue
@@ -126,7 +126,7 @@ def plain_table(runs: dict[str, list[dict]], arms: list[Arm]) -> str:
 
 
 def curve_table(runs: dict[str, list[dict]], arms: list[Arm]) -> str:
-    """One line per point: epochs, kNN and linear, mean over the seeds."""
+    """One row per evaluation: epochs, kNN and linear accuracy, mean over the seeds."""
     lines = ["| network | epochs | kNN % | linear % | seeds |", "|---|---|---|---|---|"]
     for arm in arms:
         for points in zip(*(run["points"] for run in runs.get(arm.name, [])), strict=True):
@@ -136,20 +136,20 @@ def curve_table(runs: dict[str, list[dict]], arms: list[Arm]) -> str:
 
 
 def watched(runs: dict[str, list[dict]]) -> dict[str, dict]:
-    """The run that fails and those shown beside it, by name."""
+    """The failing run and the runs to compare it with, by name."""
     return {arm.name: runs[arm.name][0] for arm in ARMS if arm.group == "failure" and arm.name in runs}
 
 
 def failure_table(shown: dict[str, dict]) -> str:
-    """What the monitors said at some steps and in the end."""
+    """Values of the monitors at some steps, and the number of events."""
     lines = [
-        "| run | step | loss, normalised | positive top-1 | largest gradient, first layer | effective rank | kNN % |",
+        "| run | step | normalized loss | positive top-1 | largest gradient, first layer | effective rank | kNN % |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, run in shown.items():
         measured = {point["step"]: point["knn_top1"] for point in run["knn_while_training"]}
         lines_at = {line["step"]: line for line in run["metrics"]}
-        for step in sorted(measured.keys() & lines_at.keys())[::TOLD_EVERY]:
+        for step in sorted(measured.keys() & lines_at.keys())[::SHOWN_EVERY]:
             line = lines_at[step]
             lines.append(
                 f"| {name} | {step} | {line['loss_normalized']:.3f} | {line['positive_top1']:.3f} |"
@@ -160,7 +160,7 @@ def failure_table(shown: dict[str, dict]) -> str:
         f"{name}: {len(run['events'])} ({', '.join(sorted({event['event'] for event in run['events']})) or 'none'})"
         for name, run in shown.items()
     ]
-    return "\n".join([*lines, "", f"Events told by `events.jsonl`: {'; '.join(events)}."])
+    return "\n".join([*lines, "", f"Events in `events.jsonl`: {'; '.join(events)}."])
 
 
 def plot_curves(runs: dict[str, list[dict]], arms: list[Arm], path: Path) -> None:
@@ -184,7 +184,7 @@ def plot_curves(runs: dict[str, list[dict]], arms: list[Arm], path: Path) -> Non
 
 
 def plot_failure(shown: dict[str, dict], path: Path) -> None:
-    """Loss, gradient of the first layer, effective rank and kNN of the failed run and those beside it."""
+    """Loss, first-layer gradient, effective rank and kNN of the failing run and the runs to compare it with."""
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     axes = figure.subplots(1, 4)
     for name, run in shown.items():
@@ -197,10 +197,10 @@ def plot_failure(shown: dict[str, dict], path: Path) -> None:
         for event in run["events"]:
             axes[1].axvline(event["step"], color="tab:red", alpha=0.2, linewidth=1)
     titles = (
-        "loss, normalised",
+        "normalized loss",
         "largest gradient, first layer",
         "effective rank of the keys",
-        "kNN while training, %",
+        "kNN during training, %",
     )
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="step")
@@ -211,27 +211,27 @@ def plot_failure(shown: dict[str, dict], path: Path) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As SVG, the same whenever the figures are."""
+    """Save as deterministic SVG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "mocov3_hf"}):
         figure.savefig(path, metadata={"Date": None})
 
 
-def replace_section(text: str, name: str, body: str) -> str:
+def replace_section(text: str, name: str, section: str) -> str:
     """
-    The document with one section anew.
+    Replace one generated section of the document.
 
     Raises:
-        ValueError: the document lacks the markers.
+        ValueError: if the document has no markers of that name.
     """
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
     if not pattern.search(text):
         raise ValueError(f"the document has no section between '<!-- {name} -->' and '<!-- end {name} -->'")
-    return pattern.sub(lambda found: f"{found[1]}{body}\n{found[2]}", text)
+    return pattern.sub(lambda found: f"{found[1]}{section}\n{found[2]}", text)
 
 
 def sections(runs: dict[str, list[dict]]) -> dict[str, str]:
-    """The tables by the names of their markers."""
+    """The generated tables, by the names of their markers."""
     groups = {group: [arm for arm in ARMS if arm.group == group] for group in dict.fromkeys(a.group for a in ARMS)}
     made = {
         "curves": curve_table(runs, CURVES),
@@ -252,8 +252,8 @@ def main() -> None:
     if ABLATION_BASELINE not in runs:
         parser.error(f"{options.results} has no runs of the arm {ABLATION_BASELINE!r}: run cifar10_study.py first")
     text = options.document.read_text()
-    for name, body in sections(runs).items():
-        text = replace_section(text, name, body)
+    for name, section in sections(runs).items():
+        text = replace_section(text, name, section)
     options.document.write_text(text)
     plots = options.document.parent / options.document.stem
     plot_curves(runs, CURVES, plots / "curves.svg")

@@ -1,12 +1,12 @@
-"""Train on two hosts, cut one off, and go on; needs root, for the network namespaces that are the hosts.
+"""Train on two hosts, lose one, and resume. Needs root, to create network namespaces as hosts.
 
     python -m benchmarks.two_hosts --output benchmarks/results/two_hosts_cpu.json
 
-Two network namespaces joined by a virtual cable are started as docs/scaling.md says for two nodes. Compared are the
-losses of one host and of two with the same global batch; then, for each way of losing a host, how long the other takes
-to end, with which exit code and line, and whether both, started again, reach the weights of the undisturbed run to the
-bit. Prints a JSON object. Exit code 1 if a loss differs by more than 1e-6 in the first steps, a survivor ends with
-exit code 0 or not in time, or any bit differs.
+Two network namespaces, connected by a virtual link, are started as docs/scaling.md describes for two nodes. First, the
+losses of one host and of two are compared at the same global batch. Then a host is lost in several ways. Recorded are
+the time until the other host exits, its exit code and its error line, and whether the resumed run ends bit-identically
+to an uninterrupted one. Prints a JSON object. Exits with 1 if the losses differ by more than 1e-6 in the first steps,
+if a surviving host exits with 0 or too late, or if any weight differs.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from .hosts import SCRIPT, Hosts, wait, wait_for, why_not
 
 VIT = '{"patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}'
 SAVE_STEPS = 5
-# Over the communication timeout: for the launchers to notice, and for slow machines.
+# Beyond the communication timeout: for the launchers to notice, and for slow machines.
 SECONDS_TO_SPARE = 40
-# Each way of losing a host: what is done to it, and the hosts that survive.
+# Each way of losing a host: the action, and the surviving hosts.
 LOSSES = {
     "cable of host 1 pulled": (lambda hosts: hosts.cut(), (0, 1)),
     "host 1 killed": (lambda hosts: hosts.kill(1), (0,)),
@@ -39,12 +39,12 @@ LOSSES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=60, help="Steps of every run.")
-    parser.add_argument("--communication_timeout", type=int, default=5, help="Of every run, in seconds.")
+    parser.add_argument("--steps", type=int, default=60, help="steps of every run")
+    parser.add_argument("--communication_timeout", type=int, default=5, help="seconds, for every run")
     parser.add_argument(
-        "--losses", nargs="*", default=list(LOSSES), choices=list(LOSSES), help="Ways of losing a host."
+        "--losses", nargs="*", default=list(LOSSES), choices=list(LOSSES), help="ways of losing a host"
     )
-    parser.add_argument("--output", type=Path, default=None, help="File for the figures.")
+    parser.add_argument("--output", type=Path, default=None, help="file for the results")
     options = parser.parse_args()
     reason = why_not()
     if reason is not None:
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def measure(folder: Path, steps: int, timeout: int, losses: list[str]) -> dict:
-    """All figures; `passed` says whether they are as they must be."""
+    """All results; `passed` is whether every requirement is met."""
     common = arguments(folder / "images", steps, timeout)
     one, two = folder / "one_host", folder / "two_hosts"
     command = [sys.executable, str(SCRIPT), *common, "--output_dir", str(one)]
@@ -66,7 +66,7 @@ def measure(folder: Path, steps: int, timeout: int, losses: list[str]) -> dict:
     environment.pop("PYTHONWARNINGS", None)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"one host ended with {done.returncode}:\n{done.stderr}")
+        raise RuntimeError(f"one host exited with {done.returncode}:\n{done.stderr}")
     with Hosts() as hosts:
         run_through(hosts, [*common, "--output_dir", str(two)], folder / "logs")
     report = {
@@ -83,7 +83,7 @@ def measure(folder: Path, steps: int, timeout: int, losses: list[str]) -> dict:
 
 
 def arguments(images: Path, steps: int, timeout: int) -> list[str]:
-    """Of a run of seconds, in float32."""
+    """Arguments of a run of a few seconds, in float32."""
     write_images(images)
     sizes = ["--head_hidden_size", "32", "--projection_dim", "16", "--train_batch_size", "16"]
     length = ["--max_steps", str(steps), "--save_steps", str(SAVE_STEPS), "--logging_steps", "1"]
@@ -103,19 +103,19 @@ def write_images(folder: Path) -> None:
 def run_through(hosts: Hosts, command: list[str], logs: Path) -> None:
     """
     Raises:
-        RuntimeError: a host that does not end with exit code 0, with what it printed.
+        RuntimeError: if a host exits with another code than 0; the message holds its output.
     """
     launches = hosts.start(command, logs)
     wait(launches, timeout=300)
     for rank, launch in enumerate(launches):
         if launch.returncode != 0:
             raise RuntimeError(
-                f"host {rank} ended with {launch.returncode}:\n{(logs / f'host{rank}.log').read_text()}"
+                f"host {rank} exited with {launch.returncode}:\n{(logs / f'host{rank}.log').read_text()}"
             )
 
 
 def compare_losses(one: Path, two: Path) -> dict:
-    """Largest relative difference of the logged losses; rounding grows from step to step."""
+    """Largest relative difference of the logged losses; rounding errors grow from step to step."""
     curves = [
         [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         for run in (one, two)
@@ -125,7 +125,7 @@ def compare_losses(one: Path, two: Path) -> dict:
 
 
 def lose(folder: Path, name: str, common: list[str], undisturbed: Path, timeout: int) -> dict:
-    """Lose a host after the first checkpoint, wait for the survivors, start both again and compare the end."""
+    """Lose a host after the first checkpoint, wait for the survivors, resume on both and compare the final weights."""
     act, survivors = LOSSES[name]
     run, logs = folder / name.replace(" ", "_"), folder / "logs"
     command = [*common, "--output_dir", str(run), "--resume_from_checkpoint", "auto"]
@@ -148,7 +148,7 @@ def lose(folder: Path, name: str, common: list[str], undisturbed: Path, timeout:
 
 
 def error_lines(log: Path) -> list[str]:
-    """What the run itself said at its end, without the launcher's report of it."""
+    """Error lines of the run itself, without the report of the launcher."""
     return [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("error: ")]
 
 

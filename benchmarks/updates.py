@@ -1,12 +1,13 @@
-"""What moves the weights, against the speed of memory: moving average, AdamW and LARS, beside loops over parameters.
+"""Speed of the EMA, AdamW and LARS steps, compared with loops over parameters and with memory bandwidth.
 
     python benchmarks/updates.py [--device cuda] [--rounds 7] [--output FILE.json]
 
-None of them computes much: each must read and write every weight and its state, so that adding large tensors in place
-(limits.py) bounds it. `bytes` is what must move at least: the average and its source are read and the average written
-(3 numbers for each weight); AdamW reads weight, gradient and two moments and writes all but the gradient (7); LARS
-reads weight, gradient and momentum and writes two of them (5; its norms, which need a pass of their own, are extra).
-Ours, the plain loop of plain_step.py and the sum take turns; ratios are of neighbouring rounds. The last line is JSON.
+These steps compute little: each reads and writes every weight and its state, so memory bandwidth is the limit (an
+in-place sum of large tensors, limits.py). `bytes` is the least that must move. EMA: the average and its source are
+read and the average is written (3 numbers per weight). AdamW: weight, gradient and two moments are read and all but
+the gradient written (7). LARS: weight, gradient and momentum are read and two of them written (5; the norms need a
+further pass). Ours, the plain loop of plain_step.py and the sum alternate; ratios are taken within a round. The last
+line is JSON.
 """
 
 import argparse
@@ -19,34 +20,34 @@ from collections.abc import Callable
 import torch
 from limits import Sum, clock, cpu_name
 from plain_step import PlainLARS
-from step import MOMENTUM, RECIPES, fresh_model, write
+from step import EMA_DECAY, RECIPES, fresh_model, write
 
-from mocov3_hf.plan import make_plan
 from mocov3_hf.pretraining.build import build_optimizer
-from mocov3_hf.recipe import load_recipe
+from mocov3_hf.pretraining.plan import make_plan
+from mocov3_hf.pretraining.recipe import load_recipe
 
 
 BYTES_FLOAT32 = 4
-NUMBERS_MOVED = {"moving average": 3, "AdamW": 7, "LARS": 5}
-BACKBONES = {"moving average": "vit_small", "AdamW": "vit_small", "LARS": "resnet50"}
-# Updates in a measured turn, of 20 to 200 ms each on a CPU.
+NUMBERS_MOVED = {"EMA": 3, "AdamW": 7, "LARS": 5}
+BACKBONES = {"EMA": "vit_small", "AdamW": "vit_small", "LARS": "resnet50"}
+# Steps per measurement; one takes 20 to 200 ms on a CPU.
 REPEATS = 3
 
 
 @torch.no_grad()
 def plain_average(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """As plain_step.py and the official code write it."""
+    """The loop of plain_step.py and of the official code."""
     for average, parameter in pairs:
-        average.data = average.data * MOMENTUM + parameter.data * (1 - MOMENTUM)
+        average.data = average.data * EMA_DECAY + parameter.data * (1 - EMA_DECAY)
 
 
 def candidates(name: str, device: str) -> tuple[dict[str, Callable], int]:
-    """Ours and the plain loop, each on a model of its own, and the weights that one update moves."""
+    """Ours and the plain loop, each on its own model, and the number of weights."""
     recipe_name = RECIPES[BACKBONES[name]]
     recipe, models = load_recipe(recipe_name), [fresh_model(recipe_name).to(device) for _ in range(2)]
-    if name == "moving average":
+    if name == "EMA":
         pairs = models[1].momentum_pairs()
-        runs = {"ours": lambda: models[0].update_momentum_encoder(MOMENTUM), "plain": lambda: plain_average(pairs)}
+        runs = {"ours": lambda: models[0].update_momentum_encoder(EMA_DECAY), "plain": lambda: plain_average(pairs)}
         return runs, sum(average.numel() for average, _ in pairs)
     for model in models:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -61,7 +62,7 @@ def candidates(name: str, device: str) -> tuple[dict[str, Callable], int]:
 
 
 def measure(name: str, device: str, rounds: int) -> dict:
-    """Seconds of one update for ours and the plain loop, and of one sum, in turns; a first round warms up."""
+    """Seconds per step of ours, of the plain loop and of the sum. They alternate; the first round is a warm-up."""
     runs, num_weights = candidates(name, device)
     limit = Sum(device)
     seconds: dict[str, list[float]] = {"ours": [], "plain": [], "limit": []}
@@ -86,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", help="write the JSON here as well")
+    parser.add_argument("--output", help="file to which the JSON is written as well")
     options = parser.parse_args()
     torch.set_num_threads(1)
     result = {
@@ -99,7 +100,7 @@ def main() -> None:
         times = statistics.median(a / b for a, b in zip(seconds["plain"], seconds["ours"], strict=True))
         rate = point["bytes"] / statistics.median(seconds["ours"]) / 1e9
         limit = point["limit_bytes"] / statistics.median(seconds["limit"]) / 1e9
-        print(f"{point['update']}: {times:.2f} times the plain loop, {rate:.1f} GB/s; a sum in place {limit:.1f} GB/s")
+        print(f"{point['update']}: {times:.2f}× the plain loop, {rate:.1f} GB/s; in-place sum {limit:.1f} GB/s")
     if options.output:
         write(result, options.output)
     print(json.dumps(result))

@@ -13,7 +13,7 @@ from mocov3_hf.evaluation.classifier import build_classifier
 from mocov3_hf.evaluation.features import labelled_features
 from mocov3_hf.evaluation.knn import evaluate_knn
 from mocov3_hf.evaluation.linear import fit_linear_classifier
-from mocov3_hf.pretraining import build, loop
+from mocov3_hf.pretraining import build, loop, recipe
 from mocov3_hf.processing import build_image_processor
 
 
@@ -27,7 +27,7 @@ def main() -> None:
 
     command = ["--recipe", "quickstart", "--dataset_name", str(digits), "--output_dir", str(pretrained)]
     command += ["--overwrite_output_dir", *overrides]
-    before = evaluate_knn(build.build_model(loop.parse(command)), train, test, k=[10], progress=False)
+    before = evaluate_knn(build.build_model(recipe.parse(command)), train, test, k=[10], progress=False)
     loop.main(command)
     model = MoCoV3Model.from_pretrained(pretrained)
     after = evaluate_knn(model, train, test, k=[10], progress=False)

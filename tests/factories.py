@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification, MoCoV3ForPreTraining
+from mocov3_hf.pretraining.recipe import load_recipe
 from mocov3_hf.processing import build_image_processor
-from mocov3_hf.recipe import load_recipe
 
 
 VIT = {

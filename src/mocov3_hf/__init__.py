@@ -25,6 +25,7 @@ from .model import (
     MoCoV3ViTModel,
     MoCoV3ViTPreTrainedModel,
 )
+from .pretraining import pretrain
 
 
 AutoConfig.register(MoCoV3ViTConfig.model_type, MoCoV3ViTConfig, exist_ok=True)
@@ -47,4 +48,5 @@ __all__ = [
     "MoCoV3ViTModel",
     "MoCoV3ViTPreTrainedModel",
     "__version__",
+    "pretrain",
 ]

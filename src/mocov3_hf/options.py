@@ -207,6 +207,17 @@ def values_of_arguments(command: Command, arguments: Iterable[str]) -> dict[str,
     return _converted(command, given, "command line", "--", False)
 
 
+def values_of_keywords(command: Command, options: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The options of a Python call, converted. None is a value here, as `null` is on a command line.
+
+    Raises:
+        UsageError: an option that does not exist, a value of another type.
+    """
+    given = [(name, "null" if value is None else value) for name, value in options.items()]
+    return _converted(command, given, f"{command.name}()", "", False)
+
+
 def _converted(
     command: Command, given: Iterable[tuple[Any, Any]], source: str, dash: str, quiet: bool
 ) -> dict[str, Any]:
@@ -223,7 +234,7 @@ def _converted(
             old, (name, change) = name, old_names[name]
             if not quiet:
                 warn(f"{dash}{old} is deprecated: use {dash}{name}")
-        if name in command.removed and name not in fields and value in (None, False, "false"):
+        if name in command.removed and name not in fields and (quiet or value in (None, False, "false", "null")):
             continue
         if name not in fields:
             _refuse(command, str(name), source, dash)

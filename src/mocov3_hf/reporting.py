@@ -14,7 +14,17 @@ class UsageError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A failure at run time that is not the user's mistake: one line with what happened. The exit code is 1."""
+    """
+    A failure at run time that is not the user's mistake: one line with what happened. The exit code is 1.
+
+    Args:
+        message: The line.
+        from_any_process: Whether this process reports it even if it is not the first, as the others may not know.
+    """
+
+    def __init__(self, message: str, from_any_process: bool = False):
+        super().__init__(message)
+        self.from_any_process = from_any_process
 
 
 def is_first_process() -> bool:
@@ -52,12 +62,12 @@ def reporting() -> Iterator[None]:
     except ValueError as error:
         fail(one_line(error), 2)
     except (RunError, OSError) as error:
-        fail(one_line(error), 1)
+        fail(one_line(error), 1, getattr(error, "from_any_process", False))
 
 
-def fail(message: str, code: int) -> NoReturn:
-    """End the process with one line on stderr, from the first process only."""
-    if is_first_process():
+def fail(message: str, code: int, from_any_process: bool = False) -> NoReturn:
+    """End the process with one line on stderr, from the first process only unless told otherwise."""
+    if is_first_process() or from_any_process:
         print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 

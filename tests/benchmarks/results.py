@@ -1,8 +1,8 @@
-"""Results of a machine in numbers that one can follow."""
+"""Benchmark results with round numbers, to check tables by hand."""
 
 
 def small_results() -> dict:
-    """Every part, with ours twice as fast as the plain implementation and half as fast as the limit, or near it."""
+    """All parts; ours is about twice as fast as the plain implementation and half as fast as the limit."""
     parts = {
         "limits_before": limits(100.0),
         "data_path": {
@@ -118,7 +118,7 @@ def limits(rate: float) -> dict:
 
 
 def step(backbone: str, mixed_precision: str, plain: list[float], ours: list[float]) -> dict:
-    """16 images of 10 and 5 GFLOP, at a limit of 40 GFLOP/s: 4 seconds for the plain step, 2 for ours at least."""
+    """16 images of 10 and 5 GFLOP at a limit of 40 GFLOP/s: at least 4 s for the plain step and 2 s for ours."""
     return {
         "backbone": backbone,
         "mixed_precision": mixed_precision,
@@ -135,7 +135,7 @@ def step(backbone: str, mixed_precision: str, plain: list[float], ours: list[flo
 
 
 def gpu_results() -> dict:
-    """A GPU with its step alone, run by hand: the compiled step does 3 times the plain one, at half of the limit."""
+    """A GPU with the step only, run by hand. The compiled step is 3× the plain one and at half of the limit."""
     variants = {
         "plain": gpu_variant([100.0, 100.0], 0.25, 0.2),
         "ours": gpu_variant([200.0, 150.0], 0.4375, 0.35),

@@ -1,4 +1,4 @@
-"""The one command: its plan, what it merges, and that a failing part is told and survived."""
+"""bench.py: its plan, merging of results, and failing parts."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.benchmarks.results import small_results
 
 
 PARTS = ["limits_before", "data_path", "step", "updates", "memory", "inference", "scaling", "scaling_check"]
-WRITES = "import json, sys\nprint('measuring')\nopen(sys.argv[-1], 'w').write(json.dumps({'figure': 1}))\n"
+WRITES = "import json, sys\nprint('measuring')\nopen(sys.argv[-1], 'w').write(json.dumps({'number': 1}))\n"
 
 
 def test_plans():
@@ -35,34 +35,34 @@ def test_machine_names(device, cores, expected):
     assert machine_name(device, cores) == expected
 
 
-def script(folder, body):
-    (folder / "measure.py").write_text(body)
+def script(folder, code):
+    (folder / "measure.py").write_text(code)
     return Part("measured", str(folder / "measure"), (), 1)
 
 
 def test_a_part_that_works(tmp_path, capfd):
     result, record = run_part(script(tmp_path, WRITES), tmp_path, "[1/1]")
-    assert result == {"figure": 1}
+    assert result == {"number": 1}
     assert record["seconds"] > 0
     assert "    measuring" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("body", "exit_code", "last"),
+    ("code", "exit_code", "last"),
     [
         ("print('half way')\nraise SystemExit('error: no images')\n", 1, "error: no images"),
         ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n", -9, None),
-        ("print('forgot')\n", 0, "ended without writing its --output"),
+        ("print('forgot')\n", 0, "exited without writing its --output"),
     ],
 )
-def test_a_part_that_fails(tmp_path, body, exit_code, last):
-    result, record = run_part(script(tmp_path, body), tmp_path, "[1/1]")
+def test_a_part_that_fails(tmp_path, code, exit_code, last):
+    result, record = run_part(script(tmp_path, code), tmp_path, "[1/1]")
     assert result is None
     assert record["exit_code"] == exit_code
     assert (record["last_lines"][-1] if record["last_lines"] else None) == last
 
 
-def test_parts_measured_anew_replace_theirs_alone():
+def test_new_results_replace_only_those_of_the_same_part():
     before = small_results()
     new = {"run": {}, "result": {"points": []}}
     merged = merge(before, {"machine": "small"}, {"step": new}, {"memory": {"exit_code": 1}})

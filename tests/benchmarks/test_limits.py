@@ -1,4 +1,4 @@
-"""Operations of a step, derived again by hand."""
+"""FLOPs of a step, derived by hand."""
 
 import pytest
 
@@ -26,12 +26,12 @@ def test_operations_of_a_step(pooled_query_only):
     tokens = PATCHES + 1
     embedding = PATCHES * 3 * 16**2 * WIDTH
     block = 4 * tokens * WIDTH**2 + 2 * tokens**2 * WIDTH + 2 * tokens * WIDTH * MLP
-    # Of the last block: keys and values of all tokens, everything else of the class token.
+    # Last block: keys and values of all tokens, everything else of the class token only.
     last = 2 * tokens * WIDTH**2 + 2 * WIDTH**2 + 2 * tokens * WIDTH + 2 * WIDTH * MLP
     blocks = LAYERS * block if not pooled_query_only else (LAYERS - 1) * block + last
     projector = WIDTH * HEAD + HEAD * HEAD + HEAD * PROJECTION
     predictor = PROJECTION * HEAD + HEAD * PROJECTION
-    # Forward and backward of the trained branch count three, the momentum branch one; the embedding is frozen.
+    # Forward and backward of the trained branch count three, the momentum branch one; the patch embedding is frozen.
     view = 2 * embedding + 4 * blocks + 4 * projector + 3 * predictor
-    similarities = 2 * BATCH * PROJECTION  # of a query with all keys, and the query's gradient
+    similarities = 2 * BATCH * PROJECTION  # logits of a query with all keys, and the query's gradient
     assert step_flop_per_image(config, 32, pooled_query_only) == 2 * 2 * (view + similarities)

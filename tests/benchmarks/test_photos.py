@@ -1,4 +1,4 @@
-"""Photographs to measure with: the size and the weight of ImageNet's, the same for the same seed."""
+"""photos.py: files with the pixels and bytes of ImageNet's, deterministic for a seed."""
 
 import statistics
 
@@ -13,8 +13,7 @@ def size(path):
         return photo.size
 
 
-@pytest.mark.slow
-def test_size_weight_and_repetition(tmp_path):
+def test_files_have_the_size_of_imagenet_and_are_deterministic(tmp_path):
     paths = make_photos(tmp_path / "first", 24)
     assert [path.name for path in paths[:2]] == ["photo_00000.jpg", "photo_00001.jpg"]
     assert {size(path) for path in paths} == {(500, 375), (375, 500)}
@@ -26,5 +25,5 @@ def test_size_weight_and_repetition(tmp_path):
 
 
 def test_a_count_below_one_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="0 photographs: pass a count of at least 1"):
+    with pytest.raises(ValueError, match="cannot make 0 photographs: pass a count of at least 1"):
         make_photos(tmp_path, 0)

@@ -51,7 +51,7 @@ def test_three_steps_follow_the_official_ones(name):
             optimizer,
             (views[0], views[1]),
             learning_rate=case["learning_rate"],
-            momentum=float(momentum),
+            ema_decay=float(momentum),
             max_grad_norm=None,
             accelerator=accelerator,
         )

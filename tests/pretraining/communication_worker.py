@@ -1,6 +1,6 @@
 """Counts what one training step really exchanges; run by test_communication.py through torchrun.
 
-Usage: communication_worker.py OUTPUT, which gets, for each case, the bytes counted and those foretold.
+Usage: communication_worker.py OUTPUT, which gets, for each case, the bytes counted and those predicted.
 """
 
 import dataclasses
@@ -15,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
 from mocov3_hf.pretraining.build import ddp_options
-from mocov3_hf.pretraining.communication import exchanges
-from mocov3_hf.pretraining.sharding import shard
-from mocov3_hf.pretraining.signals import StopRequest
+from mocov3_hf.pretraining.estimate import exchanges
+from mocov3_hf.pretraining.processes import StopRequest
 from mocov3_hf.pretraining.step import train_step
 from tests.model.distributed_worker import BACKBONES, HEADS
 
@@ -27,7 +26,6 @@ KINDS = {  # no other operation belongs into a step
     "allreduce_": "all-reduce",
     "allgather_": "all-gather",
     "_allgather_base_": "all-gather",
-    "_reduce_scatter_base_": "reduce-scatter",
 }
 
 
@@ -42,12 +40,11 @@ class Counted(TorchDispatchMode):
         if function.namespace == "c10d":
             name = function._schema.name.removeprefix("c10d::")
             kind = KINDS[name]
-            # The tensors of whole size: what is put together, summed in place, or still to be summed and shared out.
+            # The tensors of whole size: what is gathered or summed in place.
             wholes = {
                 "allreduce_": lambda: arguments[0],
                 "allgather_": lambda: arguments[0][0],
                 "_allgather_base_": lambda: arguments[:1],
-                "_reduce_scatter_base_": lambda: arguments[1:2],
             }[name]()
             self.num_bytes[kind] += sum(tensor.nbytes for tensor in wholes)
             self.count[kind] += 1
@@ -61,27 +58,23 @@ def main(output: str) -> None:
     results = {}
     for backbone in BACKBONES:
         for chunk_size in (None, 2) if backbone == "vit" else (None,):
-            for fsdp in (False, True):
-                case = f"{backbone}, chunks of {chunk_size}, {'FSDP2' if fsdp else 'DDP'}"
-                results[case] = count(accelerator, backbone, chunk_size, fsdp)
+            results[f"{backbone}, chunks of {chunk_size}"] = count(accelerator, backbone, chunk_size)
     if accelerator.is_main_process:
         with open(output, "w", encoding="utf-8") as file:
             json.dump(results, file)
     accelerator.end_training()
 
 
-def count(accelerator: Accelerator, backbone: str, chunk_size: int | None, fsdp: bool) -> dict:
+def count(accelerator: Accelerator, backbone: str, chunk_size: int | None) -> dict:
     model = MoCoV3ForPreTraining(MoCoV3Config(backbone_config=BACKBONES[backbone], **HEADS))
-    foretold = exchanges(model, BATCH_SIZE, accelerator.num_processes, on_gpu=False, fsdp=fsdp, chunk_size=chunk_size)
-    if fsdp:
-        shard(model, accelerator.device, accelerator.num_processes)
+    predicted = exchanges(model, BATCH_SIZE, accelerator.num_processes, on_gpu=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    model, optimizer = (model, accelerator.prepare(optimizer)) if fsdp else accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
     size = BACKBONES[backbone].get("image_size", 32)
     views = torch.randn(2, BATCH_SIZE, 3, size, size)
     with StopRequest(accelerator) as stop:
         counted = Counted()
-        # Before its second step DDP sorts its buckets anew and tells the others, once in a run.
+        # Before its second step DDP rebuilds its buckets and broadcasts them, once in a run.
         for watcher in (nullcontext(), nullcontext(), counted):
             with watcher:
                 train_step(
@@ -89,14 +82,14 @@ def count(accelerator: Accelerator, backbone: str, chunk_size: int | None, fsdp:
                     optimizer,
                     (views[0], views[1]),
                     learning_rate=1e-3,
-                    momentum=0.99,
+                    ema_decay=0.99,
                     max_grad_norm=1.0,
                     accelerator=accelerator,
                     gradient_cache_chunk_size=chunk_size,
                 )
                 stop.agreed()
     return {
-        "foretold": [dataclasses.asdict(exchange) for exchange in foretold],
+        "predicted": [dataclasses.asdict(exchange) for exchange in predicted],
         "counted": {kind: [counted.count[kind], counted.num_bytes[kind]] for kind in counted.count},
     }
 

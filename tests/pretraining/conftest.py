@@ -6,7 +6,7 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset, Features, Image
 from PIL import Image as Picture
 
-from mocov3_hf.pretraining.acceleration import choose_algorithms
+from mocov3_hf.pretraining.hardware import choose_algorithms
 
 
 @pytest.fixture(scope="session")

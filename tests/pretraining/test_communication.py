@@ -1,4 +1,4 @@
-"""Bytes that the processes exchange: foretold from the model, and counted in a running step."""
+"""Bytes that the processes exchange: predicted from the model, and counted in a running step."""
 
 import json
 from pathlib import Path
@@ -7,25 +7,24 @@ import pytest
 import torch
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
-from mocov3_hf.pretraining.communication import describe, exchanges
+from mocov3_hf.pretraining.estimate import describe_exchanges, exchanges
 from tests.launch import torchrun
 
 
 WORKER = Path(__file__).parent / "communication_worker.py"
 
 
-@pytest.mark.slow
-def test_a_step_exchanges_what_is_foretold(tmp_path):
+def test_a_step_communicates_what_is_predicted(tmp_path):
     done = torchrun(2, WORKER, str(tmp_path / "counts.json"))
     assert "Warning" not in done.stderr, done.stderr
     results = json.loads((tmp_path / "counts.json").read_text())
-    assert len(results) == 8
+    assert len(results) == 4
     for case, result in results.items():
-        foretold = {}
-        for exchange in result["foretold"]:
-            count, num_bytes = foretold.get(exchange["kind"], [0, 0])
-            foretold[exchange["kind"]] = [count + exchange["count"], num_bytes + exchange["num_bytes"]]
-        assert result["counted"] == foretold, case
+        predicted = {}
+        for exchange in result["predicted"]:
+            count, num_bytes = predicted.get(exchange["kind"], [0, 0])
+            predicted[exchange["kind"]] = [count + exchange["count"], num_bytes + exchange["num_bytes"]]
+        assert result["counted"] == predicted, case
 
 
 def vit_base():
@@ -56,10 +55,10 @@ def test_in_a_ring_all_but_ones_own_share_is_sent():
 
 
 def test_the_line_of_a_dry_run_adds_up():
-    foretold = exchanges(vit_base(), 64, 64)
-    line = describe(foretold, 64)
+    predicted = exchanges(vit_base(), 64, 64)
+    line = describe_exchanges(predicted, 64)
     assert line.startswith(
-        f"{sum(exchange.num_bytes for exchange in foretold) / 1e6:.1f} MB (432.6 gradients, 8.4 keys"
+        f"{sum(exchange.num_bytes for exchange in predicted) / 1e6:.1f} MB (432.6 gradients, 8.4 keys"
     )
     assert " batch statistics as on GPUs);" in line
-    assert " batch statistics as on CPUs);" in describe(exchanges(vit_base(), 64, 64, on_gpu=False), 64)
+    assert " batch statistics as on CPUs);" in describe_exchanges(exchanges(vit_base(), 64, 64, on_gpu=False), 64)

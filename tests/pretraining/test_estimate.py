@@ -6,7 +6,7 @@ import torch
 from mocov3_hf.pretraining.build import build_config, build_model
 from mocov3_hf.pretraining.dry_run import describe
 from mocov3_hf.pretraining.estimate import estimate
-from mocov3_hf.recipe import load_recipe
+from mocov3_hf.pretraining.recipe import load_recipe
 
 
 # name: (parameters of the pre-training model, GFLOPs of the backbone), as published with mmpretrain.
@@ -80,7 +80,7 @@ def test_memory_grows_with_the_batch_and_shrinks_with_the_precision():
         ("mocov3_resnet50_8xb512-amp-coslr-100e_in1k", ["68,012,160", "4.11", "31,200", "3,120", "9.6"]),
     ],
 )
-def test_dry_run_tells_the_plan(name, figures):
+def test_dry_run_prints_the_plan(name, figures):
     text = describe(load_recipe(name))
     for figure in [*figures, "temperature: ", "estimated memory", "GiB"]:
         assert figure in text

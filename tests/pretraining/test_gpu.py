@@ -9,13 +9,13 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from mocov3_hf.data.views import draw_view, two_views
-from mocov3_hf.pretraining.acceleration import accelerate, accelerate_augmentation, choose_acceleration
 from mocov3_hf.pretraining.build import build_photometric
+from mocov3_hf.pretraining.hardware import choose_settings, compile_augmentation, set_up
 from mocov3_hf.pretraining.instability import GradientWatch
 from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.recipe import load_recipe
 from mocov3_hf.pretraining.step import train_step
-from mocov3_hf.recipe import load_recipe
-from tests.pretraining.test_acceleration import RESNET, VIT, build_model
+from tests.pretraining.test_hardware import RESNET, VIT, build_model
 
 
 pytestmark = [
@@ -34,7 +34,7 @@ def test_a_step_never_waits_for_the_device(backbone, chunk_size):
     recipe = load_recipe("quickstart", ["--mixed_precision", "bf16"])
     accelerator = Accelerator(mixed_precision="bf16")
     model = build_model(backbone).float()
-    accelerate(model, choose_acceleration(recipe, model, accelerator.device))
+    set_up(model, choose_settings(recipe, model, accelerator.device))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained, fused=True))
     watch = GradientWatch(model)
@@ -48,7 +48,7 @@ def test_a_step_never_waits_for_the_device(backbone, chunk_size):
                 optimizer,
                 (views[0], views[1]),
                 learning_rate=1e-3,
-                momentum=0.9,
+                ema_decay=0.9,
                 max_grad_norm=1.0,
                 accelerator=accelerator,
                 gradient_cache_chunk_size=chunk_size,
@@ -62,7 +62,7 @@ def test_a_step_never_waits_for_the_device(backbone, chunk_size):
 @pytest.mark.parametrize(
     ("backbone", "arguments"), [(LARGER_VIT, []), (LARGER_VIT, ["--cache_images_on_device"]), (LARGER_RESNET, LARS)]
 )
-def test_runs_resume_to_the_bit(tmp_path, tiny, fresh, backbone, arguments, compiled):
+def test_resumed_runs_are_bit_identical(tmp_path, tiny, fresh, backbone, arguments, compiled):
     backbone = {key: value for key, value in backbone.items() if key != "image_size"}
     run = [
         *tiny,
@@ -88,9 +88,9 @@ def test_the_compiled_step_gives_the_loss_and_gradient_of_the_other(fresh, backb
     losses, gradients = [], []
     for compiled in ("false", "true"):
         fresh()
-        recipe = load_recipe("quickstart", ["--mixed_precision", "no", "--torch_compile", compiled, "--tf32", "false"])
+        recipe = load_recipe("quickstart", ["--mixed_precision", "no", "--torch_compile", compiled])
         model = build_model(backbone).cuda()
-        accelerate(model, choose_acceleration(recipe, model, torch.device("cuda")))
+        set_up(model, choose_settings(recipe, model, torch.device("cuda")))
         size = backbone.get("image_size", 32)
         views = torch.randn(2, 8, 3, size, size, generator=torch.Generator().manual_seed(1)).double().cuda()
         loss = model(pixel_values=views[0], pixel_values_2=views[1]).loss
@@ -104,11 +104,11 @@ def test_the_compiled_step_gives_the_loss_and_gradient_of_the_other(fresh, backb
 def test_the_compiled_augmentation_gives_the_images_of_the_other():
     recipe = load_recipe("quickstart", ["--torch_compile", "--image_size", "64"])
     device = torch.device("cuda")
-    choice = choose_acceleration(recipe, build_model(VIT), device)
+    choice = choose_settings(recipe, build_model(VIT), device)
     pixels = torch.randint(256, (16, 3, 64, 64), dtype=torch.uint8, device=device)
     for settings in two_views(image_size=64):
         parameters = draw_view(settings, 0, 0, torch.arange(16), 0).parameters.to(device)
         expected = build_photometric(recipe, device)(pixels, parameters)
         compiled = build_photometric(recipe, device)
-        accelerate_augmentation(compiled, choice, device)
+        compile_augmentation(compiled, choice, device)
         torch.testing.assert_close(compiled(pixels, parameters), expected, rtol=1e-4, atol=1e-4)

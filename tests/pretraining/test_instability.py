@@ -52,7 +52,7 @@ def steps(optimizer_name, planted, chunk_size=None):
             optimizer,
             (views[0], views[1]),
             learning_rate=0.01,
-            momentum=1.0,
+            ema_decay=1.0,
             max_grad_norm=1.0,
             accelerator=accelerator,
             gradient_cache_chunk_size=chunk_size,
@@ -80,7 +80,7 @@ def test_a_planted_nan_changes_nothing(optimizer_name, chunk_size):
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 def test_the_guard_changes_no_healthy_step(optimizer_name, monkeypatch):
     guarded, _, _ = steps(optimizer_name, planted=[])
-    monkeypatch.setattr("mocov3_hf.pretraining.step.update_unless", lambda skipped, optimizer, _: optimizer.step())
+    monkeypatch.setattr("mocov3_hf.pretraining.step.step_unless", lambda skipped, optimizer, _: optimizer.step())
     plain, _, _ = steps(optimizer_name, planted=[])
     torch.testing.assert_close(guarded[-1], plain[-1], rtol=1e-12, atol=1e-14)
 
@@ -287,7 +287,7 @@ def test_skip_and_fp16_are_refused(tmp_path, tiny, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*tiny, "--on_instability", "skip", "--mixed_precision", "fp16", "--output_dir", str(tmp_path)])
     assert stop.value.code == 2
-    assert "on_instability skip needs bf16" in capsys.readouterr().err
+    assert "on_instability skip does not work with mixed_precision fp16" in capsys.readouterr().err
 
 
 def test_collapse_shows_in_the_metrics(tmp_path, tiny, monkeypatch):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mocov3_hf.pretraining import agreement, loop
+from mocov3_hf.pretraining import loop, resume
 from tests.launch import torchrun
 
 
@@ -19,7 +19,7 @@ CLOSED = (
 
 @pytest.fixture
 def alarm(monkeypatch):
-    """Seconds that the process is given to leave, which nobody may count down in the test's own process."""
+    """Seconds until the process must exit; the alarm must not end the test process."""
     given = []
     monkeypatch.setattr("signal.alarm", given.append)
     monkeypatch.setattr("signal.signal", lambda *_: None)
@@ -27,7 +27,7 @@ def alarm(monkeypatch):
 
 
 def run_into(error, tmp_path, tiny, monkeypatch, step):
-    """A run whose training meets `error` after `step` updates, one checkpoint being there."""
+    """A run whose training raises `error` after `step` steps, with a checkpoint."""
 
     def train(self):
         self.step = step
@@ -41,10 +41,10 @@ def run_into(error, tmp_path, tiny, monkeypatch, step):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (RuntimeError(TIMED_OUT), "another process has not answered for 7 s"),
+        (RuntimeError(TIMED_OUT), "another process has not responded for 7 s"),
         (RuntimeError(CLOSED), "another process is gone"),
         (torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1"), "another process is gone"),
-        (torch.distributed.DistStoreError("wait timeout after 7000ms"), "another process has not answered for 7 s"),
+        (torch.distributed.DistStoreError("wait timeout after 7000ms"), "another process has not responded for 7 s"),
     ],
 )
 def test_a_lost_process_ends_the_run_in_one_line(error, said, tmp_path, tiny, monkeypatch, capsys, alarm):
@@ -53,7 +53,7 @@ def test_a_lost_process_ends_the_run_in_one_line(error, said, tmp_path, tiny, mo
     assert stop.value.code == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: in step 4, {said}")
-    assert "checkpoint-2 is whole; to continue: python " in line
+    assert "checkpoint-2 is complete; to resume: " in line
     assert line.endswith("--resume_from_checkpoint auto")
     assert alarm == [20]
 
@@ -73,13 +73,12 @@ def test_a_process_lost_before_the_start(tmp_path, tiny, monkeypatch, capsys, al
         loop.main([*tiny, "--output_dir", str(tmp_path / "run")])
     assert stop.value.code == 1
     line = capsys.readouterr().err.strip()
-    assert line.startswith("error: before the first step, another process has not answered for 600 s")
+    assert line.startswith("error: before the first step, another process has not responded for 600 s")
     assert line.endswith("There is no checkpoint yet: start again")
 
 
-@pytest.mark.slow
-def test_hosts_with_disks_of_their_own_are_refused(tmp_path, tiny):
-    """Where one process finds a checkpoint and another does not, both would go on from different steps."""
+def test_hosts_without_a_shared_file_system_are_refused(tmp_path, tiny):
+    """If one process finds a checkpoint and another does not, they would start from different steps."""
     loop.main([*tiny, "--output_dir", str(tmp_path / "0")])
     done = torchrun(2, WORKER, str(tmp_path), *tiny, "--resume_from_checkpoint", "auto", check=False)
     assert done.returncode != 0
@@ -87,19 +86,19 @@ def test_hosts_with_disks_of_their_own_are_refused(tmp_path, tiny):
     assert "must be on a file system that all hosts share" in done.stderr
 
 
-def test_equal_copies_on_all_hosts_will_do(tmp_path, tiny, monkeypatch, capsys, fresh):
+def test_equal_copies_on_all_hosts_are_accepted(tmp_path, tiny, monkeypatch, capsys, fresh):
     arguments = [*tiny, "--output_dir", str(tmp_path / "run")]
     loop.main(arguments)
     fresh()
-    monkeypatch.setattr(agreement, "gather_object", lambda answers: answers * 2)
+    monkeypatch.setattr(resume, "gather_object", lambda answers: answers * 2)
     loop.main([*arguments, "--resume_from_checkpoint", "auto"])
     assert "nothing left to do" in capsys.readouterr().out
 
 
 def test_what_one_process_refuses_all_refuse(tmp_path, tiny, monkeypatch, capsys):
-    """Nobody waits for the one that has gone."""
+    """No process waits for one that has exited."""
     refusal = ("the disk of this host holds another run", "no checkpoint", None, "host-1")
-    monkeypatch.setattr(agreement, "gather_object", lambda answers: [*answers, refusal])
+    monkeypatch.setattr(resume, "gather_object", lambda answers: [*answers, refusal])
     with pytest.raises(SystemExit) as stop:
         loop.main([*tiny, "--output_dir", str(tmp_path / "run")])
     assert stop.value.code == 2

@@ -1,14 +1,15 @@
-"""Mistakes of users: one line that names the thing, what was expected and the repair, before any work is done."""
+"""Mistakes of users: one line that names the thing, what was expected and the fix, before any work is done."""
 
 import re
 
 import pytest
 import torch
 
-from mocov3_hf.plan import make_plan
 from mocov3_hf.pretraining import build
 from mocov3_hf.pretraining.loop import main
-from mocov3_hf.recipe import RecipeError, load_recipe
+from mocov3_hf.pretraining.plan import make_plan
+from mocov3_hf.pretraining.recipe import load_recipe
+from mocov3_hf.reporting import UsageError
 
 
 def error_of(capsys, arguments):
@@ -25,11 +26,11 @@ def error_of(capsys, arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "pass --recipe with a YAML file or one of cifar10"),
-        (["--recipe", "quickstrat"], "there is no recipe 'quickstrat'. Did you mean 'quickstart'?"),
-        (["--recipe", "quickstart", "--sede", "1"], "there is no option 'sede'. Did you mean 'seed'?"),
-        (["--recipe", "quickstart"], "pass --output_dir"),
-        (["--recipe", "quickstart", "--output_dir", "{tmp}"], "pass --dataset_name"),
+        ([], "--recipe is missing: pass a YAML file or a name that mocov3 recipes lists"),
+        (["--recipe", "quickstrat"], "there is no recipe 'quickstrat'; did you mean 'quickstart'?"),
+        (["--recipe", "quickstart", "--sede", "1"], "there is no option '--sede'; did you mean '--seed'?"),
+        (["--recipe", "quickstart"], "--output_dir is missing"),
+        (["--recipe", "quickstart", "--output_dir", "{tmp}"], "--dataset_name is missing"),
         (["{tiny}", "--dataset_name", "{tmp}/nowhere"], "nowhere"),
         (["{tiny}", "--dataset_name", "{tmp}"], "image"),
         (["{tiny}", "--train_split", "validation"], "validation"),
@@ -40,11 +41,11 @@ def error_of(capsys, arguments):
         (["{tiny}", "--backbone_config", '{{"model_type": "resnett"}}'], "Did you mean 'resnet'?"),
         (
             ["{tiny}", "--backbone_config", '{{"image_size": 64}}'],
-            "backbone_config has image_size 64 and the views 32",
+            "backbone_config has image_size 64 and the views 32: leave the former out",
         ),
-        (["{tiny}", "--report_to", "wandbb"], "known are"),
+        (["{tiny}", "--report_to", "wandbb"], "--report_to takes aim, "),
         (["{tiny}", "--report_to", "aim"], "needs a package that is not installed: pip install aim"),
-        (["{tiny}", "--model_name_or_path", "{tmp}/nowhere"], "--model_name_or_path"),
+        (["{tiny}", "--model", "{tmp}/nowhere"], "nowhere' does not exist"),
     ],
 )
 def test_one_line_and_exit_code_2(capsys, tmp_path, tiny, arguments, message):
@@ -67,7 +68,7 @@ def test_fp16_needs_a_gpu(capsys, tmp_path, tiny):
 
 def test_a_launch_that_fell_back_to_one_process_is_noticed():
     fell_back = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}
-    with pytest.raises(RecipeError, match=r"asked for several processes and started one.*torchrun --nproc"):
+    with pytest.raises(UsageError, match=r"asked for several processes and started one.*torchrun --nproc"):
         build.check_launch(fell_back)
     build.check_launch({})
     build.check_launch({"ACCELERATE_MIXED_PRECISION": "no"})  # one process was asked for
@@ -78,10 +79,10 @@ def test_a_launch_that_fell_back_to_one_process_is_noticed():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--optimizer", "lars", "--base_learning_rate", "0.3"], "LARS on a 'mocov3_vit' backbone"),
+        (["--optimizer", "lars", "--base_learning_rate", "0.3"], "LARS with a 'mocov3_vit' backbone"),
         (["--base_learning_rate", "0.3"], "AdamW diverges"),
-        (["--backbone_config", "RESNET", "--optimizer", "lars", "--base_learning_rate", "1.5e-4"], "hardly move"),
-        (["--backbone_config", "RESNET", "--base_learning_rate", "1.5e-4"], "AdamW on a ResNet"),
+        (["--backbone_config", "RESNET", "--optimizer", "lars", "--base_learning_rate", "1.5e-4"], "hardly change"),
+        (["--backbone_config", "RESNET", "--base_learning_rate", "1.5e-4"], "AdamW with a ResNet"),
     ],
 )
 def test_pairs_known_to_fail_are_warned_of(arguments, message):

@@ -44,7 +44,7 @@ def test_the_accuracy_is_that_of_the_saved_model(tmp_path, arguments, labelled):
     assert expected > 0.9, "dark and bright are easy to tell"
 
 
-def test_measuring_leaves_no_trace(tmp_path, arguments, fresh):
+def test_evaluation_leaves_no_trace(tmp_path, arguments, fresh):
     main([*arguments, "--output_dir", str(tmp_path / "watched")])
     fresh()
     unwatched = [argument for argument in arguments if argument not in ("--knn_steps", "2", "--knn_k", "3")]

@@ -1,4 +1,4 @@
-"""Interrupted runs: continued to the same bits, refused when they would be another run, never damaged."""
+"""Interrupted runs: resumed bit-identically, refused when they would be another run, never damaged."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mocov3_hf import run_folder, storage
 from mocov3_hf.pretraining import checkpoint, loop
 from mocov3_hf.pretraining.loop import main
 from tests.launch import ROOT, torchrun
@@ -53,7 +54,7 @@ def kill_at(monkeypatch, target, name, call):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, tiny):
-    """Runs of seven steps that nobody disturbed, by optimizer and precision."""
+    """Uninterrupted runs of seven steps, by optimizer and precision."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     runs = {}
 
@@ -79,10 +80,9 @@ KINDS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("killed_in_step", [2, 3, 4, 6])
-def test_continues_to_the_same_bits(tmp_path, tiny, uninterrupted, monkeypatch, fresh, kind, killed_in_step):
+def test_a_resumed_run_is_bit_identical(tmp_path, tiny, uninterrupted, monkeypatch, fresh, kind, killed_in_step):
     expected = uninterrupted(*KINDS[kind])
     fresh()
     arguments = [*tiny, *LENGTH, *KINDS[kind], "--output_dir", str(tmp_path)]
@@ -95,9 +95,8 @@ def test_continues_to_the_same_bits(tmp_path, tiny, uninterrupted, monkeypatch, 
     assert_same_run(tmp_path, expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", ["0", "2"])
-def test_a_stream_continues_to_the_same_bits(tmp_path, tiny, shards, monkeypatch, fresh, num_workers):
+def test_a_resumed_stream_is_bit_identical(tmp_path, tiny, shards, monkeypatch, fresh, num_workers):
     arguments = [*tiny, *LENGTH, "--dataset_name", str(shards), "--streaming", "--dataloader_num_workers", num_workers]
     main([*arguments, "--output_dir", str(tmp_path / "straight")])
     fresh()
@@ -111,23 +110,31 @@ def test_a_stream_continues_to_the_same_bits(tmp_path, tiny, shards, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("name", "call"),
-    [("named_optimizer_state", 2), ("save_file", 2), ("flush", 3), ("flush", 12), ("publish", 2), ("rotate", 2)],
+    ("module", "name", "call"),
+    [
+        (checkpoint, "named_optimizer_state", 2),
+        (checkpoint, "save_file", 2),
+        (storage, "flush", 3),
+        (storage, "flush", 12),
+        (storage, "flush", 20),
+        (checkpoint, "publish", 2),
+        (checkpoint, "delete_folder", 1),
+    ],
 )
-def test_a_kill_inside_a_save_costs_nothing(tmp_path, tiny, uninterrupted, monkeypatch, fresh, name, call):
+def test_a_kill_inside_a_save_costs_nothing(tmp_path, tiny, uninterrupted, monkeypatch, fresh, module, name, call):
     expected = uninterrupted(*KINDS["adamw"])
     fresh()
     arguments = [*tiny, *LENGTH, *KINDS["adamw"], "--save_total_limit", "1", "--output_dir", str(tmp_path)]
     with monkeypatch.context() as patch:
-        kill_at(patch, checkpoint, name, call)
+        kill_at(patch, module, name, call)
         with pytest.raises(Killed):
             main(arguments)
-    for folder in checkpoint.list_checkpoints(tmp_path):
-        checkpoint.check_manifest(folder)
+    for folder in run_folder.list_checkpoints(tmp_path):
+        run_folder.check_manifest(folder)
     fresh()
     main([*arguments, "--resume_from_checkpoint", "auto"])
     assert_same_run(tmp_path, expected)
-    assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-7"]
+    assert [folder.name for folder in run_folder.list_checkpoints(tmp_path)] == ["checkpoint-7"]
     assert not list(tmp_path.glob(".*"))
 
 
@@ -140,7 +147,6 @@ def kill_tree(launch):
     launch.wait()
 
 
-@pytest.mark.slow
 def test_sigkill_on_two_processes_continued_by_one(tmp_path, tiny, uninterrupted, fresh):
     """A real kill of a real launch; the sample sequence does not depend on the number of processes."""
     expected = uninterrupted(*KINDS["adamw"])
@@ -164,8 +170,7 @@ def test_sigkill_on_two_processes_continued_by_one(tmp_path, tiny, uninterrupted
         assert mine["loss"] == pytest.approx(its["loss"], rel=1e-4)
 
 
-@pytest.mark.slow
-def test_two_processes_continue_to_the_same_bits(tmp_path, tiny):
+def test_two_resumed_processes_are_bit_identical(tmp_path, tiny):
     arguments = [*tiny, *LENGTH, *KINDS["adamw_bf16_dropout"]]
     script = ROOT / "scripts" / "pretrain.py"
     torchrun(2, script, *arguments, "--output_dir", str(tmp_path / "straight"))
@@ -195,7 +200,7 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, tiny, uninterrupted, mon
         patch.setattr(loop, "train_step", signalled)
         main(arguments)
     assert len(steps) == 3
-    assert checkpoint.list_checkpoints(tmp_path)[0].name == "checkpoint-3"
+    assert run_folder.list_checkpoints(tmp_path)[0].name == "checkpoint-3"
     output = capsys.readouterr().out
     assert f"stopped by {number.name} after step 3" in output
     assert "  python scripts/pretrain.py --recipe quickstart --resume_from_checkpoint auto" in output
@@ -204,11 +209,11 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, tiny, uninterrupted, mon
     assert_same_run(tmp_path, expected)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, tiny, uninterrupted, fresh, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, tiny, uninterrupted, fresh, capsys):
     expected = uninterrupted(*KINDS["adamw"])
     fresh()
     shutil.copytree(expected, tmp_path / "run")
-    folders = checkpoint.list_checkpoints(tmp_path / "run")
+    folders = run_folder.list_checkpoints(tmp_path / "run")
     assert [folder.name for folder in folders] == ["checkpoint-7", "checkpoint-6", "checkpoint-4"]
     damaged = folders[0] / "model.safetensors"
     damaged.unlink()
@@ -247,12 +252,12 @@ def test_what_would_be_another_run_is_refused(tmp_path, tiny, fresh, capsys):
     assert "global batch size (8 there, 12 now)" in line
     fresh()
     line = stop_line(capsys, [*arguments, "--resume_from_checkpoint", str(tmp_path / "checkpoint-9")])
-    assert "there is no such folder" in line
+    assert "checkpoint-9 is not a folder" in line
     fresh()
     main([*changed, "--allow_recipe_change"])  # nothing left to do, and no error
     fresh()
     main([*arguments, "--overwrite_output_dir", "--max_steps", "2"])
-    assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert [folder.name for folder in run_folder.list_checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
 def test_a_full_disk_stops_or_not_as_asked(tmp_path, tiny, fresh, capsys, monkeypatch):
@@ -275,11 +280,11 @@ def test_a_full_disk_stops_or_not_as_asked(tmp_path, tiny, fresh, capsys, monkey
         assert stop.value.code == 1
         errors = capsys.readouterr().err
         failed = [step for step in (4, 6, 7) if f"the checkpoint of step {step} could not be written" in errors]
-        # The last one is never passed over: there is no later one to make up for it.
+        # A failure of the last one always ends the run: there is no later one.
         assert failed == ([4] if choice == "stop" else [4, 6, 7])
         assert "No space left on device" in errors
         assert {path.name for path in tmp_path.iterdir()} == before
-        checkpoint.check_manifest(tmp_path / "checkpoint-2")
+        run_folder.check_manifest(tmp_path / "checkpoint-2")
 
 
 def test_no_pickle_anywhere(tmp_path, tiny):

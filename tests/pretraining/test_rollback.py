@@ -1,4 +1,4 @@
-"""Runs that become unstable go back, pass over the images that hurt, and end as if those had never been."""
+"""Unstable runs roll back, skip the offending batches, and end as if those had never existed."""
 
 import pytest
 import torch
@@ -6,11 +6,11 @@ from safetensors.torch import load_file
 
 from mocov3_hf.model.loss_mocov3 import chance_loss, floor_loss
 from mocov3_hf.optim import warmup_cosine
-from mocov3_hf.plan import make_plan
 from mocov3_hf.pretraining import loop
 from mocov3_hf.pretraining.checkpoint import read_state
 from mocov3_hf.pretraining.loop import main
-from mocov3_hf.recipe import load_recipe
+from mocov3_hf.pretraining.plan import make_plan
+from mocov3_hf.pretraining.recipe import load_recipe
 from tests.pretraining.test_instability import plant_spikes, read_events
 from tests.pretraining.test_resume import Killed, assert_same_run, kill_at
 from tests.pretraining.test_run import read_metrics
@@ -33,8 +33,8 @@ def run(tiny, tmp_path, fresh):
     return run
 
 
-def pass_over(monkeypatch, first, last):
-    """A run whose data never held the batches from `first` up to `last`, by the obvious means."""
+def leave_out(monkeypatch, first, last):
+    """A run whose data never had the batches from `first` up to `last`, by the obvious means."""
     batches = loop.batches
 
     def without(loader, plan, step, skipped_batches=0):
@@ -46,14 +46,13 @@ def pass_over(monkeypatch, first, last):
     monkeypatch.setattr(loop, "batches", without)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1e3, float("nan")], ids=["spike", "nan"])
 def test_a_rollback_ends_as_if_the_images_had_never_been(run, monkeypatch, factor, capsys):
     with monkeypatch.context() as patch:
         plant_spikes(patch, [20], factor)
         rolled_back = run("rolled_back", *ROLLBACK)
     kinds = [(event["step"], event["event"]) for event in read_events(rolled_back)]
-    # Step 21 goes wrong and is looked at when step 24 is to be saved; batches 16 to 23 are passed over.
+    # Step 21 goes wrong and is looked at when step 24 is to be saved; batches 16 to 23 are skipped.
     assert kinds == [(21, "spike" if factor == 1e3 else "skipped"), (24, "rollback")]
     event = read_events(rolled_back)[-1]
     assert (event["to_step"], event["skipped_batches"], event["learning_rate_scale"]) == (16, 8, 1.0)
@@ -65,13 +64,12 @@ def test_a_rollback_ends_as_if_the_images_had_never_been(run, monkeypatch, facto
     assert (state.skipped_batches, state.num_rollbacks) == (8, 1)
 
     with monkeypatch.context() as patch:
-        pass_over(patch, 16, 24)
+        leave_out(patch, 16, 24)
         expected = run("expected")
     first, second = load_file(rolled_back / "model.safetensors"), load_file(expected / "model.safetensors")
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("call", [19, 24, 26, 30])
 def test_a_kill_before_during_and_after_a_rollback_changes_nothing(run, monkeypatch, call):
     with monkeypatch.context() as patch:
@@ -88,7 +86,6 @@ def test_a_kill_before_during_and_after_a_rollback_changes_nothing(run, monkeypa
     assert read_events(undisturbed.parent / "killed") == read_events(undisturbed)
 
 
-@pytest.mark.slow
 def test_a_rollback_in_the_first_steps_returns_to_the_start_with_a_lower_rate(run, monkeypatch):
     plant_spikes(monkeypatch, [4], float("nan"))
     folder = run("run", *ROLLBACK, "--rollback_learning_rate_factor", "0.5", "--learning_rate", "0.1")
@@ -100,7 +97,6 @@ def test_a_rollback_in_the_first_steps_returns_to_the_start_with_a_lower_rate(ru
         assert line["learning_rate"] == pytest.approx(expected)
 
 
-@pytest.mark.slow
 def test_rollbacks_that_do_not_help_go_farther_back_and_then_end(run, monkeypatch, capsys, tmp_path):
     plant_spikes(monkeypatch, range(20, 1000), float("nan"))
     with pytest.raises(SystemExit) as stop:
@@ -113,7 +109,6 @@ def test_rollbacks_that_do_not_help_go_farther_back_and_then_end(run, monkeypatc
     assert targets == [16, 8, 0]
 
 
-@pytest.mark.slow
 def test_a_planted_divergence_is_rolled_back(run, monkeypatch, tmp_path):
     """The loss learns well, then falls back towards chance with smooth gradients while certain batches are seen."""
     batches, train_step, current = loop.batches, loop.train_step, []
@@ -143,8 +138,7 @@ def test_a_planted_divergence_is_rolled_back(run, monkeypatch, tmp_path):
     assert read_state(rolled_back / "checkpoint-64").num_rollbacks == 1
 
 
-@pytest.mark.slow
-def test_resuming_knows_what_was_passed_over(run, monkeypatch, tmp_path):
+def test_resuming_knows_what_was_skipped(run, monkeypatch, tmp_path):
     seen = []
     batches = loop.batches
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from mocov3_hf.pretraining.loop import main
-from mocov3_hf.recipe import load_recipe
+from mocov3_hf.pretraining.recipe import load_recipe
 from tests.launch import ROOT, torchrun
 
 
@@ -21,7 +21,7 @@ METRICS = [
     "loss_normalized",
     "positive_top1",
     "learning_rate",
-    "momentum",
+    "ema_decay",
     "grad_norm",
     "images_per_second",
     "data_wait_fraction",
@@ -51,7 +51,7 @@ def test_a_run_leaves_weights_processor_metrics_and_recipe(tmp_path, tiny, pictu
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
     assert list(metrics[0]) == METRICS
     assert metrics[0]["epoch"] == pytest.approx(1 / 3)
-    assert metrics[0]["momentum"] == pytest.approx(0.9)
+    assert metrics[0]["ema_decay"] == pytest.approx(0.9)
     assert all(0 <= line["positive_top1"] <= 1 and line["grad_norm"] > 0 for line in metrics)
     blocks = ["embeddings", "encoder.layer.0", "encoder.layer.1", "layernorm", "projector", "predictor"]
     for line in metrics:
@@ -106,7 +106,7 @@ def test_two_processes_train_as_one(tmp_path, tiny, optimizer):
 
 def test_bf16_and_starting_from_weights(tmp_path, tiny):
     main([*tiny, "--output_dir", str(tmp_path / "first"), "--mixed_precision", "bf16"])
-    start = ["--model_name_or_path", str(tmp_path / "first"), "--max_steps", "1"]
+    start = ["--model", str(tmp_path / "first"), "--max_steps", "1"]
     main([*tiny, "--output_dir", str(tmp_path / "second"), "--mixed_precision", "bf16", *start])
     weights = load_file(tmp_path / "second" / "model.safetensors")
     assert all(value.dtype in (torch.float32, torch.int64) for value in weights.values())

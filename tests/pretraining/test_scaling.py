@@ -1,4 +1,4 @@
-"""What docs/scaling.md hands out works: accelerate configurations, SLURM scripts; what cannot work is refused."""
+"""The files of docs/scaling.md: accelerate configurations, SLURM scripts, and launches that are refused."""
 
 import os
 import stat
@@ -7,18 +7,18 @@ import subprocess
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from benchmarks.scaling import RECIPES, foretell, seconds_per_image, step_seconds
+from benchmarks.scaling import RECIPES, estimate_step_times, seconds_per_image, step_seconds
 from mocov3_hf.pretraining.build import SHARDED_LAUNCHES, check_launch
-from mocov3_hf.pretraining.communication import Exchange
-from mocov3_hf.pretraining.loop import parse
-from mocov3_hf.recipe import RecipeError
+from mocov3_hf.pretraining.estimate import Exchange
+from mocov3_hf.pretraining.recipe import parse
+from mocov3_hf.reporting import UsageError
 from tests.benchmarks.results import gpu_results
 from tests.launch import ROOT
 
 
 FOLDER = ROOT / "docs" / "scaling"
 MACHINES = {"one_node": (1, 8), "two_nodes": (2, 16), "eight_nodes": (8, 64)}
-# The commands of SLURM that a job calls: what srun is given runs once, as task 3 of the job.
+# Stand-ins for the commands of SLURM: srun runs its command once, as task 3 of the job.
 COMMANDS = {
     "scontrol": 'if [ "$1" = show ]; then echo node-0; echo node-1; else echo "$@" >> "$CALLS"; fi',
     "scancel": 'echo scancel "$@" >> "$CALLS"',
@@ -35,7 +35,7 @@ def test_configurations_load(name):
 
 
 def submit(script, tmp_path, status=0):
-    """Run a job script as SLURM would: its output, and what it asked SLURM for."""
+    """Run a job script as SLURM would; returns its output and its calls of SLURM commands."""
     for name, body in COMMANDS.items():
         command = tmp_path / name
         command.write_text(f"#!/bin/bash\n{body}\n")
@@ -56,10 +56,11 @@ def submit(script, tmp_path, status=0):
 
 
 @pytest.mark.parametrize("script", sorted(FOLDER.glob("*.sbatch")), ids=lambda path: path.stem)
-def test_slurm_scripts_start_what_our_parser_reads(script, tmp_path):
-    (ranks, program, *arguments), calls = submit(script, tmp_path)
+def test_slurm_scripts_start_a_valid_command(script, tmp_path):
+    (ranks, *program), calls = submit(script, tmp_path)
+    arguments = program[3:]
     assert ranks == "3 3 16 8 node-0"
-    assert program == "scripts/pretrain.py"
+    assert program[:3] == ["-m", "mocov3_hf", "pretrain"]
     recipe = parse(arguments)
     assert recipe.data.dataset_name == "my images"
     assert recipe.run.output_dir == "runs/my run"
@@ -69,7 +70,7 @@ def test_slurm_scripts_start_what_our_parser_reads(script, tmp_path):
     assert calls == ""
 
 
-def test_a_lost_host_queues_the_job_again_and_a_mistake_does_not(tmp_path):
+def test_a_lost_host_requeues_the_job_and_a_mistake_does_not(tmp_path):
     script = FOLDER / "vit_base_64_gpus.sbatch"
     assert submit(script, tmp_path, status=1)[1] == "requeue 77\n"
     (tmp_path / "calls").unlink()
@@ -77,14 +78,14 @@ def test_a_lost_host_queues_the_job_again_and_a_mistake_does_not(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "switch"), SHARDED_LAUNCHES.items())
-def test_launches_that_spread_the_weights_are_refused(name, switch):
-    with pytest.raises(RecipeError, match=rf"asks for {name}: leave it out .* --fsdp true"):
+def test_launches_that_shard_the_model_are_refused(name, switch):
+    with pytest.raises(UsageError, match=rf"asks for {name}, which does not support a momentum encoder: leave it out"):
         check_launch({switch: "true"})
     check_launch({switch: "false"})
 
 
-def test_foretold_step_times():
-    """In numbers that one can follow: 80 MB of gradients among 4, at 1 GB/s, in a step of 200 ms."""
+def test_estimated_step_times():
+    """80 MB of gradients on 4 processes at 1 GB/s, in a step of 200 ms."""
     exchanged = [Exchange("gradients", "all-reduce", 1, 80_000_000), Exchange("keys", "all-gather", 2, 4_000_000)]
     gradients, keys = 0.120 + 0.001, 0.003 + 0.002
     assert step_seconds(0.2, exchanged, 4, 1e9, 0.001, overlap=False) == pytest.approx(0.2 + gradients + keys)
@@ -93,7 +94,7 @@ def test_foretold_step_times():
     assert step_seconds(0.2, exchanged, 1, 1e9, 0.001, overlap=False) == 0.2
 
 
-def test_measured_steps_take_the_place_of_an_assumed_speed():
+def test_measured_steps_replace_the_assumed_speed():
     points = [
         {
             "backbone": "resnet50",
@@ -105,7 +106,8 @@ def test_measured_steps_take_the_place_of_an_assumed_speed():
     ]
     measured = seconds_per_image({"points": points}, "bf16")
     assert measured == {"resnet50": 0.25}
-    rows = foretell("ResNet-50", RECIPES["ResNet-50"], {"fast": 1e9}, 1.0, 1e9, 0.0, measured["resnet50"])
+    networks, seconds = {"fast": 1e9}, measured["resnet50"]
+    rows = estimate_step_times("ResNet-50", RECIPES["ResNet-50"], networks, 1.0, 1e9, 0.0, seconds)
     assert [row["compute_ms"] for row in rows] == pytest.approx([0.25e3 * 4096 / row["processes"] for row in rows])
 
 

@@ -18,6 +18,6 @@ def test_two_hosts_are_one_and_survive_a_cut(tmp_path):
     assert result["ended_in_time"], result["seconds_to_end"]
     assert len(result["lines"]) == 2  # one for each host
     for line in result["lines"]:
-        assert "another process has not answered for 4 s" in line
-        assert "is whole" in line
+        assert "another process has not responded for 4 s" in line
+        assert "is complete" in line
     assert result["identical_after_resuming"]

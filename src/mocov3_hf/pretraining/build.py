@@ -1,17 +1,19 @@
-"""From a recipe to the parts of a run: accelerator, data, model, optimizer. What cannot work is refused here."""
+"""From a recipe to the parts of a run: accelerator, model, optimizer, data. What cannot work is refused here."""
 
 import inspect
 import os
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING
 
@@ -19,21 +21,30 @@ from ..data.loader import TwoViewLoader
 from ..data.photometric import PhotometricStage
 from ..data.sources import open_source
 from ..data.views import ViewSettings, two_views
+from ..loading import load_config, resolve_model
 from ..model.batchnorm_mocov3 import GlobalBatchNorm
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from ..optim import LARS, parameter_groups
-from ..plan import Plan
-from ..recipe import NO_ACCUMULATION, Recipe, RecipeError
-from .sharding import shard
+from ..option_values import shown
+from ..reporting import UsageError, one_line
+from ..run_folder import BAD_IMAGES
+from .plan import Plan
+from .recipe import NO_ACCUMULATION, Recipe
 
 
-# Base learning rates (per 256 images) between which each optimizer is known to work with MoCo v3: the paper has
-# 1e-4 to 1.5e-4 for AdamW and 0.3 to 0.6 for LARS.
+# Bounds of sensible models; they keep mistakes from costing time or memory. DDP trains 10^10 parameters on no GPU.
+LARGEST_SIZE, MOST_LAYERS, MOST_PARAMETERS = 10**6, 1000, 10**10
+# Keys of a backbone's configuration that count layers, and those that must be positive.
+LAYER_COUNTS = re.compile(r"(^|_)(depths?|layers|blocks)$")
+POSITIVE_SIZES = re.compile(r"(^|_)(sizes?|heads|channels|dims?)$")
+
+# Base learning rates (per 256 images) at which each optimizer is known to work with MoCo v3: the paper has 1e-4 to
+# 1.5e-4 for AdamW and 0.3 to 0.6 for LARS.
 LARGEST_ADAMW_BASE_LEARNING_RATE = 0.01
 SMALLEST_LARS_BASE_LEARNING_RATE = 0.03
 
-# How accelerate asks a process for what would spread the weights over the processes in its own way.
+# How accelerate asks a process to shard the model, which it does not do for a momentum encoder.
 SHARDED_LAUNCHES = {
     "FSDP": "ACCELERATE_USE_FSDP",
     "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
@@ -47,75 +58,74 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     The processes, the precision and the trackers of a run.
 
     Raises:
-        RecipeError: a launch that asked for several processes and got one, fp16 without a GPU, a tracker that is not
+        UsageError: a launch that asked for several processes and got one, fp16 without a GPU, a tracker that is not
             installed.
     """
     check_launch(os.environ)
-    trackers = check_trackers(recipe.run.report_to)
-    if recipe.run.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise RecipeError("--mixed_precision fp16 needs a GPU: use bf16 or no on this machine")
+    trackers = check_trackers(recipe.monitoring.report_to)
+    if recipe.hardware.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UsageError("--mixed_precision fp16 needs a GPU: use bf16 or no on this machine")
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
-        # accelerate joins the processes of a machine without accelerators only when told that it has none.
+        # accelerate joins the processes of a machine without accelerators only if told that there are none.
         cpu=not torch.accelerator.is_available(),
-        mixed_precision=recipe.run.mixed_precision,
+        mixed_precision=recipe.hardware.mixed_precision,
         log_with=trackers or None,
         project_config=ProjectConfiguration(project_dir=recipe.run.output_dir, logging_dir=recipe.run.output_dir),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.run.communication_timeout)),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.hardware.communication_timeout)),
         ],
     )
     accelerator.ddp_handler = ddp_options()
     started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
     if accelerator.num_processes != started:
-        raise RecipeError(f"{started} processes were started and {accelerator.num_processes} found each other")
+        raise UsageError(
+            f"{started} processes were started, but {accelerator.num_processes} joined: start them with torchrun or"
+            " accelerate launch"
+        )
     return accelerator
 
 
 @dataclass
 class DDPOptions(DistributedDataParallelKwargs):
-    """accelerate's options of DDP, and the one that follows `broadcast_buffers` in torch 2.14."""
+    """accelerate's options of DDP, and the one that replaces `broadcast_buffers` in torch 2.14."""
 
     forward_sync_buffers: bool | None = None
 
 
 def ddp_options() -> DDPOptions:
-    """Running statistics are already those of all processes: there is nothing to broadcast in a step."""
+    """Running statistics are those of all processes already: there is nothing to broadcast in a step."""
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DDPOptions(gradient_as_bucket_view=True, **{name: False})
 
 
-def check_launch(environment: dict[str, str]) -> None:
+def check_launch(environment: Mapping[str, str]) -> None:
     """
-    `accelerate launch` names a meeting point whenever several processes are asked for, but on CPUs without MPI it
-    starts a single one and does not say so.
+    Refuse launches that do something else than asked, or than this method can do.
 
-    Its configuration can also ask for what this method cannot do.
+    `accelerate launch` sets a rendezvous address if several processes are asked for, but on CPUs without MPI it starts
+    one process and does not say so.
 
     Raises:
-        RecipeError: such a launch, or one with gradient accumulation or with weights spread over the processes in
-            accelerate's way, which knows no momentum encoder, and none at all on CPUs.
+        UsageError: such a launch, or one with gradient accumulation or a sharded model.
     """
     for name, switch in SHARDED_LAUNCHES.items():
         if environment.get(switch, "false").lower() in ("true", "1"):
-            raise RecipeError(
-                f"accelerate launch asks for {name}: leave it out of its configuration. To spread weights and"
-                " optimizer over the processes pass --fsdp true instead; where activations are what fills the memory,"
-                " --gradient_cache_chunk_size or --gradient_checkpointing true"
+            raise UsageError(
+                f"accelerate launch asks for {name}, which does not support a momentum encoder: leave it out of its"
+                " configuration. For less memory pass --gradient_checkpointing true or --gradient_cache_chunk_size"
             )
     asked_for_several = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
     is_alone = not any(name in environment for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
     if asked_for_several and is_alone:
-        raise RecipeError(
+        raise UsageError(
             "accelerate launch was asked for several processes and started one, as it does on CPUs: start them with"
-            " 'torchrun --nproc_per_node N scripts/pretrain.py ...', or pass --num_processes 1"
+            " 'torchrun --nproc_per_node N -m mocov3_hf pretrain ...', or pass --num_processes 1"
         )
     steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps.strip() != "1":
-        raise RecipeError(
-            f"accelerate launch asks for {steps} gradient_accumulation_steps: {NO_ACCUMULATION}. Set them to 1 in its"
-            " configuration"
-        )
+        raise UsageError(f"{NO_ACCUMULATION}. accelerate launch sets it to {steps}: set it to 1 in its configuration")
 
 
 def check_trackers(names: list[str]) -> list[str]:
@@ -123,80 +133,136 @@ def check_trackers(names: list[str]) -> list[str]:
     Names of the trackers, without "none".
 
     Raises:
-        RecipeError: an unknown one, or one that is not installed.
+        UsageError: an unknown one, or one that is not installed.
     """
     names = [name for name in names if name != "none"]
     available = [str(tracker.value) for tracker in get_available_trackers()]
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
-            raise RecipeError(f"--report_to {name}: known are {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}, none")
+            raise UsageError(f"--report_to takes {', '.join(sorted(LOGGER_TYPE_TO_CLASS))} or none, got {name!r}")
         if name not in available:
-            raise RecipeError(f"--report_to {name} needs a package that is not installed: pip install {name}")
+            raise UsageError(f"--report_to {name} needs a package that is not installed: pip install {name}")
     return names
 
 
 def build_config(recipe: Recipe) -> MoCoV3Config:
     """
-    Configuration of the model; the backbone gets the image size of the views where it knows one.
+    Configuration of the model; a backbone with an image size gets that of the views.
 
     Raises:
-        RecipeError: an unknown model type, or values that do not fit together.
+        UsageError: an unknown model type, or values that are not valid.
     """
-    values = dict(recipe.model.backbone_config)
-    image_size = recipe.views.image_size
-    config_class = CONFIG_MAPPING[values["model_type"]] if values.get("model_type") in CONFIG_MAPPING else None
+    values, image_size = dict(recipe.model.backbone_config), recipe.views.image_size
+    model_type = values.get("model_type")
+    if model_type is not None and not isinstance(model_type, str):
+        raise UsageError(f"model_type in backbone_config takes text, got {shown(model_type)}")
+    check_sizes(values)
+    # `get` finds nothing in this lazy mapping.
+    config_class = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401
     if hasattr(config_class, "image_size") and values.setdefault("image_size", image_size) != image_size:
-        raise RecipeError(
-            f"backbone_config has image_size {values['image_size']} and the views {image_size}: leave the former out"
+        raise UsageError(
+            f"backbone_config has image_size {shown(values['image_size'])} and the views {image_size}: leave the"
+            " former out"
         )
+    options = recipe.model
     try:
         return MoCoV3Config(
             backbone_config=values,
-            projection_dim=recipe.model.projection_dim,
-            head_hidden_size=recipe.model.head_hidden_size,
-            num_projector_layers=recipe.model.num_projector_layers,
-            num_predictor_layers=recipe.model.num_predictor_layers,
-            predictor_final_norm=recipe.model.predictor_final_norm,
-            head_batch_norm=recipe.model.head_batch_norm,
-            temperature=recipe.model.temperature,
-            zero_init_residual=recipe.model.zero_init_residual,
+            projection_dim=options.projection_dim,
+            head_hidden_size=options.head_hidden_size,
+            num_projector_layers=options.num_projector_layers,
+            num_predictor_layers=options.num_predictor_layers,
+            predictor_final_norm=options.predictor_final_norm,
+            head_batch_norm=options.head_batch_norm,
+            temperature=options.temperature,
+            zero_init_residual=options.zero_init_residual,
         )
-    except (ValueError, StrictDataclassError) as error:
-        # huggingface_hub wraps a failed validation: its cause has the message.
-        raise RecipeError(str(error.__cause__ or error)) from error
+    except Exception as error:  # every configuration class of transformers raises its own kinds
+        # huggingface_hub wraps a failed validation: the cause has the message.
+        raise UsageError(f"backbone_config is not valid: {one_line(error.__cause__ or error)}") from error
+
+
+def check_sizes(backbone_config: Mapping[str, Any]) -> None:
+    """
+    Check the integers of a backbone's configuration before anything is built from them.
+
+    Raises:
+        UsageError: a number out of range, or too many layers.
+    """
+    num_layers = 0
+    for name, value in integers(backbone_config):
+        smallest = 1 if POSITIVE_SIZES.search(name) else -1 if name == "out_indices" else 0
+        if not smallest <= value <= LARGEST_SIZE:
+            raise UsageError(f"{name} in backbone_config must be {smallest} to {LARGEST_SIZE:,}, got {shown(value)}")
+        if LAYER_COUNTS.search(name):
+            num_layers += max(value, 1)
+    if num_layers > MOST_LAYERS:
+        raise UsageError(f"backbone_config has {num_layers:,} layers, more than {MOST_LAYERS:,}")
+
+
+def integers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """Every integer in a nested value, with the nearest key above it."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from integers(item, key)
+    elif isinstance(value, list):
+        for item in value:
+            yield from integers(item, name)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield name, value
 
 
 def check_model(recipe: Recipe) -> None:
     """
-    Refuse a model that cannot be built before data are read and weights drawn.
+    Refuse a model that cannot be built, before images are read and weights drawn.
 
     Raises:
-        RecipeError: options that do not fit together, or no model at `model_name_or_path`.
+        UsageError, ValueError: options that are not valid together, too large a model, or no model at `--model`.
     """
-    name = recipe.model.model_name_or_path
+    name, image_size = recipe.model.model, recipe.views.image_size
     if name is None:
-        build_config(recipe)
+        check_buildable(build_config(recipe))
         return
-    try:
-        config = MoCoV3Config.from_pretrained(name)
-    except OSError as error:
-        raise RecipeError(f"--model_name_or_path {name}: {str(error).splitlines()[0]}") from error
-    except StrictDataclassError as error:
-        raise RecipeError(f"--model_name_or_path {name}: {error.__cause__}") from error
-    backbone, image_size = config.backbone_config, recipe.views.image_size
+    config = load_config(name)
+    if not isinstance(config, MoCoV3Config):
+        raise UsageError(f"--model {name} is a {config.model_type!r} model: pass a MoCo v3 pre-training model")
+    backbone = config.backbone_config
     if backbone.model_type == MoCoV3ViTConfig.model_type and to_pair(backbone.image_size) != (image_size, image_size):
-        raise RecipeError(
-            f"--model_name_or_path {name} takes images of {backbone.image_size} pixels, the views have {image_size}:"
-            f" pass --image_size {backbone.image_size}"
+        raise UsageError(
+            f"--model {name} takes images of {backbone.image_size} pixels, the views have {image_size}: pass"
+            f" --image_size {backbone.image_size}"
         )
 
 
+def check_buildable(config: MoCoV3Config) -> MoCoV3ForPreTraining:
+    """
+    Build a model without data.
+
+    Raises:
+        UsageError: a configuration from which no model can be built, or only one that is too large.
+    """
+    kind = config.backbone_config.model_type
+    try:
+        with torch.device("meta"):
+            model = MoCoV3ForPreTraining(config)
+    except Exception as error:  # from any model of transformers
+        raise UsageError(f"no {kind!r} backbone can be built from backbone_config: {one_line(error)}") from error
+    if model.mocov3.backbone.main_input_name != "pixel_values":
+        raise UsageError(
+            f"a {kind!r} model takes {model.mocov3.backbone.main_input_name}, not images: pass another model_type"
+        )
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    if num_parameters > MOST_PARAMETERS:
+        raise UsageError(f"the model has {num_parameters:,} parameters, more than {MOST_PARAMETERS:,}")
+    return model
+
+
 def build_model(recipe: Recipe) -> MoCoV3ForPreTraining:
-    """The model with initial weights that depend on the seed alone, or with those of `model_name_or_path`."""
+    """The model with initial weights that depend on the seed alone, or with those of `--model`."""
     torch.manual_seed(recipe.run.seed)
-    if recipe.model.model_name_or_path is None:
+    if recipe.model.model is None:
         return MoCoV3ForPreTraining(build_config(recipe))
-    return MoCoV3ForPreTraining.from_pretrained(recipe.model.model_name_or_path)
+    return MoCoV3ForPreTraining.from_pretrained(resolve_model(recipe.model.model))
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
@@ -216,29 +282,17 @@ def build_optimizer(recipe: Recipe, model: nn.Module, plan: Plan) -> torch.optim
     )
 
 
-def distribute(
-    recipe: Recipe, model: MoCoV3ForPreTraining, plan: Plan, accelerator: Accelerator, fsdp: bool
-) -> tuple[nn.Module, AcceleratedOptimizer]:
-    """The model and its optimizer on their devices: a copy on every process (DDP), or spread over them (FSDP2)."""
-    if not fsdp:
-        return accelerator.prepare(model, build_optimizer(recipe, model, plan))
-    # To the device and under autocast; "evaluation" is accelerate's word for no DDP.
-    model = accelerator.prepare_model(model, evaluation_mode=True)
-    shard(model, accelerator.device, accelerator.num_processes)
-    return model, accelerator.prepare(build_optimizer(recipe, model, plan))
-
-
 def build_source(recipe: Recipe):
     """
     The images.
 
     Raises:
-        RecipeError: no data set named.
-        ValueError: a data set that is missing, empty, or without an image column.
+        UsageError: no data set.
+        ValueError: a data set that does not exist, is empty, or has no image column.
     """
     data = recipe.data
     if data.dataset_name is None:
-        raise RecipeError("there are no images to train on: pass --dataset_name with a Hub id or a local folder")
+        raise UsageError("--dataset_name is missing: pass a folder of images or a Hub id")
     return open_source(
         data.dataset_name,
         config_name=data.dataset_config_name,
@@ -278,7 +332,7 @@ def build_photometric(recipe: Recipe, device: torch.device) -> PhotometricStage:
 
 
 def build_loader(recipe: Recipe, source, plan: Plan, accelerator: Accelerator) -> TwoViewLoader:
-    """This process's share of the batches."""
+    """The batches of this process."""
     return TwoViewLoader(
         source,
         build_view_settings(recipe),
@@ -290,44 +344,44 @@ def build_loader(recipe: Recipe, source, plan: Plan, accelerator: Accelerator) -
         steps_per_epoch=recipe.data.steps_per_epoch,
         on_bad_image=recipe.data.on_bad_image,
         max_bad_fraction=recipe.data.max_bad_fraction,
-        bad_images_file=Path(recipe.run.output_dir) / "bad_images.jsonl",
+        bad_images_file=Path(recipe.run.output_dir) / BAD_IMAGES,
         cache_on_device=accelerator.device if recipe.data.cache_images_on_device else None,
         pin_memory=accelerator.device.type == "cuda",
     )
 
 
 def num_workers(recipe: Recipe, accelerator: Accelerator) -> int:
-    """Decoding processes for this training process: as the recipe says, else its share of the machine's cores."""
-    if recipe.data.dataloader_num_workers is not None:
-        return recipe.data.dataloader_num_workers
+    """Data-loading workers of this process: as in the recipe, else its share of the CPU cores."""
+    if recipe.hardware.dataloader_num_workers is not None:
+        return recipe.hardware.dataloader_num_workers
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     return max(1, (os.cpu_count() or 1) // local_processes)
 
 
 def doubtful_choices(recipe: Recipe, plan: Plan, model: MoCoV3ForPreTraining, num_processes: int) -> list[str]:
-    """What is known to fail or to differ from the method, a sentence each, for the user to judge."""
+    """Choices that are known to fail or that differ from the method, one line each."""
     doubts = []
     options = recipe.optimization
     model_type = model.config.backbone_config.model_type
     base_learning_rate = plan.learning_rate * 256 / plan.global_batch_size
     if options.optimizer == "lars" and model_type != "resnet":
         doubts.append(
-            f"LARS on a {model_type!r} backbone: MoCo v3 trains transformers with AdamW, LARS is for ResNet; use"
+            f"LARS with a {model_type!r} backbone: MoCo v3 trains transformers with AdamW and ResNets with LARS; use"
             " --optimizer adamw --base_learning_rate 1.5e-4 --weight_decay 0.1"
         )
     if options.optimizer == "lars" and base_learning_rate < SMALLEST_LARS_BASE_LEARNING_RATE:
         doubts.append(
-            f"a base learning rate of {base_learning_rate:g} is made for AdamW on ViT: with LARS the weights hardly"
-            " move; use --base_learning_rate 0.3 (300 epochs) or 0.6 (100 epochs)"
+            f"a base learning rate of {base_learning_rate:g} is too small for LARS, the weights hardly change; use"
+            " --base_learning_rate 0.3 (300 epochs) or 0.6 (100 epochs)"
         )
     if options.optimizer == "adamw" and base_learning_rate > LARGEST_ADAMW_BASE_LEARNING_RATE:
         doubts.append(
-            f"a base learning rate of {base_learning_rate:g} is made for LARS: AdamW diverges; use"
-            " --base_learning_rate 1.5e-4"
+            f"a base learning rate of {base_learning_rate:g} is too large, AdamW diverges; use --base_learning_rate"
+            " 1.5e-4"
         )
     if options.optimizer == "adamw" and model_type == "resnet":
         doubts.append(
-            "AdamW on a ResNet: MoCo v3 trains ResNets with LARS; use --optimizer lars --base_learning_rate 0.3"
+            "AdamW with a ResNet: MoCo v3 trains ResNets with LARS; use --optimizer lars --base_learning_rate 0.3"
             " --weight_decay 1.5e-6"
         )
     if num_processes > 1:
@@ -338,7 +392,7 @@ def doubtful_choices(recipe: Recipe, plan: Plan, model: MoCoV3ForPreTraining, nu
         }
         if local:
             doubts.append(
-                f"{', '.join(sorted(local))} in the backbone keep statistics of their own process: with several"
-                " processes the result depends on their number"
+                f"{', '.join(sorted(local))} in the backbone keep statistics of their own process: the result depends"
+                " on the number of processes"
             )
     return doubts

@@ -1,9 +1,9 @@
 """Batches larger than memory: the backbone in chunks, heads and loss on the whole batch (Gao et al. 2021).
 
-The contrastive loss needs the features of all images at once, but the backbone of one image needs those of no other
-where it normalises each image by itself. So features are computed chunk by chunk without keeping activations, the loss
-is taken on all of them, and the gradient of each chunk's features is then sent through the backbone again. The result
-is that of the plain step on the whole batch; the price is one more forward pass of the backbone.
+InfoNCE needs the features of all images at once, but a backbone without batch normalization processes each image by
+itself. So features are computed chunk by chunk without keeping activations, the loss is computed on all of them, and
+the gradient of each chunk's features is then propagated through the backbone. The result is that of the plain step on
+the whole batch; the cost is one more forward pass of the backbone.
 """
 
 import torch
@@ -12,19 +12,19 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining, MoCoV3ForPreTrainingOutput
-from .sharding import is_sharded
+from ..reporting import UsageError
 
 
 def check_chunkable(model: MoCoV3ForPreTraining) -> None:
     """
     Raises:
-        ValueError: a backbone with batch normalisation, whose chunks would see other statistics than the batch.
+        UsageError: a backbone with batch normalization, which would see other statistics in a chunk than in the batch.
     """
     kinds = {type(m).__name__ for m in model.mocov3.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     if kinds:
-        raise ValueError(
+        raise UsageError(
             f"--gradient_cache_chunk_size cannot be used with {', '.join(sorted(kinds))} in the backbone: it would"
-            " normalise a chunk by its own statistics, not the batch's. Use a backbone with LayerNorm or a smaller"
+            " normalize a chunk by its own statistics, not the batch's. Use a backbone with LayerNorm or a smaller"
             " batch"
         )
 
@@ -36,7 +36,7 @@ def cached_backward(
     accelerator: Accelerator,
 ) -> MoCoV3ForPreTrainingOutput:
     """
-    Loss of the whole batch and its gradients, averaged over the processes, without the activations of the whole batch.
+    Loss of the whole batch and its gradient, averaged over the processes, with the activations of one chunk.
 
     Args:
         model: The model itself, not wrapped for distribution.
@@ -45,7 +45,7 @@ def cached_backward(
         accelerator: Precision and processes.
 
     Returns:
-        The output of the plain forward pass, whose loss has been sent backward already.
+        The output of the plain forward pass, after the backward pass of its loss.
     """
     generator_states: list[list[dict]] = [[], []]
     with torch.no_grad(), accelerator.autocast():
@@ -66,15 +66,14 @@ def cached_backward(
         for chunk, gradient, state in zip(pixels.split(chunk_size), gradients, generator_states[view], strict=True):
             with Replayed(state), accelerator.autocast():
                 (chunk_features,) = model.encode(model.mocov3, (chunk,))
-            # The scale of fp16 is in the gradient already.
+            # The gradient includes the scale of fp16.
             torch.autograd.backward(chunk_features, gradient.to(chunk_features.dtype))
-    if not is_sharded(model):  # such gradients are averaged as they come
-        average_gradients(model)
+    average_gradients(model)
     return output
 
 
 def encode(model: MoCoV3ForPreTraining, pixel_values: torch.Tensor, states: list[dict]) -> torch.Tensor:
-    """Features of a chunk; where the random numbers of its dropout begin is appended to `states`."""
+    """Features of a chunk; the state of the random number generators before it is appended to `states`."""
     states.append(generator_state(pixel_values.device))
     return model.encode(model.mocov3, (pixel_values,))[0]
 
@@ -88,7 +87,7 @@ def generator_state(device: torch.device) -> dict:
 
 
 class Replayed:
-    """Draw the random numbers of an earlier pass again, and go on as if nothing had been drawn."""
+    """Draw the random numbers of an earlier pass again, and restore the generators afterwards."""
 
     def __init__(self, state: dict):
         self.state = state
@@ -109,7 +108,7 @@ def set_generator_state(state: dict) -> None:
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Mean of the gradients over all processes, in one exchange for all tensors of a type."""
+    """Mean of the gradients over all processes, in one all-reduce for all tensors of a dtype."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

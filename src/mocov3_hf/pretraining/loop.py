@@ -1,13 +1,10 @@
-"""Pre-training from a recipe to a folder of weights."""
+"""The command `mocov3 pretrain`: from a recipe to a folder of weights."""
 
-import argparse
-import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -15,168 +12,147 @@ from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from ..data.bad_images import TooManyBadImagesError
+from ..data.loader import TwoViewLoader
 from ..optim import cosine_ema_decay, warmup_cosine
-from ..plan import Plan, make_plan
-from ..recipe import Recipe, RecipeError, load_recipe, recipe_help, recipe_names
-from .acceleration import accelerate, accelerate_augmentation, choose_acceleration
-from .agreement import find_common_checkpoint
-from .batches import batches, timed
+from ..reporting import RunError, UsageError, is_first_process, reporting
+from ..run_folder import KNN, RECIPE, CheckpointError
 from .build import (
     build_accelerator,
     build_loader,
     build_model,
+    build_optimizer,
     build_photometric,
     build_source,
     check_model,
-    distribute,
     doubtful_choices,
     num_workers,
 )
-from .checkpoint import (
-    CheckpointError,
-    RunState,
-    SaveError,
-    gather_tensors,
-    load_checkpoint,
-    read_state,
-    remove_leftovers,
-    save_checkpoint,
-)
+from .checkpoint import RunState, load_checkpoint, read_state, save_checkpoint
 from .dry_run import describe
 from .gradient_cache import check_chunkable
+from .hardware import choose_settings, compile_augmentation, set_up
 from .instability import GradientWatch, Instability
-from .lost_peer import leave_if_peer_lost
-from .monitors import DivergedError, TrainingLog
+from .monitors import DivergedError, TrainingLog, summarize
 from .online_knn import OnlineKNN
-from .resume import clear, cut_back, resume_command
-from .rollback import checkpoint_before
-from .signals import StopRequest
+from .plan import Plan, make_plan
+from .processes import LostProcessError, StopRequest, limit_time_to_exit, raise_if_process_lost
+from .recipe import Recipe, parse
+from .resume import checkpoint_before, find_common_checkpoint, prepare_folder, resume_command, truncate_lines
 from .step import seed_step, train_step
-from .summary import summarize
 
 
-class Pusher(Protocol):
-    """Sends a folder somewhere without stopping the run: neither method waits for the network or raises."""
-
-    def push(self, folder: Path, message: str) -> None: ...
-
-    def finish(self) -> object: ...
+class SaveError(RunError):
+    """A checkpoint that could not be written."""
 
 
-def main(arguments: list[str] | None = None, make_pusher: Callable[..., Pusher] | None = None) -> None:
+def main(arguments: Iterable[str]) -> None:
+    """The command `mocov3 pretrain`. A signal to stop is no failure: the exit code is 0."""
+    with reporting():
+        recipe = parse(arguments)
+        try:
+            run_recipe(recipe, resume_command(sys.argv[1:]))
+        except LostProcessError:
+            limit_time_to_exit()
+            raise
+
+
+def run_recipe(recipe: Recipe, resume_command: str) -> Path:
     """
-    The command `pretrain.py --recipe NAME|FILE [--option value ...]`.
+    Run a recipe, or print its plan with `--dry_run`.
 
     Args:
-        arguments: Those of the command line, by default of this process.
-        make_pusher: What `--push_to_hub` pushes with, called as `make_pusher(repo_id, private=..., revision=...)`.
+        recipe: Options of the run.
+        resume_command: What messages say about how to resume.
 
-    A mistake of the user's ends the process with one line on stderr and exit code 2; a checkpoint that cannot be
-    written, too many bad images, a run that has diverged, or another process that is lost, with one line and exit code
-    1; a signal to stop with exit code 0.
-    """
-    try:
-        recipe = parse(sys.argv[1:] if arguments is None else arguments)
-        if recipe.run.dry_run:
-            if is_first_process():
-                print(describe(recipe))
-            return
-        run = Run(recipe, make_pusher)
-    except (RecipeError, ValueError) as error:
-        if is_first_process():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        leave_if_peer_lost(error, recipe.run, step=None)
-        raise
-    disable_progress_bar()  # transformers' own, for every file of a checkpoint
-    try:
-        run.train()
-    except (CheckpointError, DivergedError, SaveError, TooManyBadImagesError) as error:
-        # Images may be out of reach of one process alone.
-        if is_first_process() or isinstance(error, TooManyBadImagesError):
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except RuntimeError as error:
-        leave_if_peer_lost(error, recipe.run, run.step)
-        raise
-
-
-def is_first_process() -> bool:
-    """Before any process group exists."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def parse(arguments: list[str]) -> Recipe:
-    """
-    The recipe of a command line.
+    Returns:
+        The output folder.
 
     Raises:
-        RecipeError: no recipe named, or an option that does not exist.
+        UsageError, ValueError: what cannot work; found before training.
+        RunError, OSError: a failure of the run.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe")
-    parser.add_argument("-h", "--help", action="store_true")
-    named, rest = parser.parse_known_args(arguments)
-    if named.help:
-        print(recipe_help())
-        sys.exit(0)
-    if named.recipe is None:
-        raise RecipeError(f"pass --recipe with a YAML file or one of {', '.join(recipe_names())}")
-    recipe = load_recipe(named.recipe, rest)
-    if recipe.run.output_dir is None and not recipe.run.dry_run:
-        raise RecipeError("pass --output_dir with the folder for weights and metrics")
-    return recipe
+    if recipe.run.dry_run:
+        if is_first_process():
+            print(describe(recipe))
+        return Path(recipe.run.output_dir or ".")
+    run = None
+    try:
+        run = Run(recipe, resume_command)
+        run.train()
+    except TooManyBadImagesError as error:  # images can be out of reach of one process alone
+        raise RunError(str(error), from_any_process=True) from error
+    except CheckpointError as error:
+        raise (error if run is None else RunError(str(error))) from error
+    except ValueError as error:
+        if run is None or isinstance(error, UsageError):
+            raise
+        # A defect, not a mistake of the user: it keeps its traceback.
+        raise RuntimeError(f"training failed: {error}") from error
+    except RuntimeError as error:
+        raise_if_process_lost(error, recipe, None if run is None else run.step, resume_command)
+        raise
+    return Path(recipe.run.output_dir)
 
 
 class Run:
     """
-    One pre-training run. Building it checks everything that can be checked before work is done.
+    One pre-training run. Building it checks everything that can be checked in advance.
 
     Raises:
-        RecipeError, ValueError: what cannot work, in a sentence with the repair.
+        UsageError, ValueError: what cannot work, in one line with the fix.
     """
 
-    def __init__(self, recipe: Recipe, make_pusher: Callable[..., Pusher] | None = None):
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, resume_command: str):
+        self.recipe, self.resume_command = recipe, resume_command
         self.output_dir = Path(recipe.run.output_dir)
+        disable_progress_bar()  # transformers' own, for every file of a checkpoint
         self.accelerator = build_accelerator(recipe)
-        self.pusher = self.build_pusher(make_pusher)
         check_model(recipe)
         source = build_source(recipe)
         self.plan = make_plan(recipe, source.num_samples, self.accelerator.num_processes)
         found = find_common_checkpoint(recipe, self.plan)
+
         model = build_model(recipe)
         self.temperature = model.config.temperature
         for doubt in doubtful_choices(recipe, self.plan, model, self.accelerator.num_processes):
             self.accelerator.print(f"warning: {doubt}", file=sys.stderr)
-        acceleration = choose_acceleration(recipe, model, self.accelerator.device, self.accelerator.num_processes)
-        accelerate(model, acceleration)
-        device = self.accelerator.device.type
-        self.accelerator.print(f"acceleration on {device}: {acceleration.describe()}", file=sys.stderr)
-        if recipe.optimization.gradient_cache_chunk_size is not None:
+        settings = choose_settings(recipe, model, self.accelerator.device)
+        set_up(model, settings)
+        self.accelerator.print(f"settings for {self.accelerator.device.type}: {settings.describe()}", file=sys.stderr)
+        if recipe.hardware.gradient_cache_chunk_size is not None:
             check_chunkable(model)
-        self.model, self.optimizer = distribute(recipe, model, self.plan, self.accelerator, acceleration.fsdp)
+        optimizer = build_optimizer(recipe, model, self.plan)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.watch = GradientWatch(
             self.accelerator.unwrap_model(self.model),
-            recipe.run.spike_factor,
-            refuse_spikes=recipe.run.on_instability == "skip",
+            recipe.monitoring.spike_factor,
+            refuse_spikes=recipe.monitoring.on_instability == "skip",
         )
-        # Updates done; batches that rollbacks have passed over besides; rollbacks done, and the last one's target.
+        # Steps done; batches that rollbacks have skipped besides; rollbacks done, and the last one's target.
         self.step = self.skipped_batches = self.num_rollbacks = 0
         self.rolled_back_to: int | None = None
         if found is not None:
             self.resume(*found)
-        self.prepare_output()
+        if self.accelerator.is_main_process:
+            prepare_folder(self.output_dir, is_new=self.step == 0)
+            recipe.save(self.output_dir / RECIPE)
+        self.accelerator.wait_for_everyone()
+
         self.loader = build_loader(recipe, source, self.plan, self.accelerator)
         self.knn = None
-        if recipe.data.knn_steps is not None:
+        if recipe.monitoring.knn_steps is not None:
             self.knn = OnlineKNN(recipe, self.accelerator, num_workers(recipe, self.accelerator))
         self.photometric = build_photometric(recipe, self.accelerator.device)
-        accelerate_augmentation(self.photometric, acceleration, self.accelerator.device)
+        compile_augmentation(self.photometric, settings, self.accelerator.device)
+        self.pusher = None
+        if recipe.hub.push_to_hub and self.accelerator.is_main_process:
+            from ..hub.background import BackgroundPusher
+
+            name = recipe.hub.hub_model_id or self.output_dir.resolve().name
+            self.pusher = BackgroundPusher(name, private=recipe.hub.hub_private_repo, revision=recipe.hub.hub_revision)
 
     def train(self) -> None:
-        """Run to the end, or to a signal, and leave weights, metrics and the resolved recipe in the output folder."""
+        """Train to the end, or until a signal; weights, metrics and the resolved recipe are in the output folder."""
         self.accelerator.init_trackers("mocov3", config=tracker_config(self.recipe))
         log = TrainingLog(
             self.accelerator, self.plan, self.temperature, self.output_dir, self.watch, start_step=self.step
@@ -184,43 +160,43 @@ class Run:
         if self.step > 0:
             log.resume(self.log_state, self.step, self.num_rollbacks)
             if self.accelerator.is_main_process:
-                cut_back(self.output_dir / "knn.jsonl", self.step)
-        elif self.recipe.run.on_instability == "rollback":
+                truncate_lines(self.output_dir / KNN, steps_done=self.step)
+        elif self.recipe.monitoring.on_instability == "rollback":
             self.save(log)
         if self.step == self.plan.total_steps:
-            self.accelerator.print(f"all {self.step} steps are done: there is nothing left to do")
+            self.accelerator.print(f"all {self.step} steps are done: nothing left to do")
         self.model.train()
         stopping = False
         with StopRequest(self.accelerator) as stop, closing(log):
             while self.step < self.plan.total_steps and not stopping:
-                stopping = self.update_until_stopped(stop, log)
+                stopping = self.train_until_stopped(stop, log)
         self.accelerator.end_training()
         if self.pusher is not None:
             self.pusher.finish()
         if stopping:
-            self.accelerator.print(f"stopped by {stop.describe()} after step {self.step}; to continue:")
-            self.accelerator.print(f"  {resume_command()}")
+            self.accelerator.print(f"stopped by {stop.describe()} after step {self.step}; to resume:")
+            self.accelerator.print(f"  {self.resume_command}")
         elif self.accelerator.is_main_process:
             print(summarize(self.recipe, self.plan))
 
-    def update_until_stopped(self, stop: StopRequest, log: TrainingLog) -> bool:
-        """Update after update: to the end, to a signal (then the answer is yes), or to a rollback."""
-        options, run = self.recipe.optimization, self.recipe.run
+    def train_until_stopped(self, stop: StopRequest, log: TrainingLog) -> bool:
+        """Step after step: until the end, a rollback, or a signal. Returns whether it was a signal."""
+        recipe, seed = self.recipe, self.recipe.run.seed
         for batch in timed(batches(self.loader, self.plan, self.step, self.skipped_batches), log):
             views = self.augment(batch)
             learning_rate = learning_rate_at(self.step, self.plan)
-            learning_rate *= run.rollback_learning_rate_factor**self.num_rollbacks
-            momentum = momentum_at(self.step, self.recipe, self.plan)
-            seed_step(run.seed, self.step, self.accelerator.process_index)
+            learning_rate *= recipe.monitoring.rollback_learning_rate_factor**self.num_rollbacks
+            ema_decay = ema_decay_at(self.step, recipe, self.plan)
+            seed_step(seed, self.step, self.accelerator.process_index)
             output = train_step(
                 self.model,
                 self.optimizer,
                 views,
                 learning_rate=learning_rate,
-                momentum=momentum,
-                max_grad_norm=options.max_grad_norm,
+                ema_decay=ema_decay,
+                max_grad_norm=recipe.optimization.max_grad_norm,
                 accelerator=self.accelerator,
-                gradient_cache_chunk_size=options.gradient_cache_chunk_size,
+                gradient_cache_chunk_size=recipe.hardware.gradient_cache_chunk_size,
                 watch=self.watch,
             )
             log.record(output)
@@ -228,16 +204,16 @@ class Run:
 
             is_last = self.step == self.plan.total_steps
             stopping = stop.agreed() and not is_last
-            logging = is_last or self.step % run.logging_steps == 0
-            saving = is_last or self.step % run.save_steps == 0 or stopping
+            logging = is_last or self.step % recipe.monitoring.logging_steps == 0
+            saving = is_last or self.step % recipe.run.save_steps == 0 or stopping
             if logging or saving:
                 instability = log.examine(self.step)
-                if instability is not None and run.on_instability == "rollback":
+                if instability is not None and recipe.monitoring.on_instability == "rollback":
                     self.roll_back(instability, log)
                     return False
             if logging:
-                log.write(self.step, output.projection, learning_rate, momentum, self.loader.num_bad_images)
-            if self.knn is not None and self.step % self.recipe.data.knn_steps == 0:
+                log.write(self.step, output.projection, learning_rate, ema_decay, self.loader.num_bad_images)
+            if self.knn is not None and self.step % recipe.monitoring.knn_steps == 0:
                 self.measure_knn(log)
             if saving:
                 self.save(log)
@@ -245,18 +221,34 @@ class Run:
                 return True
         return False
 
+    def augment(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both views `(B, C, H, W)`: normalized images on the device, from uint8 crops and drawn parameters."""
+        pixels, parameters = (
+            batch[name].to(self.accelerator.device, non_blocking=True) for name in ("pixels", "parameters")
+        )
+        return self.photometric(pixels[0], parameters[0]), self.photometric(pixels[1], parameters[1])
+
+    def measure_knn(self, log: TrainingLog) -> None:
+        """kNN accuracy at this step; its time does not count."""
+        start = time.perf_counter()
+        encoder = self.accelerator.unwrap_model(self.model).mocov3
+        accuracy = self.knn.measure(encoder, self.step, self.step / self.plan.steps_per_epoch)
+        log.note("kNN", f"{accuracy:.3f}")
+        log.exclude(time.perf_counter() - start)
+
     def roll_back(self, instability: Instability, log: TrainingLog) -> None:
         """
-        Return to the last good checkpoint; the images seen since then are passed over.
+        Return to the last checkpoint before an instability and skip the batches since then.
 
-        What happens after a checkpoint follows from it alone, so a run that is killed meanwhile comes here again.
+        What happens after a checkpoint follows from it alone: a run that is killed meanwhile comes here again.
 
         Raises:
-            DivergedError: it has been tried often enough.
+            DivergedError: the limit of rollbacks is reached.
+            CheckpointError: there is no checkpoint to return to.
         """
-        run = self.recipe.run
+        options = self.recipe.monitoring
         trouble = f"step {instability.step}: {instability.reason}"
-        if self.num_rollbacks == run.max_rollbacks:
+        if self.num_rollbacks == options.max_rollbacks:
             raise DivergedError(
                 f"{trouble}, after {self.num_rollbacks} rollbacks: they do not help. Lower --base_learning_rate,"
                 " freeze the patch projection, or raise --spike_factor if these spikes do no harm"
@@ -266,7 +258,7 @@ class Run:
             try:
                 folder = checkpoint_before(self.output_dir, instability.step, self.rolled_back_to)
             except CheckpointError as error:
-                failure = f"{trouble}, and no way back: {error}"
+                failure = f"{trouble}, and a rollback is not possible: {error}"
         folder, failure = broadcast_object_list([folder, failure])
         if failure is not None:
             raise CheckpointError(failure)
@@ -276,60 +268,38 @@ class Run:
             "rollback",
             to_step=state.step,
             skipped_batches=self.step - state.step,
-            learning_rate_scale=run.rollback_learning_rate_factor ** (self.num_rollbacks + 1),
+            learning_rate_scale=options.rollback_learning_rate_factor ** (self.num_rollbacks + 1),
             reason=trouble,
         )
-        log.tell(f"{trouble}: back to {folder.name}, passing over the images of {self.step - state.step} steps")
+        log.print(f"{trouble}: back to {folder.name}, skipping the batches of {self.step - state.step} steps")
         self.skipped_batches += self.step - state.step
         self.num_rollbacks += 1
         self.step = self.rolled_back_to = state.step
         log.go_back(state.log, self.step, self.num_rollbacks)
         if self.accelerator.is_main_process:
-            cut_back(self.output_dir / "knn.jsonl", self.step)
-
-    def build_pusher(self, make_pusher: Callable[..., Pusher] | None) -> Pusher | None:
-        """What pushes, on the main process and where it is asked for."""
-        run = self.recipe.run
-        if not run.push_to_hub:
-            return None
-        if make_pusher is None:
-            raise RecipeError("--push_to_hub works in scripts/pretrain.py; from Python pass make_pusher")
-        if not self.accelerator.is_main_process:
-            return None
-        name = run.hub_model_id or self.output_dir.resolve().name
-        return make_pusher(name, private=run.hub_private_repo, revision=run.hub_revision)
+            truncate_lines(self.output_dir / KNN, steps_done=self.step)
 
     def resume(self, folder: Path, state: RunState) -> None:
-        """Stand where a checkpoint stands."""
+        """Continue from a checkpoint."""
         self.load(folder)
         self.step, self.log_state = state.step, state.log
         self.skipped_batches, self.num_rollbacks = state.skipped_batches, state.num_rollbacks
-        self.accelerator.print(f"continuing from {folder} after step {state.step}", file=sys.stderr)
+        self.accelerator.print(f"resuming from {folder} after step {state.step}", file=sys.stderr)
 
     def load(self, folder: Path) -> RunState:
-        """Weights, moments and gradient scaler of a checkpoint."""
+        """Load weights, optimizer state and gradient scaler of a checkpoint."""
         state = read_state(folder)
         load_checkpoint(folder, self.accelerator.unwrap_model(self.model), self.optimizer.optimizer)
         if self.accelerator.scaler is not None and state.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
         return state
 
-    def prepare_output(self) -> None:
-        """Make the output folder, without what an earlier run left there unless this one continues it."""
-        if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.output_dir)
-            if self.step == 0:
-                clear(self.output_dir)
-            self.recipe.save(self.output_dir / "recipe.yaml")
-        self.accelerator.wait_for_everyone()
-
     def save(self, log: TrainingLog) -> None:
         """
         Write a checkpoint.
 
         Raises:
-            SaveError: it could not be written and `on_save_error` says stop. Earlier checkpoints are untouched.
+            SaveError: it could not be written, and it is the last one or `on_save_error` is stop.
         """
         state = RunState(
             step=self.step,
@@ -343,18 +313,11 @@ class Run:
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
         )
         failure = None
-        model = self.accelerator.unwrap_model(self.model)
-        tensors = gather_tensors(model, self.optimizer.optimizer, keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.model)
+            limit = self.recipe.run.save_total_limit
             try:
-                save_checkpoint(
-                    self.output_dir,
-                    model,
-                    tensors,
-                    self.recipe,
-                    state,
-                    self.recipe.run.save_total_limit,
-                )
+                save_checkpoint(self.output_dir, model, self.optimizer.optimizer, self.recipe, state, limit)
             except (OSError, SafetensorError) as error:
                 failure = f"the checkpoint of step {self.step} could not be written: {error}"
         failure = broadcast_object_list([failure])[0]
@@ -363,36 +326,43 @@ class Run:
                 self.pusher.push(self.output_dir, f"Step {self.step}")
             return
         if self.recipe.run.on_save_error == "stop" or self.step == self.plan.total_steps:
-            raise SaveError(
-                f"{failure}. Earlier checkpoints are whole; make room and continue with {resume_command()}"
-            )
-        self.accelerator.print(f"warning: {failure}; earlier checkpoints are whole, going on", file=sys.stderr)
+            raise SaveError(f"{failure}. Earlier checkpoints are complete; free space and run {self.resume_command}")
+        self.accelerator.print(f"warning: {failure}; training continues", file=sys.stderr)
 
-    def measure_knn(self, log: TrainingLog) -> None:
-        """Nearest neighbour accuracy at this step, outside of the clock."""
+
+def batches(loader: TwoViewLoader, plan: Plan, step: int, skipped_batches: int = 0) -> Iterator[dict]:
+    """Batches of the steps from `step` to the end of the run, epoch after epoch, after those that were skipped."""
+    first, end = step + skipped_batches, plan.total_steps + skipped_batches
+    while first < end:
+        epoch, step_in_epoch = divmod(first, plan.steps_per_epoch)
+        for batch in loader.epoch(epoch, step_in_epoch):
+            yield batch
+            first += 1
+            if first == end:
+                return
+
+
+def timed(iterator: Iterator, log: TrainingLog) -> Iterator:
+    """The same items; the time spent waiting for them is noted in `log`."""
+    while True:
         start = time.perf_counter()
-        encoder = self.accelerator.unwrap_model(self.model).mocov3
-        accuracy = self.knn.measure(encoder, self.step, self.step / self.plan.steps_per_epoch)
-        log.note("kNN", f"{accuracy:.3f}")
-        log.leave_out(time.perf_counter() - start)
-
-    def augment(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both views `(B, C, H, W)`, from uint8 crops and drawn numbers to normalised images, on the device."""
-        pixels, parameters = (
-            batch[name].to(self.accelerator.device, non_blocking=True) for name in ("pixels", "parameters")
-        )
-        return self.photometric(pixels[0], parameters[0]), self.photometric(pixels[1], parameters[1])
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        log.waited_for_data(time.perf_counter() - start)
+        yield item
 
 
 def learning_rate_at(step: int, plan: Plan) -> float:
     return warmup_cosine(step, plan.total_steps, plan.warmup_steps, plan.learning_rate)
 
 
-def momentum_at(step: int, recipe: Recipe, plan: Plan) -> float:
+def ema_decay_at(step: int, recipe: Recipe, plan: Plan) -> float:
     options = recipe.optimization
-    if options.momentum_schedule == "constant":
-        return options.momentum
-    return cosine_ema_decay(step, plan.total_steps, options.momentum)
+    if options.ema_schedule == "constant":
+        return options.ema_decay
+    return cosine_ema_decay(step, plan.total_steps, options.ema_decay)
 
 
 def tracker_config(recipe: Recipe) -> dict:

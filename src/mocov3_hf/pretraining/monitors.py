@@ -1,21 +1,26 @@
-"""What a run reports about itself: metrics.jsonl, events.jsonl, trackers and the progress bar."""
+"""What a run reports: metrics.jsonl, events.jsonl, trackers, the progress bar and the summary at the end."""
 
-import json
 import math
+import shlex
 import statistics
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..model.loss_mocov3 import chance_loss, floor_loss
-from ..plan import Plan
 from ..metrics.collapse import collapse_summary
+from ..model.loss_mocov3 import chance_loss, floor_loss
+from ..reporting import RunError
+from ..run_folder import EVENTS, KNN, METRICS
+from ..storage import append_line, read_lines
 from .instability import DivergenceDetector, GradientWatch, Instability
-from .resume import cut_back, keep_lines
+from .plan import Plan
+from .recipe import Recipe
+from .resume import truncate_lines
 from .step import StepOutput
 
 
@@ -32,9 +37,9 @@ STEP_VALUES = (
 )
 
 
-# Share of the time spent waiting for data from which on the progress bar shows it.
-LARGEST_SILENT_DATA_WAIT = 0.05
-# Skipped steps in a row after which a run has diverged: more than the scaler of fp16 needs to find its scale.
+# Data-loading stall, as a fraction of the time, from which on the progress bar shows it.
+LARGEST_SILENT_STALL = 0.05
+# Consecutive skipped steps after which a run has diverged: more than the scaler of fp16 needs to find its scale.
 MAX_SKIPPED_IN_A_ROW = 50
 
 
@@ -45,28 +50,28 @@ def normalized_loss(loss: float, temperature: float, global_batch_size: int) -> 
 
 
 def signs_of_collapse(projection: torch.Tensor) -> dict[str, float]:
-    """Spread of the keys `(B, P)` of all processes; nothing where the last step was a skipped one."""
+    """Spread of the keys `(B, P)` of all processes; empty if the last step was skipped."""
     if not projection.isfinite().all():
         return {}
     summary = collapse_summary(projection)
     return {"projection_std_ratio": summary.std_ratio, "projection_effective_rank": summary.effective_rank}
 
 
-class DivergedError(RuntimeError):
-    """A run whose gradients have stopped being numbers, or that rollbacks do not help."""
+class DivergedError(RunError):
+    """The gradients of many consecutive steps were not finite, or rollbacks did not help."""
 
 
 class TrainingLog:
     """
-    Keeps what the steps give and reads it when it is asked to, the only moments that wait for the device.
+    Collects what the steps return and reads it on request, the only moments that wait for the device.
 
     Args:
         accelerator: Processes, device and trackers.
         plan: Length of the run and its batch.
-        temperature: Of the loss, for its normalisation.
+        temperature: Of the loss, for its normalization.
         output_dir: Folder of `metrics.jsonl` and `events.jsonl`; lines are appended.
-        watch: Of the gradients; gives the names of the blocks.
-        start_step: Steps done before this run.
+        watch: Of the gradients; has the names of the blocks.
+        start_step: Steps done before.
     """
 
     def __init__(
@@ -79,7 +84,7 @@ class TrainingLog:
         start_step: int = 0,
     ):
         self.accelerator, self.plan, self.temperature, self.watch = accelerator, plan, temperature, watch
-        self.metrics_file, self.events_file = output_dir / "metrics.jsonl", output_dir / "events.jsonl"
+        self.metrics_file, self.events_file = output_dir / METRICS, output_dir / EVENTS
         self.progress = tqdm(
             total=plan.total_steps, initial=start_step, unit="step", disable=not accelerator.is_main_process
         )
@@ -100,7 +105,7 @@ class TrainingLog:
         return self.accelerator.reduce(torch.stack(self.steps), reduction="mean").tolist()
 
     def state(self) -> dict:
-        """What a run that continues needs to write the same lines; to be read when all steps have been examined."""
+        """What a resumed run needs to write the same lines; to be read when all steps have been examined."""
         return {
             "rows": self.rows(),
             "num_skipped": self.num_skipped,
@@ -112,14 +117,14 @@ class TrainingLog:
         }
 
     def resume(self, state: dict, steps_done: int, num_rollbacks: int) -> None:
-        """Take up the state of before, and drop the lines of steps that will be done again."""
+        """Restore the state of a checkpoint, and drop the lines of steps that will be repeated."""
         self.go_back(state, steps_done, num_rollbacks)
         self.num_events = state["num_events"]
         if self.accelerator.is_main_process:
-            keep_lines(self.events_file, self.num_events)
+            truncate_lines(self.events_file, number=self.num_events)
 
     def go_back(self, state: dict, steps_done: int, num_rollbacks: int) -> None:
-        """The same in the middle of a run: what has happened stays recorded."""
+        """The same within a run, at a rollback: events stay."""
         self.start_window()
         self.num_rollbacks = num_rollbacks
         self.steps = [torch.tensor(row, dtype=torch.float64, device=self.accelerator.device) for row in state["rows"]]
@@ -131,21 +136,21 @@ class TrainingLog:
         self.progress.n = steps_done
         self.progress.refresh()
         if self.accelerator.is_main_process:
-            cut_back(self.metrics_file, steps_done)
+            truncate_lines(self.metrics_file, steps_done=steps_done)
 
     def note(self, name: str, value: str) -> None:
-        """Show something on the progress bar from now on."""
+        """Show a value on the progress bar from now on."""
         self.notes[name] = value
 
-    def leave_out(self, seconds: float) -> None:
-        """Take time that was no training out of the throughput."""
+    def exclude(self, seconds: float) -> None:
+        """Exclude time from the throughput that was not training."""
         self.started += seconds
 
     def waited_for_data(self, seconds: float) -> None:
         self.data_wait += seconds
 
     def record(self, output: StepOutput) -> None:
-        """Take in what an update gave, without looking at it."""
+        """Add the output of a step, without reading it."""
         values = torch.stack([getattr(output, name).double() for name in STEP_VALUES])
         self.steps.append(torch.cat([values, output.block_grad_norms.double()]))
         self.num_timed += 1
@@ -153,11 +158,10 @@ class TrainingLog:
 
     def examine(self, steps_done: int) -> Instability | None:
         """
-        Look at the steps since the last time: count, tell and record what is not as it was before. Gives the first
-        that has gone wrong.
+        Examine the steps since the last call: count, report and record instabilities. Returns the first.
 
         Raises:
-            DivergedError: too many skipped steps in a row. A few are normal, above all with fp16 and its scaler.
+            DivergedError: too many consecutive skipped steps. A few are normal, above all with fp16 and its scaler.
         """
         rows = self.rows()[self.num_examined :]
         self.num_examined = len(self.steps)
@@ -167,7 +171,7 @@ class TrainingLog:
         return found[0] if found else None
 
     def examine_step(self, step: int, row: dict[str, float]) -> list[Instability]:
-        """Judge one update; infinite gradients under fp16 are how its scaler finds the scale, and no trouble."""
+        """Examine a step. With fp16, infinite gradients are how the scaler finds its scale, and normal."""
         found = []
         is_finite = math.isfinite(row["grad_norm"])
         self.num_skipped += bool(row["skipped"])
@@ -178,37 +182,38 @@ class TrainingLog:
             found.append(Instability(step, "its gradient was infinite or NaN"))
         if self.num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise DivergedError(
-                f"the gradients of all {MAX_SKIPPED_IN_A_ROW} steps up to step {step} were infinite or NaN: the"
-                " run has diverged. Resume from an earlier checkpoint with --allow_recipe_change and a lower"
-                " --base_learning_rate, or a --max_grad_norm; --on_instability rollback does so by itself"
+                f"the gradients of all {MAX_SKIPPED_IN_A_ROW} steps up to step {step} were infinite or NaN: the run"
+                " has diverged. Resume from an earlier checkpoint with --allow_recipe_change and a lower"
+                " --base_learning_rate, or a --max_grad_norm; --on_instability rollback does it automatically"
             )
         if row["times_usual"] > 0:
-            found.append(self.tell_spike(step, row))
+            found.append(self.report_spike(step, row))
         if not row["skipped"]:
             gain = normalized_loss(row["loss"], self.temperature, self.plan.global_batch_size)
             if self.divergence.add(gain):
-                found.append(self.tell_divergence(step, gain))
+                found.append(self.report_divergence(step, gain))
         return found
 
-    def tell_spike(self, step: int, row: dict[str, float]) -> Instability:
-        """A gradient that stands out: accuracy may dip some tens of steps later."""
+    def report_spike(self, step: int, row: dict[str, float]) -> Instability:
+        """A spike of the gradient norm: accuracy may dip some tens of steps later."""
         self.num_spikes += 1
         layers = {name: row[name] for name in ("first_layer_grad_max", "last_layer_grad_max")}
         self.record_event(step, "spike", grad_norm=row["grad_norm"], times_usual=row["times_usual"], **layers)
-        what = f"the gradient norm {row['grad_norm']:.3g} is {row['times_usual']:.1f} times the usual one"
-        self.tell(
+        what = f"the gradient norm {row['grad_norm']:.3g} is {row['times_usual']:.1f} times the median"
+        self.print(
             f"warning: step {step}: {what} (largest component in the first layer {row['first_layer_grad_max']:.2g}, in"
             f" the last {row['last_layer_grad_max']:.2g}{'; step skipped' if row['skipped'] else ''})"
         )
         return Instability(step, what)
 
-    def tell_divergence(self, step: int, gain: float) -> Instability:
+    def report_divergence(self, step: int, gain: float) -> Instability:
         self.record_event(step, "divergence", loss_normalized=gain)
-        what = "the loss has given up more than half of what it had gained over chance"
-        self.tell(f"warning: step {step}: {what} (normalised, it is down at {gain:.3f}: 0 is chance)")
+        what = "the loss has lost more than half of its gain over chance"
+        self.print(f"warning: step {step}: {what} (normalized loss {gain:.3f}, 0 is chance)")
         return Instability(step, what)
 
-    def tell(self, message: str) -> None:
+    def print(self, message: str) -> None:
+        """A line above the progress bar."""
         if self.accelerator.is_main_process:
             self.progress.write(message, file=sys.stderr)
 
@@ -222,21 +227,21 @@ class TrainingLog:
         steps_done: int,
         projection: torch.Tensor,
         learning_rate: float,
-        momentum: float,
+        ema_decay: float,
         num_bad_images: int,
     ) -> None:
         """
-        One line about the steps since the last, which have been examined.
+        Write a line about the steps since the last, which have been examined.
 
         Args:
-            steps_done: Updates done.
+            steps_done: Steps done.
             projection: `(B, P)` of the last step.
-            learning_rate, momentum: Those the last step used.
+            learning_rate, ema_decay: Of the last step.
             num_bad_images: Replaced in the whole run.
         """
         rows = self.rows()
         counted = [row for row in rows if not row[STEP_VALUES.index("skipped")]]
-        # Without a step that counted there is nothing to average: null.
+        # If all steps were skipped, there is nothing to average: null.
         columns = [statistics.fmean(column) for column in zip(*counted, strict=True)] or [None] * len(rows[0])
         mean = dict(zip(STEP_VALUES, columns, strict=False))
         largest = {
@@ -254,7 +259,7 @@ class TrainingLog:
             "loss_normalized": normalized,
             "positive_top1": mean["positive_top1"],
             "learning_rate": learning_rate,
-            "momentum": momentum,
+            "ema_decay": ema_decay,
             "grad_norm": mean["grad_norm"],
             "images_per_second": self.num_timed * self.plan.global_batch_size / seconds,
             "data_wait_fraction": self.data_wait / seconds,
@@ -272,33 +277,80 @@ class TrainingLog:
         self.start_window()
 
     def show(self, metrics: dict, num_bad_images: int) -> None:
-        """The progress bar's end: what matters at a glance, and troubles only where there are any."""
+        """The end of the progress bar: what matters at a glance, and problems only if there are any."""
         shown = {"epoch": f"{metrics['epoch']:.1f}"}
         if metrics["loss"] is not None:
             shown |= {"loss": f"{metrics['loss']:.3f}", "top1": f"{metrics['positive_top1']:.3f}"}
         shown |= self.notes
         shown["images/s"] = f"{metrics['images_per_second']:.0f}"
-        if metrics["data_wait_fraction"] > LARGEST_SILENT_DATA_WAIT:
-            shown["waiting for data"] = f"{metrics['data_wait_fraction']:.0%}"
-        troubles = {
+        if metrics["data_wait_fraction"] > LARGEST_SILENT_STALL:
+            shown["data stall"] = f"{metrics['data_wait_fraction']:.0%}"
+        problems = {
             "bad images": num_bad_images,
             "skipped steps": self.num_skipped,
             "spikes": self.num_spikes,
             "rollbacks": self.num_rollbacks,
         }
-        self.progress.set_postfix(shown | {name: number for name, number in troubles.items() if number})
+        self.progress.set_postfix(shown | {name: number for name, number in problems.items() if number})
 
     def close(self) -> None:
         self.progress.close()
 
 
-def append_line(file: Path, values: dict) -> None:
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(values) + "\n")
-
-
 def flat(metrics: dict) -> dict[str, float]:
-    """For trackers, which take neither nothing nor mappings."""
+    """For trackers, which accept neither None nor mappings."""
     blocks = {f"block_grad_norms/{name}": norm for name, norm in metrics["block_grad_norms"].items()}
     numbers = {name: value for name, value in metrics.items() if name not in ("step", "block_grad_norms")}
     return {name: value for name, value in (numbers | blocks).items() if value is not None}
+
+
+def summarize(recipe: Recipe, plan: Plan) -> str:
+    """Length, time, throughput, last loss, best kNN, problems, weights and a next command, from a finished run."""
+    folder = Path(recipe.run.output_dir)
+    metrics, knn = read_lines(folder / METRICS)[0], read_lines(folder / KNN)[0]
+    facts = {"steps": f"{plan.total_steps:,} ({plan.num_epochs:.4g} epochs)"}
+    if metrics:
+        facts |= describe_training(metrics, plan)
+    if knn:
+        best, last = max(knn, key=lambda line: line["knn_top1"]), knn[-1]["knn_top1"]
+        facts["best kNN"] = f"{best['knn_top1']:.1%} at step {best['step']:,} (last {last:.1%})"
+    facts["weights"] = f"{folder}, loads with AutoModel.from_pretrained"
+    facts["next"] = next_command(recipe)
+    width = max(map(len, facts))
+    return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
+
+
+def describe_training(metrics: list[dict], plan: Plan) -> dict[str, str]:
+    """Numbers of all parts of an interrupted run together, without the steps that a kill or a rollback undid."""
+    steps = [line["step"] for line in metrics]
+    lengths = [step - before for step, before in zip(steps, [0, *steps[:-1]], strict=True)]
+    seconds = sum(
+        length * plan.global_batch_size / line["images_per_second"]
+        for length, line in zip(lengths, metrics, strict=True)
+    )
+    stall = statistics.fmean(line["data_wait_fraction"] for line in metrics)
+    images, last = sum(lengths) * plan.global_batch_size, metrics[-1]
+    facts = {
+        "training time": str(timedelta(seconds=round(seconds))),
+        "throughput": f"{images / seconds:,.0f} images/s, data-loading stall {stall:.1%} of the time",
+    }
+    if last["loss"] is not None:
+        facts["last loss"] = (
+            f"{last['loss']:.4f} (normalized {last['loss_normalized']:.3f}: 0 is chance, 1 the minimum), positive"
+            f" top-1 {last['positive_top1']:.1%}"
+        )
+    problems = {
+        "skipped steps": last["skipped_steps"],
+        "gradient spikes": last["gradient_spikes"],
+        "rollbacks": last["rollbacks"],
+    }
+    facts["problems"] = ", ".join(f"{number} {name}" for name, number in problems.items() if number) or "none"
+    return facts
+
+
+def next_command(recipe: Recipe) -> str:
+    """kNN on the labeled images of the recipe, or on its own images, if they have labels."""
+    options, folder = recipe.monitoring, recipe.run.output_dir
+    words = ["mocov3", "knn", "--model", folder, "--output_dir", folder]
+    words += ["--dataset_name", options.knn_dataset_name or recipe.data.dataset_name]
+    return shlex.join([*words, "--train_split", options.knn_train_split, "--test_split", options.knn_test_split])

@@ -1,32 +1,41 @@
-"""Which checkpoint a run continues from, whether it is still the same run, and what its records keep."""
+"""Which checkpoint a run resumes or rolls back to, and whether it belongs to the same run on all processes."""
 
-import json
-import os
-import shlex
+import hashlib
+import platform
 import shutil
-import sys
 from pathlib import Path
 
-from ..plan import Plan
-from ..recipe import Recipe, RecipeError, load_recipe
-from .checkpoint import (
+from accelerate.utils import gather_object
+
+from ..option_values import NO, YES
+from ..reporting import UsageError, typed_command, warn
+from ..run_folder import (
+    BAD_IMAGES,
+    EVENTS,
+    KNN,
+    MANIFEST,
+    METRICS,
+    RECIPE,
     CheckpointError,
-    RunState,
     check_manifest,
+    is_whole,
     list_checkpoints,
     newest_whole_checkpoint,
-    read_state,
+    step_of,
 )
+from ..storage import read_lines, remove_leftovers, rewrite_lines
+from .checkpoint import RunState, read_state
+from .plan import Plan
+from .recipe import Recipe, load_recipe
 
 
-# Options that may differ between the parts of a run: they change nothing in weights, data or metrics, or only what
-# happens should the run become unstable.
+# Options that may change when a run resumes: weights, data and metrics do not depend on them, or only once the run has
+# become unstable.
 FREE_OPTIONS = (
     "allow_recipe_change",
     "communication_timeout",
     "dataloader_num_workers",
     "dry_run",
-    "fsdp",  # as the number of processes
     "hub_model_id",
     "hub_private_repo",
     "hub_revision",
@@ -43,7 +52,7 @@ FREE_OPTIONS = (
     "on_save_error",
     "output_dir",
     "overwrite_output_dir",
-    "per_device_train_batch_size",  # the global batch they make is compared instead
+    "per_device_train_batch_size",  # the global batch is compared instead
     "push_to_hub",
     "report_to",
     "resume_from_checkpoint",
@@ -55,67 +64,83 @@ FREE_OPTIONS = (
 )
 
 
-def find_checkpoint(recipe: Recipe, plan: Plan) -> tuple[Path, RunState] | None:
+def find_common_checkpoint(recipe: Recipe, plan: Plan) -> tuple[Path, RunState] | None:
     """
-    The checkpoint to continue from, `None` for a fresh start.
+    `find_checkpoint` on all processes, with one result.
 
     Raises:
-        RecipeError: a folder that holds a run nobody asked to continue, or a run of another recipe.
-        CheckpointError: a named checkpoint that is damaged, or a folder with damaged ones only.
+        UsageError: on all processes, what one of them refuses, or that they see different checkpoints, as hosts do
+            that do not share a file system.
+    """
+    found = refusal = None
+    try:
+        found = find_checkpoint(recipe, plan)
+    except ValueError as error:
+        refusal = str(error)
+    seen = "no checkpoint" if found is None else found[0].name
+    # The manifest holds the hashes of all files.
+    digest = None if found is None else hashlib.sha256((found[0] / MANIFEST).read_bytes()).hexdigest()
+    answers = gather_object([(refusal, seen, digest, platform.node())])
+    for other_refusal, *_ in answers:
+        if other_refusal is not None:
+            raise UsageError(other_refusal)
+    _, first_seen, first_digest, first_host = answers[0]
+    for rank, (_, other_seen, other_digest, host) in enumerate(answers):
+        if other_digest != first_digest:
+            differing = "" if other_seen != first_seen else " with other content"
+            raise UsageError(
+                f"process 0 on {first_host} sees {first_seen} and process {rank} on {host} sees {other_seen}"
+                f"{differing}: --output_dir {recipe.run.output_dir} must be on a file system that all hosts share, or"
+                " its newest checkpoint must be copied to each"
+            )
+    return found
+
+
+def find_checkpoint(recipe: Recipe, plan: Plan) -> tuple[Path, RunState] | None:
+    """
+    The checkpoint to resume from, None for a new run.
+
+    Raises:
+        UsageError: a folder with a run that is neither resumed nor overwritten, or a run of another recipe.
+        CheckpointError: the named checkpoint is damaged, or all of them are.
     """
     asked, output_dir = recipe.run.resume_from_checkpoint, Path(recipe.run.output_dir)
     if asked is None:
-        refuse_to_mix(recipe, output_dir)
+        if not recipe.run.overwrite_output_dir and (list_checkpoints(output_dir) or (output_dir / METRICS).exists()):
+            raise UsageError(
+                f"{output_dir} already holds a run: pass --resume_from_checkpoint auto to resume it,"
+                " --overwrite_output_dir to start again, or another --output_dir"
+            )
         return None
     if asked == "auto":
-        folder = newest_whole(output_dir)
+        folder, complaints = newest_whole_checkpoint(output_dir)
+        for complaint in complaints:
+            warn(f"{complaint}; using an older one")
+        if folder is None and complaints:
+            raise CheckpointError(
+                f"all checkpoints in {output_dir} are damaged: delete them, or pass --overwrite_output_dir without"
+                " --resume_from_checkpoint, to start again"
+            )
         if folder is None:
             return None
     else:
         folder = Path(asked)
         if not folder.is_dir():
-            raise RecipeError(f"--resume_from_checkpoint {asked}: there is no such folder; 'auto' takes the newest")
+            raise UsageError(f"--resume_from_checkpoint {asked} is not a folder: pass a checkpoint folder, or auto")
         check_manifest(folder)
     state = read_state(folder)
     check_same_run(recipe, plan, folder, state)
     return folder, state
 
 
-def newest_whole(output_dir: Path) -> Path | None:
-    """The newest whole checkpoint; damaged ones before it are named on stderr."""
-    folder, complaints = newest_whole_checkpoint(output_dir)
-    for complaint in complaints:
-        print(f"warning: {complaint}; taking an older one", file=sys.stderr)
-    if folder is None and complaints:
-        raise CheckpointError(
-            f"no checkpoint in {output_dir} is whole: delete them, or pass --overwrite_output_dir without"
-            " --resume_from_checkpoint, to start from the beginning"
-        )
-    return folder
-
-
-def refuse_to_mix(recipe: Recipe, output_dir: Path) -> None:
-    """
-    Raises:
-        RecipeError: a fresh start where a run has left something.
-    """
-    if recipe.run.overwrite_output_dir:
-        return
-    if list_checkpoints(output_dir) or (output_dir / "metrics.jsonl").exists():
-        raise RecipeError(
-            f"{output_dir} already holds a run: pass --resume_from_checkpoint auto to continue it,"
-            " --overwrite_output_dir to start again, or another --output_dir"
-        )
-
-
 def check_same_run(recipe: Recipe, plan: Plan, folder: Path, state: RunState) -> None:
     """
     Raises:
-        RecipeError: options that differ from the checkpoint's, named with both values.
+        UsageError: options that differ from the checkpoint's, with both values.
     """
     if recipe.run.allow_recipe_change:
         return
-    saved, current = load_recipe(str(folder / "recipe.yaml")).to_dict(), recipe.to_dict()
+    saved, current = load_recipe(folder / RECIPE).to_dict(), recipe.to_dict()
     differing = [
         f"{name} ({saved[name]!r} there, {current[name]!r} now)"
         for name in current
@@ -125,57 +150,63 @@ def check_same_run(recipe: Recipe, plan: Plan, folder: Path, state: RunState) ->
         if getattr(state, name) != getattr(plan, name):
             differing.append(f"{name.replace('_', ' ')} ({getattr(state, name)} there, {getattr(plan, name)} now)")
     if differing:
-        raise RecipeError(
-            f"{folder} was made by another recipe: {', '.join(differing)}. Restore the options, or pass"
+        raise UsageError(
+            f"{folder} belongs to another recipe: {', '.join(differing)}. Restore the options, or pass"
             " --allow_recipe_change to continue with the new ones"
         )
 
 
-def cut_back(path: Path, steps_done: int) -> None:
-    """Leave only the lines of a JSON Lines file up to a step; a killed run can have left half a line at the end."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            is_done = json.loads(line)["step"] <= steps_done
-        except ValueError:
-            continue
-        if is_done:
-            kept.append(line)
-    rewrite(path, kept)
+def checkpoint_before(output_dir: Path, step: int, suspect: int | None) -> Path:
+    """
+    The newest valid checkpoint before a step that went wrong.
+
+    Args:
+        output_dir: Folder of the run.
+        step: The step that went wrong, from 1.
+        suspect: Step of the checkpoint after which the run became unstable again. It is deleted if there is an older
+            one: the run may have been about to diverge already.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    valid = [folder for folder in list_checkpoints(output_dir) if step_of(folder) < step and is_whole(folder)]
+    if not valid:
+        raise CheckpointError(f"{output_dir} has no valid checkpoint before step {step}")
+    if step_of(valid[0]) == suspect and len(valid) > 1:
+        shutil.rmtree(valid[0])
+        return valid[1]
+    return valid[0]
 
 
-def keep_lines(path: Path, number: int) -> None:
-    """Leave only the first lines of a file."""
+def prepare_folder(output_dir: Path, is_new: bool) -> None:
+    """
+    Create the output folder and remove what a killed process left half written; for a new run, also what an earlier
+    run left there except weights, which the first checkpoint replaces.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output_dir)
+    if is_new:
+        for folder in list_checkpoints(output_dir):
+            shutil.rmtree(folder)
+        for name in (METRICS, EVENTS, BAD_IMAGES, KNN):
+            (output_dir / name).unlink(missing_ok=True)
+
+
+def truncate_lines(path: Path, *, steps_done: int | None = None, number: int | None = None) -> None:
+    """Drop damaged lines of a JSON Lines file, and those beyond a step or a number of lines."""
     if path.exists():
-        rewrite(path, path.read_text(encoding="utf-8").splitlines()[:number])
+        lines = read_lines(path)[0][:number]
+        rewrite_lines(path, [line for line in lines if steps_done is None or line["step"] <= steps_done])
 
 
-def rewrite(path: Path, lines: list[str]) -> None:
-    aside = path.with_name(f".{path.name}.incomplete")
-    aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(aside, path)
-
-
-def clear(output_dir: Path) -> None:
-    """Delete what an earlier run has left, other than weights, which the first save replaces."""
-    for folder in list_checkpoints(output_dir):
-        shutil.rmtree(folder)
-    for name in ("metrics.jsonl", "events.jsonl", "bad_images.jsonl", "knn.jsonl"):
-        (output_dir / name).unlink(missing_ok=True)
-
-
-def resume_command() -> str:
-    """The command of this run with the option to continue. What started several processes is not known here."""
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    arguments, asked = ["python" if alone else "(torchrun or accelerate launch as before)"], False
-    for argument in sys.argv:
-        # Options of the first start that would now be wrong.
-        if argument.startswith("--resume_from_checkpoint") or argument == "--overwrite_output_dir":
-            asked = argument == "--resume_from_checkpoint"
-        elif asked:
-            asked = False
-        else:
-            arguments.append(argument)
-    return " ".join([arguments[0], shlex.join([*arguments[1:], "--resume_from_checkpoint", "auto"])])
+def resume_command(typed: list[str]) -> str:
+    """The command that was typed, with the option to resume and without those that contradict it."""
+    kept, waiting = [], typed[::-1]
+    while waiting:
+        argument = waiting.pop()
+        name, equals, _ = argument.replace("-", "_").partition("=")
+        if name not in ("__resume_from_checkpoint", "__overwrite_output_dir"):
+            kept.append(argument)
+        elif not equals and waiting and (name == "__resume_from_checkpoint" or waiting[-1].lower() in YES + NO):
+            waiting.pop()  # its value
+    return typed_command([*kept, "--resume_from_checkpoint", "auto"])

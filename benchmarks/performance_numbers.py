@@ -1,6 +1,6 @@
-"""What the figures of bench.py come to: ratios of neighbouring rounds, and the fractions that they reach of a limit.
+"""Speedups and fractions of the hardware limit, computed from the results of bench.py.
 
-Ratios and fractions are formed round by round, of turns next to each other; then their median is taken.
+Each ratio is computed per round, from measurements taken next to each other. The median over rounds is reported.
 """
 
 import statistics
@@ -16,12 +16,12 @@ LIMITS = {
     "convolution_no": "3×3 convolution, float32",
     "convolution_bf16": "3×3 convolution, bf16",
     "copy": "copy of a large tensor",
-    "sum": "sum of large tensors in place",
+    "sum": "in-place sum of large tensors",
 }
 
 
 class Spread(NamedTuple):
-    """Of the rounds."""
+    """Median, minimum and maximum over the rounds."""
 
     median: float
     least: float
@@ -40,7 +40,7 @@ def spread(values: list[float]) -> Spread:
 
 
 def ratio(of: list[float], over: list[float]) -> Spread:
-    """Of neighbouring rounds."""
+    """Spread of the ratios, round by round."""
     return spread([a / b for a, b in zip(of, over, strict=True)])
 
 
@@ -54,25 +54,25 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def result(results: dict, part: str) -> dict | None:
-    """What a part wrote, `None` where it was not run or failed."""
+    """The result of a part; `None` if it did not run or failed."""
     return results["parts"][part]["result"] if part in results["parts"] else None
 
 
 def step_reached(point: dict, who: str) -> Spread:
-    """Least time of the step's operations at the rate of its limit in the same round, over the time measured."""
+    """Fraction of the limit: the step's operations at the limit's rate in the same round, over the measured time."""
     flop, limit = point["flop_per_image"][who] * point["batch"], point["limit"]
     least = [flop * seconds / limit["flop"] for seconds in limit["seconds"]]
     return ratio(least, point["cpu_seconds"][who])
 
 
 def update_reached(point: dict, who: str) -> Spread:
-    """The same for bytes."""
+    """Fraction of memory bandwidth: time of the bytes at the limit's rate, over the measured time."""
     least = [point["bytes"] * seconds / point["limit_bytes"] for seconds in point["seconds"]["limit"]]
     return ratio(least, point["seconds"][who])
 
 
 def limit_rates(point: dict) -> Spread:
-    """Of a step's limit, in GFLOP/s."""
+    """Rate of a step's limit, in GFLOP/s."""
     return spread([point["limit"]["flop"] / seconds / 1e9 for seconds in point["limit"]["seconds"]])
 
 
@@ -81,16 +81,16 @@ def step_name(point: dict) -> str:
 
 
 def variant_of(point: dict) -> str:
-    """Of a step on a GPU: the compiled one, if it was measured, stands for ours."""
+    """The variant that represents ours on a GPU: the compiled one if it was measured."""
     return "compiled" if "compiled" in point["variants"] else "ours"
 
 
 def gpu_times_plain(point: dict, variant: str) -> Spread:
-    """Of a variant of the step on a GPU, turn by turn."""
+    """Speedup of a variant on a GPU over the plain step, round by round."""
     return ratio(*(point["variants"][name]["images_per_second"] for name in (variant, "plain")))
 
 
 def gpu_step_reached(point: dict, variant: str) -> Spread:
-    """Rate of the operations computed, over the rate of the matrix product in the same run."""
-    figures = point["variants"][variant]
-    return spread([figures["of_limit"] * rate / figures["median"] for rate in figures["images_per_second"]])
+    """Fraction of the limit: rate of the computed operations, over the limit's rate in the same run."""
+    measured = point["variants"][variant]
+    return spread([measured["of_limit"] * rate / measured["median"] for rate in measured["images_per_second"]])

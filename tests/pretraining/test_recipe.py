@@ -3,13 +3,16 @@
 import re
 
 import pytest
+import yaml
 
-from mocov3_hf.plan import make_plan
-from mocov3_hf.recipe import RECIPES, RecipeError, find_recipe, load_recipe, recipe_help, recipe_names
+from mocov3_hf.options import RECIPES, find_recipe, help_text, recipe_names
+from mocov3_hf.pretraining.plan import make_plan
+from mocov3_hf.pretraining.recipe import COMMAND, load_recipe, parse, recipe_of_call
+from mocov3_hf.reporting import UsageError
 
 
 VIT_B = "mocov3_vit-base-p16_16xb256-amp-coslr-300e_in1k"
-# name: (learning rate at 4096, weight decay, momentum, temperature, epochs, warm-up, optimizer, smallest crop, clip)
+# name: (learning rate at 4096, weight decay, EMA decay, temperature, epochs, warm-up, optimizer, smallest crop, clip)
 PUBLISHED = {
     "mocov3_resnet50_8xb512-amp-coslr-100e_in1k": (9.6, 1e-6, 0.99, 1.0, 100, 10, "lars", 0.2, None),
     "mocov3_resnet50_8xb512-amp-coslr-300e_in1k": (4.8, 1e-6, 0.99, 1.0, 300, 10, "lars", 0.2, None),
@@ -23,16 +26,16 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_recipes(name):
     recipe = load_recipe(name)
-    rate, decay, momentum, temperature, epochs, warmup, optimizer, crop, clip = PUBLISHED[name]
+    rate, decay, ema_decay, temperature, epochs, warmup, optimizer, crop, clip = PUBLISHED[name]
     options = recipe.optimization
     plan = make_plan(recipe, 1_281_167, 8)
     assert plan.global_batch_size == 4096
     assert plan.learning_rate == pytest.approx(rate)
     assert plan.total_steps == epochs * 312
     assert plan.warmup_steps == warmup * 312
-    assert (options.weight_decay, options.momentum, options.optimizer, options.max_grad_norm) == (
+    assert (options.weight_decay, options.ema_decay, options.optimizer, options.max_grad_norm) == (
         decay,
-        momentum,
+        ema_decay,
         optimizer,
         clip,
     )
@@ -51,7 +54,10 @@ def test_published_recipes(name):
 def test_every_recipe_begins_with_command_cost_and_expectation(name):
     head = "".join(line for line in (RECIPES / f"{name}.yaml").read_text().splitlines(True) if line.startswith("#"))
     first = head.splitlines()[0]
-    assert re.match(r"# (accelerate launch .*scripts/pretrain\.py --recipe " + re.escape(name) + r"|make )", first)
+    assert re.match(
+        r"# (mocov3|accelerate launch .*-m mocov3_hf) pretrain .*--recipe " + re.escape(name) + r"\b", first
+    )
+    assert " --output_dir runs/" in first
     assert "# Cost: " in head
     assert "# Expected: " in head
     assert "TODO" not in head
@@ -76,7 +82,7 @@ def test_values_have_types(tmp_path):
     assert recipe.run.seed == 3
     assert recipe.model.predictor_final_norm is False
     assert recipe.views.blur_sigma == [1.0, 2.0]
-    assert recipe.run.report_to == ["tensorboard", "wandb"]
+    assert recipe.monitoring.report_to == ["tensorboard", "wandb"]
     assert recipe.optimization.max_steps == 7
 
 
@@ -95,43 +101,48 @@ def test_recipes_are_frozen():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--temprature", "1"], "no option 'temprature'. Did you mean 'temperature'?"),
-        (["--temperature", "warm"], "--temperature: invalid float value: 'warm'"),
-        (["--seed", "1.5"], "--seed: invalid int value"),
-        (["--optimizer", "sgd"], "--optimizer: invalid choice: 'sgd'"),
-        (["--backbone_config", "{oops"], "--backbone_config"),
-        (["--flip_probability", "2"], "flip_probability must lie between 0 and 1, got 2.0"),
-        (["--crop_scale", "0.5", "0.2"], "crop_scale must be two positive numbers, the smaller first"),
-        (["--crop_scale", "0.5"], "crop_scale must be two positive numbers"),
-        (["--max_steps", "0"], "max_steps must be at least 1"),
-        (["--momentum", "1.2"], "momentum must lie between 0 and 1"),
-        (["--weight_decay", "-1"], "weight_decay must not be negative"),
+        (["--temprature", "1"], "there is no option '--temprature'; did you mean '--temperature'?"),
+        (["--temperature", "warm"], "--temperature takes one finite number, got 'warm'"),
+        (["--seed", "1.5"], "--seed takes one integer, got '1.5'"),
+        (["--optimizer", "sgd"], "--optimizer takes one of adamw, lars, got 'sgd'"),
+        (["--backbone_config", "{oops"], "--backbone_config takes a mapping (JSON on the command line), got '{oops'"),
+        (["--flip_probability", "2"], "--flip_probability must be at least 0 and at most 1, got 2.0"),
+        (["--crop_scale", "0.5", "0.2"], "crop_scale takes two positive numbers, the smaller first, got [0.5, 0.2]"),
+        (["--crop_scale", "0.5"], "crop_scale takes two positive numbers"),
+        (["--max_steps", "0"], "--max_steps must be at least 1, got 0"),
+        (["--ema_decay", "1.2"], "--ema_decay must be at least 0 and at most 1, got 1.2"),
+        (["--base_learning_rate", "nan"], "--base_learning_rate takes one finite number, got 'nan'"),
+        (["--image_size", "[32, 64]"], "--image_size takes one integer, got"),
+        (["--spike_factor", "1"], "--spike_factor must be above 1"),
+        (["--weight_decay", "-1"], "--weight_decay must be at least 0, got -1.0"),
     ],
 )
 def test_command_line_mistakes(arguments, message):
-    with pytest.raises(RecipeError, match=re.escape(message)):
+    with pytest.raises(UsageError, match=re.escape(message)):
         load_recipe("quickstart", arguments)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("temprature: 1", "mine.yaml: there is no option 'temprature'. Did you mean 'temperature'?"),
-        ("seed: many", "mine.yaml: argument --seed: invalid int value: 'many'"),
+        ("temprature: 1", "mine.yaml: there is no option 'temprature'; did you mean 'temperature'?"),
+        ("seed: many", "mine.yaml: seed takes one integer, got 'many'"),
         ("- a list", "must hold a mapping of options, got a list"),
-        ("seed: [1", "is no valid YAML"),
+        ("seed: [1", "mine.yaml cannot be read as a recipe"),
+        ("image_size: [32, 64]", "mine.yaml: image_size takes one integer, got [32, 64]"),
+        ("seed: 1\nseed: 2", "the key 'seed' occurs twice"),
     ],
 )
 def test_file_mistakes(tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(RecipeError, match=re.escape(message)):
+    with pytest.raises(UsageError, match=re.escape(message)):
         load_recipe(str(tmp_path / "mine.yaml"))
 
 
 def test_wrong_recipe_name_offers_the_nearest():
-    with pytest.raises(RecipeError, match="Did you mean 'mocov3_vit-small-p16_16xb256-amp-coslr-300e_in1k'"):
-        find_recipe("mocov3_vit-small")
-    with pytest.raises(RecipeError, match=r"no recipe file missing\.yaml"):
+    with pytest.raises(UsageError, match="did you mean 'mocov3_vit-small-p16_16xb256-amp-coslr-300e_in1k'"):
+        find_recipe("mocov3_vit-small-p16_16xb256-amp")
+    with pytest.raises(UsageError, match=r"recipe file 'missing\.yaml' does not exist"):
         find_recipe("missing.yaml")
 
 
@@ -144,7 +155,7 @@ def test_per_device_batch_scales_the_learning_rate():
     assert make_plan(fixed, 10_000, 4).learning_rate == 0.1
 
 
-def test_max_steps_keeps_the_share_of_the_warm_up():
+def test_max_steps_keeps_the_fraction_of_the_warmup():
     plan = make_plan(load_recipe(VIT_B, ["--max_steps", "300"]), 1_281_167, 8)
     assert (plan.total_steps, plan.warmup_steps) == (300, 40)
 
@@ -152,19 +163,68 @@ def test_max_steps_keeps_the_share_of_the_warm_up():
 @pytest.mark.parametrize(
     ("arguments", "num_images", "num_processes", "message"),
     [
-        (["--train_batch_size", "100"], 1000, 3, "3 processes cannot share a global batch of 100"),
+        (["--train_batch_size", "100"], 1000, 3, "a global batch of 100 images cannot be shared by 3 processes"),
         (["--train_batch_size", "1"], 1000, 1, "cannot train on a batch of 1"),
         (["--per_device_train_batch_size", "1"], 1000, 1, "cannot train on a batch of 1"),
         (["--train_batch_size", "64"], 50, 1, "50 images, fewer than one global batch of 64"),
     ],
 )
 def test_plans_refuse_what_cannot_work(arguments, num_images, num_processes, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UsageError, match=message):
         make_plan(load_recipe("quickstart", arguments), num_images, num_processes)
 
 
-def test_help_documents_every_option_once():
-    text = recipe_help()
+def test_help_documents_every_option():
+    text = help_text(COMMAND, everything=True)
     for name in load_recipe("quickstart").to_dict():
-        # Python 3.13 writes the value once, after all spellings of an option.
-        assert re.search(rf"--{name}[ ,]", text), name
+        assert text.count(f"\n  --{name} ") == 1, name
+    short = help_text(COMMAND)
+    assert len(short.splitlines()) < 150
+    for section in (
+        "Data:",
+        "Views:",
+        "Model:",
+        "Optimization:",
+        "Hardware and speed:",
+        "Run:",
+        "Monitoring:",
+        "Hub:",
+    ):
+        assert f"\n{section}\n" in short
+
+
+RENAMED = {"momentum": "ema_decay", "momentum_schedule": "ema_schedule", "model_name_or_path": "model"}
+OLD_VALUES = {"momentum": "0.5", "momentum_schedule": "constant", "model_name_or_path": "some/model"}
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_old_spellings(old, tmp_path, capsys):
+    new, value = RENAMED[old], OLD_VALUES[old]
+    expected = load_recipe("quickstart", [f"--{new}", value])
+    assert capsys.readouterr().err == ""
+    assert load_recipe("quickstart", [f"--{old}", value]) == expected
+    assert capsys.readouterr().err == f"warning: --{old} is deprecated: use --{new}\n"
+    saved = expected.to_dict()
+    saved[old] = saved.pop(new)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(saved))
+    assert load_recipe(tmp_path / "recipe.yaml") == expected
+    assert capsys.readouterr().err == "", "a run of an earlier version resumes silently"
+
+
+def test_the_data_set_may_stand_without_its_name():
+    recipe = parse(["path/to/images", "--recipe", "quickstart", "--output_dir", "runs/first"])
+    assert recipe.data.dataset_name == "path/to/images"
+
+
+def test_recipes_of_python_calls():
+    options = {"seed": 3, "torch_compile": True, "crop_scale": [0.5, 1.0], "save_total_limit": None}
+    backbone = {"backbone_config": {"num_hidden_layers": 2}}
+    arguments = ["--seed", "3", "--torch_compile", "--crop_scale", "0.5", "1", "--save_total_limit", "null"]
+    expected = load_recipe("quickstart", [*arguments, "--backbone_config", '{"num_hidden_layers": 2}'])
+    assert recipe_of_call("quickstart", options | backbone) == expected
+    for wrong, message in {
+        "sede": "pretrain(): there is no option 'sede'; did you mean 'seed'?",
+        "seed": "pretrain(): seed takes one integer, got 'x'",
+    }.items():
+        with pytest.raises(UsageError, match=re.escape(message)):
+            recipe_of_call("quickstart", {wrong: "x"})

@@ -1,13 +1,14 @@
-"""What a recipe comes to on given data and processes: batch, steps and learning rate."""
+"""What a recipe means for given data and processes: batch, steps and learning rate."""
 
 from dataclasses import dataclass
 
-from .recipe import Recipe, RecipeError
+from ..reporting import UsageError
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe comes to on given data and processes."""
+    """Batch, steps and learning rate of a run."""
 
     global_batch_size: int
     batch_size: int  # per process
@@ -26,13 +27,13 @@ def make_plan(recipe: Recipe, num_images: int | None, num_processes: int) -> Pla
     Batch, steps and learning rate.
 
     Args:
-        recipe: The recipe.
-        num_images: Length of the data set, `None` for a stream that does not tell it.
+        recipe: Options of the run.
+        num_images: Length of the data set, None for a stream of unknown length.
         num_processes: Processes that share a batch.
 
     Raises:
-        RecipeError: a batch that the processes cannot share, of one image, or larger than the data set; a stream
-            without a length; more steps per epoch than the data give.
+        UsageError: a batch that the processes cannot share, of one image, or larger than the data set; a stream of
+            unknown length; more steps per epoch than the data set has.
     """
     options = recipe.optimization
     if options.per_device_train_batch_size is not None:
@@ -40,41 +41,42 @@ def make_plan(recipe: Recipe, num_images: int | None, num_processes: int) -> Pla
     else:
         global_batch_size = options.train_batch_size
         if global_batch_size % num_processes != 0:
-            raise RecipeError(
-                f"{num_processes} processes cannot share a global batch of {global_batch_size} images equally: pass a"
+            raise UsageError(
+                f"a global batch of {global_batch_size} images cannot be shared by {num_processes} processes: pass a"
                 " --train_batch_size that is a multiple of them, or --per_device_train_batch_size"
             )
     if global_batch_size < 2:
-        raise RecipeError(
-            "MoCo v3 cannot train on a batch of 1: its heads normalise over the batch, and one image has no negatives."
-            " Pass a --per_device_train_batch_size of at least 2"
+        raise UsageError(
+            "MoCo v3 cannot train on a batch of 1: batch normalization and InfoNCE need other images. Pass a"
+            " --per_device_train_batch_size of at least 2"
         )
     if num_images is not None and num_images < global_batch_size:
-        raise RecipeError(
+        raise UsageError(
             f"the data set has {num_images} images, fewer than one global batch of {global_batch_size}: pass a smaller"
             " --per_device_train_batch_size or --train_batch_size"
         )
     steps_per_epoch = recipe.data.steps_per_epoch
     if steps_per_epoch is None:
         if num_images is None:
-            raise RecipeError("the stream does not tell how many images it has: pass --steps_per_epoch")
+            raise UsageError("dataset length is unknown when streaming: pass --steps_per_epoch")
         steps_per_epoch = num_images // global_batch_size
     elif num_images is not None and steps_per_epoch * global_batch_size > num_images:
-        raise RecipeError(
-            f"{num_images} images make {num_images // global_batch_size} steps of {global_batch_size}: pass a smaller"
-            f" --steps_per_epoch than {steps_per_epoch}"
+        raise UsageError(
+            f"--steps_per_epoch {steps_per_epoch} is too large: {num_images} images make"
+            f" {num_images // global_batch_size} steps of {global_batch_size}"
         )
     full_length = options.num_train_epochs * steps_per_epoch
     total_steps = full_length if options.max_steps is None else options.max_steps
-    warmup_share = min(options.warmup_epochs / options.num_train_epochs, 1.0)
+    warmup_fraction = min(options.warmup_epochs / options.num_train_epochs, 1.0)
     learning_rate = options.learning_rate
     if learning_rate is None:
+        # Linear scaling rule (Goyal et al. 2017; paper, §3).
         learning_rate = options.base_learning_rate * global_batch_size / 256
     return Plan(
         global_batch_size=global_batch_size,
         batch_size=global_batch_size // num_processes,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
-        warmup_steps=round(warmup_share * total_steps),
+        warmup_steps=round(warmup_fraction * total_steps),
         learning_rate=learning_rate,
     )

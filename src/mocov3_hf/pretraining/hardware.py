@@ -1,0 +1,194 @@
+"""What makes a step fast: chosen for the device, the precision and the backbone.
+
+The step itself (step.py) does not depend on it. Every choice but TF32 computes the plain step up to the order of
+sums; benchmarks/step.py measures them. Each is worth at least 5 % of a step somewhere (docs/LOG.md).
+"""
+
+import ctypes
+import os
+import platform
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from ..data.photometric import PhotometricStage
+from ..model.configuration_mocov3 import MoCoV3ViTConfig
+from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
+from ..reporting import UsageError, one_line
+from .recipe import Recipe
+
+
+# Options of glibc's mallopt (malloc.h): map nothing per allocation, give nothing back, and grow in large pieces.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+KEEP_FREED_MEMORY = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28))
+
+
+@dataclass(frozen=True)
+class HardwareSettings:
+    """The resolved choices."""
+
+    attn_implementation: str | None  # None keeps the backbone's default
+    tf32: bool  # float32 matrix products of GPUs in TF32
+    channels_last: bool  # memory format of convolutions
+    keep_freed_memory: bool  # of the process, on CPUs
+    deterministic: bool
+    torch_compile: bool
+    gradient_checkpointing: bool
+
+    def describe(self) -> str:
+        """One line: `sdpa attention, channels_last`, or `nothing`."""
+        attention = [f"{self.attn_implementation} attention"] if self.attn_implementation is not None else []
+        switches = [name for name, value in asdict(self).items() if value is True]
+        return ", ".join(attention + switches) or "nothing"
+
+
+def choose_settings(recipe: Recipe, model: MoCoV3ForPreTraining, device: torch.device) -> HardwareSettings:
+    """
+    The recipe's choices and, where it is open, the fastest; the same on the same kind of device.
+
+    Raises:
+        UsageError: an option that the backbone or the precision does not support.
+    """
+    options, backbone = recipe.hardware, model.config.backbone_config.model_type
+    attention, precision = options.attn_implementation, options.mixed_precision
+    if options.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UsageError(
+            f"--gradient_checkpointing is not supported by the backbone {backbone!r}: leave it out, or use a smaller"
+            " --per_device_train_batch_size"
+        )
+    if attention is not None and not model.mocov3.backbone._supports_attention_backend:
+        raise UsageError(f"--attn_implementation is not supported by the backbone {backbone!r}: leave it out")
+    if (attention or "").startswith("flash") and precision == "no":
+        raise UsageError(
+            f"--attn_implementation {attention} needs half precision: pass --mixed_precision bf16, or"
+            " --attn_implementation sdpa"
+        )
+    if attention is None and backbone == MoCoV3ViTConfig.model_type:
+        attention = fastest_attention(device, precision)
+    return HardwareSettings(
+        attn_implementation=attention,
+        # Under autocast only the loss is computed in float32, where TF32 costs accuracy and saves no time.
+        tf32=has_tf32(device) and precision == "no",
+        channels_last=has_spatial_convolutions(model.mocov3),
+        keep_freed_memory=device.type == "cpu" and has_glibc(),
+        # CPUs have no other algorithms.
+        deterministic=device.type == "cuda" if options.deterministic is None else options.deterministic,
+        torch_compile=options.torch_compile,
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
+
+
+def this_device() -> torch.device:
+    """The kind of device that a run on this machine uses."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def has_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"
+
+
+def fastest_attention(device: torch.device, mixed_precision: str) -> str:
+    """The fused kernel, except for bf16 on CPUs, where plain matrix products are faster (benchmarks/step.py)."""
+    return "eager" if device.type == "cpu" and mixed_precision == "bf16" else "sdpa"
+
+
+def has_spatial_convolutions(module: nn.Module) -> bool:
+    """Whether there are convolutions besides a patch projection."""
+    return sum(isinstance(layer, nn.Conv2d) for layer in module.modules()) > 1
+
+
+def set_up(model: MoCoV3ForPreTraining, settings: HardwareSettings) -> None:
+    """
+    Apply the choices to the process and to a model, in place, before its optimizer is built.
+
+    Raises:
+        UsageError: an attention that is unknown or not installed.
+    """
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high" if settings.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = settings.tf32
+        is_own_vit = model.config.backbone_config.model_type == MoCoV3ViTConfig.model_type
+        choose_algorithms(settings.deterministic, strictly=is_own_vit)
+    if settings.keep_freed_memory:
+        keep_freed_memory()
+    set_up_model(model, settings)
+
+
+def set_up_model(model: MoCoV3ForPreTraining, settings: HardwareSettings) -> None:
+    """
+    Apply the choices to a model alone, in place; weights keep their values and names.
+
+    Raises:
+        UsageError: an attention that is unknown or not installed.
+    """
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if settings.attn_implementation is not None:
+        try:
+            model.set_attn_implementation(settings.attn_implementation)
+        except (ValueError, ImportError) as error:
+            raise UsageError(f"--attn_implementation {settings.attn_implementation}: {one_line(error)}") from error
+    if settings.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    if settings.torch_compile:
+        for encoder in (model.mocov3, model.momentum_encoder.encoder):
+            compile_in_place(encoder)
+
+
+def choose_algorithms(deterministic: bool, strictly: bool) -> None:
+    """
+    Whether GPUs use only algorithms that sum in a fixed order.
+
+    Where torch has none for an operation, it raises if `strictly`, and otherwise warns and uses what it has. That also
+    keeps a faster backward pass of the fused attention, whose sums have no fixed order.
+    """
+    if deterministic:
+        # Read by cuBLAS when it is first used: a workspace of fixed size, as its documentation requires.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic, warn_only=not strictly)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs; costs time
+
+
+def keep_freed_memory() -> None:
+    """
+    Let this process keep the memory that it frees, where glibc accepts that.
+
+    Otherwise glibc requests every large tensor from the system and returns it at once, and the system clears each page
+    again on first use: 8 to 12 % of a step.
+    """
+    library = ctypes.CDLL(None)
+    for name, value in KEEP_FREED_MEMORY:
+        library.mallopt(name, value)
+
+
+def enable_gradient_checkpointing(model: MoCoV3ForPreTraining) -> None:
+    """In the trained encoder: the momentum encoder keeps no activations."""
+    encoder = model.mocov3
+    # Renamed in transformers 5.
+    enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
+    enable()
+
+
+def compile_augmentation(stage: PhotometricStage, settings: HardwareSettings, device: torch.device) -> None:
+    """Compile the device half of the augmentation, in place; on CPUs it is faster uncompiled (docs/LOG.md)."""
+    if settings.torch_compile and device.type != "cpu":
+        compile_in_place(stage)
+
+
+def compile_in_place(module: nn.Module) -> None:
+    """
+    Compile a module without renaming its weights.
+
+    For the encoders and the augmentation: heads and loss are little work and communicate. Random numbers are those of
+    the uncompiled step, so that the second pass of the gradient cache repeats the first. With deterministic algorithms
+    kernels are not chosen by timing.
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    # A run has one input size; kernels for any size are slower.
+    module.compile(dynamic=False, options={"fallback_random": True, "deterministic": deterministic})

@@ -1,0 +1,151 @@
+"""Recipes of pre-training: options from a YAML file, with those of a command line or of a Python call over them.
+
+A recipe is flat where it is written (`key: value`, `--key value`) and grouped where it is read
+(`recipe.views.image_size`). The options themselves are in recipe_options.py.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..options import (
+    RECIPES,
+    Command,
+    build,
+    find_recipe,
+    merged,
+    show_help,
+    values_of_arguments,
+    values_of_keywords,
+    values_of_recipe,
+)
+from ..reporting import UsageError
+from ..run_folder import RECIPE
+from ..storage import write_text
+from .recipe_options import (
+    DataOptions,
+    HardwareOptions,
+    HubOptions,
+    ModelOptions,
+    MonitoringOptions,
+    OptimizationOptions,
+    RunOptions,
+    ViewOptions,
+)
+
+
+# Why there is no option of this name of `Trainer`.
+NO_ACCUMULATION = (
+    "gradient_accumulation_steps is not supported: small batches have fewer negatives, which is a different objective."
+    " For a batch larger than memory pass --gradient_cache_chunk_size, which computes the exact gradient"
+)
+AUTOMATIC = "it is chosen for the hardware and the backbone"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run."""
+
+    data: DataOptions
+    views: ViewOptions
+    model: ModelOptions
+    optimization: OptimizationOptions
+    hardware: HardwareOptions
+    run: RunOptions
+    monitoring: MonitoringOptions
+    hub: HubOptions
+
+    def __post_init__(self):
+        if self.monitoring.on_instability == "skip" and self.hardware.mixed_precision == "fp16":
+            raise UsageError(
+                "on_instability skip does not work with mixed_precision fp16, whose gradient scaler decides which"
+                " steps to skip: use bf16, or on_instability rollback"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options, flat, in the types of YAML."""
+        return {
+            name: value
+            for group in dataclasses.fields(self)
+            for name, value in vars(getattr(self, group.name)).items()
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the resolved recipe; `load_recipe(path)` reads it."""
+        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+
+COMMAND = Command(
+    "pretrain",
+    "Pre-train an encoder with MoCo v3 on unlabeled images, such as:\n"
+    "mocov3 pretrain path/to/images --recipe quickstart --output_dir runs/first",
+    groups=tuple(group.type for group in dataclasses.fields(Recipe)),
+    positional="dataset_name",
+    recipes=RECIPES,
+    hints={"gradient_accumulation_steps": NO_ACCUMULATION},
+    removed={
+        "fsdp": "every process holds the whole model (DDP), and ViT-H fits into 80 GB; for less memory pass"
+        " --gradient_checkpointing true or --gradient_cache_chunk_size",
+        "tf32": AUTOMATIC,
+        "channels_last": AUTOMATIC,
+        "keep_freed_memory": AUTOMATIC,
+        "pooled_query_only": "it is always on",
+        "in_place_relu": "it made no measurable difference",
+        "views_in_one_pass": "it made a difference of less than 5 %",
+    },
+)
+
+
+def parse(arguments: Iterable[str]) -> Recipe:
+    """
+    The recipe of a command line. `--help` prints and exits.
+
+    Raises:
+        UsageError: no `--recipe`, no `--output_dir`, or options that are not valid.
+    """
+    arguments = list(arguments)
+    show_help(COMMAND, arguments)
+    values = values_of_arguments(COMMAND, arguments)
+    if "recipe" not in values:
+        raise UsageError("--recipe is missing: pass a YAML file or a name that mocov3 recipes lists")
+    recipe = resolve(values.pop("recipe"), values)
+    if recipe.run.output_dir is None and not recipe.run.dry_run:
+        raise UsageError("--output_dir is missing: pass a folder for weights and metrics")
+    return recipe
+
+
+def load_recipe(name: str | Path, arguments: Iterable[str] = ()) -> Recipe:
+    """
+    A recipe by name or path, with command-line arguments such as `["--seed", "1"]` over it.
+
+    Raises:
+        UsageError: no such recipe, or options that are not valid.
+    """
+    return resolve(name, values_of_arguments(COMMAND, arguments))
+
+
+def recipe_of_call(name: str | Path, options: Mapping[str, Any]) -> Recipe:
+    """A recipe by name or path with typed Python values over it; UsageError as `load_recipe`."""
+    return resolve(name, values_of_keywords(COMMAND, options))
+
+
+def resolve(name: str | Path, values: Mapping[str, Any]) -> Recipe:
+    """The recipe that a file gives with other values over it; mappings are merged by key."""
+    path = find_recipe(str(name), RECIPES)
+    # A run writes recipe.yaml itself: one of an earlier version is taken without a word.
+    from_file = values_of_recipe(COMMAND, path, quiet=path.name == RECIPE)
+    together = merged(from_file, values)
+    if "backbone_config" in from_file and "backbone_config" in values:
+        together["backbone_config"] = merge_backbone_config(from_file["backbone_config"], values["backbone_config"])
+    return Recipe(**{group.name: build(group.type, together) for group in dataclasses.fields(Recipe)})
+
+
+def merge_backbone_config(file: dict, command: dict) -> dict:
+    """Keys of the command line over those of the file; those of another model type are dropped."""
+    if command.get("model_type", file.get("model_type")) != file.get("model_type"):
+        return command
+    return {**file, **command}
