@@ -135,7 +135,7 @@ def test_compiled():
     model = build_model(VIT, **settings)
     set_up(model, replace(PLAIN, torch_compile=True))
     model.momentum_encoder.encoder._compiled_call_impl = None
-    assert_same_step(step_of(model, 16, None), plain_step(VIT, **settings))
+    assert_same_step(step_of(model, 16, None), first_step(VIT, {}, **settings))
 
 
 @torch_warns_of_itself

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mocov3_hf.hub import background
+from mocov3_hf import hub
 from mocov3_hf.pretraining.loop import main
 from tests.launch import ROOT, python
 
@@ -27,12 +27,12 @@ class Recorder:
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch):
     monkeypatch.setattr(Recorder, "made", ())
-    monkeypatch.setattr(background, "BackgroundPusher", Recorder)
+    monkeypatch.setattr(hub, "BackgroundPusher", Recorder)
 
 
 def test_pushes_after_every_checkpoint(tmp_path, tiny):
-    hub = ["--push_to_hub", "--hub_model_id", "me/model", "--hub_private_repo", "--hub_revision", "main"]
-    main([*tiny, *hub, "--save_steps", "3", "--output_dir", str(tmp_path)])
+    options = ["--push_to_hub", "--hub_model_id", "me/model", "--hub_private_repo", "--hub_revision", "main"]
+    main([*tiny, *options, "--save_steps", "3", "--output_dir", str(tmp_path)])
     (pusher,) = Recorder.made
     assert pusher.name == "me/model"
     assert pusher.options == {"private": True, "revision": "main"}

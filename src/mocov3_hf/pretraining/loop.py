@@ -81,11 +81,11 @@ def run_recipe(recipe: Recipe, resume_command: str) -> Path:
         run.train()
     except TooManyBadImagesError as error:  # images can be out of reach of one process alone
         raise RunError(str(error), from_any_process=True) from error
-    except CheckpointError as error:
-        raise (error if run is None else RunError(str(error))) from error
     except ValueError as error:
         if run is None or isinstance(error, UsageError):
             raise
+        if isinstance(error, CheckpointError):
+            raise RunError(str(error)) from error
         # A defect, not a mistake of the user: it keeps its traceback.
         raise RuntimeError(f"training failed: {error}") from error
     except RuntimeError as error:
@@ -146,7 +146,7 @@ class Run:
         compile_augmentation(self.photometric, settings, self.accelerator.device)
         self.pusher = None
         if recipe.hub.push_to_hub and self.accelerator.is_main_process:
-            from ..hub.background import BackgroundPusher
+            from ..hub import BackgroundPusher
 
             name = recipe.hub.hub_model_id or self.output_dir.resolve().name
             self.pusher = BackgroundPusher(name, private=recipe.hub.hub_private_repo, revision=recipe.hub.hub_revision)

@@ -24,7 +24,10 @@ class DataOptions:
         None, "length of an epoch, needed if the length of a stream is unknown", at_least=1, advanced=True
     )
     num_train_images: int | None = option(
-        None, "number of images that --dry_run plans with if the data set is not on this machine", advanced=True
+        None,
+        "number of images that --dry_run plans with if the data set is not on this machine",
+        at_least=1,
+        advanced=True,
     )
     on_bad_image: Literal["skip", "error"] = option(
         "skip", "replace images that cannot be decoded and list them in bad_images.jsonl, or stop", advanced=True
