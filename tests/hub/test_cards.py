@@ -9,13 +9,18 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification, MoCoV3ForPreTraining, MoCoV3Model
-from mocov3_hf.hub.cards import main
-from mocov3_hf.hub.facts import FEATURE_WIDTHS, carded_models, configuration, published_models
+from mocov3_hf import (
+    MoCoV3Config,
+    MoCoV3ForImageClassification,
+    MoCoV3ForPreTraining,
+    MoCoV3Model,
+    MoCoV3ViTConfig,
+)
+from mocov3_hf.hub.cards import FEATURE_WIDTHS, carded_models, main
 from mocov3_hf.options import RECIPES
 from mocov3_hf.pretraining.estimate import multiply_adds
 from mocov3_hf.processing import build_image_processor
-from mocov3_hf.zoo import load_zoo
+from mocov3_hf.zoo import VIT_SIZES, load_zoo
 from tests.hub.conftest import tiny_config
 
 
@@ -31,25 +36,25 @@ def test_cards_are_up_to_date(tmp_path, capsys):
     assert len(written) == 14
 
 
-def test_facts_and_the_zoo_are_one_table():
-    zoo = load_zoo()
-    assert published_models().keys() == zoo.keys()
-    for name, model in published_models().items():
-        assert (model.url, model.row["params_m"]) == (zoo[name].url, zoo[name].params_m)
-        assert (model.row["stage"], model.row.get("top1")) == (zoo[name].stage, zoo[name].top1)
+def configuration(model):
+    labels = {"num_labels": 1000} if model.is_classifier else {}
+    if model.architecture == "resnet50":
+        heads = {"num_projector_layers": 2, "predictor_final_norm": False, "temperature": 1.0}
+        return MoCoV3Config(backbone_config={"model_type": "resnet"}, **heads, **labels)
+    return MoCoV3Config(backbone_config=MoCoV3ViTConfig(**VIT_SIZES[model.architecture]), **labels)
 
 
-@pytest.mark.parametrize("name", published_models())
+@pytest.mark.parametrize("name", load_zoo())
 def test_parameters_and_operations_are_what_our_code_counts(name):
-    model = published_models()[name]
+    model = load_zoo()[name]
     with torch.device("meta"):
         whole = (MoCoV3ForImageClassification if model.is_classifier else MoCoV3ForPreTraining)(configuration(model))
         encoder = MoCoV3Model(configuration(model))
         operations = multiply_adds(encoder, torch.zeros(1, 3, 224, 224))
     parameters = sum(parameter.numel() for parameter in whole.parameters())
-    assert round(parameters / 1e6, 2) == model.row["params_m"]
-    assert round(operations / 1e9, 2) == model.row["gflops"]
-    assert encoder.pooled_width == FEATURE_WIDTHS[model.row["architecture"]]
+    assert round(parameters / 1e6, 2) == model.params_m
+    assert round(operations / 1e9, 2) == model.gflops
+    assert encoder.pooled_width == FEATURE_WIDTHS[model.architecture]
 
 
 @pytest.mark.parametrize("model", carded_models(), ids=lambda model: model.name)
@@ -60,20 +65,22 @@ def test_card_states_recipe_accuracy_and_metadata(model):
     assert card.data.datasets == ["ILSVRC/imagenet-1k"]
     expected = "image-classification" if model.is_classifier else "image-feature-extraction"
     assert card.data.pipeline_tag == expected
-    assert f"convert_checkpoint.py {model.name} --output_dir" in text
+    assert f"\nmocov3 convert {model.name} --output_dir models/{model.name}\n" in text
     assert model.url in text
     assert "not re-measured here" in text
     assert "@inproceedings{chen2021mocov3" in text
-    assert f"{model.row['params_m']:.2f} M parameters" in text
+    assert f"{model.params_m:.2f} M parameters" in text
     if model.is_classifier:
         (result,) = card.data.eval_results
-        assert (result.metric_value, result.dataset_type) == (model.row["top1"], "ILSVRC/imagenet-1k")
+        assert (result.metric_value, result.dataset_type) == (model.top1, "ILSVRC/imagenet-1k")
     else:
         recipe = yaml.safe_load((RECIPES / f"{model.name}.yaml").read_text())
-        stated = model.row["recipe"]
-        assert recipe["num_train_epochs"] == model.row["epochs"]
+        stated = model.recipe
+        assert recipe["num_train_epochs"] == model.epochs
         assert recipe["temperature"] == stated["temperature"]
         assert recipe["weight_decay"] == stated["weight_decay"]
+        assert recipe.get("ema_decay", recipe.get("momentum", 0.99)) == stated["ema_decay"]
+        assert f"`accelerate launch -m mocov3_hf pretrain --recipe {model.name}`" in text
         assert recipe["base_learning_rate"] * stated["batch_size"] / 256 == pytest.approx(stated["learning_rate"])
     for link in re.findall(r"\]\(([\w.-]+\.md)\)", text):
         assert (CARDS / link).is_file()
@@ -106,7 +113,7 @@ def stand_ins(tmp_path_factory):
 
 @pytest.mark.parametrize("model", carded_models(), ids=lambda model: model.name)
 def test_snippets_of_the_card_run(model, stand_ins, tmp_path, monkeypatch):
-    body = model.row["architecture"].split("-")[0].removesuffix("50")
+    body = model.architecture.split("-")[0].removesuffix("50")
     asked = []
 
     def fetch(name):

@@ -147,6 +147,7 @@ def kill_tree(launch):
     launch.wait()
 
 
+@pytest.mark.slow
 def test_sigkill_on_two_processes_continued_by_one(tmp_path, tiny, uninterrupted, fresh):
     """A real kill of a real launch; the sample sequence does not depend on the number of processes."""
     expected = uninterrupted(*KINDS["adamw"])

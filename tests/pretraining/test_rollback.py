@@ -46,6 +46,7 @@ def leave_out(monkeypatch, first, last):
     monkeypatch.setattr(loop, "batches", without)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1e3, float("nan")], ids=["spike", "nan"])
 def test_a_rollback_ends_as_if_the_images_had_never_been(run, monkeypatch, factor, capsys):
     with monkeypatch.context() as patch:
@@ -70,6 +71,7 @@ def test_a_rollback_ends_as_if_the_images_had_never_been(run, monkeypatch, facto
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [19, 24, 26, 30])
 def test_a_kill_before_during_and_after_a_rollback_changes_nothing(run, monkeypatch, call):
     with monkeypatch.context() as patch:
@@ -86,6 +88,7 @@ def test_a_kill_before_during_and_after_a_rollback_changes_nothing(run, monkeypa
     assert read_events(undisturbed.parent / "killed") == read_events(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_rollback_in_the_first_steps_returns_to_the_start_with_a_lower_rate(run, monkeypatch):
     plant_spikes(monkeypatch, [4], float("nan"))
     folder = run("run", *ROLLBACK, "--rollback_learning_rate_factor", "0.5", "--learning_rate", "0.1")
@@ -97,6 +100,7 @@ def test_a_rollback_in_the_first_steps_returns_to_the_start_with_a_lower_rate(ru
         assert line["learning_rate"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_rollbacks_that_do_not_help_go_farther_back_and_then_end(run, monkeypatch, capsys, tmp_path):
     plant_spikes(monkeypatch, range(20, 1000), float("nan"))
     with pytest.raises(SystemExit) as stop:
@@ -109,6 +113,7 @@ def test_rollbacks_that_do_not_help_go_farther_back_and_then_end(run, monkeypatc
     assert targets == [16, 8, 0]
 
 
+@pytest.mark.slow
 def test_a_planted_divergence_is_rolled_back(run, monkeypatch, tmp_path):
     """The loss learns well, then falls back towards chance with smooth gradients while certain batches are seen."""
     batches, train_step, current = loop.batches, loop.train_step, []

@@ -13,8 +13,8 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..data.labelled import LabelledImages, open_labelled
-from ..storage import is_local
 from ..recipe import RECIPES
+from ..storage import is_local
 from .encoder import ProcessorTransform, check_model_path
 from .features import data_fingerprint, joined_processes
 from .results import FILE_NAME, append_result, table

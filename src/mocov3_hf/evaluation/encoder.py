@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedModel
 from transformers.utils import logging
 
-from ..storage import is_local
 from ..processing import RESAMPLING, build_image_processor
+from ..storage import is_local
 
 
 # Legend of dimensions: B batch, H W image, D width of the pooled vector, L tokens.

@@ -12,11 +12,11 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from ..data.labelled import LabelledImages
+from ..metrics import accuracy_metrics
 from .arguments import SplitArguments, describe_split, evaluation_processes, open_split, record_and_print, run_command
 from .classifier import MATCH_CLASSES, class_logits, load_classifier, match_classes
 from .encoder import load_transform, weights_hash
 from .features import rows_of_split
-from ..metrics import accuracy_metrics
 
 
 @dataclass(frozen=True)
