@@ -380,7 +380,7 @@ def _described(item: dataclasses.Field) -> str:
     if item.default_factory is not dataclasses.MISSING:
         default = item.default_factory()
     text = item.metadata["help"].rstrip(".")
-    if default not in (None, [], {}, False):
+    if default is not None and default is not False and default not in ([], {}):
         text += f" (default: {_as_text(default)})"
     return text.replace("%", "%%")
 
