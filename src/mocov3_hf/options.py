@@ -56,7 +56,7 @@ def option(
     """
     metadata = {
         "help": help,
-        "bounds": {"at least": at_least, "at most": at_most, "above": above, "below": below},
+        "bounds": {"at least": at_least, "above": above, "at most": at_most, "below": below},
         "old": dict(old) if isinstance(old, Mapping) else dict.fromkeys(old),
         "advanced": advanced,
         "metavar": metavar,

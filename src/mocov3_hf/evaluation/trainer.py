@@ -279,6 +279,8 @@ def check_settings(settings: Mapping[str, Any], folder: str | os.PathLike) -> No
     """
     try:
         saved = json.loads((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
+        if not isinstance(saved, dict):
+            raise ValueError(f"it holds a {type(saved).__name__}, expected an object")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the options of the run of {os.fspath(folder)!r} cannot be read ({SETTINGS}): {error}"
