@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from ..hub.push import push_folder
 from ..loading import resolve_model, weights_hash
 from ..options import option
 from ..processing import ProcessorTransform
-from ..reporting import RunError, UsageError, is_first_process, one_line
+from ..reporting import RunError, UsageError, one_line
 from ..run_folder import CONFIG, RESULTS, TRAINER_STATE, append_result, list_checkpoints
 from .common import (
     EvaluationOptions,
@@ -321,12 +320,7 @@ def run_training(
         trainer = training.trainer
         checkpoint = _checkpoint_of(options, folder)
         started = time.perf_counter()
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        except ValueError as error:
-            if not is_first_process():  # an image that only this process decodes; `reporting` prints for the first
-                print(f"error: {one_line(error)}", file=sys.stderr)
-            raise
+        trainer.train(resume_from_checkpoint=checkpoint)
         check_finite(trainer.model)
         if trainer.frozen is not None and weights_hash(trainer.frozen) != training.start:
             raise ValueError(

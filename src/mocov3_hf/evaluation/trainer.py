@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from ..data.labelled import LabelledImages
 from ..loading import base_encoder, from_pretrained, size_options
-from ..reporting import RunError
+from ..reporting import RunError, is_first_process, one_line
 from ..run_folder import METRICS
 from ..storage import append_line, rewrite_lines, write_json
 from .evaluate import evaluate_classifier
@@ -98,6 +99,19 @@ class ClassifierTrainer(Trainer):
             self.average = averaged.module.requires_grad_(False).eval()
             self.add_callback(_Average(self.model, averaged))
         self._part_of_step = (0, 0)
+
+    def train(self, *args: Any, **options: Any):
+        """As `Trainer`; errors end its progress bar, and are printed by every process but the first."""
+        try:
+            return super().train(*args, **options)
+        except (ValueError, RunError) as error:
+            for callback in self.callback_handler.callbacks:
+                bar = getattr(callback, "training_bar", None)
+                if bar is not None:
+                    bar.close()
+            if not is_first_process():  # perhaps of an image that only this process decodes
+                print(f"error: {one_line(error)}", file=sys.stderr)
+            raise
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
