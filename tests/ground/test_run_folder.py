@@ -1,14 +1,134 @@
-"""The record of results: nothing lost, nothing half-written, nothing made up."""
+"""Run folders: checkpoints with their manifests, the record of evaluations, and what damaged files do to readers."""
 
 import json
 import math
 import multiprocessing
 import os
+import shutil
 
 import pytest
 
-from mocov3_hf.evaluation import results as results_module
-from mocov3_hf.evaluation.results import append_result, read_results, table
+from mocov3_hf import storage
+from mocov3_hf.run_folder import (
+    CheckpointError,
+    append_result,
+    check_manifest,
+    is_whole,
+    list_checkpoints,
+    newest_whole_checkpoint,
+    read_results,
+    read_run_folder,
+    step_of,
+    write_manifest,
+)
+from tests.factories import save_run, save_trained_classifier
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A folder with the files that a manifest must list, and one more."""
+    return write_checkpoint(tmp_path / "checkpoint-12")
+
+
+def write_checkpoint(folder):
+    folder.mkdir()
+    for name in ("model.safetensors", "state.json", "optimizer.safetensors"):
+        (folder / name).write_bytes(f"content of {name}".encode())
+    write_manifest(folder)
+    return folder
+
+
+def test_checkpoints_are_listed_newest_first(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-100", "checkpoint-12", "checkpoint-x", "checkpoint-", "other-3"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-500").write_text("a file")
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [100, 12, 9]
+    assert list_checkpoints(tmp_path / "missing") == []
+
+
+def test_a_checkpoint_is_whole_as_it_was_written(checkpoint):
+    check_manifest(checkpoint)
+    assert is_whole(checkpoint)
+    assert newest_whole_checkpoint(checkpoint.parent) == (checkpoint, [])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "optimizer.safetensors"])
+def test_every_flipped_bit_is_found(checkpoint, name):
+    content = (checkpoint / name).read_bytes()
+    for position in range(len(content)):
+        for bit in (0, 7):
+            changed = bytearray(content)
+            changed[position] ^= 1 << bit
+            (checkpoint / name).write_bytes(changed)
+            with pytest.raises(CheckpointError, match=f"is damaged: the content of {name} is not what was written"):
+                check_manifest(checkpoint)
+    (checkpoint / name).write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match=f"{name} has {len(content) - 1} bytes, expected {len(content)}"):
+        check_manifest(checkpoint)
+    (checkpoint / name).unlink()
+    with pytest.raises(CheckpointError, match=f"is damaged: {name} is missing"):
+        check_manifest(checkpoint)
+    assert not is_whole(checkpoint)
+
+
+ENTRY = {"size": 1, "sha256": "0"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "null", "{}", "3", '"text"', "[" * 100_000),
+        json.dumps({"model.safetensors": ENTRY}),
+        json.dumps({"model.safetensors": ENTRY, "state.json": None}),
+        json.dumps({"model.safetensors": ENTRY, "state.json": [1, "0"]}),
+        json.dumps({"model.safetensors": ENTRY, "state.json": {"size": 1}}),
+        json.dumps({"model.safetensors": ENTRY, "state.json": ENTRY, "../config.json": ENTRY}),
+        json.dumps({"model.safetensors": ENTRY, "state.json": ENTRY, "": ENTRY}),
+    ],
+)
+def test_manifests_that_are_not_valid_are_refused(checkpoint, content):
+    (checkpoint / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"checkpoint-12 is (damaged|not complete): its manifest\.json") as error:
+        check_manifest(checkpoint)
+    assert "\n" not in str(error.value)
+    assert not is_whole(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"size": "1", "sha256": "0"}, {"size": 1.5, "sha256": 0}, {"size": None, "sha256": []}]
+)
+def test_manifest_entries_of_other_types_match_nothing(checkpoint, entry):
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"state.json": entry}))
+    with pytest.raises(CheckpointError, match=r"state\.json has \d+ bytes, expected"):
+        check_manifest(checkpoint)
+
+
+def test_without_a_manifest_a_checkpoint_is_not_complete(checkpoint):
+    (checkpoint / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"is not complete: its manifest\.json cannot be read"):
+        check_manifest(checkpoint)
+    (checkpoint / "manifest.json").mkdir()
+    assert not is_whole(checkpoint)
+
+
+def test_the_newest_whole_checkpoint_is_behind_damaged_ones(checkpoint):
+    folder = checkpoint.parent
+    (folder / "checkpoint-40").write_text("a file")
+    (folder / "checkpoint-30").mkdir()
+    damaged = write_checkpoint(folder / "checkpoint-20")
+    (damaged / "state.json").unlink()
+    found, complaints = newest_whole_checkpoint(folder)
+    assert found == checkpoint
+    assert ["checkpoint-30" in complaints[0], "checkpoint-20" in complaints[1]] == [True, True]
+    (checkpoint / "state.json").unlink()
+    assert newest_whole_checkpoint(folder)[0] is None
+
+
+# Results of evaluations
 
 
 def append(folder, task="knn", **changes):
@@ -66,7 +186,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     def crash(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(results_module.os, "replace", crash)
+    monkeypatch.setattr(storage.os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         append(tmp_path)
     assert read_results(tmp_path) == [first]
@@ -74,14 +194,25 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"format": 1}', '{"format": 1, "results": {}}', '{"format": 9, "results": []}']
+    "content",
+    [
+        "{",
+        "[]",
+        "null",
+        "[" * 100_000,
+        '{"format": 1}',
+        '{"format": 1, "results": {}}',
+        '{"format": 9, "results": []}',
+    ],
 )
 def test_a_damaged_file_is_moved_aside_not_written_over(tmp_path, content):
     (tmp_path / "results.json.damaged").write_text("an earlier one")
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(ValueError, match=r"results\.json"):
         read_results(tmp_path)
-    with pytest.warns(UserWarning, match=r"moved to results\.json\.damaged-2, a new file begins"):
+    with pytest.warns(
+        UserWarning, match=r"started a new results\.json, moved the old one to results\.json\.damaged-2"
+    ):
         result = append(tmp_path)
     assert read_results(tmp_path) == [result]
     assert (tmp_path / "results.json.damaged").read_text() == "an earlier one"
@@ -94,14 +225,83 @@ def test_no_file_no_results(tmp_path):
 
 @pytest.mark.parametrize("metrics", [{"top1": math.nan}, {"top1": object()}])
 def test_what_json_cannot_say_is_refused_before_anything_is_touched(tmp_path, metrics):
-    with pytest.raises(ValueError, match="numbers, text, lists and dicts only") as error:
+    with pytest.raises(ValueError, match="may only hold numbers, text, lists and mappings") as error:
         append(tmp_path / "new", metrics=metrics)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
 
 
-def test_table_shows_accuracies_in_percent():
-    lines = table({"knn20_top1": 0.98765, "effective_rank": 12.3456}, "title").splitlines()
-    assert lines[0] == "title"
-    assert lines[1].split() == ["knn20_top1", "98.77", "%"]
-    assert lines[2].split() == ["effective_rank", "12.35"]
+def test_results_of_other_types_are_left_out(tmp_path):
+    result = append(tmp_path)
+    rows = [None, 3, [], {"metrics": 1}, result]
+    (tmp_path / "results.json").write_text(json.dumps({"format": 1, "results": rows}))
+    assert read_results(tmp_path) == [result]
+
+
+# The whole folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("run"))
+
+
+def test_a_run_is_read(run_folder):
+    run = read_run_folder(run_folder)
+    assert (run.kind, run.architecture, run.global_batch_size) == ("pretraining", "MoCoV3ForPreTraining", 8)
+    assert run.backbone["model_type"] == "mocov3_vit"
+    assert set(run.parameters) >= {"mocov3", "projector", "predictor"}
+    assert [line["event"] for line in run.events] == ["spike", "skipped", "rollback"]
+    assert [result["task"] for result in run.results] == ["knn"]
+    assert run.notes == []
+
+
+def test_metrics_of_earlier_versions_have_the_names_of_today(run_folder):
+    (first, *_) = read_run_folder(run_folder).metrics
+    assert first["ema_decay"] == 0.99
+    assert "momentum" not in first
+
+
+def test_a_classifier_is_read_with_the_log_of_trainer(tmp_path):
+    folder = save_trained_classifier(tmp_path / "classifier")
+    assert read_run_folder(folder).kind == "classifier"
+    (folder / "metrics.jsonl").unlink()
+    (folder / "checkpoint-7").mkdir()
+    history = [{"step": 7, "loss": 1.0}, {"loss": 2.0}, "text"]
+    (folder / "checkpoint-7" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    assert read_run_folder(folder).metrics == [{"step": 7, "loss": 1.0}]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"null", b"3", b"\xff\xfe\x00", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "name", ["config.json", "conversion.json", "results.json", "recipe.yaml", "metrics.jsonl", "model.safetensors"]
+)
+def test_damaged_files_are_left_out_with_a_note(run_folder, tmp_path, name, content):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    (folder / name).write_bytes(content)
+    run = read_run_folder(folder)
+    assert any(name in note for note in run.notes)
+    assert not any("\n" in note for note in run.notes)
+    assert len(run.events) == 3, "the rest is there"
+
+
+def test_damaged_states_and_lines_are_left_out(run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    (folder / "checkpoint-40" / "state.json").write_text('{"run": [1]}')
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join([lines[0], "{half", '{"step": "5"}', "[1]", *lines[1:]]))
+    run = read_run_folder(folder)
+    assert run.state == {}
+    assert len(run.metrics) == len(lines)
+    assert f"3 of {len(lines) + 3} lines of metrics.jsonl were left out, they are damaged: line 2, 3, 4." in run.notes
+
+
+def test_what_is_not_a_run_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, message in (
+        (tmp_path / "missing", "does not exist: pass the output folder of a run"),
+        (tmp_path / "file", "is a file: pass the output folder of a run"),
+        (tmp_path, "is neither a run nor a model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_run_folder(path)
