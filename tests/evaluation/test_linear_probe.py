@@ -386,6 +386,7 @@ def test_images_that_cannot_be_decoded_are_named(model_folder, image_folder, tmp
     assert re.fullmatch("error: image in row 3 of the training split .*: repair or remove it", line)
 
 
+@pytest.mark.slow
 def test_an_image_that_only_the_second_process_decodes_is_named(model_folder, image_folder, tmp_path):
     """Each of two processes has one of two images."""
     images = tmp_path / "images"

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mocov3_hf.evaluation import finetune, linear_probe, supervised
+from mocov3_hf.reporting import RunError, UsageError
 from mocov3_hf.run_folder import read_results
 from tests.hub.stand_in import TOKEN, HubStandIn
 from tests.launch import ROOT, python
@@ -62,7 +63,7 @@ def test_repository_and_visibility_are_passed_on(model_folder, image_folder, tmp
 
 def test_a_failed_push_loses_nothing_and_is_one_line(model_folder, image_folder, tmp_path, monkeypatch, fails):
     def push(folder, name, *, private):
-        raise RuntimeError("the token may not write")
+        raise RunError("the token may not write")
 
     monkeypatch.setattr(supervised, "push_folder", push)
     options = ["--hub_model_id", "me/birds", "--hub_private_repo"]
@@ -73,3 +74,11 @@ def test_a_failed_push_loses_nothing_and_is_one_line(model_folder, image_folder,
     assert line.endswith(f"mocov3 push {tmp_path} --hub_model_id me/birds --hub_private_repo")
     assert (tmp_path / "model.safetensors").exists()
     assert read_results(tmp_path)
+
+    def refuse(folder, name, *, private):
+        raise UsageError("'me/bi rds' is not a valid name")
+
+    monkeypatch.setattr(supervised, "push_folder", refuse)
+    options = ["--hub_model_id", "me/bi rds", "--overwrite_output_dir"]
+    line = fails(linear_probe.main, command(model_folder, image_folder, tmp_path, *options), code=2)
+    assert "but the push failed: 'me/bi rds' is not a valid name; push it with: mocov3 push" in line

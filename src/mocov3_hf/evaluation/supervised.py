@@ -404,10 +404,10 @@ def _push(folder: str, options: SupervisedOptions) -> None:
     name = options.hub_model_id or Path(folder).resolve().name
     try:
         url = push_folder(folder, name, private=options.hub_private_repo)
-    except RuntimeError as error:
+    except (UsageError, RunError) as error:
         private = ["--hub_private_repo"] if options.hub_private_repo else []
         command = shlex.join(["mocov3", "push", folder, "--hub_model_id", name, *private])
-        raise RunError(
+        raise type(error)(
             f"the classifier is saved in {folder!r}, but the push failed: {one_line(error)}; push it with: {command}"
         ) from error
     print(f"pushed: {url}")
