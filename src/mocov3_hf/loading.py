@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .processing import build_image_processor
+from .processing import adapted, build_image_processor
 from .run_folder import CONFIG
 from .storage import is_local
 from .zoo import fetch, load_zoo
@@ -141,33 +141,51 @@ def load_classifier(model: str | os.PathLike, **options: Any) -> PreTrainedModel
     return classifier.eval()
 
 
-def load_processor(model: str | os.PathLike | None, config: PreTrainedConfig, **options: Any) -> BaseImageProcessor:
+def load_processor(
+    model: str | os.PathLike | None,
+    config: PreTrainedConfig,
+    *,
+    image_size: int | None = None,
+    interpolation: str | None = None,
+    **options: Any,
+) -> BaseImageProcessor:
     """
     The image processor saved with a model; without one, `build_image_processor` at the model's image size.
 
     Args:
         model: As `resolve_model`; None if there is only the configuration.
         config: Of the loaded model.
+        image_size, interpolation: As `adapted`, instead of the saved ones.
         options: Of `from_pretrained`.
 
     Raises:
-        ValueError: A saved processor that is damaged.
+        ValueError: A saved processor that is damaged, and as `adapted`.
     """
     name = None if model is None else resolve_model(model)
-    size, channels = image_size_of(config) or DEFAULT_IMAGE_SIZE, num_channels_of(config)
     if name is not None and has_processor(name):
         try:
-            return AutoImageProcessor.from_pretrained(name, **options)
-        except OSError:  # a Hub repository without one
-            pass
+            saved = AutoImageProcessor.from_pretrained(name, **options)
+        except OSError as error:
+            if os.path.isdir(name):
+                raise ValueError(f"the image processor of {name!r} cannot be loaded: {first_line(error)}") from error
         except Exception as error:
             raise ValueError(f"the image processor of {name!r} cannot be loaded: {first_line(error)}") from error
+        else:
+            return adapted(saved, image_size, interpolation)
+    if image_size is None:
+        image_size = image_size_of(config) or DEFAULT_IMAGE_SIZE
+    default = build_image_processor(image_size, interpolation or "bilinear", num_channels_of(config))
     if name is not None:
         logger.warning(
-            f"{name!r} has no image processor: resizing to {round(size * 256 / 224)}, cropping to {size}, normalizing"
-            " with ImageNet's mean and standard deviation"
+            f"{name!r} has no image processor: resizing to {default.size['shortest_edge']}, cropping to {image_size},"
+            f" normalizing with mean {_rounded(default.image_mean)} and standard deviation"
+            f" {_rounded(default.image_std)}"
         )
-    return build_image_processor(size, num_channels=channels)
+    return default
+
+
+def _rounded(values: Iterable[float]) -> list[float]:
+    return [round(value, 3) for value in values]
 
 
 def has_processor(name: str) -> bool:

@@ -56,7 +56,7 @@ def option(
     """
     metadata = {
         "help": help,
-        "bounds": {"at least": at_least, "at most": at_most, "above": above, "below": below},
+        "bounds": {"at least": at_least, "above": above, "at most": at_most, "below": below},
         "old": dict(old) if isinstance(old, Mapping) else dict.fromkeys(old),
         "advanced": advanced,
         "metavar": metavar,
@@ -294,6 +294,17 @@ def parse(command: Command, arguments: Iterable[str]) -> tuple:
     Raises:
         UsageError: anything that is wrong with the options.
     """
+    values = given_values(command, arguments)
+    return tuple(build(group, values) for group in command.groups)
+
+
+def given_values(command: Command, arguments: Iterable[str]) -> dict[str, Any]:
+    """
+    The options that a command line and its recipe set, converted, without defaults. `--help` prints and exits.
+
+    Raises:
+        UsageError: As `parse`, but for required options that are missing.
+    """
     arguments = list(arguments)
     show_help(command, arguments)
     values = values_of_arguments(command, arguments)
@@ -302,7 +313,7 @@ def parse(command: Command, arguments: Iterable[str]) -> tuple:
         values = merged(values_of_recipe(command, find_recipe(recipe, command.recipes)), values)
         if "recipe" in command.fields():
             values["recipe"] = recipe
-    return tuple(build(group, values) for group in command.groups)
+    return values
 
 
 # Help
@@ -361,6 +372,8 @@ def _sections(command: Command) -> dict[str, list[str]]:
     for group in command.groups:
         owners = {name: owner for owner in group.__mro__ for name in inspect.get_annotations(owner)}
         for item in dataclasses.fields(group):
+            if item.name == "recipe" and command.recipes is not None:  # has a section of its own
+                continue
             title = (owners[item.name].__doc__ or owners[item.name].__name__).strip().splitlines()[0].rstrip(".")
             sections.setdefault(title, []).append(item.name)
     return sections
@@ -380,7 +393,7 @@ def _described(item: dataclasses.Field) -> str:
     if item.default_factory is not dataclasses.MISSING:
         default = item.default_factory()
     text = item.metadata["help"].rstrip(".")
-    if default is not None and default is not False and default not in ([], {}):
+    if default not in (None, [], {}) and default is not False:
         text += f" (default: {_as_text(default)})"
     return text.replace("%", "%%")
 

@@ -24,8 +24,10 @@ def build_image_processor(
         num_channels: With 3, ImageNet's mean and standard deviation; otherwise 0.5 for every channel.
 
     Raises:
-        ValueError: An unknown `resample`.
+        ValueError: An image size below 1, or an unknown `resample`.
     """
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
     if resample not in RESAMPLING:
         raise ValueError(f"resample must be one of {', '.join(sorted(RESAMPLING))}, got {resample!r}")
     # Every value is passed: the defaults of the class are CLIP's (its mean and deviation, bicubic, short side 224).

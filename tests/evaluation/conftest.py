@@ -16,6 +16,22 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def fails(capsys):
+    """Run a command that must end with one line on stderr and an exit code (2 is a user's mistake); the line."""
+
+    def run(main, arguments, code=2):
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        assert ended.value.code == code
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1].startswith("error: ")
+        assert not any("Traceback" in line or line.startswith("error: ") for line in lines[:-1])
+        return lines[-1]
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
     """45 images for training and 21 for testing, of 3 classes."""

@@ -5,8 +5,9 @@ import sys
 import torch
 
 from mocov3_hf.data.labelled import open_labelled
-from mocov3_hf.evaluation.encoder import load_encoder, load_transform
 from mocov3_hf.evaluation.features import joined_processes, labelled_features
+from mocov3_hf.loading import load_encoder, load_processor
+from mocov3_hf.processing import ProcessorTransform
 
 
 if __name__ == "__main__":
@@ -14,7 +15,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with joined_processes() as state:
         encoder = load_encoder(model)
-        transform = load_transform(model, encoder)
+        transform = ProcessorTransform(load_processor(model, encoder.config))
         jobs = []
         for images, split, batch_size in zip(rest[0::3], rest[1::3], rest[2::3], strict=True):
             try:

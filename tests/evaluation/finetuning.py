@@ -10,7 +10,7 @@ NAMES = ["ant", "bee", "cow"]
 # Everything that draws: crops, RandAugment, erasing, mixing, stochastic depth; and everything that has a state.
 ALL = (
     *("--mixup_alpha", 0.8, "--cutmix_alpha", 1.0, "--rand_augment_num_ops", 2, "--random_erasing_probability", 0.25),
-    *("--drop_path_rate", 0.5, "--label_smoothing_factor", 0.1, "--ema_momentum", 0.2, "--layer_decay", 0.75),
+    *("--drop_path_rate", 0.5, "--label_smoothing_factor", 0.1, "--ema_decay", 0.8, "--layer_decay", 0.75),
 )
 
 
@@ -22,6 +22,6 @@ def command(model, images, output_dir, *more):
 
 
 def same(first, second):
-    """Whether two files or dictionaries of tensors hold the same, to the bit."""
+    """Whether two files or dictionaries of tensors hold the same, bit for bit."""
     first, second = (load_file(side) if isinstance(side, Path) else side for side in (first, second))
     return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)

@@ -13,9 +13,8 @@ from torchvision.transforms import v2
 
 from mocov3_hf.data.labelled import TrainingTransform
 from mocov3_hf.evaluation.augmentation import RandAugmentOptions, SeededByTorch, batch_mixing, random_erasing
-from mocov3_hf.evaluation.encoder import ProcessorTransform
 from mocov3_hf.evaluation.training_images import training_transform
-from mocov3_hf.processing import build_image_processor
+from mocov3_hf.processing import ProcessorTransform, build_image_processor
 
 
 MEAN, BICUBIC = (0.485, 0.456, 0.406), 3

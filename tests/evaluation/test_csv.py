@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mocov3_hf.data.labelled import find_csv_files, open_labelled
-from mocov3_hf.evaluation import cached_linear, evaluate, finetune, knn, linear_probe
+from mocov3_hf.evaluation import evaluate, finetune, knn, linear_probe
 from mocov3_hf.evaluation.classifier import load_with_new_head
 from mocov3_hf.evaluation.features import data_fingerprint
 from tests.factories import COLORS
@@ -95,7 +95,7 @@ def test_all_commands_read_csv_files(csv_folder, image_folder, model_folder, tmp
     fine = (*training, "--warmup_epochs", 0)
     for name, main, more in (
         ("knn", knn.main, ("--k", 5)),
-        ("cached", cached_linear.main, ("--num_train_epochs", 2, "--learning_rates", 0.1, "--few_shot", 2)),
+        ("cached", linear_probe.main, ("--cached", "--num_train_epochs", 2, "--learning_rates", 0.1, "--few_shot", 2)),
         ("linear", linear_probe.main, training),
         ("fine", finetune.main, (*fine, "--base_learning_rate", 0.01)),
     ):

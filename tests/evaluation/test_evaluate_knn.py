@@ -1,5 +1,7 @@
 """kNN evaluation from a folder to results.json, by function and by command."""
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +10,14 @@ import datasets
 import pytest
 import torch
 
+from mocov3_hf import loading
 from mocov3_hf.data.labelled import open_labelled
-from mocov3_hf.evaluation.encoder import load_encoder
+from mocov3_hf.evaluation.common import table
 from mocov3_hf.evaluation.features import Features, data_fingerprint
 from mocov3_hf.evaluation.knn import evaluate_knn, knn_metrics, main
-from mocov3_hf.evaluation.results import read_results
+from mocov3_hf.loading import load_encoder
 from mocov3_hf.metrics import knn_accuracy
+from mocov3_hf.run_folder import read_results
 from tests.factories import pretraining_model
 
 
@@ -27,7 +31,7 @@ def command(model_folder, image_folder, *more):
 def test_command_evaluates_prints_and_records(model_folder, image_folder, tmp_path, capsys):
     metrics = main(command(model_folder, image_folder, "--output_dir", tmp_path, "--batch_size", 8))
     assert set(metrics) == {"knn1_top1", "knn5_top1", "feature_std_ratio", "effective_rank"}
-    assert metrics["knn5_top1"] > 0.9, "three colours are easy, even for an untrained network"
+    assert metrics["knn5_top1"] > 0.9, "three colors are easy, even for an untrained network"
     printed = capsys.readouterr().out
     assert f"{100 * metrics['knn5_top1']:.2f} %" in printed
     assert str(tmp_path / "results.json") in printed
@@ -102,9 +106,9 @@ def test_collapsed_features_are_called_so():
     assert metrics["feature_std_ratio"] < 1e-3
 
 
-def test_k_beyond_the_training_split_is_left_out_with_a_warning(model_folder, image_folder):
+def test_k_beyond_the_training_split_is_skipped_with_a_warning(model_folder, image_folder):
     train, test = (open_labelled(str(image_folder), split=split) for split in ("train", "test"))
-    with pytest.warns(UserWarning, match="k = 200 left out: the training split has 45 images"):
+    with pytest.warns(UserWarning, match="skipped k = 200: the training split has 45 images"):
         metrics = evaluate_knn(load_encoder(model_folder), train, test, k=[20, 200], progress=False)
     assert "knn20_top1" in metrics
     assert "knn200_top1" not in metrics
@@ -120,46 +124,72 @@ def test_k_beyond_the_training_split_is_left_out_with_a_warning(model_folder, im
         (["--image_column", "photo"], "image column 'photo' does not exist; columns: image, label"),
         (["--dataset_name", "/nowhere"], "'/nowhere' does not exist"),
         (["--model", "/nowhere"], "model folder '/nowhere' does not exist"),
-        (["--temperature", "0"], "temperature must be positive"),
-        (["--k", "0"], "k must be at least 1, got 0"),
-        (["--temprature", "1"], "--temprature"),
-        (["--batch_size", "0"], "batch_size must be at least 1"),
-        (["--image_size", "0"], "image_size must be at least 1"),
+        (["--temperature", "0"], "--temperature must be above 0, got 0"),
+        (["--k", "0"], "--k must be at least 1, got 0"),
+        (["--temprature", "1"], "there is no option '--temprature'; did you mean '--temperature'"),
+        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers must be at least 0, got -1"),
+        (["--mixed_precision", "fp8"], "--mixed_precision takes one of no, bf16, fp16, got 'fp8'"),
+        (["--k"], "--k needs a value: one integer"),
+        (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
+        (["--image_size", "0"], "--image_size must be at least 1, got 0"),
     ],
 )
-def test_bad_input_is_one_line_and_status_one(model_folder, image_folder, tmp_path, change, message):
-    with pytest.raises(SystemExit, match=message) as end:
-        main(command(model_folder, image_folder, "--output_dir", tmp_path, *change))
-    assert "\n" not in str(end.value)
-    assert str(end.value).startswith("error: ")
+def test_mistakes_are_one_line(model_folder, image_folder, tmp_path, change, message, fails):
+    line = fails(main, command(model_folder, image_folder, "--output_dir", tmp_path, *change))
+    assert re.search(message, line)
     assert not (tmp_path / "results.json").exists()
 
 
-def test_images_without_labels(model_folder, image_folder, tmp_path):
+def test_images_without_labels(model_folder, image_folder, tmp_path, fails):
     flat = tmp_path / "flat"
     for split in ("train", "test"):
         (flat / split).mkdir(parents=True)
         for number, path in enumerate(sorted(image_folder.glob(f"{split}/*/*.png"))):
             (flat / split / f"{number}.png").write_bytes(path.read_bytes())
-    with pytest.raises(SystemExit, match=r"holds images without labels: expected class folders \(train/<class>/<im"):
-        main(command(model_folder, flat, "--output_dir", tmp_path))
+    line = fails(main, command(model_folder, flat, "--output_dir", tmp_path))
+    assert "images without labels: expected class folders (train/<class>/<image>)" in line
 
 
-def test_a_model_of_the_hub_needs_an_output_dir(image_folder):
-    with pytest.raises(SystemExit, match="add --output_dir"):
-        main(command("someone/model", image_folder))
+def test_a_model_on_the_hub_needs_an_output_dir(image_folder, fails):
+    line = fails(main, command("someone/model", image_folder))
+    assert line == "error: 'someone/model' is not a local folder that can hold results.json: pass --output_dir"
 
 
-def test_a_folder_of_weights_alone_is_no_model(image_folder, tmp_path):
-    with pytest.raises(SystemExit, match=r"is no model, it has no config\.json"):
-        main(command(tmp_path, image_folder))
+def test_a_folder_of_weights_alone_is_not_a_model(image_folder, tmp_path, fails):
+    assert f"folder '{tmp_path}' holds no model (no config.json)" in fails(main, command(tmp_path, image_folder))
+
+
+def test_the_earlier_name_of_the_workers_is_deprecated(model_folder, image_folder, tmp_path, capsys):
+    main(command(model_folder, image_folder, "--output_dir", tmp_path, "--num_workers", 1))
+    assert "warning: --num_workers is deprecated: use --dataloader_num_workers" in capsys.readouterr().err
+    assert "dataloader_num_workers" not in read_results(tmp_path)[0]["settings"], "without influence on the metrics"
+
+
+def test_a_published_name_is_found_in_the_zoo(model_folder, image_folder, tmp_path, monkeypatch):
+    """The name as typed is recorded; next to the model, or in the output folder."""
+    name = "vit-small-p16_mocov3-pre_8xb128-linear-coslr-90e_in1k"
+    folder = tmp_path / "fetched"
+    shutil.copytree(model_folder, folder)
+    monkeypatch.setattr(loading, "fetch", {name: str(folder)}.__getitem__)
+    main(command(name, image_folder))
+    main(command(name, image_folder, "--output_dir", tmp_path / "results"))
+    for found in (folder, tmp_path / "results"):
+        assert [result["model"]["name"] for result in read_results(found)] == [name]
+
+
+def test_table_shows_accuracies_in_percent():
+    lines = table({"knn20_top1": 0.98765, "effective_rank": 12.3456, "per_class": {"a": 1.0}}, "title").splitlines()
+    assert lines[0] == "title"
+    assert lines[1].split() == ["knn20_top1", "98.77", "%"]
+    assert lines[2].split() == ["effective_rank", "12.35"]
+    assert len(lines) == 3
 
 
 @pytest.mark.slow
-def test_script_ends_with_one_line_not_a_traceback(image_folder, tmp_path):
+def test_script_ends_with_one_line(image_folder, tmp_path):
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *command(tmp_path, image_folder)], capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: folder ")
     assert "Traceback" not in done.stderr

@@ -1,14 +1,15 @@
-"""Evaluation on a GPU gives the figures of the CPU."""
+"""Evaluation on a GPU returns the metrics of the CPU."""
 
 import pytest
 import torch
 
 from mocov3_hf.data.labelled import open_labelled
-from mocov3_hf.evaluation.encoder import load_encoder, load_transform
 from mocov3_hf.evaluation.features import extract_features
 from mocov3_hf.evaluation.linear import fit_linear_classifier
 from mocov3_hf.evaluation.sweep import sweep_linear_classifiers
+from mocov3_hf.loading import load_encoder, load_processor
 from mocov3_hf.metrics import collapse_summary, knn_predict, nearest_neighbors
+from mocov3_hf.processing import ProcessorTransform
 
 
 pytestmark = [
@@ -58,7 +59,8 @@ def test_linear_classifiers(data):
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16", "fp16"])
 def test_features(model_folder, image_folder, mixed_precision):
     encoder = load_encoder(model_folder)
-    images, transform = open_labelled(str(image_folder), split="test"), load_transform(model_folder, encoder)
+    images = open_labelled(str(image_folder), split="test")
+    transform = ProcessorTransform(load_processor(model_folder, encoder.config))
     expected = extract_features(encoder, images, transform, progress=False)
     found = extract_features(encoder.cuda(), images, transform, mixed_precision=mixed_precision, progress=False)
     assert found.device.type == "cpu"

@@ -13,15 +13,9 @@ from transformers import ResNetConfig, ResNetModel
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining, MoCoV3Model
 from mocov3_hf.data.labelled import EvaluationTransform, open_labelled
 from mocov3_hf.evaluation import features as features_module
-from mocov3_hf.evaluation.encoder import (
-    ProcessorTransform,
-    base_encoder,
-    load_encoder,
-    load_transform,
-    select_features,
-)
-from mocov3_hf.evaluation.features import data_fingerprint, extract_features, labelled_features
-from mocov3_hf.processing import build_image_processor
+from mocov3_hf.evaluation.features import data_fingerprint, extract_features, labelled_features, select_features
+from mocov3_hf.loading import base_encoder, load_encoder, load_processor
+from mocov3_hf.processing import ProcessorTransform, build_image_processor
 from tests.factories import VIT, pretraining_model, write_images
 from tests.launch import torchrun
 
@@ -41,7 +35,7 @@ def encoder(model_folder):
 
 @pytest.fixture
 def transform(model_folder, encoder):
-    return load_transform(model_folder, encoder)
+    return ProcessorTransform(load_processor(model_folder, encoder.config))
 
 
 @pytest.fixture
@@ -49,7 +43,7 @@ def no_pass(monkeypatch):
     """From here on a pass over the images is an error."""
 
     def refuse(*args, **kwargs):
-        raise AssertionError("the images were passed over again")
+        raise AssertionError("another pass over the images")
 
     monkeypatch.setattr(features_module, "extract_features", refuse)
 
@@ -112,7 +106,7 @@ def test_layers_hold_all_choices_of_features(images, transform):
 
 
 def test_layers_of_models_without_them_are_an_error(images, transform, encoder):
-    with pytest.raises(ValueError, match="MoCoV3ViTModel has 2 layers, 4 are needed"):
+    with pytest.raises(ValueError, match="MoCoV3ViTModel has 2 layers, expected at least 4"):
         extract_features(encoder, images, transform, layers=True, progress=False)
     resnet = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
     with pytest.raises(ValueError, match="ResNetModel has no CLS token in every layer"):
@@ -164,7 +158,7 @@ def damaged_folder(image_folder, tmp_path_factory):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_damaged_images_are_named_not_skipped(damaged_folder, encoder, transform, num_workers):
     images = open_labelled(str(damaged_folder), split="train")
-    with pytest.raises(ValueError, match=r"image in row 17 .*: repair it or take it out") as error:
+    with pytest.raises(ValueError, match=r"image in row 17 .*: repair or remove it") as error:
         extract_features(encoder, images, transform, batch_size=4, num_workers=num_workers, progress=False)
     assert "\n" not in str(error.value)
 
@@ -249,7 +243,7 @@ def test_cache_is_not_used_for_anything_else(what, encoder, transform, tmp_path,
         shutil.copy(next((folder / "train" / "cow").iterdir()), source)
         images = open_labelled(str(folder), split="train")
     request.getfixturevalue("no_pass")
-    with pytest.raises(AssertionError, match="passed over again"):
+    with pytest.raises(AssertionError, match="another pass over the images"):
         labelled_features(encoder, images, transform, **options)
 
 
@@ -257,7 +251,7 @@ def test_damaged_cache_is_made_again(images, encoder, transform, tmp_path):
     first = labelled_features(encoder, images, transform, cache_dir=tmp_path, progress=False).features.clone()
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.warns(UserWarning, match="are damaged and computed again"):
+    with pytest.warns(UserWarning, match="are damaged, computing them again"):
         again = labelled_features(encoder, images, transform, cache_dir=tmp_path, progress=False)
     assert torch.equal(again.features, first)
     assert torch.equal(labelled_features(encoder, images, transform, cache_dir=tmp_path).features, first)

@@ -7,8 +7,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from mocov3_hf.evaluation.cached_linear import few_shot_metrics, few_shot_rows
 from mocov3_hf.evaluation.features import Features
-from mocov3_hf.evaluation.few_shot import few_shot_metrics, few_shot_rows
 
 
 LABELS = torch.tensor([0] * 40 + [1] * 10 + [3] * 100)[torch.randperm(150, generator=torch.Generator().manual_seed(0))]
@@ -62,8 +62,8 @@ def test_metrics_are_mean_and_deviation_of_scikit_learn_over_the_draws():
         ({}, "either per_class or fraction"),
         ({"per_class": 1, "fraction": 0.1}, "either per_class or fraction"),
         ({"per_class": 0}, "per_class must be at least 1, got 0"),
-        ({"fraction": 1.5}, "fraction must lie between 0 and 1, got 1.5"),
-        ({"per_class": 11}, "class 1 has 10 images, 11 per class were asked for"),
+        ({"fraction": 1.5}, "fraction must be above 0 and at most 1, got 1.5"),
+        ({"per_class": 11}, "class 1 has 10 images, expected at least 11"),
     ],
 )
 def test_bad_amounts_are_one_line(amount, message):

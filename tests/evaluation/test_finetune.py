@@ -1,6 +1,7 @@
 """Fine-tuning: against closed forms, from every kind of folder, and what it leaves behind."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,14 +11,13 @@ from transformers import AutoModelForImageClassification, ResNetConfig, ResNetMo
 from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification, MoCoV3ForPreTraining
 from mocov3_hf.data.labelled import open_labelled
 from mocov3_hf.evaluation import evaluate
-from mocov3_hf.evaluation.arguments import evaluation_recipe_names, find_evaluation_recipe, parse_arguments
-from mocov3_hf.evaluation.classifier import load_with_new_head, unfrozen, with_fresh_body
-from mocov3_hf.evaluation.encoder import ProcessorTransform
-from mocov3_hf.evaluation.finetune import FinetuneArguments, build_finetune_trainer, main
-from mocov3_hf.evaluation.results import read_results
+from mocov3_hf.evaluation.classifier import load_with_new_head, unfrozen, with_fresh_backbone
+from mocov3_hf.evaluation.finetune import COMMAND, FinetuneOptions, build_finetune_trainer, main
 from mocov3_hf.evaluation.supervised import Splits
 from mocov3_hf.model.modeling_mocov3_vit import sincos_position_embedding
-from mocov3_hf.processing import build_image_processor
+from mocov3_hf.options import RECIPES, find_recipe, parse, recipe_names
+from mocov3_hf.processing import ProcessorTransform, build_image_processor
+from mocov3_hf.run_folder import read_results
 from tests.evaluation.finetuning import ALL, NAMES, command, same
 
 
@@ -25,10 +25,10 @@ def trainer_of(model, image_folder, output_dir, **changes):
     train, test = (open_labelled(str(image_folder), split=split) for split in ("train", "test"))
     given = {"num_train_epochs": 2, "train_batch_size": 16, "warmup_epochs": 1, "base_learning_rate": 0.016}
     given |= {"save_strategy": "no", "eval_strategy": "no", "logging_steps": 1}
-    arguments = FinetuneArguments("model", "data", **(given | changes))
-    classifier = unfrozen(load_with_new_head(model, NAMES), arguments.drop_path_rate)
+    options = FinetuneOptions(model="model", dataset_name="data", **(given | changes))
+    classifier = unfrozen(load_with_new_head(model, NAMES), options.drop_path_rate)
     transform = ProcessorTransform(build_image_processor(32))
-    return build_finetune_trainer(classifier, Splits(train, test, test, train), transform, arguments, str(output_dir))
+    return build_finetune_trainer(classifier, Splits(train, test, test, train), transform, options, str(output_dir))
 
 
 @pytest.mark.slow
@@ -49,7 +49,7 @@ def test_command_saves_a_classifier_that_evaluates_the_same(model_folder, image_
 @pytest.mark.slow
 @pytest.mark.parametrize("save_weights", ["ema", "raw"])
 def test_both_weights_are_measured_and_the_chosen_ones_saved(model_folder, image_folder, tmp_path, save_weights):
-    main(command(model_folder, image_folder, tmp_path, "--ema_momentum", 0.2, "--save_weights", save_weights))
+    main(command(model_folder, image_folder, tmp_path, "--ema_decay", 0.8, "--save_weights", save_weights))
     checkpoint = tmp_path / "checkpoint-4"
     saved = {"ema": "average.safetensors", "raw": "model.safetensors"}
     assert same(tmp_path / "model.safetensors", checkpoint / saved[save_weights])
@@ -57,8 +57,8 @@ def test_both_weights_are_measured_and_the_chosen_ones_saved(model_folder, image
 
 
 def test_the_average_is_the_closed_form(model_folder, image_folder, tmp_path):
-    """`a_n = (1 - m)^n · w_0 + Σ m · (1 - m)^(n - i) · w_i`, of the weights after every step."""
-    trainer = trainer_of(model_folder, image_folder, tmp_path, ema_momentum=0.3)
+    """`a_n = d^n · w_0 + Σ (1 - d) · d^(n - i) · w_i`, of the weights after every step."""
+    trainer = trainer_of(model_folder, image_folder, tmp_path, ema_decay=0.7)
     weights = [{name: value.detach().clone().double() for name, value in trainer.model.named_parameters()}]
     step = trainer.optimizer.step
 
@@ -143,7 +143,7 @@ def test_mixed_batches_have_the_loss_of_their_soft_labels(model_folder, image_fo
 
 
 def test_everything_is_trained(model_folder, image_folder, tmp_path):
-    main(command(model_folder, image_folder, tmp_path, "--ema_momentum", 0))
+    main(command(model_folder, image_folder, tmp_path, "--ema_decay", 0))
     before = MoCoV3ForPreTraining.from_pretrained(model_folder).mocov3.state_dict()
     saved = load_file(tmp_path / "model.safetensors")
     assert not [name for name, value in before.items() if torch.equal(value, saved[f"mocov3.{name}"])]
@@ -154,15 +154,15 @@ def test_everything_is_trained(model_folder, image_folder, tmp_path):
 @pytest.mark.slow
 def test_from_scratch_is_the_same_network_with_fresh_weights(model_folder, image_folder, tmp_path):
     loaded = load_with_new_head(model_folder, NAMES)
-    fresh = unfrozen(with_fresh_body(loaded, seed=5))
+    fresh = unfrozen(with_fresh_backbone(loaded, seed=5))
     table = "mocov3.backbone.embeddings.position_embeddings"
     for name, value in fresh.state_dict().items():
         kept = name.startswith("classifier.") or name == table or value.eq(value.flatten()[0]).all()
         assert torch.equal(value, loaded.state_dict()[name]) == kept, name
         assert value.shape == loaded.state_dict()[name].shape
     torch.testing.assert_close(fresh.state_dict()[table], sincos_position_embedding(32, (4, 4)))
-    assert same(fresh.state_dict(), unfrozen(with_fresh_body(loaded, seed=5)).state_dict())
-    assert not same(fresh.state_dict(), unfrozen(with_fresh_body(loaded, seed=1)).state_dict())
+    assert same(fresh.state_dict(), unfrozen(with_fresh_backbone(loaded, seed=5)).state_dict())
+    assert not same(fresh.state_dict(), unfrozen(with_fresh_backbone(loaded, seed=1)).state_dict())
     main(command(model_folder, image_folder, tmp_path, "--from_scratch"))
     (result,) = read_results(tmp_path)
     assert result["settings"]["from_scratch"] is True
@@ -170,7 +170,7 @@ def test_from_scratch_is_the_same_network_with_fresh_weights(model_folder, image
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:all 21 images are taken for the same class")  # after four steps it may be so
+@pytest.mark.filterwarnings("ignore:the same class is predicted for all 21 images")  # after four steps it may be so
 @pytest.mark.parametrize("kind", ["base", "vit", "classifier", "fine-tuned", "resnet", "native"])
 def test_every_folder_is_fine_tuned(model_folder, image_folder, tmp_path, kind):
     torch.manual_seed(0)
@@ -188,7 +188,7 @@ def test_every_folder_is_fine_tuned(model_folder, image_folder, tmp_path, kind):
     }[kind]()
     model.save_pretrained(tmp_path / "model")
     options = ["--image_size", 32] if kind in ("resnet", "native") else []
-    metrics = main(command(tmp_path / "model", image_folder, tmp_path / "out", "--ema_momentum", 0.2, *options))
+    metrics = main(command(tmp_path / "model", image_folder, tmp_path / "out", "--ema_decay", 0.8, *options))
     assert 0 <= metrics["finetune_top1"] <= 1
     saved, average = (
         load_file(tmp_path / "out" / "checkpoint-4" / f"{name}.safetensors") for name in ("model", "average")
@@ -204,7 +204,7 @@ def test_every_folder_is_fine_tuned(model_folder, image_folder, tmp_path, kind):
 
 @pytest.mark.slow
 def test_log_is_what_a_report_reads(model_folder, image_folder, tmp_path):
-    main(command(model_folder, image_folder, tmp_path, "--ema_momentum", 0.5))
+    main(command(model_folder, image_folder, tmp_path, "--ema_decay", 0.5))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
@@ -293,10 +293,10 @@ TRANSFER = {
 
 
 def recipe_of(name):
-    head = find_evaluation_recipe(name).read_text().split("\n\n")[0]
-    assert f"scripts/finetune.py --recipe {name} --model" in head
+    head = find_recipe(name, RECIPES / "evaluation").read_text().split("\n\n")[0]
+    assert f"finetune --recipe {name} --model" in head
     assert "# Cost: " in head
-    return head, parse_arguments(FinetuneArguments, ["--recipe", name, "--model", "m", "--output_dir", "o"], "")
+    return head, parse(COMMAND, ["--recipe", name, "--model", "m", "--output_dir", "o"])[0]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -311,7 +311,7 @@ def test_published_recipes(name):
     assert (recipe.max_grad_norm, recipe.label_smoothing_factor, recipe.layer_decay) == (5.0, 0.1, 1.0)
     assert (recipe.mixup_alpha, recipe.cutmix_alpha, recipe.random_erasing_probability) == (0.8, 1.0, 0.25)
     assert (recipe.rand_augment_num_ops, recipe.rand_augment_magnitude, recipe.rand_augment_std) == (2, 9.0, 0.5)
-    assert (recipe.interpolation, recipe.ema_momentum) == ("bicubic", 4e-5)
+    assert (recipe.interpolation, recipe.ema_decay) == ("bicubic", 0.99996)
     assert (recipe.dataset_name, recipe.test_split) == ("ILSVRC/imagenet-1k", "validation")
 
 
@@ -325,7 +325,7 @@ def test_transfer_recipes(name):
 
 
 def test_fine_tuning_recipes_are_these():
-    others = {name for name in evaluation_recipe_names() if "linear" not in name}
+    others = {name for name in recipe_names(RECIPES / "evaluation") if "linear" not in name}
     assert others == {*PUBLISHED, *TRANSFER, "cifar10_vit-tiny-p4_finetune"}
     _, recipe = recipe_of("cifar10_vit-tiny-p4_finetune")
     assert recipe.dataset_name == "uoft-cs/cifar10"
@@ -334,57 +334,74 @@ def test_fine_tuning_recipes_are_these():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--warmup_epochs", "2"], "the warm-up of 2 epochs leaves nothing of 2: pass a smaller --warmup_epochs"),
-        (["--label_smoothing_factor", "1"], r"label_smoothing_factor must lie in \[0, 1\), got 1.0"),
-        (["--mixup_alpha", "-1"], "mixup_alpha must not be negative, got -1.0"),
-        (["--rand_augment_num_ops", "2", "--rand_augment_magnitude", "30"], r"a magnitude in 0..10, .* got 2, 30.0"),
+        (["--warmup_epochs", "2"], "--warmup_epochs 2 must be below --num_train_epochs 2: pass a smaller one"),
+        (["--label_smoothing_factor", "1"], "--label_smoothing_factor must be at least 0 and below 1, got 1"),
+        (["--mixup_alpha", "-1"], "--mixup_alpha must be at least 0, got -1"),
+        (
+            ["--rand_augment_num_ops", "2", "--rand_augment_magnitude", "30"],
+            "--rand_augment_magnitude must be at least 0 and at most 10, got 30",
+        ),
         (
             ["--cutmix_alpha", "1", "--train_batch_size", "15"],
-            "expected an even number, got 15: pass another",
+            "an even number of images per forward pass, got 15: pass another",
         ),
-        (["--layer_decay", "2"], r"layer_decay must lie in \(0, 1\]"),
-        (["--drop_path_rate", "1"], r"drop_path_rate must lie in \[0, 1\), got 1.0"),
-        (["--min_learning_rate", "1"], "min_learning_rate 1 exceeds the learning rate 0.001"),
+        (["--layer_decay", "2"], "--layer_decay must be above 0 and at most 1, got 2"),
+        (["--drop_path_rate", "1"], "--drop_path_rate must be at least 0 and below 1, got 1"),
+        (["--min_learning_rate", "1"], "--min_learning_rate 1 exceeds the peak learning rate 0.001"),
         (
             ["--train_batch_size", "15", "--gradient_accumulation_steps", "2"],
-            "1 processes in 2 parts each cannot share",
+            "a batch of 15 images cannot be divided equally among 1 processes x 2 accumulation steps",
         ),
-        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be at least 1, got 0"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be at least 1, got 0"),
         (
             ["--early_stopping_patience", "1", "--metric_for_best_model", "top1_ema"],
-            "metric_for_best_model must be one of top1, mean_per_class, loss, got 'top1_ema'",
+            "--metric_for_best_model takes one of top1, mean_per_class, loss, got 'top1_ema'",
         ),
         (
-            ["--load_best_model_at_end", "--metric_for_best_model", "top5", "--ema_momentum", "0.5"],
+            ["--load_best_model_at_end", "--metric_for_best_model", "top5", "--ema_decay", "0.5"],
             "one of top1, mean_per_class, loss, top1_ema, mean_per_class_ema, loss_ema, got 'top5'",
         ),
-        (["--load_best_model_at_end", "--eval_strategy", "no"], "leave --eval_strategy epoch"),
-        (["--load_best_model_at_end", "--save_strategy", "no"], "leave --save_strategy epoch"),
-        (["--validation_fraction", "0.01"], "holds out 0 of 45 images: too few per class"),
-        (["--interpolation", "lanczos"], "invalid choice: 'lanczos'"),
-        (["--optimizer", "lion"], "invalid choice: 'lion'"),
-        (["--learning_rate", "1e38", "--max_grad_norm", "0"], "training has diverged"),
-        (["--push_to_hub"], "works in the scripts"),
-        (["--recipe", "vit-base-p16_mocov3-pre_8xb64-coslr-150e"], "there is no recipe .* did you mean 'vit-base"),
+        (["--load_best_model_at_end", "--eval_strategy", "no"], "leave out --eval_strategy no"),
+        (["--load_best_model_at_end", "--save_strategy", "no"], "leave out --save_strategy no"),
+        (["--validation_fraction", "0.01"], "holds out 0 of 45 images: pass another"),
+        (["--interpolation", "lanczos"], "--interpolation takes one of bilinear, bicubic, got 'lanczos'"),
+        (["--optimizer", "lion"], "--optimizer takes one of adamw, sgd, got 'lion'"),
+        (["--ema_decay", "1"], "--ema_decay must be at least 0 and below 1, got 1"),
+        (["--ema_momentum", "2"], "--ema_decay must be at least 0 and below 1, got -1"),
+        (["--recipe", "vit-base-p16_mocov3-pre_8xb64-coslr-150e"], "there is no recipe .*; did you mean 'vit-base"),
         (["--test_split", "val"], "it has: train, test"),
         (["--resume_from_checkpoint", "/nowhere"], "checkpoint '/nowhere' does not exist"),
     ],
 )
-def test_bad_input_is_one_line_and_status_one(model_folder, image_folder, tmp_path, change, message):
-    with pytest.raises(SystemExit, match=message) as end:
-        main(command(model_folder, image_folder, tmp_path, *change))
-    assert "\n" not in str(end.value)
-    assert str(end.value).startswith("error: ")
+def test_mistakes_are_one_line(model_folder, image_folder, tmp_path, change, message, fails):
+    line = fails(main, command(model_folder, image_folder, tmp_path, *change))
+    assert re.search(message, line)
     assert not (tmp_path / "results.json").exists()
 
 
-def test_what_an_architecture_does_not_have_is_refused(image_folder, tmp_path):
+def test_divergence_is_a_failure_at_run_time(model_folder, image_folder, tmp_path, fails):
+    diverging = ["--learning_rate", "1e38", "--max_grad_norm", "0"]
+    line = fails(main, command(model_folder, image_folder, tmp_path, *diverging), code=1)
+    assert "training has diverged" in line
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_ema_momentum_of_earlier_versions_means_the_same(model_folder, image_folder, tmp_path, capsys):
+    main(command(model_folder, image_folder, tmp_path / "new", "--ema_decay", 0.8))
+    main(command(model_folder, image_folder, tmp_path / "old", "--ema_momentum", 0.2))
+    assert "warning: --ema_momentum is deprecated: use --ema_decay" in capsys.readouterr().err
+    assert same(tmp_path / "new" / "model.safetensors", tmp_path / "old" / "model.safetensors")
+    (new,), (old,) = read_results(tmp_path / "new"), read_results(tmp_path / "old")
+    assert (old["settings"], old["metrics"]) == (new["settings"], new["metrics"])
+
+
+def test_what_an_architecture_does_not_have_is_refused(image_folder, tmp_path, fails):
     body = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     ResNetModel(body).save_pretrained(tmp_path / "model")
     build_image_processor(32).save_pretrained(tmp_path / "model")
     for option, message in (
-        (["--drop_path_rate", "0.1"], "a resnet has no stochastic depth: pass --drop_path_rate 0"),
-        (["--gradient_checkpointing"], "cannot compute its activations again"),
+        (["--drop_path_rate", "0.1"], "a resnet model has no stochastic depth: pass --drop_path_rate 0"),
+        (["--gradient_checkpointing"], "has no gradient checkpointing: leave out --gradient_checkpointing"),
     ):
-        with pytest.raises(SystemExit, match=message):
-            main(command(tmp_path / "model", image_folder, tmp_path / "out", *option))
+        line = fails(main, command(tmp_path / "model", image_folder, tmp_path / "out", *option))
+        assert message in line

@@ -1,17 +1,17 @@
-"""Interrupted fine-tuning ends in the bits of the undisturbed run, on one process and on two; what does not fit is
-refused."""
+"""Interrupted fine-tuning is bit-identical to an uninterrupted run, on one process and on two."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mocov3_hf.evaluation.checkpoints import load_average, save_average
 from mocov3_hf.evaluation.classifier import load_with_new_head
 from mocov3_hf.evaluation.finetune import main
-from mocov3_hf.evaluation.results import read_results
+from mocov3_hf.evaluation.trainer import check_settings, load_average, save_average
+from mocov3_hf.run_folder import read_results
 from tests.evaluation.finetuning import ALL, NAMES, SCRIPT, command, same
 from tests.launch import torchrun
 
@@ -29,7 +29,7 @@ def continue_from(whole, step, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_interrupted_and_resumed_it_is_the_same_to_the_bit(model_folder, image_folder, tmp_path, num_processes):
+def test_interrupted_and_resumed_it_is_bit_identical(model_folder, image_folder, tmp_path, num_processes):
     def run(folder, *more):
         argv = command(model_folder, image_folder, folder, *ALL, "--save_total_limit", 3, *more)
         if num_processes == 1:
@@ -72,7 +72,7 @@ def test_one_process_and_two_train_the_same_classifier(model_folder, image_folde
     shutil.copytree(image_folder, images)
     for path in sorted(images.glob("train/*/*.png"))[:39:3]:
         path.unlink()
-    options = ["--rand_augment_num_ops", 2, "--random_erasing_probability", 0.25, "--ema_momentum", 0.2]
+    options = ["--rand_augment_num_ops", 2, "--random_erasing_probability", 0.25, "--ema_decay", 0.8]
     main(command(model_folder, images, tmp_path / "1", *options))
     torchrun(2, SCRIPT, *command(model_folder, images, tmp_path / "2", *options))
     (one,), (two,) = read_results(tmp_path / "1"), read_results(tmp_path / "2")
@@ -89,7 +89,7 @@ def test_one_process_and_two_train_the_same_classifier(model_folder, image_folde
 
 def test_averages_that_do_not_fit_are_refused(model_folder, image_folder, tmp_path):
     classifier = load_with_new_head(model_folder, NAMES)
-    with pytest.raises(ValueError, match=r"holds no averaged weights .* its run had no --ema_momentum"):
+    with pytest.raises(ValueError, match=r"has no EMA of the weights .* its run had no --ema_decay"):
         load_average(classifier, tmp_path)
     save_average(classifier, tmp_path)
     load_average(classifier, tmp_path)
@@ -97,27 +97,43 @@ def test_averages_that_do_not_fit_are_refused(model_folder, image_folder, tmp_pa
     state = load_file(path)
     state["classifier.old"] = state.pop("classifier.bias")
     save_file(state, path)
-    with pytest.raises(ValueError, match=r"not those of this model: .*classifier.bias.*") as error:
+    with pytest.raises(ValueError, match=r"does not match this model: .*classifier.bias.*") as error:
         load_average(classifier, tmp_path)
     assert "\n" not in str(error.value)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="not those of this model"):
+    with pytest.raises(ValueError, match="does not match this model"):
         load_average(classifier, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_the_options_it_began_with(model_folder, image_folder, tmp_path):
+def test_a_run_resumes_with_the_same_options_only(model_folder, image_folder, tmp_path, fails):
     main(command(model_folder, image_folder, tmp_path))
     for changes, named in (
-        (["--ema_momentum", 0.2], r"ema_momentum \(0.0, now 0.2\)"),
+        (["--ema_decay", 0.8], r"ema_decay \(0.0, now 0.8\)"),
         (["--num_train_epochs", 3, "--seed", 1], r"num_train_epochs \(2, now 3\), seed \(0, now 1\)"),
         (["--train_batch_size", 8], r"learning_rate \(0.001, now 0.0005\), train_batch_size \(16, now 8\)"),
     ):
-        with pytest.raises(SystemExit, match=named) as end:
-            main(command(model_folder, image_folder, tmp_path, "--resume_from_checkpoint", "auto", *changes))
-        assert "\n" not in str(end.value)
+        arguments = command(model_folder, image_folder, tmp_path, "--resume_from_checkpoint", "auto", *changes)
+        assert re.search(named, fails(main, arguments))
     free = ["--gradient_accumulation_steps", 2, "--batch_size", 5, "--save_total_limit", 2]
     main(command(model_folder, image_folder, tmp_path, "--resume_from_checkpoint", "auto", *free))
     (tmp_path / "checkpoint-4" / "settings.json").unlink()
-    with pytest.raises(SystemExit, match=r"does not say what its run was told \(settings.json\)"):
-        main(command(model_folder, image_folder, tmp_path, "--resume_from_checkpoint", "auto"))
+    line = fails(main, command(model_folder, image_folder, tmp_path, "--resume_from_checkpoint", "auto"))
+    assert "the options of the run" in line
+    assert "cannot be read (settings.json)" in line
+
+
+@pytest.mark.parametrize(("momentum", "decay"), [(0.2, 0.8), (4e-5, 0.99996), (0.0, 0.0)])
+def test_settings_of_earlier_versions_are_understood(tmp_path, momentum, decay):
+    (tmp_path / "settings.json").write_text(json.dumps({"seed": 0, "ema_momentum": momentum}))
+    check_settings({"seed": 0, "ema_decay": decay}, tmp_path)
+    with pytest.raises(ValueError, match=r"is of a run with other options, ema_decay \(.*, now 0.5\): pass the same"):
+        check_settings({"seed": 0, "ema_decay": 0.5}, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{", "3"])
+def test_settings_that_are_not_an_object_are_refused(tmp_path, content):
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(ValueError, match=r"cannot be read \(settings.json\)") as error:
+        check_settings({"seed": 0}, tmp_path)
+    assert "\n" not in str(error.value)

@@ -1,6 +1,7 @@
 """The linear protocol on Trainer: against closed forms, against the cached form, interrupted, on several processes."""
 
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -12,31 +13,31 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from transformers import ResNetConfig, ResNetModel, pipeline
 
-from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification, MoCoV3ForPreTraining
+from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification, MoCoV3ForPreTraining, loading
 from mocov3_hf.data.labelled import EvaluationTransform, TrainingTransform, open_labelled
 from mocov3_hf.evaluation import evaluate
-from mocov3_hf.evaluation.arguments import evaluation_recipe_names, find_evaluation_recipe, parse_arguments
-from mocov3_hf.evaluation.checkpoints import last_checkpoint, reload_strictly
 from mocov3_hf.evaluation.classifier import head_parameters, load_with_new_head
-from mocov3_hf.evaluation.encoder import ProcessorTransform, load_encoder, pooled_features
 from mocov3_hf.evaluation.features import extract_features
-from mocov3_hf.evaluation.linear_probe import LinearProbeArguments, build_linear_trainer, main
-from mocov3_hf.evaluation.results import read_results
-from mocov3_hf.evaluation.supervised import Splits
+from mocov3_hf.evaluation.linear_probe import LinearProbeOptions, build_linear_trainer, main, parse_options
+from mocov3_hf.evaluation.supervised import Splits, newest_checkpoint
 from mocov3_hf.evaluation.sweep import sweep_linear_classifiers
-from mocov3_hf.evaluation.trainer import share_of_batch
+from mocov3_hf.evaluation.trainer import reload_strictly, share_of_batch
 from mocov3_hf.evaluation.training_images import TrainingImages, training_transform
-from mocov3_hf.processing import build_image_processor
+from mocov3_hf.loading import load_encoder, pooled_features
+from mocov3_hf.options import RECIPES, find_recipe, recipe_names
+from mocov3_hf.processing import ProcessorTransform, build_image_processor
+from mocov3_hf.run_folder import read_results
 from tests.launch import torchrun
 
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "linear_probe.py"
 NAMES = ["ant", "bee", "cow"]
+EVALUATION = RECIPES / "evaluation"
 
 
 @pytest.fixture(scope="module")
 def resnet_folder(tmp_path_factory):
-    """A body with BatchNorm."""
+    """A backbone with BatchNorm."""
     folder = tmp_path_factory.mktemp("resnet")
     torch.manual_seed(0)
     body = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
@@ -51,10 +52,10 @@ def command(model, images, output_dir, *more):
     return [*paths, "--num_train_epochs", "2", "--train_batch_size", "16", *map(str, more)]
 
 
-def arguments(**changes):
+def options_of(**changes):
     """45 images in batches of 16 are three steps an epoch, the last of 13 images."""
     given = {"num_train_epochs": 2, "train_batch_size": 16, "save_strategy": "no", "eval_strategy": "no"}
-    return LinearProbeArguments("model", "data", **(given | changes))
+    return LinearProbeOptions(model="model", dataset_name="data", **(given | changes))
 
 
 def trainer_of(model, image_folder, output_dir, transform=None, **changes):
@@ -62,10 +63,10 @@ def trainer_of(model, image_folder, output_dir, transform=None, **changes):
     classifier = load_with_new_head(model, NAMES)
     transform = transform or ProcessorTransform(build_image_processor(32))
     splits = Splits(train, test, test, train)
-    return build_linear_trainer(classifier, splits, transform, arguments(**changes), str(output_dir))
+    return build_linear_trainer(classifier, splits, transform, options_of(**changes), str(output_dir))
 
 
-def body_of(state):
+def backbone_of(state):
     return {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
 
 
@@ -75,17 +76,17 @@ def same(first, second):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_the_body_is_frozen_to_the_bit(resnet_folder, image_folder, tmp_path, mixed_precision):
+def test_the_backbone_is_frozen_bit_for_bit(resnet_folder, image_folder, tmp_path, mixed_precision):
     main(command(resnet_folder, image_folder, tmp_path, "--mixed_precision", mixed_precision))
     before = {f"mocov3.{name}": tensor for name, tensor in load_encoder(resnet_folder).state_dict().items()}
     saved = load_file(tmp_path / "model.safetensors")
     assert any("running_mean" in name for name in before)
-    assert same(body_of(saved), before)
+    assert same(backbone_of(saved), before)
 
 
 def test_without_eval_mode_it_would_not_be(resnet_folder, image_folder, tmp_path):
     trainer = trainer_of(resnet_folder, image_folder, tmp_path, num_train_epochs=1)
-    before = {name: tensor.clone() for name, tensor in body_of(trainer.model.state_dict()).items()}
+    before = {name: tensor.clone() for name, tensor in backbone_of(trainer.model.state_dict()).items()}
     trainer.frozen = None
     trainer.train()
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, trainer.model.state_dict()[name])}
@@ -149,7 +150,7 @@ def test_it_learns_digits_as_well_as_the_cached_form(model_folder, tmp_path):
     train, test = Digits(0, 800), Digits(1000, 1700)
     transform = EvaluationTransform(32, 32)
     classifier = load_with_new_head(model_folder, Digits.class_names)
-    options = arguments(learning_rate=0.3, train_batch_size=100, num_train_epochs=12, augment=False)
+    options = options_of(learning_rate=0.3, train_batch_size=100, num_train_epochs=12, augment=False)
     splits = Splits(train, test, test, train)
     trainer = build_linear_trainer(classifier, splits, transform, options, str(tmp_path))
     trainer.train()
@@ -173,7 +174,7 @@ def test_it_learns_digits_as_well_as_the_cached_form(model_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_command_saves_a_classifier_that_evaluates_the_same(model_folder, image_folder, tmp_path, capsys):
+def test_command_saves_a_classifier_that_evaluates_the_same(model_folder, image_folder, tmp_path, capsys, fails):
     metrics = main(command(model_folder, image_folder, tmp_path, "--seed", 3))
     assert metrics["linear_top1"] > 0.8
     assert f"{100 * metrics['linear_top1']:.2f} %" in capsys.readouterr().out
@@ -186,16 +187,16 @@ def test_command_saves_a_classifier_that_evaluates_the_same(model_folder, image_
     with Image.open(next(image_folder.glob("test/cow/*.png"))) as image:
         answer = pipeline("image-classification", model=str(tmp_path))(image)[0]
     assert answer["label"] == "cow"
-    with pytest.raises(SystemExit, match="holds a model: give another, or add --overwrite_output_dir"):
-        main(command(model_folder, image_folder, tmp_path))
+    line = fails(main, command(model_folder, image_folder, tmp_path))
+    assert "holds a model: pass another, or --overwrite_output_dir" in line
 
 
 @pytest.mark.slow
-def test_interrupted_and_resumed_it_is_the_same_to_the_bit(model_folder, image_folder, tmp_path):
+def test_interrupted_and_resumed_it_is_bit_identical(model_folder, image_folder, tmp_path):
     main(command(model_folder, image_folder, tmp_path / "whole", "--save_total_limit", 2))
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
     (tmp_path / "resumed" / "checkpoint-6").mkdir()  # a crash while saving
-    assert last_checkpoint(tmp_path / "resumed") == str(tmp_path / "resumed" / "checkpoint-3")
+    assert newest_checkpoint(tmp_path / "resumed") == str(tmp_path / "resumed" / "checkpoint-3")
     main(command(model_folder, image_folder, tmp_path / "resumed", "--resume_from_checkpoint", "auto"))
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
     assert same(whole, resumed)
@@ -204,7 +205,7 @@ def test_interrupted_and_resumed_it_is_the_same_to_the_bit(model_folder, image_f
 
 
 @pytest.mark.slow
-def test_weights_that_do_not_fit_are_never_passed_over(model_folder, image_folder, tmp_path):
+def test_weights_that_do_not_match_are_refused(model_folder, image_folder, tmp_path, fails):
     main(command(model_folder, image_folder, tmp_path))
     weights = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
     weights["classifier.old_weight"] = weights.pop("classifier.weight")
@@ -214,9 +215,9 @@ def test_weights_that_do_not_fit_are_never_passed_over(model_folder, image_folde
     with pytest.raises(ValueError, match=r"1 missing \(classifier.weight\); 1 unexpected \(classifier.old_weight\)"):
         reload_strictly(classifier, tmp_path / "checkpoint-6")
     assert same(before, classifier.state_dict())
-    with pytest.raises(SystemExit, match="1 missing") as end:
-        main(command(model_folder, image_folder, tmp_path, "--resume_from_checkpoint", "auto"))
-    assert "\n" not in str(end.value)
+    assert "1 missing" in fails(
+        main, command(model_folder, image_folder, tmp_path, "--resume_from_checkpoint", "auto")
+    )
     with pytest.raises(ValueError, match="holds another model than the one in training"):
         reload_strictly(load_with_new_head(model_folder, ["a", "b"]), tmp_path)
 
@@ -236,7 +237,7 @@ def test_one_process_and_two_train_the_same_classifier(model_folder, image_folde
     assert one["settings"] == two["settings"]
     assert one["metrics"] == two["metrics"]
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in "12")
-    assert same(body_of(first), body_of(second))
+    assert same(backbone_of(first), backbone_of(second))
     torch.testing.assert_close(first["classifier.weight"], second["classifier.weight"], rtol=1e-3, atol=1e-5)
 
 
@@ -282,59 +283,59 @@ PUBLISHED = {
 def test_published_recipes(name):
     top1, learning_rate = PUBLISHED[name]
     argv = ["--recipe", name, "--model", "m", "--output_dir", "o"]
-    recipe = parse_arguments(LinearProbeArguments, argv, "")
+    recipe = parse_options(argv)
     assert recipe.base_learning_rate * recipe.train_batch_size / 256 == pytest.approx(learning_rate)
     assert (recipe.num_train_epochs, recipe.momentum, recipe.weight_decay) == (90, 0.9, 0.0)
     assert (recipe.dataset_name, recipe.test_split) == ("ILSVRC/imagenet-1k", "validation")
-    head = find_evaluation_recipe(name).read_text().split("\n\n")[0]
-    assert f"scripts/linear_probe.py --recipe {name} " in head
+    head = find_recipe(name, EVALUATION).read_text().split("\n\n")[0]
+    assert f"torchrun --nproc_per_node 8 -m mocov3_hf linear-probe --recipe {name} " in head
     assert f"Expected: {top1:.2f} % top-1" in head
     assert "# Cost: " in head
-    over = parse_arguments(LinearProbeArguments, [*argv, "--num_train_epochs", "3", "--crop_scale", "0.2", "1"], "")
+    over = parse_options([*argv, "--num_train_epochs", "3", "--crop_scale", "0.2", "1"])
     assert (over.num_train_epochs, over.crop_scale, over.train_batch_size) == (3, [0.2, 1.0], 1024)
 
 
 def test_linear_recipes_are_the_published_ones():
-    assert {name for name in evaluation_recipe_names() if "linear" in name} == set(PUBLISHED)
+    assert {name for name in recipe_names(EVALUATION) if "linear" in name} == set(PUBLISHED)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("num_train_epoch: 3", "there is no option 'num_train_epoch': did you mean 'num_train_epochs'"),
-        ("num_train_epochs: ten", "num_train_epochs.*: invalid int value: 'ten'"),
-        ("- 3", "must hold a mapping of options, it holds a list"),
-        ("a: [", "cannot be read: while parsing"),
+        ("num_train_epoch: 3", "mine.yaml: there is no option 'num_train_epoch'; did you mean 'num_train_epochs'"),
+        ("num_train_epochs: ten", "mine.yaml: num_train_epochs takes one integer, got 'ten'"),
+        ("- 3", "must hold a mapping of options, got a list"),
+        ("a: [", "cannot be read as a recipe: while parsing"),
     ],
 )
 def test_recipes_of_ones_own_are_checked(tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ValueError, match=message) as error:
-        parse_arguments(LinearProbeArguments, ["--recipe", str(tmp_path / "mine.yaml"), "--model", "m"], "")
+        parse_options(["--recipe", str(tmp_path / "mine.yaml"), "--model", "m"])
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--recipe", "vit-small_linear"], "there is no recipe 'vit-small_linear'.*; known are: "),
+        (["--recipe", "vit-small_linear"], "there is no recipe 'vit-small_linear'.*; mocov3 recipes lists all"),
         (["--train_batch_size", "64"], r"between 1 image and the 45 of the training split, got 64"),
-        (["--train_batch_size", "0"], "between 1 image and the 45"),
-        (["--num_train_epochs", "0"], "num_train_epochs must be positive, got 0"),
-        (["--learning_rate", "3e38"], "training has diverged, classifier"),
-        (["--momentum", "1"], r"momentum must lie in \[0, 1\)"),
-        (["--crop_scale", "0.5"], r"crop_scale must be two numbers, .* got \[0.5\]"),
-        (["--batch_sise", "8"], "there is no option --batch_sise: did you mean 'batch_size'"),
+        (["--train_batch_size", "0"], "--train_batch_size must be at least 1, got 0"),
+        (["--num_train_epochs", "0"], "--num_train_epochs must be at least 1, got 0"),
+        (["--momentum", "1"], "--momentum must be at least 0 and below 1, got 1"),
+        (["--crop_scale", "0.5"], r"--crop_scale takes two numbers, .* got \[0\.5\]"),
+        (["--crop_scale", "0.5", "0.1"], "the smallest and the largest area"),
+        (["--crop_scale", "0.5", "2"], "--crop_scale must be above 0 and at most 1, got 2"),
+        (["--batch_sise", "8"], "there is no option '--batch_sise'; did you mean '--batch_size'"),
         (["--resume_from_checkpoint", "/nowhere"], "checkpoint '/nowhere' does not exist"),
         (["--test_split", "val"], "it has: train, test"),
         (["--model", "/nowhere"], "model folder '/nowhere' does not exist"),
     ],
 )
-def test_bad_input_is_one_line_and_status_one(model_folder, image_folder, tmp_path, change, message):
-    with pytest.raises(SystemExit, match=message) as end:
-        main(command(model_folder, image_folder, tmp_path, "--save_strategy", "no", "--eval_strategy", "no", *change))
-    assert "\n" not in str(end.value)
-    assert str(end.value).startswith("error: ")
+def test_mistakes_are_one_line(model_folder, image_folder, tmp_path, change, message, fails):
+    strategy = ["--save_strategy", "no", "--eval_strategy", "no"]
+    line = fails(main, command(model_folder, image_folder, tmp_path, *strategy, *change))
+    assert re.search(message, line)
     assert not (tmp_path / "results.json").exists()
     assert not (tmp_path / "config.json").exists()
 
@@ -360,17 +361,41 @@ def test_any_encoder_gets_a_head(model_folder, tmp_path, kind):
     assert classifier.config.id2label == dict(enumerate(NAMES))
 
 
-def test_the_model_is_not_written_over(model_folder, image_folder):
-    with pytest.raises(SystemExit, match="is the folder of the model, which would be lost"):
-        main(command(model_folder, image_folder, model_folder, "--overwrite_output_dir"))
-    with pytest.raises(SystemExit, match="the classifier needs a folder of its own: add --output_dir"):
-        main(["--model", str(model_folder), "--dataset_name", str(image_folder)])
+def test_divergence_is_a_failure_at_run_time(model_folder, image_folder, tmp_path, fails):
+    line = fails(main, command(model_folder, image_folder, tmp_path, "--learning_rate", "3e38"), code=1)
+    assert re.search("training has diverged, classifier.* is not finite: pass a smaller learning rate", line)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_the_model_is_not_overwritten(model_folder, image_folder, tmp_path, monkeypatch, fails):
+    line = fails(main, command(model_folder, image_folder, model_folder, "--overwrite_output_dir"))
+    assert "is the folder of the model, which would be lost" in line
+    line = fails(main, ["--model", model_folder, "--dataset_name", image_folder])
+    assert "--output_dir is missing: the classifier needs a folder of its own" in line
+    monkeypatch.setattr(loading, "load_zoo", lambda: {"published": None})
+    monkeypatch.setattr(loading, "fetch", lambda name: str(model_folder))
+    line = fails(main, command("published", image_folder, model_folder, "--overwrite_output_dir"))
+    assert "is the folder of the model, which would be lost" in line
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_images_that_cannot_be_decoded_are_named(model_folder, image_folder, tmp_path, workers):
+def test_images_that_cannot_be_decoded_are_named(model_folder, image_folder, tmp_path, workers, fails):
     images = shutil.copytree(image_folder, tmp_path / "images")
     (images / "train" / "ant" / "003.png").write_bytes(b"no image")
-    with pytest.raises(SystemExit, match=r"error: image in row 3 of the training split .* repair it") as end:
-        main(command(model_folder, images, tmp_path / "output", "--num_workers", workers))
-    assert "\n" not in str(end.value)
+    line = fails(main, command(model_folder, images, tmp_path / "output", "--dataloader_num_workers", workers))
+    assert re.fullmatch("error: image in row 3 of the training split .*: repair or remove it", line)
+
+
+@pytest.mark.slow
+def test_an_image_that_only_the_second_process_decodes_is_named(model_folder, image_folder, tmp_path):
+    """Each of two processes has one of two images."""
+    images = tmp_path / "images"
+    for split in ("train", "test"):
+        for name in NAMES[:2]:
+            (images / split / name).mkdir(parents=True)
+            shutil.copy(sorted((image_folder / split / name).iterdir())[0], images / split / name)
+    next((images / "train" / "bee").iterdir()).write_bytes(b"no image")
+    paths = ["--model", str(model_folder), "--dataset_name", str(images), "--output_dir", str(tmp_path / "output")]
+    done = torchrun(2, SCRIPT, *paths, "--train_batch_size", "2", "--num_train_epochs", "1", check=False)
+    assert done.returncode != 0
+    assert "error: image in row 1 of the training split" in done.stderr

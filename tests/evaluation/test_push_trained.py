@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from mocov3_hf.evaluation import finetune, linear_probe
-from mocov3_hf.evaluation.results import read_results
+from mocov3_hf.evaluation import finetune, linear_probe, supervised
+from mocov3_hf.reporting import RunError, UsageError
+from mocov3_hf.run_folder import read_results
 from tests.hub.stand_in import TOKEN, HubStandIn
 from tests.launch import ROOT, python
 
@@ -46,7 +47,7 @@ def test_the_finished_folder_is_pushed(model_folder, image_folder, tmp_path, hub
 
 
 @pytest.mark.parametrize("main", [finetune.main, linear_probe.main])
-def test_the_pusher_is_told_where_to(model_folder, image_folder, tmp_path, main):
+def test_repository_and_visibility_are_passed_on(model_folder, image_folder, tmp_path, main, monkeypatch):
     pushed = []
 
     def push(folder, name, *, private):
@@ -55,19 +56,29 @@ def test_the_pusher_is_told_where_to(model_folder, image_folder, tmp_path, main)
         return "https://hub/commit/1"
 
     argv = command(model_folder, image_folder, tmp_path, "--hub_model_id", "me/birds")
-    main(argv + (["--warmup_epochs", "0"] if main is finetune.main else []), push=push)
+    monkeypatch.setattr(supervised, "push_folder", push)
+    main(argv + (["--warmup_epochs", "0"] if main is finetune.main else []))
     assert pushed == [(str(tmp_path), "me/birds", False)]
 
 
-def test_a_failed_push_costs_nothing_and_is_one_line(model_folder, image_folder, tmp_path):
+def test_a_failed_push_loses_nothing_and_is_one_line(model_folder, image_folder, tmp_path, monkeypatch, fails):
     def push(folder, name, *, private):
-        raise RuntimeError("the token may not write")
+        raise RunError("the token may not write")
 
-    with pytest.raises(SystemExit, match=r"saved in .* but not on the Hub: the token may not write") as end:
-        linear_probe.main(command(model_folder, image_folder, tmp_path, "--hub_model_id", "me/birds"), push=push)
-    assert "\n" not in str(end.value)
-    assert str(end.value).endswith(f"scripts/push_to_hub.py {tmp_path} --hub_model_id me/birds")
+    monkeypatch.setattr(supervised, "push_folder", push)
+    options = ["--hub_model_id", "me/birds", "--hub_private_repo"]
+    line = fails(linear_probe.main, command(model_folder, image_folder, tmp_path, *options), code=1)
+    assert line.startswith(
+        f"error: the classifier is saved in '{tmp_path}', but the push failed: the token may not write;"
+    )
+    assert line.endswith(f"mocov3 push {tmp_path} --hub_model_id me/birds --hub_private_repo")
     assert (tmp_path / "model.safetensors").exists()
     assert read_results(tmp_path)
-    with pytest.raises(SystemExit, match="--push_to_hub works in the scripts"):
-        linear_probe.main(command(model_folder, image_folder, tmp_path / "other"))
+
+    def refuse(folder, name, *, private):
+        raise UsageError("'me/bi rds' is not a valid name")
+
+    monkeypatch.setattr(supervised, "push_folder", refuse)
+    options = ["--hub_model_id", "me/bi rds", "--overwrite_output_dir"]
+    line = fails(linear_probe.main, command(model_folder, image_folder, tmp_path, *options), code=2)
+    assert "but the push failed: 'me/bi rds' is not a valid name; push it with: mocov3 push" in line

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mocov3_hf.evaluation import cached_linear, evaluate, finetune, knn, linear_probe
+from mocov3_hf.evaluation import evaluate, finetune, knn, linear_probe
 
 
 ROOT = os.environ.get("MOCOV3_TEST_DATA")
@@ -19,9 +19,11 @@ def test_all_commands(model_folder, tmp_path):
         paths = ["--model", model, "--dataset_name", Path(ROOT) / "cifar10", "--output_dir", tmp_path / name]
         return main([str(value) for value in (*paths, *(splits if main is not evaluate.main else splits[2:]), *more)])
 
-    # Even without training, colours tell some of the ten classes.
+    # Even without training, colors distinguish some of the ten classes.
     assert run(knn.main, "knn", "--k", 20)["knn20_top1"] > 0.12
-    assert run(cached_linear.main, "cached", "--few_shot", 5, "--num_train_epochs", 20)["linear_top1"] > 0.12
+    assert (
+        run(linear_probe.main, "cached", "--cached", "--few_shot", 5, "--num_train_epochs", 20)["linear_top1"] > 0.12
+    )
     assert run(linear_probe.main, "linear", *TRAINING)["linear_top5"] > 0.3
     recipe = ("--recipe", "cifar10_vit-tiny-p4_finetune", "--warmup_epochs", 0.5)
     metrics = run(finetune.main, "finetune", *recipe, *TRAINING)

@@ -125,13 +125,13 @@ def test_a_diverged_setting_is_not_chosen(data):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"learning_rates": []}, "learning_rates must name at least one"),
+        ({"learning_rates": []}, "learning_rates needs at least one"),
         ({"learning_rates": [0.0]}, "learning_rates must be positive, got 0.0"),
         ({"weight_decays": [-1.0]}, "weight_decays must be at least 0, got -1.0"),
         ({"weight_decays": [math.nan]}, "weight_decays must be at least 0, got nan"),
         ({"num_epochs": 0}, "num_epochs must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"validation_fraction": 1.0}, "validation_fraction must lie between 0 and 1"),
+        ({"validation_fraction": 1.0}, "validation_fraction must be above 0 and below 1"),
         ({"validation_fraction": 1e-3}, "holds out 0 of 403 features"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, "one integer for each of the 403 features"),
     ],

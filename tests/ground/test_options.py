@@ -122,7 +122,7 @@ def test_the_command_line_wins_and_mappings_are_merged(recipes):
         (["--learning_rate", "nan"], "--learning_rate takes one finite number, got 'nan'"),
         (["--learning_rate", "-inf"], "--learning_rate takes one finite number"),
         (["--learning_rate", "0"], "--learning_rate must be above 0, got 0.0"),
-        (["--crop_scale", "0.2", "1.5"], "--crop_scale must be at most 1 and above 0, got 1.5"),
+        (["--crop_scale", "0.2", "1.5"], "--crop_scale must be above 0 and at most 1, got 1.5"),
         (["--mixed_precision", "bf61"], "--mixed_precision takes one of no, bf16, got 'bf61'; did you mean 'bf16'?"),
         (["--backbone_config", "{"], "--backbone_config takes a mapping (JSON on the command line), got '{'"),
         (["--backbone_config", '{"a": NaN}'], "numbers in a mapping must be finite"),

@@ -73,10 +73,10 @@ def test_zeros_have_rank_one_and_are_collapsed():
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        (torch.zeros(1, 4), "at least 2 rows"),
+        (torch.zeros(1, 4), "features of at least 2 images"),
         (torch.zeros(4), "shape"),
         (torch.zeros(4, 4, dtype=torch.int64), "floating point"),
-        (torch.full((4, 4), math.inf), "4 of 4 rows of features hold NaN or infinity"),
+        (torch.full((4, 4), math.inf), "4 of 4 rows of features contain NaN or infinity"),
     ],
 )
 def test_bad_input_is_one_line(features, message):

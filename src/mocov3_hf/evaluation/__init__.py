@@ -1,1 +1,1 @@
-"""From a model folder to figures: features, nearest neighbours, linear classifiers, and the record of results."""
+"""From a model folder to metrics: nearest neighbors, linear probe, fine-tuning, test of classifiers."""

@@ -1,93 +1,97 @@
-"""Linear evaluation on cached features: a grid of classifiers for the price of one pass over the images, and few-shot
-accuracy from the same features."""
+"""
+`mocov3 linear-probe --cached`: a grid of linear classifiers for the cost of one pass over the images, and few-shot
+accuracy from the same features.
+"""
 
+import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from .arguments import (
-    FeatureArguments,
+from ..loading import load_encoder, load_processor, weights_hash
+from ..options import option
+from ..processing import ProcessorTransform
+from .common import (
+    EvaluationOptions,
+    TrainSplitOptions,
     describe_splits,
     evaluation_processes,
     open_splits,
     record_and_print,
-    run_command,
 )
-from .encoder import FEATURES, load_encoder, load_transform, select_features, weights_hash
-from .features import Features, labelled_features
-from .few_shot import few_shot_metrics, few_shot_rows
+from .features import Features, labelled_features, select_features
 from .knn import collapse_metrics
+from .linear import fit_linear_classifier
 from .sweep import LEARNING_RATES, WEIGHT_DECAYS, ChosenLinear, checked_grid, choose_linear_classifier
 
 
-@dataclass(frozen=True)
-class CachedLinearArguments(FeatureArguments):
-    """Arguments of `scripts/linear_probe.py --cached`."""
+@dataclass(frozen=True, kw_only=True)
+class CachedOptions:
+    """Linear classifiers on cached features (with --cached only)"""
 
-    cached: bool = field(
-        default=True, metadata={"help": "Train on features of the unaugmented images, computed once."}
+    features: list[Literal["pooled", "pooled_mean", "last4"]] = option(
+        ["pooled"],
+        "Inputs to compare on held-out images: pooled features, these and the mean of the patch tokens, or CLS tokens"
+        " of the last four layers.",
     )
-    features: list[str] = field(
-        default_factory=lambda: ["pooled"],
-        metadata={
-            "help": "What the classifiers stand on: pooled (CLS of a ViT), pooled_mean (and the mean of its patches),"
-            " last4 (CLS of the last four layers). Several are compared on the held-out part."
-        },
+    learning_rates: list[float] = option(
+        list(LEARNING_RATES), "Grid of peak learning rates at this batch size.", above=0
     )
-    learning_rates: list[float] = field(
-        default_factory=lambda: list(LEARNING_RATES), metadata={"help": "Grid of learning rates at this batch size."}
+    weight_decays: list[float] = option(list(WEIGHT_DECAYS), "Grid of weight decays.", at_least=0)
+    few_shot: list[int] = option([], "Also train on this many images per class, for example 1 5 10.", at_least=1)
+    few_shot_fractions: list[float] = option(
+        [], "Also train on this fraction of the labels, for example 0.01 0.1.", above=0, at_most=1
     )
-    weight_decays: list[float] = field(
-        default_factory=lambda: list(WEIGHT_DECAYS), metadata={"help": "Grid of weight decays."}
-    )
-    num_train_epochs: int = field(default=90, metadata={"help": "Epochs of SGD over the features."})
-    train_batch_size: int = field(default=1024, metadata={"help": "Features per step of SGD."})
-    validation_fraction: float = field(
-        default=0.1, metadata={"help": "Part of the training split held out to choose the setting on."}
-    )
-    few_shot: list[int] = field(
-        default_factory=list, metadata={"help": "Also train on so many images per class, for example 1 5 10."}
-    )
-    few_shot_fractions: list[float] = field(
-        default_factory=list, metadata={"help": "Also train on these parts of the labels, for example 0.01 0.1."}
-    )
-    num_draws: int = field(default=5, metadata={"help": "Draws of the few-shot training images."})
-    seed: int = field(default=0, metadata={"help": "Of the held-out part, the order, the start and the draws."})
+    num_draws: int = option(5, "Random draws of the few-shot images.", at_least=1)
+    cache_dir: str | None = option(None, "Folder to keep features in and to read them from.", metavar="DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedLinearOptions(CachedOptions, TrainSplitOptions, EvaluationOptions):
+    """All options of the command with `--cached`; those that it shares with the published protocol are declared there
+    for `--help`."""
+
+    cached: bool = option(True)
+    num_train_epochs: int = option(90)
+    train_batch_size: int = option(1024)
+    validation_fraction: float = option(0.1)
+    seed: int = option(0)
 
 
 def linear_metrics(
-    train: Features, test: Features, arguments: CachedLinearArguments, progress: bool = True, device=None
-) -> tuple[dict[str, float], dict[str, object]]:
-    """Accuracies of the classifier chosen on a held-out part of the training features.
+    train: Features, test: Features, options: CachedLinearOptions, progress: bool = True, device=None
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """
+    Accuracies of the classifier that was selected on a held-out part of the training features.
 
     Args:
-        train, test: `layer_features` where the arguments name a feature other than "pooled", else pooled features.
-        arguments: grid, features, seed and few-shot tasks.
-        progress: show bars.
-        device: where to compute.
+        train, test: `layer_features` if the options name another input than "pooled", else pooled features.
+        options: Grid, inputs, seed and few-shot tasks.
+        progress: Whether to show progress bars.
+        device: Where to compute.
 
     Returns:
-        `linear_top1`, `linear_top5` (more than 5 classes) on the test features, `linear_validation_top1`, those of
-        `few_shot_metrics` on the first feature and of `collapse_metrics` on the chosen one; and what was chosen:
-        feature, learning rate, weight decay, validation accuracy of every setting.
+        `linear_top1`, `linear_top5` (for more than 5 classes) on the test features, `linear_validation_top1`, those of
+        `few_shot_metrics` on the first input and of `collapse_metrics` on the selected one; and the selection: input,
+        learning rate, weight decay, validation accuracy of every setting.
     """
-    sides = {choice: _chosen(train, test, choice, arguments) for choice in arguments.features}
+    sides = {choice: _chosen(train, test, choice, options) for choice in options.features}
     num_classes = max(train.num_classes, int(test.labels.max()) + 1)
     candidates: dict[str, ChosenLinear] = {
         choice: choose_linear_classifier(
             train_features.features,
             train.labels,
             num_classes,
-            learning_rates=arguments.learning_rates,
-            weight_decays=arguments.weight_decays,
-            num_epochs=arguments.num_train_epochs,
-            batch_size=arguments.train_batch_size,
-            validation_fraction=arguments.validation_fraction,
-            seed=arguments.seed,
+            learning_rates=options.learning_rates,
+            weight_decays=options.weight_decays,
+            num_epochs=options.num_train_epochs,
+            batch_size=options.train_batch_size,
+            validation_fraction=options.validation_fraction,
+            seed=options.seed,
             progress=progress,
             device=device,
         )
@@ -100,11 +104,11 @@ def linear_metrics(
         metrics["linear_top5"] = chosen.classifier.accuracy(rows, test.labels, top=5)
     metrics["linear_validation_top1"] = chosen.validation_accuracy
     metrics |= few_shot_metrics(
-        *sides[arguments.features[0]],
-        per_class=arguments.few_shot,
-        fractions=arguments.few_shot_fractions,
-        num_draws=arguments.num_draws,
-        seed=arguments.seed,
+        *sides[options.features[0]],
+        per_class=options.few_shot,
+        fractions=options.few_shot_fractions,
+        num_draws=options.num_draws,
+        seed=options.seed,
         device=device,
     )
     metrics |= collapse_metrics(rows)
@@ -117,95 +121,167 @@ def linear_metrics(
     return metrics, choice
 
 
-def _check_tasks(arguments: CachedLinearArguments, labels: torch.Tensor) -> None:
-    """ValueError for what would only be found out after the images were passed over."""
-    checked_grid(arguments.learning_rates, arguments.weight_decays)
-    if not 0 < arguments.validation_fraction < 1:
-        raise ValueError(f"validation_fraction must lie between 0 and 1, got {arguments.validation_fraction}")
-    for count in arguments.few_shot:
+def few_shot_rows(
+    labels: torch.Tensor, *, per_class: int | None = None, fraction: float | None = None, seed: int = 0
+) -> torch.Tensor:
+    """
+    Rows of a random draw from every class.
+
+    Args:
+        labels: (n,) integers.
+        per_class: Images of each class; or
+        fraction: Fraction of each class, rounded, at least one image; between 0 and 1.
+        seed: Of the draw. The rows of a class do not depend on the other classes, and a larger draw with the same seed
+            contains a smaller one.
+
+    Returns:
+        Sorted int64 rows.
+
+    Raises:
+        ValueError: Neither or both of `per_class` and `fraction`, out of range, or a class with fewer images.
+    """
+    if (per_class is None) == (fraction is None):
+        raise ValueError("pass either per_class or fraction")
+    if per_class is not None and per_class < 1:
+        raise ValueError(f"per_class must be at least 1, got {per_class}")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
+    rows = []
+    for label in labels.unique().tolist():
+        of_class = (labels == label).nonzero()[:, 0].cpu()
+        count = per_class if per_class is not None else max(1, round(fraction * len(of_class)))
+        if count > len(of_class):
+            raise ValueError(
+                f"class {label} has {len(of_class)} images, expected at least {count}: pass a smaller --few_shot"
+            )
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + label)
+        rows.append(of_class[torch.randperm(len(of_class), generator=generator)[:count]])
+    return torch.cat(rows).sort().values
+
+
+def few_shot_metrics(
+    train: Features,
+    test: Features,
+    *,
+    per_class: Sequence[int] = (),
+    fractions: Sequence[float] = (),
+    num_draws: int = 5,
+    seed: int = 0,
+    l2: float | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, float]:
+    """
+    Few-shot accuracy between 0 and 1 on the test features: logistic regression on random draws of the training
+    features.
+
+    Args:
+        train, test: Features of both splits.
+        per_class: Numbers of images per class.
+        fractions: Fractions of the training split, 0.01 for 1 %.
+        num_draws: Draws with the seeds `seed`, `seed + 1`, ...
+        seed: Of the first draw.
+        l2: As `fit_linear_classifier`; None for one over the number of images, scikit-learn's `C = 1`: there are too
+            few labels to select it, and the test set must not be used.
+        device: Where to fit.
+
+    Returns:
+        `{n}shot_top1` and `{p}percent_top1`, mean over the draws, and the same with `_std`: the sample standard
+        deviation (n - 1), 0 for a single draw.
+
+    Raises:
+        ValueError: As `few_shot_rows`; no draws.
+    """
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+    tasks = {f"{count}shot": {"per_class": count} for count in per_class}
+    tasks |= {f"{100 * part:g}percent": {"fraction": part} for part in fractions}
+    num_classes = max(train.num_classes, int(test.labels.max()) + 1)
+    metrics = {}
+    for name, amount in tasks.items():
+        accuracies = []
+        for draw in range(num_draws):
+            rows = few_shot_rows(train.labels, seed=seed + draw, **amount)
+            classifier = fit_linear_classifier(
+                train.features[rows],
+                train.labels[rows],
+                num_classes,
+                l2=1 / len(rows) if l2 is None else l2,
+                device=device,
+            )
+            accuracies.append(classifier.accuracy(test.features, test.labels))
+        metrics[f"{name}_top1"] = statistics.fmean(accuracies)
+        metrics[f"{name}_top1_std"] = statistics.stdev(accuracies) if num_draws > 1 else 0.0
+    return metrics
+
+
+def _check_tasks(options: CachedLinearOptions, labels: torch.Tensor) -> None:
+    """ValueError for mistakes that would be found only after the pass over the images."""
+    checked_grid(options.learning_rates, options.weight_decays)
+    if not 0 < options.validation_fraction < 1:
+        raise ValueError(f"--validation_fraction must be above 0 and below 1, got {options.validation_fraction}")
+    for count in options.few_shot:
         few_shot_rows(labels, per_class=count)
-    for part in arguments.few_shot_fractions:
+    for part in options.few_shot_fractions:
         few_shot_rows(labels, fraction=part)
 
 
-def _chosen(
-    train: Features, test: Features, choice: str, arguments: CachedLinearArguments
-) -> tuple[Features, Features]:
-    if not needs_layers(arguments):
+def _chosen(train: Features, test: Features, choice: str, options: CachedLinearOptions) -> tuple[Features, ...]:
+    if not needs_layers(options):
         return train, test
     return tuple(replace(side, features=select_features(side.features, choice)) for side in (train, test))
 
 
-def needs_layers(arguments: CachedLinearArguments) -> bool:
-    """Whether a feature is asked for that the pooled vector does not hold."""
-    return list(arguments.features) != ["pooled"]
+def needs_layers(options: CachedLinearOptions) -> bool:
+    """Whether the pooled features do not contain all inputs."""
+    return list(options.features) != ["pooled"]
 
 
-def run(arguments: CachedLinearArguments) -> dict[str, float]:
-    """Load, extract, train, print, record, on all processes of this run. Raises ValueError as what it calls."""
-    unknown = [name for name in arguments.features if name not in FEATURES]
-    if unknown or not arguments.features:
-        raise ValueError(f"features must be among {', '.join(FEATURES)}, got {', '.join(unknown) or 'none'}")
-    with evaluation_processes(arguments) as state:
-        return _run(arguments, state)
-
-
-def _run(arguments: CachedLinearArguments, state: PartialState) -> dict[str, float]:
-    splits = open_splits(arguments)
-    _check_tasks(arguments, torch.as_tensor(splits[0].labels))
-    encoder = load_encoder(arguments.model).to(state.device)
-    transform = load_transform(arguments.model, encoder, arguments.image_size)
-    started = time.perf_counter()
-    train, test = (
-        labelled_features(
-            encoder,
-            images,
-            transform,
-            batch_size=arguments.batch_size,
-            num_workers=arguments.num_workers,
-            mixed_precision=arguments.mixed_precision,
-            layers=needs_layers(arguments),
-            cache_dir=arguments.cache_dir,
-            description=f"{name} features",
+def run(options: CachedLinearOptions) -> dict[str, float]:
+    """Load, extract, train, print, record, on all processes of this run. Raises ValueError for a user's mistake."""
+    with evaluation_processes(options) as state:
+        splits = open_splits(options)
+        _check_tasks(options, torch.as_tensor(splits[0].labels))
+        encoder = load_encoder(options.model).to(state.device)
+        transform = ProcessorTransform(load_processor(options.model, encoder.config, image_size=options.image_size))
+        started = time.perf_counter()
+        train, test = (
+            labelled_features(
+                encoder,
+                images,
+                transform,
+                layers=needs_layers(options),
+                cache_dir=options.cache_dir,
+                description=f"{name} features",
+                **options.of_pass(),
+            )
+            for name, images in zip(("train", "test"), splits, strict=True)
         )
-        for name, images in zip(("train", "test"), splits, strict=True)
-    )
-    # The fit takes a fraction of the time of the pass: one process does it, the others receive the outcome.
-    outcome: list = [None]
-    if state.is_main_process:
-        try:
-            outcome = [linear_metrics(train, test, arguments, device=state.device)]
-        except ValueError as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], ValueError):
-        raise outcome[0]
-    metrics, choice = outcome[0]
-    if state.is_main_process:
-        record_and_print(
-            arguments,
-            "linear, cached",
-            weights=weights_hash(encoder),
-            transform=transform,
-            settings={"chosen": choice},
-            notes=[
-                f"  chosen: {choice['feature']}, learning rate {choice['learning_rate']:g}, "
-                f"weight decay {choice['weight_decay']:g}"
-            ],
-            task="linear_cached",
-            dataset=describe_splits(arguments, *splits),
-            metrics=metrics,
-            seed=arguments.seed,
-            seconds=time.perf_counter() - started,
-        )
-    return metrics
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Command line of linear evaluation on cached features. Bad input ends the process with one line and status 1.
-
-    Args:
-        argv: None for those of the process.
-    """
-    description = "Linear evaluation on cached features, of any vision model."
-    return run_command(CachedLinearArguments, argv, description, run)
+        # The fit takes a fraction of the time of the pass: one process does it and sends the outcome to the others.
+        outcome: list = [None]
+        if state.is_main_process:
+            try:
+                outcome = [linear_metrics(train, test, options, device=state.device)]
+            except ValueError as error:
+                outcome = [error]
+        broadcast_object_list(outcome)
+        if isinstance(outcome[0], ValueError):
+            raise outcome[0]
+        metrics, choice = outcome[0]
+        if state.is_main_process:
+            record_and_print(
+                options,
+                "linear, cached",
+                weights=weights_hash(encoder),
+                transform=transform,
+                settings={"chosen": choice},
+                notes=[
+                    f"  selected: {choice['feature']}, learning rate {choice['learning_rate']:g}, "
+                    f"weight decay {choice['weight_decay']:g}"
+                ],
+                task="linear_cached",
+                dataset=describe_splits(options, *splits),
+                metrics=metrics,
+                seed=options.seed,
+                seconds=time.perf_counter() - started,
+            )
+        return metrics

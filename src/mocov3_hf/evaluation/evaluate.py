@@ -1,36 +1,39 @@
-"""Test of a saved classifier: top-1 and top-5 on any labelled split, every image once."""
+"""The command `mocov3 evaluate`: accuracy of a saved classifier on a labeled split, every image once."""
 
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from accelerate import PartialState
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..data.labelled import LabelledImages
+from ..loading import base_encoder, load_classifier, load_processor, size_options, weights_hash
 from ..metrics import accuracy_metrics
-from .arguments import SplitArguments, describe_split, evaluation_processes, open_split, record_and_print, run_command
-from .classifier import MATCH_CLASSES, class_logits, load_classifier, match_classes
-from .encoder import load_transform, weights_hash
+from ..options import Command, option, parse
+from ..processing import ProcessorTransform
+from ..reporting import reporting
+from .common import EvaluationOptions, describe_split, evaluation_processes, open_split, record_and_print
 from .features import rows_of_split
 
 
-@dataclass(frozen=True)
-class EvaluateArguments(SplitArguments):
-    """Arguments of `scripts/evaluate.py`."""
+# Legend: B batch, C channels, H W image, K classes.
 
-    match_classes: str = field(
-        default="name",
-        metadata={
-            "help": "How classes of the data set become those of the checkpoint: by name, in whatever order either has"
-            " them, or by number. Without names on both sides numbers are taken.",
-            "choices": list(MATCH_CLASSES),
-        },
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(EvaluationOptions):
+    """Classes"""
+
+    match_classes: Literal["name", "number"] = option(
+        "name", "How to match the classes of data set and classifier. By number if one of them has no names."
     )
+
+
+COMMAND = Command("evaluate", "Test a classifier on a labeled data set.", (EvaluateOptions,), "model")
 
 
 def evaluate_classifier(
@@ -38,23 +41,24 @@ def evaluate_classifier(
     images: LabelledImages,
     transform: Callable[[torch.Tensor], torch.Tensor],
     class_names: Sequence[str] | None = None,
-    **options,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Accuracies of a classifier on a split. With several processes, all must call it.
+    """
+    Accuracies of a classifier on a split. With several processes, all must call it.
 
     Args:
-        model: a classifier of transformers, not wrapped; its modes are restored afterwards.
-        images: the labelled split, labels numbered as the outputs of the model (`match_classes`).
-        transform: uint8 (3, H, W) to float32 (3, size, size).
-        class_names: for the accuracies per class; None for numbers.
+        model: A classifier of transformers, not wrapped; its modes are restored afterwards.
+        images: The labeled split, labels numbered as the outputs of the model (`match_classes`).
+        transform: From uint8 (C, H, W) to float32 (C, size, size).
+        class_names: For the accuracies per class; None for numbers.
         options: `batch_size`, `num_workers`, `mixed_precision`, `progress`, `description` of `rows_of_split`.
 
     Returns:
-        `loss` (mean cross-entropy), the metrics of `accuracy_metrics`, and `answered_classes`, how many classes any
-        image was taken for: the same on every process, and whatever the number of processes.
+        `loss` (mean cross-entropy), the metrics of `accuracy_metrics`, and `answered_classes`, the number of classes
+        that were predicted for any image: the same on every process and for any number of processes.
 
     Raises:
-        ValueError: labels beyond the head, scores that are not numbers, and as `rows_of_split`.
+        ValueError: Labels outside the head's classes, scores with NaN, and as `rows_of_split`.
     """
     logits = rows_of_split(model, class_logits, images, transform, **options)
     metrics = accuracy_metrics(logits.numpy(), images.labels, class_names)
@@ -63,74 +67,131 @@ def evaluate_classifier(
     return {**metrics, "loss": loss.item()}
 
 
+def class_logits(classifier: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Logits (B, K) float32 of images (B, C, H, W) of any size that the encoder accepts."""
+    options = size_options(base_encoder(classifier), pixel_values)
+    return classifier(pixel_values=pixel_values, **options).logits.float()
+
+
 def warn_of_one_answer(answered_classes: int, images: LabelledImages) -> None:
-    """A warning where a classifier takes every image of several classes for the same one."""
+    """A warning if a classifier predicts one class for all images of several classes."""
     if answered_classes == 1 and images.labels.min() != images.labels.max():
         warnings.warn(
-            f"all {len(images)} images are taken for the same class: the model has collapsed or was not trained, and"
-            " the accuracies are those of a guess",
+            f"the same class is predicted for all {len(images)} images: the model has collapsed or was not trained,"
+            " the accuracies are at chance level",
             stacklevel=2,
         )
 
 
-def run(arguments: EvaluateArguments, published: Callable[[str], str] | None = None) -> dict[str, Any]:
-    """Load, evaluate, print, record, on all processes of this run.
+# Classes of the data set and classes of the classifier
+
+
+def saved_class_names(config: PreTrainedConfig) -> list[str] | None:
+    """Names of the classes in order, None if a configuration has only the default names of transformers."""
+    names = [str(config.id2label[number]) for number in range(config.num_labels)]
+    return None if names == [f"LABEL_{number}" for number in range(len(names))] else names
+
+
+def match_classes(
+    images: LabelledImages, config: PreTrainedConfig, by: str = "name"
+) -> tuple[LabelledImages, str, list[str] | None]:
+    """
+    The split with its labels numbered as the outputs of a classifier.
+
+    By name, a class of the data set is the class of the classifier with the same name, in whatever order; the data set
+    may have fewer classes. If one of the two has no names, and with `by="number"`, numbers are used as they are, and
+    both must have the same number of classes.
 
     Args:
-        arguments: of the command.
-        published: gives the folder of a published model for its name, and other names back: the room that knows them
-            is on the same floor.
+        images: The labeled split.
+        config: Of the classifier: its `id2label`.
+        by: "name" or "number".
+
+    Returns:
+        The split; how the classes were matched, in words; the names of the classifier's classes, or None.
 
     Raises:
-        ValueError: as what it calls.
+        ValueError: A class of the data set that the classifier does not have, duplicate names, another number of
+            classes, or labels outside the head's classes.
     """
-    name = arguments.model
-    if published is not None:
-        arguments = replace(arguments, model=published(name))
-    with evaluation_processes(arguments) as state:
-        return _run(arguments, name, state)
-
-
-def _run(arguments: EvaluateArguments, name: str, state: PartialState) -> dict[str, Any]:
-    classifier = load_classifier(arguments.model).to(state.device)
-    images = open_split(arguments, arguments.test_split)
-    dataset = describe_split(arguments, images)
-    images, matched, class_names = match_classes(images, classifier.config, arguments.match_classes)
-    transform = load_transform(arguments.model, classifier, arguments.image_size)
-    started = time.perf_counter()
-    metrics = evaluate_classifier(
-        classifier,
-        images,
-        transform,
-        class_names if class_names is not None and len(set(class_names)) == len(class_names) else None,
-        batch_size=arguments.batch_size,
-        num_workers=arguments.num_workers,
-        mixed_precision=arguments.mixed_precision,
-    )
-    if state.is_main_process:
-        warn_of_one_answer(metrics["answered_classes"], images)
-        record_and_print(
-            arguments,
-            "classifier",
-            weights=weights_hash(classifier),
-            transform=transform,
-            settings={"classes": matched},
-            name=name,
-            notes=[f"  {len(images)} images, classes matched {matched}"],
-            task="evaluate",
-            dataset=dataset,
-            metrics=metrics,
-            seconds=time.perf_counter() - started,
+    names, own = saved_class_names(config), images.class_names
+    if by == "name" and names is not None and own is not None and names != own:
+        return _matched_by_name(images, names)
+    if own is not None and len(own) != config.num_labels:
+        raise ValueError(
+            f"the data set has {len(own)} classes, the classifier {config.num_labels}, and there are no names to match"
+            " them by: pass the data set that the classifier was trained for"
         )
-    return metrics
+    if own is None and images.labels.max() >= config.num_labels:
+        beyond = images.labels >= config.num_labels
+        first = int(beyond.argmax())
+        raise ValueError(
+            f"{beyond.sum()} labels are outside the classifier's {config.num_labels} classes (first in row {first}:"
+            f" {images.labels[first]}): pass the data set that the classifier was trained for"
+        )
+    if names is not None and names == own:
+        return images, "by name", names
+    return images, "by number", names or own
 
 
-def main(argv: Sequence[str] | None = None, published: Callable[[str], str] | None = None) -> dict[str, Any]:
-    """Command line of the test of a classifier. Bad input ends the process with one line and status 1.
+def _matched_by_name(images: LabelledImages, names: list[str]) -> tuple[LabelledImages, str, list[str]]:
+    own = images.class_names
+    for whose, listed in (("classifier", names), ("data set", own)):
+        duplicate = next((name for name, count in Counter(listed).items() if count > 1), None)
+        if duplicate is not None:
+            raise ValueError(
+                f"the {whose} has the class {duplicate!r} twice, so names do not identify classes: if both number"
+                " their classes alike, pass --match_classes number"
+            )
+    numbers = {name: number for number, name in enumerate(names)}
+    unknown = [name for name in own if name not in numbers]
+    if unknown:
+        some, others = (", ".join(map(repr, listed[:3])) for listed in (unknown, names))
+        raise ValueError(
+            f"{len(unknown)} of {len(own)} classes of the data set are not among the {len(names)} of the classifier"
+            f" (such as {some}; the classifier has {others}, ...): pass the data set that the classifier was trained"
+            " for, or --match_classes number if both number their classes alike"
+        )
+    labels = np.asarray([numbers[name] for name in own], dtype=np.int64)[images.labels]
+    how = "by name, in another order" if len(own) == len(names) else f"by name, {len(own)} of {len(names)}"
+    return LabelledImages(images.source, labels, names), how, names
 
-    Args:
-        argv: None for those of the process.
-        published: as `run`.
-    """
-    description = "Top-1 and top-5 of a saved classifier."
-    return run_command(EvaluateArguments, argv, description, partial(run, published=published))
+
+def run(options: EvaluateOptions) -> dict[str, Any]:
+    """Load, evaluate, print, record, on all processes of this run. Raises ValueError for a user's mistake."""
+    with evaluation_processes(options) as state:
+        classifier = load_classifier(options.model).to(state.device)
+        images = open_split(options, options.test_split)
+        dataset = describe_split(options, images)
+        images, matched, class_names = match_classes(images, classifier.config, options.match_classes)
+        transform = ProcessorTransform(load_processor(options.model, classifier.config, image_size=options.image_size))
+        started = time.perf_counter()
+        metrics = evaluate_classifier(
+            classifier,
+            images,
+            transform,
+            class_names if class_names is not None and len(set(class_names)) == len(class_names) else None,
+            **options.of_pass(),
+        )
+        if state.is_main_process:
+            warn_of_one_answer(metrics["answered_classes"], images)
+            record_and_print(
+                options,
+                "classifier",
+                weights=weights_hash(classifier),
+                transform=transform,
+                settings={"classes": matched},
+                notes=[f"  {len(images)} images, classes matched {matched}"],
+                task="evaluate",
+                dataset=dataset,
+                metrics=metrics,
+                seconds=time.perf_counter() - started,
+            )
+        return metrics
+
+
+def main(arguments: list[str]) -> dict[str, Any]:
+    """The command `mocov3 evaluate`."""
+    with reporting():
+        (options,) = parse(COMMAND, arguments)
+        return run(options)

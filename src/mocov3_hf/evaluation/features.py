@@ -1,10 +1,10 @@
-"""Features once, many answers: one pass of a model over a labelled split, on any number of processes, kept on disk."""
+"""Features of a labeled split: one pass of a model, on any number of processes, cached on disk."""
 
 import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,27 +22,33 @@ from transformers import PreTrainedModel
 
 from ..data.decode import BadImageError
 from ..data.labelled import LabelledImages
-from .encoder import base_encoder, layer_features, load_transform, pooled_features, weights_hash
+from ..loading import base_encoder, load_processor, pooled_features, size_options, weights_hash
+from ..processing import ProcessorTransform
+from ..storage import atomic_file
 
 
-# Legend of dimensions: n images of the split, B batch, D width of the features.
+# Legend of dimensions: n images of the split, B batch, C H W image, D width of the features.
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Rows exchanged at a time: 65,536 features of width 2,048 are 512 MiB.
 _GATHER_ROWS = 65536
 # Images that are read in full for the fingerprint of a data set.
 _SAMPLED_IMAGES = 256
+# Inputs of a linear classifier, see `select_features`.
+FEATURES = ("pooled", "pooled_mean", "last4")
+CLS_LAYERS = 4
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of a labelled split, in its order.
+    """
+    Features of a labeled split, in its order.
 
     Attributes:
-        features: (n, D) float32 on the CPU; memory-mapped when they come from the cache.
+        features: (n, D) float32 on the CPU; memory-mapped if they come from the cache.
         labels: (n,) int64.
-        class_names: by label, or None.
-        num_classes: as the split says.
+        class_names: By label, or None.
+        num_classes: Of the split.
     """
 
     features: torch.Tensor
@@ -67,23 +73,24 @@ def labelled_features(
     progress: bool = True,
     description: str = "features",
 ) -> Features:
-    """Features of a split, from the cache where it has them. With several processes, all must call it.
+    """
+    Features of a split, from the cache if it has them. With several processes, all must call it.
 
     Args:
-        model, images, transform, batch_size, num_workers, mixed_precision, layers, progress, description: as
-            `extract_features`.
-        cache_dir: folder of cached features, made where missing; None for no cache. A file is used only where weights,
-            architecture, data, labels, transform and precision are those it was made with.
+        model, images, batch_size, num_workers, mixed_precision, layers, progress, description: As `extract_features`.
+        transform: As `extract_features`; None for the default image processor at the model's image size.
+        cache_dir: Folder of cached features, created if missing; None disables the cache. A file is used only for the
+            weights, architecture, data, labels, transform and precision it was computed with.
 
     Returns:
         The same on every process.
 
     Raises:
-        ValueError: as `extract_features`.
+        ValueError: As `extract_features`.
     """
     encoder = base_encoder(model)
     if transform is None:
-        transform = load_transform(None, encoder)
+        transform = ProcessorTransform(load_processor(None, encoder.config))
     labels = torch.as_tensor(images.labels, dtype=torch.int64)
     path = identity = features = None
     if cache_dir is not None:
@@ -97,7 +104,7 @@ def labelled_features(
         path = cache_path(cache_dir, identity)
         features = read_cache(path, identity, len(images))
         process_state()
-        # One process without the file, on another machine say, and all compute: they meet in the exchange of rows.
+        # If one process lacks the file, on another machine for example, all compute: they exchange rows.
         if not all(gather_object([features is not None])):
             features = None
     if features is None:
@@ -118,17 +125,20 @@ def labelled_features(
 
 
 def process_state() -> PartialState:
-    """The processes of this run, joined on the first call (`torchrun` and `accelerate launch` tell of each other).
+    """
+    The processes that `torchrun` or `accelerate launch` started, joined on the first call.
 
-    accelerate joins processes on CPUs only when asked to; without that each would take itself for the only one.
+    accelerate joins processes on CPUs only with `cpu=True`; otherwise each would act as the only one.
     """
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 @contextmanager
-def joined_processes():
-    """`process_state()`, and at the end the processes take leave of each other: one that just ended could tear others
-    down while they still talk. A group that was there before stays."""
+def joined_processes() -> Iterator[PartialState]:
+    """
+    `process_state()`, with a barrier and the end of the process group on exit: a process that ends early could abort
+    others that still communicate. A process group that existed before is kept.
+    """
     found_joined = torch.distributed.is_available() and torch.distributed.is_initialized()
     state = process_state()
     yield state
@@ -149,18 +159,19 @@ def extract_features(
     progress: bool = True,
     description: str = "features",
 ) -> torch.Tensor:
-    """Features of a split, in one pass: `rows_of_split` of the pooled vector.
+    """
+    Features of a split, in one pass: `rows_of_split` with `pooled_features`.
 
     Args:
-        model: a vision model of transformers, bare or with heads or wrapped; its modes are restored afterwards.
-        images, transform, batch_size, num_workers, mixed_precision, progress, description: as `rows_of_split`.
-        layers: give `layer_features` (n, 5·D) instead of the pooled vector, for ViTs only.
+        model: A vision model of transformers, possibly with heads or wrapped; its modes are restored afterwards.
+        images, transform, batch_size, num_workers, mixed_precision, progress, description: As `rows_of_split`.
+        layers: Whether to return `layer_features` (n, 5·D) instead, for ViTs only.
 
     Returns:
         (n, D) float32 on the CPU.
 
     Raises:
-        ValueError: as `rows_of_split`.
+        ValueError: As `rows_of_split`.
     """
     return rows_of_split(
         base_encoder(model),
@@ -175,6 +186,41 @@ def extract_features(
     )
 
 
+def layer_features(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """
+    Features (B, 5·D) float32 of images (B, C, H, W): the CLS tokens of the last four layers, each after the final
+    norm, the earliest first, and the mean of the last layer's patch tokens. `select_features` takes parts of it.
+
+    Raises:
+        ValueError: The model is not a ViT with a CLS token and at least four layers.
+    """
+    inner = getattr(encoder, "backbone", encoder)
+    norm = getattr(inner, "layernorm", None)
+    outputs = encoder(pixel_values=pixel_values, output_hidden_states=True, **size_options(encoder, pixel_values))
+    hidden_states = outputs.hidden_states[-CLS_LAYERS:]
+    if norm is None or hasattr(inner.config, "depths") or hidden_states[-1].dim() != 3:
+        raise ValueError(f"{type(inner).__name__} has no CLS token in every layer: pass --features pooled")
+    if len(outputs.hidden_states) <= CLS_LAYERS:
+        found = len(outputs.hidden_states) - 1
+        raise ValueError(
+            f"{type(inner).__name__} has {found} layers, expected at least {CLS_LAYERS}: pass --features pooled"
+        )
+    tokens = outputs.last_hidden_state
+    parts = [norm(states[:, 0]) for states in hidden_states[:-1]]
+    parts += [tokens[:, 0], tokens[:, 1 + getattr(inner.config, "num_register_tokens", 0) :].mean(dim=1)]
+    return torch.cat(parts, dim=1).float()
+
+
+def select_features(features: torch.Tensor, choice: str) -> torch.Tensor:
+    """
+    A view of `layer_features` (n, 5·D): "pooled" is the CLS token of the last layer, (n, D); "pooled_mean" also has
+    the mean of the patch tokens, (n, 2·D); "last4" has the CLS tokens of the last four layers, (n, 4·D).
+    """
+    width = features.shape[1] // (CLS_LAYERS + 1)
+    begin, end = {"pooled": (3, 4), "pooled_mean": (3, 5), "last4": (0, 4)}[choice]
+    return features[:, begin * width : end * width]
+
+
 def rows_of_split(
     model: PreTrainedModel,
     forward: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor],
@@ -187,28 +233,28 @@ def rows_of_split(
     progress: bool = True,
     description: str = "images",
 ) -> torch.Tensor:
-    """One pass over a split, in eval mode and without gradient, on the device where the model is.
+    """
+    One pass over a split, in evaluation mode and without gradients, on the device of the model.
 
-    With several processes each takes a stretch of the split's batches, and all receive all rows in order. Batches
-    are cut from the whole split, so their content, and with it every bit of the rows, does not depend on the number of
-    processes.
+    With several processes, each takes a contiguous part of the batches, and all receive all rows in order. Batches
+    are cut from the whole split: the rows are bit-identical for any number of processes.
 
     Args:
-        model: a vision model of transformers, not wrapped; its modes are restored afterwards.
-        forward: model and images (B, 3, H, W) to rows (B, D) float32.
-        images: the labelled split.
-        transform: uint8 (3, H, W) to float32 (3, size, size).
-        batch_size: images per batch and process.
-        num_workers: processes that decode, for each process; 0 decodes in the process itself.
-        mixed_precision: "no", "bf16" or "fp16": of the forward pass. Rows are float32 in any case.
-        progress: show a bar on the main process.
-        description: its title.
+        model: A vision model of transformers, not wrapped; its modes are restored afterwards.
+        forward: From model and images (B, C, H, W) to rows (B, D) float32.
+        images: The labeled split.
+        transform: From uint8 (C, H, W) to float32 (C, size, size).
+        batch_size: Images per batch and process.
+        num_workers: Processes that decode images, per process; 0 decodes in the process itself.
+        mixed_precision: "no", "bf16" or "fp16": of the forward pass. Rows are always float32.
+        progress: Whether to show a progress bar on the main process.
+        description: Title of the progress bar.
 
     Returns:
         (n, D) float32 on the CPU.
 
     Raises:
-        ValueError: an image that cannot be decoded, named by its row (nothing is skipped: a figure must cover every
+        ValueError: An image that cannot be decoded, named by its row (none is skipped: a metric must cover every
             image); an unknown precision; a batch size below 1.
     """
     if mixed_precision not in PRECISIONS:
@@ -240,7 +286,7 @@ def rows_of_split(
                 break
             rows.append(_forward(model, forward, pixel_values, PRECISIONS[mixed_precision]).cpu())
             bar.update(len(pixel_values))
-    # All processes learn of an error of one, or they would wait for its rows for ever.
+    # Every process learns of an error in one of them, or it would wait for its rows forever.
     errors = [found for found in gather_object([error]) if found is not None]
     if errors:
         raise ValueError(errors[0])
@@ -260,7 +306,7 @@ def _forward(
 
 
 def _gather_rows(own: torch.Tensor | None, edges: list[int], device: torch.device) -> torch.Tensor:
-    """All rows on all processes, a bounded number of them on the device at a time."""
+    """All rows on all processes, with a bounded number of them on the device at a time."""
     state = process_state()
     counts = [end - begin for begin, end in pairwise(edges)]
     # A process without batches (more processes than batches) does not know the width.
@@ -281,7 +327,7 @@ def _gather_rows(own: torch.Tensor | None, edges: list[int], device: torch.devic
 
 
 class _Stretch(Dataset):
-    """Rows `begin` to `end` of a split: (pixels, None), or (None, what is wrong with the image)."""
+    """Images `begin` to `end` of a split: (pixels, None), or (None, error message)."""
 
     def __init__(self, images: LabelledImages, transform, begin: int, end: int):
         self.images, self.transform, self.begin, self.end = images, transform, begin, end
@@ -294,7 +340,7 @@ class _Stretch(Dataset):
         try:
             return self.transform(self.images.decode(row)), None
         except BadImageError as error:
-            return None, f"image in row {row} {error}: repair it or take it out, evaluation covers every image"
+            return None, f"image in row {row} {error}: repair or remove it, evaluation covers every image"
 
 
 def _collate(samples: list) -> tuple[torch.Tensor | None, str | None]:
@@ -303,8 +349,8 @@ def _collate(samples: list) -> tuple[torch.Tensor | None, str | None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module):
-    """Eval mode, and afterwards the mode every module had: a frozen one inside a training one among them."""
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module has its earlier mode, also a frozen one inside a training one."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -315,10 +361,11 @@ def _evaluating(model: nn.Module):
 
 
 def data_fingerprint(images: LabelledImages) -> str:
-    """32 hex digits of the data: of the data set's files as `datasets` tells them apart (for a folder names and times,
-    for the Hub the commit), all labels, and the full content of some images spread over the split.
+    """
+    32 hex digits that change with the data: the fingerprint of `datasets` (names and times of files, or the commit on
+    the Hub), all labels, and the full content of some images spread over the split.
 
-    Where the source is no `datasets.Dataset`, all images are read in full.
+    If the source is not a `datasets.Dataset`, all images are read in full.
     """
     dataset = getattr(images.source, "_dataset", None)
     known = getattr(dataset, "_fingerprint", None)
@@ -328,7 +375,7 @@ def data_fingerprint(images: LabelledImages) -> str:
     for row in range(0, len(images), step):
         data = images.read(row)
         if isinstance(data, (str, os.PathLike)):
-            # A file that is gone is an error for the pass over the images, which names the row.
+            # A missing file is reported by the pass over the images, which names the row.
             data = Path(data).read_bytes() if os.path.isfile(data) else os.fspath(data).encode()
         digest.update(hashlib.sha256(data or b"").digest())
     return digest.hexdigest()[:32]
@@ -341,7 +388,7 @@ def cache_path(cache_dir: str | os.PathLike, identity: dict[str, str]) -> Path:
 
 
 def read_cache(path: Path, identity: dict[str, str], rows: int) -> torch.Tensor | None:
-    """Features (n, D) of a cache file, memory-mapped; None where it is missing, damaged (a warning) or another's."""
+    """Features (n, D) of a cache file, memory-mapped; None if it is missing, damaged (with a warning) or of others."""
     if not path.is_file():
         return None
     try:
@@ -350,17 +397,12 @@ def read_cache(path: Path, identity: dict[str, str], rows: int) -> torch.Tensor 
                 return None
             features = file.get_tensor("features")
     except (SafetensorError, OSError, ValueError) as error:
-        warnings.warn(f"cached features {str(path)!r} are damaged and computed again: {error}", stacklevel=2)
+        warnings.warn(f"cached features {str(path)!r} are damaged, computing them again: {error}", stacklevel=2)
         return None
     return features if len(features) == rows and features.dtype == torch.float32 else None
 
 
 def write_cache(path: Path, identity: dict[str, str], features: torch.Tensor) -> None:
-    """Write a cache file aside and rename it: a reader sees all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    """Write a cache file in one step."""
+    with atomic_file(path) as aside:
         save_file({"features": features.contiguous()}, aside, metadata={"identity": json.dumps(identity)})
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -1,226 +1,310 @@
-"""Fine-tuning: the whole network trained on labels, from pre-trained or, for comparison, from fresh weights."""
+"""The command `mocov3 finetune`: the whole network trained on labels, from pre-trained or new weights."""
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..loading import load_processor, weights_hash
 from ..model.batchnorm_mocov3 import use_global_statistics
-from ..processing import RESAMPLING
-from .arguments import run_command
+from ..optim.param_groups import is_decayed
+from ..options import RECIPES, Command, option, parse
+from ..processing import ProcessorTransform
+from ..reporting import UsageError, reporting
 from .augmentation import RandAugmentOptions, batch_mixing
-from .classifier import load_with_new_head, unfrozen, with_fresh_body
-from .encoder import load_transform, weights_hash
-from .optimization import OPTIMIZERS, build_optimizer, fine_tuning_groups
-from .supervised import Splits, Training, build_trainer, common_options, run_training
-from .supervised_arguments import SupervisedArguments
-from .trainer import ClassifierTrainer
+from .classifier import load_with_new_head, unfrozen, with_fresh_backbone
+from .supervised import Splits, SupervisedOptions, Training, build_trainer, common_options, run_training
+from .trainer import ClassifierTrainer, decay_of_momentum
 from .training_images import TrainingImages, training_transform
 
 
-@dataclass(frozen=True)
-class FinetuneArguments(SupervisedArguments):
-    """Arguments of `scripts/finetune.py`."""
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """Model"""
 
-    from_scratch: bool = field(
-        default=False, metadata={"help": "Train the same network from fresh weights: what is pre-training worth?"}
+    from_scratch: bool = option(False, "Train the same network from new weights, for comparison.")
+    drop_path_rate: float | None = option(
+        None, "Stochastic depth of the last block. Defaults to that of the configuration.", at_least=0, below=1
     )
-    optimizer: str = field(default="adamw", metadata={"help": "Of all weights.", "choices": list(OPTIMIZERS)})
-    base_learning_rate: float = field(
-        default=2.5e-4, metadata={"help": "Learning rate at a batch of 256, scaled with the batch."}
+    interpolation: Literal["bilinear", "bicubic"] | None = option(
+        None, "Interpolation of resizing. Defaults to that of the saved image processor."
     )
-    weight_decay: float = field(
-        default=0.05, metadata={"help": "Of the optimizer: none on norms, biases, CLS token and position table."}
-    )
-    layer_decay: float = field(
-        default=1.0, metadata={"help": "Factor of the learning rate from one layer to the one before it."}
-    )
-    warmup_epochs: float = field(default=5.0, metadata={"help": "Epochs until the full learning rate."})
-    warmup_start_factor: float = field(
-        default=1e-3, metadata={"help": "Part of the learning rate that the warm-up begins with."}
-    )
-    min_learning_rate: float = field(default=1e-5, metadata={"help": "Where the cosine ends."})
-    max_grad_norm: float = field(default=5.0, metadata={"help": "Norm that gradients are clipped to; 0 for none."})
-    num_train_epochs: int = field(default=100, metadata={"help": "Epochs over the training split."})
-    train_batch_size: int = field(default=512, metadata={"help": "Images per step, of all processes together."})
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Parts in which each process passes over its share of a batch."}
-    )
-    drop_path_rate: float | None = field(
-        default=None, metadata={"help": "Stochastic depth of the last block; as in the model's configuration."}
-    )
-    label_smoothing_factor: float = field(default=0.0, metadata={"help": "Share of a label given to all classes."})
-    mixup_alpha: float = field(default=0.0, metadata={"help": "Of Mixup; 0 for none."})
-    cutmix_alpha: float = field(
-        default=0.0, metadata={"help": "Of CutMix; 0 for none. With both, one per batch at random."}
-    )
-    rand_augment_num_ops: int = field(default=0, metadata={"help": "Operations of RandAugment; 0 for none."})
-    rand_augment_magnitude: float = field(default=9.0, metadata={"help": "Their mean magnitude, 0 to 10."})
-    rand_augment_std: float = field(default=0.5, metadata={"help": "Standard deviation of the magnitude."})
-    rand_augment_probability: float = field(default=1.0, metadata={"help": "Of each operation to be applied."})
-    random_erasing_probability: float = field(default=0.0, metadata={"help": "Of a rectangle to be erased."})
-    interpolation: str | None = field(
-        default=None,
-        metadata={"help": "Of all resizing; as saved with the model by default.", "choices": list(RESAMPLING)},
-    )
-    ema_momentum: float = field(
-        default=0.0, metadata={"help": "Part of the new weights in the average over all steps; 0 for no average."}
-    )
-    save_weights: str = field(
-        default="ema",
-        metadata={"help": "Which weights are saved where there is an average.", "choices": ["ema", "raw"]},
-    )
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Compute activations again in the backward pass, to save memory."}
-    )
-    torch_compile: bool = field(default=False, metadata={"help": "Compile the model."})
 
 
-def check_finetune(arguments: FinetuneArguments) -> None:
-    """ValueError for values out of range that nothing later would name."""
-    for name in ("label_smoothing_factor", "random_erasing_probability", "ema_momentum", "warmup_start_factor"):
-        value = getattr(arguments, name)
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} must lie in [0, 1), got {value}")
-    for name in ("mixup_alpha", "cutmix_alpha", "max_grad_norm", "min_learning_rate", "warmup_epochs"):
-        value = getattr(arguments, name)
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must not be negative, got {value}")
-    if arguments.gradient_accumulation_steps < 1:
-        raise ValueError(
-            f"gradient_accumulation_steps must be at least 1, got {arguments.gradient_accumulation_steps}"
-        )
-    if arguments.warmup_epochs >= arguments.num_train_epochs:
-        raise ValueError(
-            f"the warm-up of {arguments.warmup_epochs:g} epochs leaves nothing of {arguments.num_train_epochs}: pass a"
-            " smaller --warmup_epochs"
-        )
+@dataclass(frozen=True, kw_only=True)
+class SpeedOptions:
+    """Computation"""
+
+    gradient_accumulation_steps: int = option(1, "Forward passes per step and process.", at_least=1)
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    torch_compile: bool = option(False, "Compile the model.")
 
 
-def schedule_options(arguments: FinetuneArguments, learning_rate: float, total_steps: int) -> dict:
-    """The schedule as options of `TrainingArguments`: linear from `warmup_start_factor` times the learning rate, then
-    half a cosine to `min_learning_rate` (with `layer_decay` the same part of every group's rate), at every step.
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions:
+    """Optimization"""
+
+    optimizer: Literal["adamw", "sgd"] = option("adamw", "Optimizer.")
+    layer_decay: float = option(
+        1.0, "Factor of the learning rate from a layer to the one before it.", above=0, at_most=1
+    )
+    warmup_epochs: float = option(5.0, "Epochs of linear warmup.", at_least=0)
+    warmup_start_factor: float = option(1e-3, "First learning rate, as a fraction of the peak.", at_least=0, below=1)
+    min_learning_rate: float = option(1e-5, "Final learning rate of the cosine schedule.", at_least=0)
+    max_grad_norm: float = option(5.0, "Norm to clip gradients to. 0 disables clipping.", at_least=0)
+    ema_decay: float = option(
+        0.0,
+        "Decay of the EMA of the weights, published: 0.99996. 0 disables it.",
+        at_least=0,
+        below=1,
+        old={"ema_momentum": decay_of_momentum},
+    )
+    save_weights: Literal["ema", "raw"] = option("ema", "Weights to save if there is an EMA.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegularizationOptions:
+    """Augmentation"""
+
+    label_smoothing_factor: float = option(
+        0.0, "Fraction of a label that is spread over all classes.", at_least=0, below=1
+    )
+    mixup_alpha: float = option(0.0, "Alpha of Mixup. 0 disables it.", at_least=0)
+    cutmix_alpha: float = option(
+        0.0, "Alpha of CutMix. 0 disables it. With both, one is drawn for each batch.", at_least=0
+    )
+    rand_augment_num_ops: int = option(0, "Operations of RandAugment per image. 0 disables it.", at_least=0)
+    rand_augment_magnitude: float = option(9.0, "Mean magnitude of RandAugment.", at_least=0, at_most=10)
+    rand_augment_std: float = option(0.5, "Standard deviation of the magnitude.", at_least=0)
+    rand_augment_probability: float = option(1.0, "Probability of each operation.", at_least=0, at_most=1)
+    random_erasing_probability: float = option(0.0, "Probability of random erasing.", at_least=0, below=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(RegularizationOptions, ScheduleOptions, SpeedOptions, NetworkOptions, SupervisedOptions):
+    """Fine-tuning"""
+
+    base_learning_rate: float = option(2.5e-4, "Peak learning rate per 256 images of a batch.", above=0)
+    weight_decay: float = option(
+        0.05, "Weight decay. None on norms, biases, CLS token and position embeddings.", at_least=0
+    )
+    num_train_epochs: int = option(100, "Epochs over the training split.", at_least=1)
+    train_batch_size: int = option(512, "Images per step, over all processes.", at_least=1)
+
+
+COMMAND = Command(
+    "finetune", "Fine-tune an encoder as a classifier.", (FinetuneOptions,), "model", RECIPES / "evaluation"
+)
+
+
+# Optimizer: weight decay, and learning rates that decrease from the head to the first layer
+
+
+def parameter_depths(classifier: PreTrainedModel) -> dict[str, int]:
+    """
+    Depth of every parameter by name: 0 before the backbone's layers, 1..n for its n layers, n + 1 for what follows
+    them and the head.
+
+    The layers are the elements of the largest `ModuleList` that is in no other: blocks of a ViT, stages of a ResNet.
 
     Raises:
-        ValueError: a floor above the learning rate.
+        ValueError: A model without such a list.
     """
-    if arguments.min_learning_rate > learning_rate:
-        raise ValueError(
-            f"min_learning_rate {arguments.min_learning_rate:g} exceeds the learning rate {learning_rate:g} of this"
-            " batch: pass a smaller one"
+    lists = {
+        name: module
+        for name, module in classifier.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 1
+    }
+    outermost = {
+        name: sum(parameter.numel() for parameter in module.parameters())
+        for name, module in lists.items()
+        if not any(name.startswith(f"{other}.") for other in lists)
+    }
+    if not outermost:
+        raise ValueError(f"{type(classifier).__name__} has no list of layers: leave out --layer_decay")
+    layers = f"{max(outermost, key=outermost.get)}."
+    names = [name for name, _ in classifier.named_parameters()]
+    inside = [position for position, name in enumerate(names) if name.startswith(layers)]
+    last = 1 + len(lists[layers[:-1]])
+    depths = {}
+    for position, name in enumerate(names):
+        if name.startswith(layers):
+            depths[name] = 1 + int(name.removeprefix(layers).split(".")[0])
+        else:
+            depths[name] = 0 if position < inside[0] else last
+    return depths
+
+
+def fine_tuning_groups(
+    classifier: PreTrainedModel, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """
+    Parameter groups of the trainable parameters, those with the largest learning rate first.
+
+    A parameter of depth d has the learning rate `learning_rate · layer_decay^(n + 1 - d)` (Clark et al. 2020; see
+    `parameter_depths`). Norms, biases, CLS token and position embeddings have no weight decay.
+
+    Raises:
+        ValueError: A `layer_decay` that is not in (0, 1], or a model without layers for it.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must be above 0 and at most 1, got {layer_decay}")
+    trainable = {name: value for name, value in classifier.named_parameters() if value.requires_grad}
+    depths = dict.fromkeys(trainable, 0) if layer_decay == 1 else parameter_depths(classifier)
+    last = max(depths.values())
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in trainable.items():
+        key = (last - depths[name], not is_decayed(name, parameter))
+        group = {
+            "params": [],
+            "lr": learning_rate * layer_decay ** key[0],
+            "weight_decay": 0.0 if key[1] else weight_decay,
+        }
+        groups.setdefault(key, group)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], optimizer: Literal["adamw", "sgd"], momentum: float = 0.9
+) -> torch.optim.Optimizer:
+    """AdamW (betas 0.9 and 0.999, eps 1e-8), or SGD with `momentum`."""
+    if optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=momentum)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def schedule_options(options: FinetuneOptions, learning_rate: float, total_steps: int) -> dict[str, Any]:
+    """
+    The schedule as arguments of `TrainingArguments`: linear warmup from `warmup_start_factor` times the learning rate,
+    then half a cosine to `min_learning_rate` (with `layer_decay` scaled in every group), updated at every step.
+
+    Raises:
+        UsageError: A final learning rate above the peak.
+    """
+    if options.min_learning_rate > learning_rate:
+        raise UsageError(
+            f"--min_learning_rate {options.min_learning_rate:g} exceeds the peak learning rate {learning_rate:g} of"
+            " this batch: pass a smaller one"
         )
     return {
         "lr_scheduler_type": "cosine_warmup_with_min_lr",
-        "warmup_steps": round(total_steps * arguments.warmup_epochs / arguments.num_train_epochs),
+        "warmup_steps": round(total_steps * options.warmup_epochs / options.num_train_epochs),
         "lr_scheduler_kwargs": {
-            "min_lr_rate": arguments.min_learning_rate / learning_rate,
-            "warmup_lr_rate": arguments.warmup_start_factor,
+            "min_lr_rate": options.min_learning_rate / learning_rate,
+            "warmup_lr_rate": options.warmup_start_factor,
         },
     }
 
 
-def build_finetune_trainer(
-    classifier, splits: Splits, transform, arguments: FinetuneArguments, output_dir: str, num_processes: int = 1
-) -> ClassifierTrainer:
-    """The trainer of fine-tuning, of everything in `classifier` that has a gradient.
-
-    Every step has a full batch: the images that remain at the end of an epoch are left out of it. BatchNorm has the
-    statistics of all processes.
-
-    Raises:
-        ValueError: a batch that the processes cannot share or that exceeds the split, an odd number of images to mix,
-            no layers for `layer_decay`.
-    """
-    parts = arguments.gradient_accumulation_steps
-    options = common_options(arguments, len(splits.train), num_processes, parts)
-    if options["batch_size"] % 2 == 1 and (arguments.mixup_alpha > 0 or arguments.cutmix_alpha > 0):
-        raise ValueError(
-            "Mixup and CutMix pair the images of a forward pass: expected an even number, got"
-            f" {options['batch_size']}: pass another --train_batch_size"
-        )
-    learning_rate = options["learning_rate"]
-    steps_per_epoch = len(splits.train) // (options["batch_size"] * num_processes * parts)
-    total_steps = arguments.max_steps or arguments.num_train_epochs * steps_per_epoch
-    warn_of_young_average(arguments.ema_momentum, total_steps)
-    options |= schedule_options(arguments, learning_rate, total_steps) | {
-        "max_grad_norm": arguments.max_grad_norm,
-        "label_smoothing_factor": arguments.label_smoothing_factor,
-        "torch_compile": arguments.torch_compile,
-        "dataloader_drop_last": True,
-    }
-    groups = fine_tuning_groups(classifier, learning_rate, arguments.weight_decay, arguments.layer_decay)
-    names = splits.class_names()
-    return build_trainer(
-        use_global_statistics(classifier),
-        splits,
-        transform,
-        arguments,
-        output_dir,
-        TrainingImages(splits.train, _train_transform(transform, arguments), arguments.seed),
-        options,
-        mixing=batch_mixing(arguments.mixup_alpha, arguments.cutmix_alpha, len(names)),
-        ema_momentum=arguments.ema_momentum,
-        optimizers=(build_optimizer(groups, arguments.optimizer, arguments.momentum), None),
-    )
-
-
-def warn_of_young_average(momentum: float, num_steps: int) -> None:
-    """A warning where the averaged weights will still be mostly those of the start."""
-    share = (1 - momentum) ** num_steps
-    if momentum > 0 and share > 0.5:
+def warn_of_young_average(decay: float, num_steps: int) -> None:
+    """A warning if the EMA will still consist mostly of the initial weights."""
+    share = decay**num_steps
+    if decay > 0 and share > 0.5:
         warnings.warn(
-            f"after {num_steps} steps with ema_momentum {momentum:g} the averaged weights will still be"
-            f" {100 * share:.0f} % those of the start: take a larger one, such as {min(0.5, 10 / num_steps):.1g}, or"
-            " --save_weights raw",
+            f"after {num_steps} steps with --ema_decay {decay:g}, the EMA will still consist of {100 * share:.0f} %"
+            f" initial weights: pass a smaller one, such as {1 - min(0.5, 10 / num_steps):.6g}, or --save_weights raw",
             stacklevel=2,
         )
 
 
-def _train_transform(transform, arguments: FinetuneArguments):
-    if not arguments.augment:
+# Load, build, run
+
+
+def build_finetune_trainer(
+    classifier, splits: Splits, transform, options: FinetuneOptions, output_dir: str, num_processes: int = 1
+) -> ClassifierTrainer:
+    """
+    The trainer of fine-tuning, of all weights of `classifier` that require gradients.
+
+    Every step has a full batch: the images that remain at the end of an epoch are skipped. BatchNorm statistics are
+    those of all processes.
+
+    Raises:
+        ValueError: A batch that cannot be divided among the processes or exceeds the split, an odd number of images to
+            mix, no layers for `layer_decay`.
+    """
+    parts = options.gradient_accumulation_steps
+    training = common_options(options, len(splits.train), num_processes, parts)
+    if training["batch_size"] % 2 == 1 and (options.mixup_alpha > 0 or options.cutmix_alpha > 0):
+        raise UsageError(
+            "Mixup and CutMix need an even number of images per forward pass, got"
+            f" {training['batch_size']}: pass another --train_batch_size"
+        )
+    learning_rate = training["learning_rate"]
+    steps_per_epoch = len(splits.train) // (training["batch_size"] * num_processes * parts)
+    total_steps = options.max_steps or options.num_train_epochs * steps_per_epoch
+    warn_of_young_average(options.ema_decay, total_steps)
+    training |= schedule_options(options, learning_rate, total_steps) | {
+        "max_grad_norm": options.max_grad_norm,
+        "label_smoothing_factor": options.label_smoothing_factor,
+        "torch_compile": options.torch_compile,
+        "dataloader_drop_last": True,
+    }
+    groups = fine_tuning_groups(classifier, learning_rate, options.weight_decay, options.layer_decay)
+    return build_trainer(
+        use_global_statistics(classifier),
+        splits,
+        transform,
+        options,
+        output_dir,
+        TrainingImages(splits.train, _train_transform(transform, options), options.seed),
+        training,
+        mixing=batch_mixing(options.mixup_alpha, options.cutmix_alpha, len(splits.class_names())),
+        ema_decay=options.ema_decay,
+        optimizers=(build_optimizer(groups, options.optimizer, options.momentum), None),
+    )
+
+
+def _train_transform(transform, options: FinetuneOptions):
+    if not options.augment:
         return transform
     rand_augment = None
-    if arguments.rand_augment_num_ops != 0:
+    if options.rand_augment_num_ops != 0:
         rand_augment = RandAugmentOptions(
-            arguments.rand_augment_num_ops,
-            arguments.rand_augment_magnitude,
-            arguments.rand_augment_std,
-            arguments.rand_augment_probability,
+            options.rand_augment_num_ops,
+            options.rand_augment_magnitude,
+            options.rand_augment_std,
+            options.rand_augment_probability,
         )
-    return training_transform(transform, arguments.crop_scale, rand_augment, arguments.random_erasing_probability)
+    return training_transform(transform, options.crop_scale, rand_augment, options.random_erasing_probability)
 
 
-def build(arguments: FinetuneArguments, splits: Splits, folder: str, num_processes: int) -> Training:
-    """Load the model with a new head, all of it trainable. Raises ValueError as what it calls."""
-    classifier = load_with_new_head(arguments.model, splits.class_names(), seed=arguments.seed)
-    start = None if arguments.from_scratch else weights_hash(classifier.base_model)
-    if arguments.from_scratch:
-        classifier = with_fresh_body(classifier, arguments.seed)
-    classifier = unfrozen(classifier, arguments.drop_path_rate)
-    if arguments.gradient_checkpointing:
+def build_training(options: FinetuneOptions, splits: Splits, folder: str, num_processes: int) -> Training:
+    """Load the model with a new head, all weights trainable. Raises ValueError for a user's mistake."""
+    classifier = load_with_new_head(options.model, splits.class_names(), seed=options.seed)
+    start = None if options.from_scratch else weights_hash(classifier.base_model)
+    if options.from_scratch:
+        classifier = with_fresh_backbone(classifier, options.seed)
+    classifier = unfrozen(classifier, options.drop_path_rate)
+    if options.gradient_checkpointing:
         if not classifier.supports_gradient_checkpointing:
-            raise ValueError(
-                f"{arguments.model!r} cannot compute its activations again: leave --gradient_checkpointing out"
-            )
+            raise UsageError(f"{options.model!r} has no gradient checkpointing: leave out --gradient_checkpointing")
         # The name before transformers 5.24.
         enable = getattr(classifier, "activation_checkpointing_enable", None)
         (enable or classifier.gradient_checkpointing_enable)({"use_reentrant": False})
-    transform = load_transform(arguments.model, classifier, arguments.image_size, arguments.interpolation)
-    trainer = build_finetune_trainer(classifier, splits, transform, arguments, folder, num_processes)
+    processor = load_processor(
+        options.model, classifier.config, image_size=options.image_size, interpolation=options.interpolation
+    )
+    transform = ProcessorTransform(processor)
+    trainer = build_finetune_trainer(classifier, splits, transform, options, folder, num_processes)
     return Training(trainer, transform, start)
 
 
-def run(arguments: FinetuneArguments, push: Callable[..., str] | None = None) -> dict[str, float]:
-    """Load, train, evaluate, save, record, push. Raises ValueError as what it calls."""
-    check_finetune(arguments)
-    return run_training(arguments, "finetune", build, push)
+def run(options: FinetuneOptions) -> dict[str, float]:
+    """Load, train, evaluate, save, record, push. Raises ValueError for a user's mistake, RunError for divergence."""
+    if options.warmup_epochs >= options.num_train_epochs:
+        raise UsageError(
+            f"--warmup_epochs {options.warmup_epochs:g} must be below --num_train_epochs {options.num_train_epochs}:"
+            " pass a smaller one"
+        )
+    return run_training(options, "finetune", build_training)
 
 
-def main(argv: Sequence[str] | None = None, push: Callable[..., str] | None = None) -> dict[str, float]:
-    """Command line of fine-tuning. Bad input ends the process with one line and status 1.
-
-    Args:
-        argv: None for those of the process.
-        push: as `run_training`.
-    """
-    return run_command(FinetuneArguments, argv, "Fine-tuning of any vision model.", partial(run, push=push))
+def main(arguments: list[str]) -> dict[str, float]:
+    """The command `mocov3 finetune`."""
+    with reporting():
+        (options,) = parse(COMMAND, arguments)
+        return run(options)

@@ -1,43 +1,48 @@
-"""Weighted nearest-neighbour evaluation of a model: no training, no choices, one figure in minutes."""
+"""The command `mocov3 knn`: weighted k-nearest-neighbor classification on frozen features, without training."""
 
 import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from ..data.labelled import LabelledImages
+from ..loading import base_encoder, load_encoder, load_processor, weights_hash
 from ..metrics import collapse_summary, knn_predict
-from .arguments import (
-    FeatureArguments,
+from ..options import Command, option, parse
+from ..processing import ProcessorTransform
+from ..reporting import reporting
+from .common import (
+    EvaluationOptions,
+    TrainSplitOptions,
     describe_splits,
     evaluation_processes,
     open_splits,
     record_and_print,
-    run_command,
 )
-from .encoder import base_encoder, load_encoder, load_transform, weights_hash
 from .features import Features, labelled_features
 
 
-# Features that the signs of collapse are computed on, spread over the test split.
+# Test features for the collapse metrics, spread over the split.
 COLLAPSE_ROWS = 10_000
 DEFAULT_K = (1, 5, 10, 20, 50, 100, 200)
 
 
-@dataclass(frozen=True)
-class KNNArguments(FeatureArguments):
-    """Arguments of `scripts/knn.py`."""
+@dataclass(frozen=True, kw_only=True)
+class KNNOptions(TrainSplitOptions, EvaluationOptions):
+    """Nearest neighbors"""
 
-    k: list[int] = field(
-        default_factory=lambda: list(DEFAULT_K),
-        metadata={"help": "Numbers of neighbours; those larger than the training split are left out with a warning."},
+    k: list[int] = option(
+        list(DEFAULT_K), "Numbers of neighbors. Those above the size of the training split are skipped.", at_least=1
     )
-    temperature: float = field(default=0.07, metadata={"help": "T of the votes' weights, exp(similarity / T)."})
+    temperature: float = option(0.07, "T of the weight of a vote, exp(similarity / T).", above=0)
+    cache_dir: str | None = option(None, "Folder to keep features in and to read them from.", metavar="DIR")
+
+
+COMMAND = Command("knn", "Evaluate an encoder by its nearest neighbors.", (KNNOptions,), "model")
 
 
 def evaluate_knn(
@@ -54,21 +59,23 @@ def evaluate_knn(
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Classify one split by its nearest neighbours in another. With several processes, all must call it.
+    """
+    Classify one split by its nearest neighbors in another. With several processes, all must call it.
 
     Args:
-        model: any vision model; heads and wrappers are looked through, modes left as they were.
-        train: the split whose labels vote.
-        test: the split that is classified.
-        transform: uint8 (3, H, W) to float32 (3, size, size); None for MoCo v3's own at the model's image size.
-        k: numbers of neighbours; those larger than `train` are left out with a warning.
-        temperature, batch_size, num_workers, mixed_precision, cache_dir, progress: as `KNNArguments`.
+        model: Any vision model, possibly with heads or wrapped; its modes are restored afterwards.
+        train: Split whose labels vote.
+        test: Split to classify.
+        transform: From uint8 (C, H, W) to float32 (C, size, size); None for the default image processor at the model's
+            image size.
+        k: Numbers of neighbors; those above the size of `train` are skipped with a warning.
+        temperature, batch_size, num_workers, mixed_precision, cache_dir, progress: As in `KNNOptions`.
 
     Returns:
         The metrics of `knn_metrics`, the same on every process.
 
     Raises:
-        ValueError: no `k` left, and as `labelled_features`.
+        ValueError: No `k` left, and as `labelled_features`.
     """
     options = {
         "batch_size": batch_size,
@@ -77,7 +84,7 @@ def evaluate_knn(
         "cache_dir": cache_dir,
         "progress": progress,
     }
-    # Before the images are passed over, which may take an hour.
+    # Before the pass over the images, which may take an hour.
     k = usable_k(k, len(train))
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
@@ -95,12 +102,12 @@ def knn_metrics(
     temperature: float = 0.07,
     device: torch.device | str | None = None,
 ) -> dict[str, float]:
-    """Accuracies between 0 and 1, and signs of collapse, of features that are at hand.
+    """
+    Accuracies between 0 and 1, and collapse metrics, of given features.
 
     Returns:
-        `knn{k}_top1` for every `k`, `knn{k}_top5` where there are more than 5 classes and `k` ≥ 5, and
-        `feature_std_ratio`, `effective_rank` of (up to 10,000) test features (`mocov3_hf.probes.collapse`). Features
-        that are all the same are reported in a warning: every accuracy is then that of a guess.
+        `knn{k}_top1` for every `k`, `knn{k}_top5` for more than 5 classes and `k` ≥ 5, and the metrics of
+        `collapse_metrics` of the test features.
     """
     top = 5 if train.num_classes > 5 else 1
     predictions = knn_predict(
@@ -123,70 +130,71 @@ def knn_metrics(
 
 
 def collapse_metrics(features: torch.Tensor) -> dict[str, float]:
-    """Signs of collapse of features (n, D), and a warning where they are all the same.
-
-    Returns:
-        `feature_std_ratio` and `effective_rank` of up to 10,000 of them; nothing for a single one.
+    """
+    `feature_std_ratio` and `effective_rank` of up to 10,000 of the features (n, D), none for a single one; a warning
+    if they have collapsed to one vector.
     """
     if len(features) < 2:
         return {}
     summary = collapse_summary(features[:: -(-len(features) // COLLAPSE_ROWS)])
     if summary.is_collapsed:
         warnings.warn(
-            f"the features have collapsed: their standard deviation is {summary.std_ratio:.1e} of that of evenly"
-            f" spread ones, effective rank {summary.effective_rank:.2f} of {summary.dimensions}; the accuracies are"
-            " those of a guess",
+            f"the features have collapsed: their standard deviation is {summary.std_ratio:.1e} times that of features"
+            f" spread evenly over the sphere, effective rank {summary.effective_rank:.2f} of {summary.dimensions}; the"
+            " accuracies are at chance level",
             stacklevel=2,
         )
     return {"feature_std_ratio": summary.std_ratio, "effective_rank": summary.effective_rank}
 
 
 def usable_k(k: Sequence[int], rows: int) -> list[int]:
-    """The numbers of neighbours that a training split of `rows` images has; a warning names the others."""
+    """The numbers of neighbors that a training split of `rows` images allows; a warning names the others."""
     if any(number < 1 for number in k):
         raise ValueError(f"k must be at least 1, got {min(k)}")
     fitting = [number for number in k if number <= rows]
     if not fitting:
-        raise ValueError(f"every k ({', '.join(map(str, k))}) exceeds the {rows} images of the training split")
+        raise ValueError(
+            f"every k ({', '.join(map(str, k))}) exceeds the {rows} images of the training split: pass a smaller --k"
+        )
     if len(fitting) < len(k):
-        left_out = ", ".join(str(number) for number in k if number > rows)
-        warnings.warn(f"k = {left_out} left out: the training split has {rows} images", stacklevel=3)
+        skipped = ", ".join(str(number) for number in k if number > rows)
+        warnings.warn(f"skipped k = {skipped}: the training split has {rows} images", stacklevel=3)
     return fitting
 
 
-def run(arguments: KNNArguments) -> dict[str, float]:
-    """Load, evaluate, print, record, on all processes of this run. Raises ValueError as what it calls."""
-    with evaluation_processes(arguments) as state:
-        return _run(arguments, state)
-
-
-def _run(arguments: KNNArguments, state: PartialState) -> dict[str, float]:
-    train, test = open_splits(arguments)
-    encoder = load_encoder(arguments.model).to(state.device)
-    transform = load_transform(arguments.model, encoder, arguments.image_size)
-    started = time.perf_counter()
-    options = ("k", "temperature", "batch_size", "num_workers", "mixed_precision", "cache_dir")
-    metrics = evaluate_knn(
-        encoder, train, test, transform=transform, **{name: getattr(arguments, name) for name in options}
-    )
-    if state.is_main_process:
-        record_and_print(
-            arguments,
-            "kNN",
-            weights=weights_hash(encoder),
+def run(options: KNNOptions) -> dict[str, float]:
+    """Load, evaluate, print, record, on all processes of this run. Raises ValueError for a user's mistake."""
+    with evaluation_processes(options) as state:
+        train, test = open_splits(options)
+        encoder = load_encoder(options.model).to(state.device)
+        transform = ProcessorTransform(load_processor(options.model, encoder.config, image_size=options.image_size))
+        started = time.perf_counter()
+        metrics = evaluate_knn(
+            encoder,
+            train,
+            test,
             transform=transform,
-            task="knn",
-            dataset=describe_splits(arguments, train, test),
-            metrics=metrics,
-            seconds=time.perf_counter() - started,
+            k=options.k,
+            temperature=options.temperature,
+            cache_dir=options.cache_dir,
+            **options.of_pass(),
         )
-    return metrics
+        if state.is_main_process:
+            record_and_print(
+                options,
+                "kNN",
+                weights=weights_hash(encoder),
+                transform=transform,
+                task="knn",
+                dataset=describe_splits(options, train, test),
+                metrics=metrics,
+                seconds=time.perf_counter() - started,
+            )
+        return metrics
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Command line of kNN evaluation. Bad input ends the process with one line and status 1.
-
-    Args:
-        argv: None for those of the process.
-    """
-    return run_command(KNNArguments, argv, "Weighted kNN evaluation of any vision model.", run)
+def main(arguments: list[str]) -> dict[str, float]:
+    """The command `mocov3 knn`."""
+    with reporting():
+        (options,) = parse(COMMAND, arguments)
+        return run(options)

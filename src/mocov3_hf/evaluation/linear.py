@@ -1,4 +1,4 @@
-"""Linear classifiers on frozen features, fitted without the model.
+"""Logistic regression on frozen features.
 
 Legend: n features, D width, C classes.
 """
@@ -11,20 +11,21 @@ import torch.nn.functional as F
 
 # Rows whose logits are held at once: 65,536 × 1,000 classes in float64 are 500 MiB.
 _ROWS = 65536
-# Standardised features up to this number of values (2 GiB) are kept between steps.
+# Standardized features up to this number of values (2 GiB) are kept between steps.
 _KEPT_VALUES = 2**28
 
 
 @dataclass(frozen=True)
 class LinearClassifier:
-    """`logits = features @ weight.T + bias`, on features as they are, not standardised.
+    """
+    `logits = features @ weight.T + bias`, on features that are not standardized.
 
     Attributes:
         weight: (C, D) float32.
         bias: (C,) float32.
-        loss: the objective where the fit ended, mean cross-entropy plus penalty; of SGD, its mean over the last epoch.
-        iterations: how many the fit took; None for SGD.
-        converged: whether the gradient fell below the tolerance; None for SGD.
+        loss: Final value of the objective, mean cross-entropy plus penalty; of SGD, its mean over the last epoch.
+        iterations: Number of iterations; None for SGD.
+        converged: Whether the gradient fell below the tolerance; None for SGD.
     """
 
     weight: torch.Tensor
@@ -34,15 +35,15 @@ class LinearClassifier:
     converged: bool | None = None
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """(n, C) of features (n, D), where these are."""
+        """(n, C) of features (n, D), on their device."""
         return F.linear(features.to(self.weight.dtype), self.weight.to(features.device), self.bias.to(features.device))
 
     def predict(self, features: torch.Tensor, top: int = 1) -> torch.Tensor:
-        """The `top` likeliest classes (n, top) int64 on the CPU, the likeliest first."""
+        """The `top` most probable classes (n, top) int64 on the CPU, the most probable first."""
         return torch.cat([self.logits(chunk).topk(top, dim=1).indices.cpu() for chunk in features.split(_ROWS)])
 
     def accuracy(self, features: torch.Tensor, labels: torch.Tensor, top: int = 1) -> float:
-        """Part of the features whose label (n,) is among the `top` likeliest classes."""
+        """Fraction of the features whose label (n,) is among the `top` most probable classes."""
         return (self.predict(features, top) == labels.cpu()[:, None]).any(dim=1).double().mean().item()
 
 
@@ -56,33 +57,34 @@ def fit_linear_classifier(
     tolerance: float = 1e-6,
     device: torch.device | str | None = None,
 ) -> LinearClassifier:
-    """Multinomial logistic regression: a convex problem, so the result is one and needs no learning rate and no seed.
+    """
+    Multinomial logistic regression: a convex problem, whose solution depends on no learning rate and no seed.
 
-    Minimises `mean cross-entropy + l2/2 · ‖W‖²` over weights on standardised features (each dimension to mean 0,
-    standard deviation 1 over the training set; the bias is free) by L-BFGS over the full batch in float64, then folds
-    the standardisation into weight and bias. scikit-learn's `LogisticRegression(C)` on standardised features is the
-    same problem with `l2 = 1 / (C · n)`.
+    Minimizes `mean cross-entropy + l2/2 · ‖W‖²` over weights on standardized features (each dimension to mean 0 and
+    standard deviation 1 over the training set; the bias is not penalized) by full-batch L-BFGS in float64, then folds
+    the standardization into weight and bias. The same problem as scikit-learn's `LogisticRegression(C)` on
+    standardized features with `l2 = 1 / (C · n)`.
 
     Args:
         features: (n, D) floating point.
         labels: (n,) integers from 0.
-        num_classes: None for the largest label + 1. Classes without an example are legal.
-        l2: weight of the penalty, positive: without it separable features have no best classifier.
-        max_iterations: of L-BFGS.
-        tolerance: largest entry of the gradient at which the fit is done.
-        device: where to compute; None for where the features are.
+        num_classes: None for the largest label + 1. Classes without an example are allowed.
+        l2: Weight of the penalty, positive: without it, separable features have no optimal classifier.
+        max_iterations: Of L-BFGS.
+        tolerance: Largest entry of the gradient at which the fit ends.
+        device: Where to compute; None for the device of the features.
 
     Returns:
-        The classifier for unstandardised features, on the CPU.
+        The classifier for features that are not standardized, on the CPU.
 
     Raises:
-        ValueError: shapes or labels that do not agree, NaN or infinity, `l2` not positive.
+        ValueError: Shapes or labels that do not match, NaN or infinity, `l2` not positive.
     """
     labels, num_classes = check_labelled(features, labels, num_classes)
     if not l2 > 0:
         raise ValueError(f"l2 must be positive, got {l2}")
     device = features.device if device is None else torch.device(device)
-    # MPS has no float64, and is not worth another code path for a problem of seconds.
+    # MPS has no float64.
     device = torch.device("cpu") if device.type == "mps" else device
     labels = labels.to(device)
     mean, scale = standardization(features, device)
@@ -93,11 +95,11 @@ def fit_linear_classifier(
         return (features[begin : begin + _ROWS].to(device, torch.float64) - mean) / scale
 
     begins = range(0, len(features), _ROWS)
-    # Kept where they fit: standardising again at each of some hundred steps costs more than the steps.
+    # Kept if they fit: standardizing again in each of some hundred iterations costs more than the iterations.
     kept = [standardized(begin) for begin in begins] if features.numel() <= _KEPT_VALUES else None
 
     def objective() -> torch.Tensor:
-        """Value and gradient in closed form, by chunks of rows."""
+        """Value and gradient in closed form, in chunks of rows."""
         weight, bias = parameters[:, :width], parameters[:, width]
         value = 0.5 * l2 * weight.square().sum()
         gradient = torch.zeros_like(parameters)
@@ -140,21 +142,21 @@ def fit_linear_classifier(
 
 
 def standardization(features: torch.Tensor, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of every dimension, (D,) float64, in two passes by chunks of rows.
-
-    A dimension that does not vary gets deviation 1: it then carries nothing instead of dividing by zero.
+    """
+    Mean and standard deviation of every dimension, (D,) float64, in two passes over chunks of rows. The standard
+    deviation of a constant dimension is 1, to avoid a division by zero.
     """
     count = len(features)
     mean = sum(chunk.to(device, torch.float64).sum(dim=0) for chunk in features.split(_ROWS)) / count
     squares = sum((chunk.to(device, torch.float64) - mean).square_().sum(dim=0) for chunk in features.split(_ROWS))
     deviation = (squares / count).sqrt_()
-    # What float32 features of a constant vary by is rounding.
+    # Differences below this are rounding errors of float32.
     constant = deviation <= 1e-7 * mean.abs()
     return mean, torch.where(constant, 1.0, deviation)
 
 
 def check_labelled(features: torch.Tensor, labels: torch.Tensor, num_classes: int | None) -> tuple[torch.Tensor, int]:
-    """Labels as int64 and the number of classes; ValueError where features and labels are not what they should be."""
+    """Labels as int64 and the number of classes; ValueError for features or labels that are not valid."""
     if features.dim() != 2 or not features.is_floating_point() or len(features) == 0:
         raise ValueError(
             f"features must be a floating point tensor (n, D) with n ≥ 1, got {tuple(features.shape)} {features.dtype}"
@@ -167,7 +169,7 @@ def check_labelled(features: torch.Tensor, labels: torch.Tensor, num_classes: in
     smallest, largest = int(labels.min()), int(labels.max())
     num_classes = largest + 1 if num_classes is None else num_classes
     if smallest < 0 or largest >= num_classes:
-        raise ValueError(f"labels must lie in 0..{num_classes - 1}, they span {smallest}..{largest}")
+        raise ValueError(f"labels must be in 0..{num_classes - 1}, got {smallest}..{largest}")
     if not all(bool(chunk.isfinite().all()) for chunk in features.split(_ROWS)):
-        raise ValueError("features hold NaN or infinity: the model has diverged")
+        raise ValueError("features contain NaN or infinity: the model has diverged")
     return labels.long(), num_classes

@@ -1,97 +1,121 @@
-"""The published linear protocol: a classifier trained by SGD on augmented images, on a body that stays frozen."""
+"""
+The command `mocov3 linear-probe`: the published linear protocol, a classifier trained by SGD on augmented images with
+a frozen encoder; with `--cached`, classifiers on features of the images without augmentation.
+"""
 
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, fields
 
 import torch
 
+from ..loading import load_processor, weights_hash
+from ..options import RECIPES, Command, build, given_values, option
+from ..processing import ProcessorTransform
+from ..reporting import UsageError, reporting
 from . import cached_linear
-from .arguments import run_command
+from .cached_linear import CachedLinearOptions, CachedOptions
 from .classifier import head_parameters, load_with_new_head
-from .encoder import load_transform, weights_hash
-from .supervised import Splits, Training, build_trainer, common_options, run_training
-from .supervised_arguments import SupervisedArguments
-from .sweep import INITIAL_STD, MOMENTUM
+from .supervised import Splits, SupervisedOptions, Training, build_trainer, common_options, run_training
+from .sweep import INITIAL_STD
 from .trainer import ClassifierTrainer
 from .training_images import TrainingImages, training_transform
 
 
-@dataclass(frozen=True)
-class LinearProbeArguments(SupervisedArguments):
-    """Arguments of `scripts/linear_probe.py`; those of `--cached` are others: `--cached --help`."""
+@dataclass(frozen=True, kw_only=True)
+class LinearProbeOptions(SupervisedOptions):
+    """Protocol"""
 
-    cached: bool = field(
-        default=False,
-        metadata={"help": "Train on features of the unaugmented images instead; has options of its own."},
+    cached: bool = option(
+        False, "Train on features of the images without augmentation, computed once, with options of their own below."
     )
-    base_learning_rate: float = field(
-        default=3.0,
-        metadata={"help": "Learning rate at a batch of 256, scaled with the batch: 3 for ViT, 0.1 for ResNet."},
+    base_learning_rate: float = option(
+        3.0, "Peak learning rate per 256 images of a batch: 3 for ViT, 0.1 for ResNet.", above=0
     )
-    momentum: float = field(default=MOMENTUM, metadata={"help": "Of SGD."})
+    validation_fraction: float = option(
+        0.0,
+        "Fraction of the training split to hold out for validation. 0 validates on the test split. Defaults to 0.1"
+        " with --cached.",
+        at_least=0,
+        below=1,
+    )
+
+
+COMMAND = Command(
+    "linear-probe",
+    "Train a linear classifier on a frozen encoder.",
+    (LinearProbeOptions, CachedOptions),
+    "model",
+    RECIPES / "evaluation",
+)
+
+
+def parse_options(arguments: list[str]) -> LinearProbeOptions | CachedLinearOptions:
+    """
+    The options of a command line, of the published protocol or with `--cached`.
+
+    Raises:
+        UsageError: As `parse`, and for options that only the other of the two has.
+    """
+    given = given_values(COMMAND, arguments)
+    cached = given.get("cached", False)
+    group = CachedLinearOptions if cached else LinearProbeOptions
+    misplaced = next((name for name in given if name not in {field.name for field in fields(group)}), None)
+    if misplaced is not None:
+        works, fix = ("without", "leave out one of them") if cached else ("with", "add --cached, or leave it out")
+        raise UsageError(f"--{misplaced} works only {works} --cached: {fix}")
+    return build(group, given)
 
 
 def build_linear_trainer(
-    classifier, splits: Splits, transform, arguments: LinearProbeArguments, output_dir: str, num_processes: int = 1
+    classifier, splits: Splits, transform, options: LinearProbeOptions, output_dir: str, num_processes: int = 1
 ) -> ClassifierTrainer:
-    """The trainer of a linear probe. Freezes the body of `classifier`.
+    """
+    The trainer of a linear probe; freezes the backbone of `classifier`.
 
-    SGD on the head alone, its learning rate `base_learning_rate · batch / 256` and from there to 0 along a cosine over
-    all steps.
+    SGD on the head alone, with a cosine learning rate from `base_learning_rate · batch / 256` to 0 over all steps.
 
     Raises:
-        ValueError: a batch that the processes cannot share or that exceeds the split.
+        ValueError: A batch that cannot be divided among the processes or exceeds the split.
     """
-    options = common_options(arguments, len(splits.train), num_processes)
-    body = classifier.base_model
-    body.requires_grad_(False)
+    training = common_options(options, len(splits.train), num_processes)
+    backbone = classifier.base_model
+    backbone.requires_grad_(False)
     optimizer = torch.optim.SGD(
         list(head_parameters(classifier).values()),
-        lr=options["learning_rate"],
-        momentum=arguments.momentum,
-        weight_decay=arguments.weight_decay,
+        lr=training["learning_rate"],
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
     )
-    seen = training_transform(transform, arguments.crop_scale) if arguments.augment else transform
-    images = TrainingImages(splits.train, seen, arguments.seed)
+    augmented = training_transform(transform, options.crop_scale) if options.augment else transform
     return build_trainer(
         classifier,
         splits,
         transform,
-        arguments,
-        output_dir,
-        images,
         options,
-        frozen=body,
+        output_dir,
+        TrainingImages(splits.train, augmented, options.seed),
+        training,
+        frozen=backbone,
         optimizers=(optimizer, None),
     )
 
 
-def build(arguments: LinearProbeArguments, splits: Splits, folder: str, num_processes: int) -> Training:
-    """Load the model with a new head. Raises ValueError as what it calls."""
-    classifier = load_with_new_head(arguments.model, splits.class_names(), std=INITIAL_STD, seed=arguments.seed)
-    transform = load_transform(arguments.model, classifier, arguments.image_size)
-    start = weights_hash(classifier.base_model)
-    return Training(
-        build_linear_trainer(classifier, splits, transform, arguments, folder, num_processes), transform, start
-    )
+def build_training(options: LinearProbeOptions, splits: Splits, folder: str, num_processes: int) -> Training:
+    """Load the model with a new head. Raises ValueError for a user's mistake."""
+    classifier = load_with_new_head(options.model, splits.class_names(), std=INITIAL_STD, seed=options.seed)
+    processor = load_processor(options.model, classifier.config, image_size=options.image_size)
+    transform, start = ProcessorTransform(processor), weights_hash(classifier.base_model)
+    trainer = build_linear_trainer(classifier, splits, transform, options, folder, num_processes)
+    return Training(trainer, transform, start)
 
 
-def run(arguments: LinearProbeArguments, push: Callable[..., str] | None = None) -> dict[str, float]:
-    """Load, train the head, evaluate, save, record, push. Raises ValueError as what it calls."""
-    return run_training(arguments, "linear", build, push)
+def run(options: LinearProbeOptions | CachedLinearOptions) -> dict[str, float]:
+    """Load, train, evaluate, save, record, push. Raises ValueError for a user's mistake, RunError for divergence."""
+    if isinstance(options, CachedLinearOptions):
+        return cached_linear.run(options)
+    return run_training(options, "linear", build_training)
 
 
-def main(argv: Sequence[str] | None = None, push: Callable[..., str] | None = None) -> dict[str, float]:
-    """Command line of linear evaluation. Bad input ends the process with one line and status 1.
-
-    Args:
-        argv: None for those of the process.
-        push: as `run_training`.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--cached" in argv:
-        return cached_linear.main(argv)
-    description = "Linear evaluation of any vision model."
-    return run_command(LinearProbeArguments, argv, description, partial(run, push=push))
+def main(arguments: list[str]) -> dict[str, float]:
+    """The command `mocov3 linear-probe`."""
+    with reporting():
+        return run(parse_options(arguments))

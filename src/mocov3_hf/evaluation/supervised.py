@@ -1,35 +1,160 @@
-"""What linear probe and fine-tuning share: the way from a data set to a saved and recorded classifier."""
+"""What linear probe and fine-tuning share: options, and the way from a data set to a saved and recorded classifier."""
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from accelerate import PartialState
+from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel
 
 from ..data.labelled import LabelledImages, stratified_split
-from .arguments import describe_splits, evaluation_settings, open_splits
-from .checkpoints import last_checkpoint, reload_strictly
-from .encoder import ProcessorTransform, check_model_path, weights_hash
+from ..hub.push import push_folder
+from ..loading import resolve_model, weights_hash
+from ..options import option
+from ..processing import ProcessorTransform
+from ..reporting import RunError, UsageError, one_line
+from ..run_folder import CONFIG, RESULTS, TRAINER_STATE, append_result, list_checkpoints
+from .common import (
+    EvaluationOptions,
+    TrainSplitOptions,
+    describe_splits,
+    evaluation_settings,
+    open_splits,
+    print_metrics,
+)
 from .evaluate import warn_of_one_answer
 from .features import joined_processes, process_state
-from .results import FILE_NAME, append_result, table
-from .supervised_arguments import FREE, NOT_SETTINGS, SupervisedArguments, check_arguments
-from .trainer import ClassifierTrainer, check_finite, share_of_batch, training_arguments
+from .trainer import ClassifierTrainer, check_finite, reload_strictly, share_of_batch, training_arguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationOptions:
+    """Optimization"""
+
+    base_learning_rate: float = option(3.0, "Peak learning rate per 256 images of a batch.", above=0)
+    learning_rate: float | None = option(
+        None, "Peak learning rate for the whole batch, instead of --base_learning_rate.", above=0
+    )
+    momentum: float = option(0.9, "Momentum of SGD.", at_least=0, below=1)
+    weight_decay: float = option(0.0, "Weight decay.", at_least=0)
+    num_train_epochs: int = option(90, "Epochs over the training split.", at_least=1)
+    max_steps: int | None = option(None, "Number of steps, to try a recipe. Overrides --num_train_epochs.", at_least=1)
+    train_batch_size: int = option(1024, "Images per step, over all processes.", at_least=1)
+    per_device_train_batch_size: int | None = option(
+        None, "Images per forward pass and process. Overrides --train_batch_size.", at_least=1
+    )
+    seed: int = option(0, "Seed of initial weights, order and augmentation.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationOptions:
+    """Augmentation"""
+
+    augment: bool = option(True, "Random resized crops and flips. Otherwise the images are as for testing.")
+    crop_scale: list[float] = option([0.08, 1.0], "Range of the area of a crop.", above=0, at_most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationOptions:
+    """Validation"""
+
+    validation_fraction: float = option(
+        0.0,
+        "Fraction of the training split to hold out for validation. 0 validates on the test split.",
+        at_least=0,
+        below=1,
+    )
+    eval_strategy: Literal["no", "epoch"] = option("epoch", "When to validate. The test split is tested at the end.")
+    load_best_model_at_end: bool = option(False, "Keep the best epoch instead of the last.")
+    metric_for_best_model: str = option(
+        "top1", "Metric of the best epoch: top1, top5, mean_per_class, loss, top1_ema ..."
+    )
+    early_stopping_patience: int | None = option(
+        None, "End after this many epochs without improvement of --metric_for_best_model.", at_least=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """Output"""
+
+    overwrite_output_dir: bool = option(False, "Replace the model in output_dir.")
+    resume_from_checkpoint: str | None = option(
+        None, "Checkpoint to resume from. auto is the newest in output_dir, if any.", metavar="auto|DIR"
+    )
+    save_strategy: Literal["no", "epoch"] = option("epoch", "When to save a checkpoint to resume from.")
+    save_total_limit: int = option(1, "Checkpoints to keep, in addition to the best.", at_least=1)
+    logging_steps: int = option(50, "Steps between two lines of metrics.jsonl.", at_least=1)
+    report_to: str = option("none", "Tracker: tensorboard, trackio, wandb or none.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """Hub"""
+
+    push_to_hub: bool = option(False, "Push the classifier to the Hub at the end.")
+    hub_model_id: str | None = option(None, "Repository. Defaults to the name of output_dir.", metavar="[USER/]NAME")
+    hub_private_repo: bool = option(False, "Create the repository as private.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedOptions(
+    HubOptions,
+    CheckpointOptions,
+    ValidationOptions,
+    AugmentationOptions,
+    OptimizationOptions,
+    TrainSplitOptions,
+    EvaluationOptions,
+):
+    """Recipe"""
+
+    recipe: str | None = option(None, "Name or file of the recipe.")
+
+
+# Options without influence on the metrics.
+NOT_SETTINGS = (
+    "cached",
+    "logging_steps",
+    "report_to",
+    "save_strategy",
+    "save_total_limit",
+    "seed",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+)
+# Options that may change when a run is resumed: they have no influence on its weights.
+FREE = (
+    *NOT_SETTINGS,
+    "model",
+    "output_dir",
+    "batch_size",
+    "dataloader_num_workers",
+    "save_weights",
+    "recipe",  # its options are compared
+    "train_batch_size",  # the product of these three is
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)
 
 
 class Splits(NamedTuple):
-    """The images of a training, classes numbered alike.
+    """
+    The images of a training run, with one numbering of classes.
 
     Attributes:
-        train: what is trained on.
-        validation: classified after every epoch: the held-out part of the training split, or the test split.
-        test: classified at the end.
-        whole_train: the training split without anything held out.
+        train: What is trained on.
+        validation: Evaluated after every epoch: the held-out part of the training split, or the test split.
+        test: Evaluated at the end.
+        whole_train: The training split including the held-out part.
     """
 
     train: LabelledImages
@@ -38,18 +163,19 @@ class Splits(NamedTuple):
     whole_train: LabelledImages
 
     def class_names(self) -> list[str]:
-        """By label; numbered ones where the data set has none."""
+        """By label; LABEL_0, LABEL_1, ... if the data set has none."""
         number = max(self.whole_train.num_classes, self.test.num_classes)
         return self.whole_train.class_names or [f"LABEL_{label}" for label in range(number)]
 
 
 class Training(NamedTuple):
-    """What a command makes of its arguments.
+    """
+    What a command builds from its options.
 
     Attributes:
-        trainer: ready to train.
-        transform: the preprocessing of the test, saved with the classifier.
-        start: hash of the body before training, None for fresh weights.
+        trainer: Ready to train.
+        transform: Preprocessing of the test, saved with the classifier.
+        start: Hash of the backbone before training, None for new weights.
     """
 
     trainer: ClassifierTrainer
@@ -57,43 +183,68 @@ class Training(NamedTuple):
     start: str | None
 
 
-def open_training_splits(arguments: SupervisedArguments) -> Splits:
-    """The splits of a training; ValueError as `open_splits`, or where nothing or everything would be held out."""
-    whole, test = open_splits(arguments)
-    if arguments.validation_fraction == 0:
+def check_options(options: SupervisedOptions) -> str:
+    """The output folder; UsageError for options that do not fit together, or a folder whose model would be lost."""
+    scale = options.crop_scale
+    if len(scale) != 2 or scale[0] > scale[1]:
+        raise UsageError(f"--crop_scale takes two numbers, the smallest and the largest area, got {scale}")
+    if chooses(options) and options.eval_strategy == "no":
+        raise UsageError("the best epoch is selected by validation: leave out --eval_strategy no")
+    if options.load_best_model_at_end and options.save_strategy == "no":
+        raise UsageError("the best epoch is loaded from its checkpoint: leave out --save_strategy no")
+    if options.output_dir is None:
+        raise UsageError("--output_dir is missing: the classifier needs a folder of its own")
+    folder, model = os.path.expanduser(options.output_dir), resolve_model(options.model)
+    if os.path.isdir(folder) and os.path.isdir(model) and os.path.samefile(folder, model):
+        raise UsageError(f"--output_dir {folder!r} is the folder of the model, which would be lost: pass another")
+    may_hold_one = options.overwrite_output_dir or options.resume_from_checkpoint is not None
+    if (Path(folder) / CONFIG).is_file() and not may_hold_one:
+        raise UsageError(f"--output_dir {folder!r} holds a model: pass another, or --overwrite_output_dir")
+    return folder
+
+
+def chooses(options: SupervisedOptions) -> bool:
+    """Whether the run depends on which epoch is the best."""
+    return options.load_best_model_at_end or options.early_stopping_patience is not None
+
+
+def open_training_splits(options: SupervisedOptions) -> Splits:
+    """The splits of a training run; ValueError as `open_splits`, or if nothing or everything would be held out."""
+    whole, test = open_splits(options)
+    if options.validation_fraction == 0:
         return Splits(whole, test, test, whole)
-    held_out = stratified_split(whole.labels, arguments.validation_fraction, arguments.seed)
+    held_out = stratified_split(whole.labels, options.validation_fraction, options.seed)
     if held_out.all() or not held_out.any():
-        raise ValueError(
-            f"validation_fraction {arguments.validation_fraction} holds out {held_out.sum()} of {len(whole)} images:"
-            " too few per class"
+        raise UsageError(
+            f"--validation_fraction {options.validation_fraction} holds out {held_out.sum()} of {len(whole)} images:"
+            " pass another, images of a class must be held out and kept"
         )
     return Splits(whole.select(np.flatnonzero(~held_out)), whole.select(np.flatnonzero(held_out)), test, whole)
 
 
 def common_options(
-    arguments: SupervisedArguments, num_images: int, num_processes: int, num_parts: int = 1
+    options: SupervisedOptions, num_images: int, num_processes: int, num_parts: int = 1
 ) -> dict[str, Any]:
-    """What both commands tell `training_arguments`, batch and learning rate derived.
+    """
+    The arguments of `training_arguments` for both commands, with batch and learning rate derived.
 
     Raises:
-        ValueError: a batch that the processes cannot share or that exceeds the split.
+        ValueError: A batch that cannot be divided among the processes or exceeds the split.
     """
     share = share_of_batch(
-        arguments.train_batch_size, arguments.per_device_train_batch_size, num_processes, num_images, num_parts
+        options.train_batch_size, options.per_device_train_batch_size, num_processes, num_images, num_parts
     )
-    learning_rate = arguments.learning_rate
+    learning_rate = options.learning_rate
     if learning_rate is None:
-        learning_rate = arguments.base_learning_rate * share * num_processes * num_parts / 256
-    chooses = arguments.load_best_model_at_end or arguments.early_stopping_patience is not None
-    names = ("num_train_epochs", "mixed_precision", "num_workers", "seed", "eval_strategy", "save_strategy")
+        learning_rate = options.base_learning_rate * share * num_processes * num_parts / 256
+    names = ("num_train_epochs", "mixed_precision", "dataloader_num_workers", "seed", "eval_strategy", "save_strategy")
     names += ("save_total_limit", "load_best_model_at_end", "logging_steps", "report_to")
-    return {name: getattr(arguments, name) for name in names} | {
+    return {name: getattr(options, name) for name in names} | {
         "batch_size": share,
         "learning_rate": learning_rate,
         "gradient_accumulation_steps": num_parts,
-        "max_steps": arguments.max_steps or -1,
-        "metric_for_best_model": arguments.metric_for_best_model if chooses else None,
+        "max_steps": options.max_steps or -1,
+        "metric_for_best_model": options.metric_for_best_model if chooses(options) else None,
     }
 
 
@@ -101,141 +252,142 @@ def build_trainer(
     classifier: PreTrainedModel,
     splits: Splits,
     transform: ProcessorTransform,
-    arguments: SupervisedArguments,
+    options: SupervisedOptions,
     output_dir: str,
-    train_dataset,
-    options: dict[str, Any],
-    **trainer_options,
+    train_dataset: Dataset,
+    training: dict[str, Any],
+    **trainer_options: Any,
 ) -> ClassifierTrainer:
-    """The trainer of a classifier.
+    """
+    The trainer of a classifier.
 
     Args:
-        classifier, splits, transform: what is trained, on what, and the preprocessing of the test.
-        arguments, output_dir: of the command.
-        train_dataset: the training images with their augmentation.
-        options: of `training_arguments`.
-        trainer_options: others of `ClassifierTrainer`.
+        classifier, splits, transform: What is trained, on what, and the preprocessing of the test.
+        options, output_dir: Of the command.
+        train_dataset: The training images with their augmentation.
+        training: Arguments of `training_arguments`.
+        trainer_options: Other arguments of `ClassifierTrainer`.
 
     Raises:
-        ValueError: the best epoch is to be judged by something that is not measured.
+        UsageError: The metric of the best epoch is not computed.
     """
-    if arguments.load_best_model_at_end or arguments.early_stopping_patience is not None:
-        _check_metric(arguments.metric_for_best_model, splits, trainer_options.get("ema_momentum", 0) > 0)
+    if chooses(options):
+        _check_metric(options.metric_for_best_model, splits, trainer_options.get("ema_decay", 0) > 0)
+    kept = {name: value for name, value in asdict(options).items() if name not in FREE}
+    batch = training["batch_size"] * training["gradient_accumulation_steps"] * process_state().num_processes
+    kept |= {"seed": options.seed, "learning_rate": training["learning_rate"], "train_batch_size": batch}
     trainer = ClassifierTrainer(
         classifier,
-        training_arguments(output_dir, **options),
+        training_arguments(output_dir, **training),
         train_dataset,
         splits.validation,
         transform,
-        {name: getattr(arguments, name) for name in ("batch_size", "num_workers", "mixed_precision")},
-        settings=_settings_to_keep(arguments, options),
+        options.of_pass(),
+        settings=kept,
         **trainer_options,
     )
-    if arguments.early_stopping_patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(arguments.early_stopping_patience))
+    if options.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(options.early_stopping_patience))
     return trainer
-
-
-def _settings_to_keep(arguments: SupervisedArguments, options: Mapping[str, Any]) -> dict[str, Any]:
-    told = {name: value for name, value in asdict(arguments).items() if name not in FREE and name != "seed"}
-    batch = options["batch_size"] * options["gradient_accumulation_steps"] * process_state().num_processes
-    return {**told, "seed": arguments.seed, "learning_rate": options["learning_rate"], "train_batch_size": batch}
 
 
 def _check_metric(name: str, splits: Splits, has_average: bool) -> None:
     known = ["top1", *(["top5"] if len(splits.class_names()) > 5 else []), "mean_per_class", "loss"]
     known += [f"{metric}_ema" for metric in known] if has_average else []
     if name not in known:
-        raise ValueError(f"metric_for_best_model must be one of {', '.join(known)}, got {name!r}")
+        raise UsageError(f"--metric_for_best_model takes one of {', '.join(known)}, got {name!r}")
 
 
 def run_training(
-    arguments: SupervisedArguments,
-    task: str,
-    build: Callable[[SupervisedArguments, Splits, str, int], Training],
-    push: Callable[..., str] | None = None,
+    options: SupervisedOptions, task: str, build_training: Callable[[Any, Splits, str, int], Training]
 ) -> dict[str, float]:
-    """Open, train, evaluate, save, record, push, on all processes of this run.
+    """
+    Open, train, evaluate, save, record, push, on all processes of this run.
 
     Args:
-        arguments: of the command.
-        task: name of the evaluation in `results.json`, and first part of its metrics.
-        build: what is special to the command, called with arguments, splits, output folder and number of processes.
-        push: `push(folder, repository, private=...)` for `--push_to_hub`: the room of the Hub is on the same floor.
+        options: Of the command.
+        task: Name of the evaluation in `results.json`, and prefix of its metrics.
+        build_training: What differs between the commands: from options, splits, output folder, number of processes.
 
     Raises:
-        ValueError: as what it calls.
+        ValueError: A user's mistake.
+        RunError: Divergence, or a push that failed.
     """
-    folder = check_arguments(arguments)
-    if arguments.push_to_hub and push is None:
-        raise ValueError("--push_to_hub works in the scripts; from Python pass push")
-    check_model_path(arguments.model)
+    folder = check_options(options)
     with joined_processes() as state:
-        return _run(arguments, task, build, push, state, folder)
+        splits = open_training_splits(options)
+        training = build_training(options, splits, folder, state.num_processes)
+        trainer = training.trainer
+        checkpoint = _checkpoint_of(options, folder)
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        check_finite(trainer.model)
+        if trainer.frozen is not None and weights_hash(trainer.frozen) != training.start:
+            raise ValueError(
+                f"the backbone is not that of {options.model!r}: checkpoint {checkpoint!r} was trained on another"
+                " model, pass that one as --model"
+            )
+        found = trainer.evaluate(splits.test, metric_key_prefix=task)
+        metrics = {name: value for name, value in found.items() if not name.startswith(f"{task}_loss")}
+        if trainer.is_world_process_zero():
+            seconds = time.perf_counter() - started
+            warn_of_one_answer(metrics[f"{task}_answered_classes"], splits.test)
+            chosen = trainer.model
+            if trainer.average is not None and options.save_weights == "ema":
+                chosen = trainer.average
+            append_result(
+                folder,
+                task=task,
+                model={
+                    "name": options.model,
+                    "weights": training.start,
+                    "classifier": _save(chosen, training.transform, folder),
+                },
+                dataset=describe_splits(options, splits.whole_train, splits.test),
+                metrics=metrics,
+                settings=_settings(options, training),
+                seed=options.seed,
+                seconds=seconds,
+            )
+            print_metrics(options, task, metrics)
+            print(f"classifier saved and recorded in {Path(folder) / RESULTS}")
+            if options.push_to_hub:
+                _push(folder, options)
+        return metrics
 
 
-def _run(arguments, task, build, push, state: PartialState, folder: str) -> dict[str, float]:
-    splits = open_training_splits(arguments)
-    training = build(arguments, splits, folder, state.num_processes)
-    trainer = training.trainer
-    checkpoint = _checkpoint_of(arguments, folder)
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    check_finite(trainer.model)
-    if trainer.frozen is not None and weights_hash(trainer.frozen) != training.start:
-        raise ValueError(
-            f"the body is not that of {arguments.model!r} any more: was {checkpoint!r} trained on another model?"
-        )
-    found = trainer.evaluate(splits.test, metric_key_prefix=task)
-    metrics = {name: value for name, value in found.items() if not name.startswith(f"{task}_loss")}
-    if trainer.is_world_process_zero():
-        seconds = time.perf_counter() - started
-        warn_of_one_answer(metrics[f"{task}_answered_classes"], splits.test)
-        chosen = trainer.model
-        if trainer.average is not None and arguments.save_weights == "ema":
-            chosen = trainer.average
-        evaluated = _save(chosen, training.transform, folder)
-        append_result(
-            folder,
-            task=task,
-            model={"name": arguments.model, "weights": training.start, "classifier": evaluated},
-            dataset=describe_splits(arguments, splits.whole_train, splits.test),
-            metrics=metrics,
-            settings=_settings(arguments, training),
-            seed=arguments.seed,
-            seconds=seconds,
-        )
-        print(table(metrics, f"{task}: {arguments.model} on {arguments.dataset_name}, split {arguments.test_split}"))
-        print(f"classifier saved and recorded in {Path(folder) / FILE_NAME}")
-        if arguments.push_to_hub:
-            _push(push, folder, arguments)
-    return metrics
-
-
-def _checkpoint_of(arguments: SupervisedArguments, folder: str) -> str | None:
-    checkpoint = arguments.resume_from_checkpoint
-    checkpoint = last_checkpoint(folder) if checkpoint == "auto" else checkpoint
+def _checkpoint_of(options: SupervisedOptions, folder: str) -> str | None:
+    checkpoint = options.resume_from_checkpoint
+    if checkpoint == "auto":
+        checkpoint = newest_checkpoint(folder)
     if checkpoint is not None and not os.path.isdir(checkpoint):
-        raise ValueError(f"checkpoint {checkpoint!r} does not exist: give a folder checkpoint-N, or auto")
+        raise UsageError(f"checkpoint {checkpoint!r} does not exist: pass a folder checkpoint-N, or auto")
     return checkpoint
 
 
+def newest_checkpoint(folder: str | os.PathLike) -> str | None:
+    """The newest complete checkpoint of `Trainer`, which writes its state last; None without one."""
+    return next((str(path) for path in list_checkpoints(folder) if (path / TRAINER_STATE).is_file()), None)
+
+
 def _save(classifier: PreTrainedModel, transform: ProcessorTransform, folder: str) -> str:
-    """Hash of the weights; what stands in the folder is what was evaluated, weight for weight, or this raises."""
+    """Save a classifier, read it again, and return the hash of its weights."""
     classifier.save_pretrained(folder)
     transform.processor.save_pretrained(folder)
     evaluated = weights_hash(classifier)
     reload_strictly(classifier, folder)
     if weights_hash(classifier) != evaluated:
-        raise ValueError(f"the classifier in {folder!r} is not the one that was trained: the disk is damaged")
+        raise RunError(
+            f"the classifier in {folder!r} differs from the one that was evaluated: the disk may be damaged"
+        )
     return evaluated
 
 
-def _settings(arguments: SupervisedArguments, training: Training) -> dict[str, Any]:
+def _settings(options: SupervisedOptions, training: Training) -> Mapping[str, Any]:
     trainer = training.trainer
     args, state = trainer.args, trainer.state
     settings = {
-        **{name: value for name, value in evaluation_settings(arguments).items() if name not in NOT_SETTINGS},
+        **{name: value for name, value in evaluation_settings(options).items() if name not in NOT_SETTINGS},
         "learning_rate": args.learning_rate,
         "train_batch_size": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "steps": state.global_step,
@@ -243,18 +395,19 @@ def _settings(arguments: SupervisedArguments, training: Training) -> dict[str, A
         "train_transform": repr(trainer.train_dataset.transform),
     }
     if args.load_best_model_at_end:
-        by = "test split" if arguments.validation_fraction == 0 else "held-out part of the training split"
+        by = "test split" if options.validation_fraction == 0 else "held-out part of the training split"
         settings["best"] = {"step": state.best_global_step, "metric": state.best_metric, "measured_on": by}
     return settings
 
 
-def _push(push: Callable[..., str], folder: str, arguments: SupervisedArguments) -> None:
-    name = arguments.hub_model_id or Path(folder).resolve().name
+def _push(folder: str, options: SupervisedOptions) -> None:
+    name = options.hub_model_id or Path(folder).resolve().name
     try:
-        url = push(folder, name, private=arguments.hub_private_repo)
-    except RuntimeError as error:
-        raise ValueError(
-            f"the classifier is finished and saved in {folder!r}, but not on the Hub: {error}; push it with"
-            f" scripts/push_to_hub.py {folder} --hub_model_id {name}"
+        url = push_folder(folder, name, private=options.hub_private_repo)
+    except (UsageError, RunError) as error:
+        private = ["--hub_private_repo"] if options.hub_private_repo else []
+        command = shlex.join(["mocov3", "push", folder, "--hub_model_id", name, *private])
+        raise type(error)(
+            f"the classifier is saved in {folder!r}, but the push failed: {one_line(error)}; push it with: {command}"
         ) from error
     print(f"pushed: {url}")

@@ -1,5 +1,6 @@
-"""A grid of linear classifiers trained together by SGD on cached features: the published linear protocol without its
-augmentation, at the price of one.
+"""
+A grid of linear classifiers, trained together by SGD on cached features: the published linear protocol without
+augmentation, at the cost of one classifier.
 
 Legend: G settings of the grid, n features, B batch, D width, C classes.
 """
@@ -17,7 +18,7 @@ from ..data.labelled import stratified_split
 from .linear import LinearClassifier, check_labelled
 
 
-# At batch 1024, as published: 0.4 for ResNet-50, 12 for ViT; a factor of about three between neighbours.
+# Published at batch 1024: 0.4 for ResNet-50, 12 for ViT; here with a factor of about three between neighbors.
 LEARNING_RATES = (0.1, 0.4, 1.2, 4.0, 12.0, 40.0)
 WEIGHT_DECAYS = (0.0, 1e-6, 1e-4)
 MOMENTUM = 0.9
@@ -26,13 +27,14 @@ INITIAL_STD = 0.01
 
 @dataclass(frozen=True)
 class LinearSweep:
-    """Classifiers of a grid.
+    """
+    Classifiers of a grid.
 
     Attributes:
         settings: (learning rate, weight decay) of each of the G classifiers.
         weight: (G, C, D) float32.
         bias: (G, C) float32.
-        loss: (G,) float64, mean cross-entropy over the last epoch, not finite where a setting diverged.
+        loss: (G,) float64, mean cross-entropy over the last epoch, not finite for a setting that diverged.
     """
 
     settings: list[tuple[float, float]]
@@ -45,7 +47,7 @@ class LinearSweep:
         return LinearClassifier(self.weight[index].cpu(), self.bias[index].cpu(), loss=self.loss[index].item())
 
     def accuracies(self, features: torch.Tensor, labels: torch.Tensor, *, batch_size: int = 1024) -> torch.Tensor:
-        """(G,) float64: part of the features (n, D) that each classifier puts in their class; 0 for a diverged one."""
+        """(G,) float64: accuracy of each classifier on features (n, D) and labels (n,); 0 for a diverged one."""
         groups, classes, width = self.weight.shape
         hits = torch.zeros(groups, dtype=torch.float64)
         for rows, target in zip(features.split(batch_size), labels.split(batch_size), strict=True):
@@ -69,29 +71,30 @@ def sweep_linear_classifiers(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> LinearSweep:
-    """Train one linear classifier for every pair of a learning rate and a weight decay, all in one pass per epoch.
+    """
+    Train one linear classifier for every pair of a learning rate and a weight decay, all in one pass per epoch.
 
-    Each classifier is trained exactly as it would be alone: SGD with momentum 0.9 on the mean cross-entropy, weight
-    decay on the weight and not on the bias, learning rate from its value to 0 along a cosine over all steps, weights
-    starting from a normal of deviation 0.01, batches in one random order (values of the published linear recipes).
-    What they share is the reading of a batch, and one matrix product instead of G.
+    Each classifier is trained as it would be alone: SGD with momentum 0.9 on the mean cross-entropy, weight decay on
+    the weight but not on the bias, a cosine learning rate from its peak to 0 over all steps, initial weights from a
+    normal distribution of standard deviation 0.01, batches in one random order (values of the published linear
+    recipes). They share the loading of a batch, and one matrix product instead of G.
 
     Args:
-        features: (n, D) floating point, used as they are (not standardised, as published).
+        features: (n, D) floating point, not standardized, as published.
         labels: (n,) integers from 0.
         num_classes: None for the largest label + 1.
-        learning_rates: at this batch size, positive.
-        weight_decays: not negative.
-        num_epochs, batch_size: of SGD. The last batch of an epoch may be smaller.
-        seed: of the start and the order.
-        device: where to compute; None for where the features are.
-        progress: show a bar.
+        learning_rates: At this batch size, positive.
+        weight_decays: Not negative.
+        num_epochs, batch_size: Of SGD. The last batch of an epoch may be smaller.
+        seed: Of initial weights and order.
+        device: Where to compute; None for the device of the features.
+        progress: Whether to show a progress bar.
 
     Returns:
-        The classifiers, learning rates outer and weight decays inner, on `device`.
+        The classifiers, learning rates in the outer loop and weight decays in the inner, on `device`.
 
     Raises:
-        ValueError: features and labels as `fit_linear_classifier`; an empty grid or values out of range.
+        ValueError: Features and labels as `fit_linear_classifier`; an empty grid or values out of range.
     """
     labels, num_classes = check_labelled(features, labels, num_classes)
     settings = checked_grid(learning_rates, weight_decays)
@@ -115,7 +118,7 @@ def sweep_linear_classifiers(
             loss.zero_()
             for rows in torch.randperm(count, generator=generator).split(batch_size):
                 x, target = features[rows].to(device, dtype), labels[rows.to(labels.device)].to(device)
-                # (G, C, B): the products then have G·C rows and need no transposed copy.
+                # (G, C, B): products of G·C rows without a transposed copy.
                 logits = torch.add((weight.view(-1, width) @ x.T).view(groups, num_classes, -1), bias)
                 log_probabilities = F.log_softmax(logits, dim=1)
                 index = target.expand(groups, 1, -1)
@@ -135,13 +138,14 @@ def sweep_linear_classifiers(
 
 @dataclass(frozen=True)
 class ChosenLinear:
-    """The best setting of a grid, found without the test set.
+    """
+    The best setting of a grid, selected without the test set.
 
     Attributes:
-        classifier: trained with it on all of the features.
-        learning_rate, weight_decay: the setting.
-        validation_accuracy: its accuracy on the held-out part, when trained without it.
-        validation_accuracies: of every setting, "lr=0.4 wd=1e-06" to accuracy.
+        classifier: Trained with this setting on all features.
+        learning_rate, weight_decay: The setting.
+        validation_accuracy: Accuracy on the held-out part when trained without it.
+        validation_accuracies: Of every setting, "lr=0.4 wd=1e-06" to accuracy.
     """
 
     classifier: LinearClassifier
@@ -162,26 +166,27 @@ def choose_linear_classifier(
     seed: int = 0,
     **options,
 ) -> ChosenLinear:
-    """Choose learning rate and weight decay on a held-out part of the training features, then train on all of them.
+    """
+    Select learning rate and weight decay on a held-out part of the training features, then train on all of them.
 
-    The test set has no part in the choice: the best of a grid on the test set would be an estimate from above.
+    The test set is not used: the best of a grid on the test set would overestimate the accuracy.
 
     Args:
-        features, labels, num_classes, learning_rates, weight_decays, seed: as `sweep_linear_classifiers`.
-        validation_fraction: part of every class that is held out, between 0 and 1.
-        options: other arguments of `sweep_linear_classifiers`.
+        features, labels, num_classes, learning_rates, weight_decays, seed: As `sweep_linear_classifiers`.
+        validation_fraction: Fraction of every class to hold out, between 0 and 1.
+        options: Other arguments of `sweep_linear_classifiers`.
 
     Raises:
-        ValueError: as `sweep_linear_classifiers`; a fraction out of range, or that holds out nothing or everything.
+        ValueError: As `sweep_linear_classifiers`; a fraction out of range, or that holds out nothing or everything.
     """
     labels, num_classes = check_labelled(features, labels, num_classes)
     if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}")
+        raise ValueError(f"validation_fraction must be above 0 and below 1, got {validation_fraction}")
     held_out = torch.from_numpy(stratified_split(labels.cpu().numpy(), validation_fraction, seed)).to(features.device)
     if held_out.all() or not held_out.any():
         raise ValueError(
-            f"validation_fraction {validation_fraction} holds out {int(held_out.sum())} of {len(labels)} features: "
-            "too few per class"
+            f"validation_fraction {validation_fraction} holds out {int(held_out.sum())} of {len(labels)} features:"
+            " some of every class must be held out and kept"
         )
     grid = sweep_linear_classifiers(
         features[~held_out],
@@ -193,7 +198,7 @@ def choose_linear_classifier(
         **options,
     )
     accuracies = grid.accuracies(features[held_out], labels[held_out])
-    # Of equal ones the first, which has the smallest learning rate where they are given in order.
+    # Of equal ones the first, which has the smallest learning rate if they are in ascending order.
     best = int(accuracies.argmax())
     rate, decay = grid.settings[best]
     final = sweep_linear_classifiers(
@@ -212,10 +217,10 @@ def choose_linear_classifier(
 
 
 def checked_grid(learning_rates: Sequence[float], weight_decays: Sequence[float]) -> list[tuple[float, float]]:
-    """All pairs, learning rates outer; ValueError for an empty side or a value out of range."""
+    """All pairs, learning rates in the outer loop; ValueError for an empty list or a value out of range."""
     for name, values, lowest in (("learning_rates", learning_rates, 0), ("weight_decays", weight_decays, None)):
         if not values:
-            raise ValueError(f"{name} must name at least one value, got none")
+            raise ValueError(f"{name} needs at least one value, got none")
         for value in values:
             if not (math.isfinite(value) and (value > 0 or (value == 0 and lowest is None))):
                 raise ValueError(f"{name} must be {'positive' if lowest == 0 else 'at least 0'}, got {value}")

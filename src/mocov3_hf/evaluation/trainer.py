@@ -1,61 +1,65 @@
-"""Supervised training of classifiers on transformers' `Trainer`, without those of its ways that falsify a figure."""
+"""Supervised training of classifiers on transformers' `Trainer`, with exact validation and strict checkpoints."""
 
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import RandomSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..data.labelled import LabelledImages
-from .checkpoints import check_settings, load_average, reload_strictly, save_average, save_settings
-from .encoder import base_encoder, size_options
+from ..loading import base_encoder, from_pretrained, size_options
+from ..reporting import RunError, is_first_process, one_line
+from ..run_folder import METRICS
+from ..storage import append_line, rewrite_lines, write_json
 from .evaluate import evaluate_classifier
 from .training_images import TrainingImages, collate
 
 
-# Legend of dimensions: B batch, H W image, C classes.
-
-METRICS_NAME = "metrics.jsonl"
-# Summaries of a whole run, which belong to no step.
+AVERAGE, SETTINGS = "average.safetensors", "settings.json"
+# Keys in the log that summarize the whole run.
 _NO_STEP = ("train_runtime", "train_loss")
-# Odd, and larger than any number of processes and of parts of a step: their seeds never meet.
+# Odd, and larger than any number of processes and of parts of a step: all seeds differ.
 _SEED_STRIDE, _STEP_STRIDE, _PART_STRIDE = 0x9E3779B97F4A7C15, 1 << 24, 1 << 16
 
 
 class ClassifierTrainer(Trainer):
-    """`Trainer` for classifiers of images.
+    """
+    `Trainer` for image classifiers.
 
-    The loss is the mean cross-entropy over the batch. A frozen part stays in eval mode (without gradient alone, its
-    BatchNorm statistics would drift). Validation is `evaluate_classifier`: every image once, whatever the number of
-    processes. Weights of a checkpoint are loaded strictly: `Trainer` itself passes over keys that do not fit with no
-    more than a warning. What a step draws (dropout, stochastic depth, the mixing of the batch) is a function of seed,
-    step and process: a run can be resumed to the bit.
+    The loss is the mean cross-entropy over the batch. A frozen part stays in evaluation mode (otherwise its BatchNorm
+    statistics would drift). Validation is `evaluate_classifier`: every image once, for any number of processes.
+    Checkpoints are loaded strictly: `Trainer` itself only warns about keys that do not match. The random numbers of a
+    step (dropout, stochastic depth, Mixup and CutMix) are a function of seed, step and process, so that a resumed run
+    is bit-identical.
 
     Args:
-        model: a classifier of transformers.
-        args: of `Trainer`; its `label_smoothing_factor` goes into the loss, and with `dataloader_drop_last` every step
-            has a full batch.
-        train_dataset: the images to train on.
-        test_images, test_transform: the split for `evaluate`, labels numbered as the outputs of the model.
-        test_options: of `rows_of_split`.
-        frozen: the part of the model to keep as it is.
-        mixing: as returned by `batch_mixing`.
-        ema_momentum: m of the EMA of the weights, `average ← (1 - m) · average + m · weights` after every step; 0
+        model: A classifier of transformers.
+        args: Of `Trainer`; the loss uses its `label_smoothing_factor`, and with `dataloader_drop_last` every step has
+            a full batch.
+        train_dataset: Training images.
+        test_images, test_transform: Split for `evaluate`, labels numbered as the outputs of the model.
+        test_options: Of `rows_of_split`.
+        frozen: The part of the model that is not trained.
+        mixing: As returned by `batch_mixing`.
+        ema_decay: d of the EMA of the weights, `average ← d · average + (1 - d) · weights` after every step; 0
             disables it. It starts as a copy; BatchNorm statistics are those of the model. `evaluate` then evaluates
             both, the EMA with the suffix `_ema`.
-        settings: what a run that goes on from a checkpoint must be told again, in words of JSON.
-        options: others of `Trainer`, `optimizers` among them.
+        settings: What must not change when a run is resumed, as JSON holds it.
+        options: Other arguments of `Trainer`, such as `optimizers`.
 
     Attributes:
-        average: the model with the EMA of the weights, or None.
+        average: The model with the EMA of the weights, or None.
     """
 
     def __init__(
@@ -68,9 +72,9 @@ class ClassifierTrainer(Trainer):
         test_options: Mapping[str, Any] | None = None,
         frozen: nn.Module | None = None,
         mixing: Callable | None = None,
-        ema_momentum: float = 0.0,
+        ema_decay: float = 0.0,
         settings: Mapping[str, Any] | None = None,
-        **options,
+        **options: Any,
     ):
         self.test_images, self.test_transform = test_images, test_transform
         self.settings = dict(settings or {})
@@ -83,24 +87,37 @@ class ClassifierTrainer(Trainer):
             eval_dataset=TrainingImages(test_images, test_transform),
             **options,
         )
-        # The loss is ours, a mean over the batch: it knows nothing of a number of items.
+        # Our loss is a mean over the batch and takes no number of items.
         self.model_accepts_loss_kwargs = False
         self.add_callback(_Epochs(train_dataset))
-        self.add_callback(_MetricsFile(Path(args.output_dir) / METRICS_NAME))
+        self.add_callback(_MetricsFile(Path(args.output_dir) / METRICS))
         self.average = None
-        if ema_momentum > 0:
-            # `Trainer` has moved the model to its device by now.
-            averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(1.0 - ema_momentum))
+        if ema_decay > 0:
+            # Here `Trainer` has moved the model to its device.
+            averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
             averaged.update_parameters(self.model)  # the first call only copies
             self.average = averaged.module.requires_grad_(False).eval()
             self.add_callback(_Average(self.model, averaged))
         self._part_of_step = (0, 0)
 
+    def train(self, *args: Any, **options: Any):
+        """As `Trainer`; errors end its progress bar, and are printed by every process but the first."""
+        try:
+            return super().train(*args, **options)
+        except (ValueError, RunError) as error:
+            for callback in self.callback_handler.callbacks:
+                bar = getattr(callback, "training_bar", None)
+                if bar is not None:
+                    bar.close()
+            if not is_first_process():  # perhaps of an image that only this process decodes
+                print(f"error: {one_line(error)}", file=sys.stderr)
+            raise
+
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
         if not self.args.dataloader_drop_last:
             return sampler
-        # `Trainer` drops what is left of a batch of one pass; a step may have several.
+        # `Trainer` drops the rest of a forward pass; a step may have several passes.
         args, num_images = self.args, len(self.train_dataset)
         batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
         return RandomSampler(self.train_dataset, num_samples=num_images - num_images % batch)
@@ -121,13 +138,15 @@ class ClassifierTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Metrics of `evaluate_classifier`, but for those of every class; logged. With averaged weights theirs too.
+        """
+        Metrics of `evaluate_classifier` without those of single classes, of the model and its EMA; logged.
 
         Args:
-            eval_dataset: a `LabelledImages`; None for the test images.
+            eval_dataset: A `LabelledImages`; None for the test images.
 
         Raises:
-            ValueError: the weights are not numbers any more, and as `evaluate_classifier`.
+            RunError: The training has diverged.
+            ValueError: As `evaluate_classifier`.
         """
         check_finite(self.model)
         images = self.test_images if eval_dataset is None else eval_dataset
@@ -144,7 +163,7 @@ class ClassifierTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            save_settings(self.settings, output_dir)
+            write_json(Path(output_dir) / SETTINGS, self.settings)
             if self.average is not None:
                 save_average(self.average, output_dir)
 
@@ -159,7 +178,7 @@ class ClassifierTrainer(Trainer):
 
 
 def seed_step(seed: int, step: int, part: int, process_index: int) -> None:
-    """Make what one forward pass draws a function of these numbers."""
+    """Make the random numbers of one forward pass a function of seed, step, part of the step and process."""
     place = step * _STEP_STRIDE + part * _PART_STRIDE + process_index
     torch.manual_seed((seed * _SEED_STRIDE + place) % 2**63)
 
@@ -169,7 +188,7 @@ class _Epochs(TrainerCallback):
         self.dataset = dataset
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # Workers are started, with their copies of the data set, after this.
+        # Data-loading workers start after this, with a copy of the data set.
         self.dataset.epoch = int((state.epoch or 0) + 1e-6)
 
 
@@ -184,9 +203,10 @@ class _Average(TrainerCallback):
 
 
 class _MetricsFile(TrainerCallback):
-    """`metrics.jsonl`: a line for every log of the run, as `Trainer` keeps it in its state.
+    """
+    `metrics.jsonl`: a line for every log of the run, as `Trainer` keeps it in its state.
 
-    A resumed run begins with the lines of its checkpoint: what came after it is measured again.
+    A resumed run starts with the lines of its checkpoint; later lines are replaced.
     """
 
     def __init__(self, path: Path):
@@ -194,50 +214,137 @@ class _MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(map(metrics_line, state.log_history)), encoding="utf-8")
+            rewrite_lines(self.path, filter(None, map(metrics_of, state.log_history)))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.path.parent.is_dir():
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(metrics_line({**(logs or {}), "step": state.global_step}))
+            line = metrics_of({**(logs or {}), "step": state.global_step})
+            if line:
+                append_line(self.path, line)
 
 
-def metrics_line(logs: Mapping[str, float]) -> str:
-    """One line of `metrics.jsonl`: `step` and `epoch` first, then by name; none for the summary of a run."""
+def metrics_of(logs: Mapping[str, float]) -> dict[str, float]:
+    """A line of `metrics.jsonl`: `step` and `epoch` first, then by name; empty for the summary of a run."""
     if any(name in logs for name in _NO_STEP):
-        return ""
+        return {}
     first = {name: logs[name] for name in ("step", "epoch") if name in logs}
-    return json.dumps({**first, **{name: logs[name] for name in sorted(logs) if name not in first}}) + "\n"
+    return {**first, **{name: logs[name] for name in sorted(logs) if name not in first}}
+
+
+# Checkpoints
+
+
+def reload_strictly(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """
+    Load the weights of a folder into a model, through `from_pretrained` and a strict load.
+
+    Raises:
+        ValueError: Missing or unexpected weights, or other shapes; the model is unchanged then.
+    """
+    name = os.fspath(folder)
+    loaded, info = from_pretrained(type(model), name, output_loading_info=True, ignore_mismatched_sizes=True)
+    wrong = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "of another shape": sorted(str(found[0]) for found in info["mismatched_keys"]),
+    }
+    named = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:2])})" for what, keys in wrong.items() if keys)
+    if named:
+        raise ValueError(f"the weights in {name!r} do not match {type(model).__name__}: {named}")
+    state = loaded.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected:
+        raise ValueError(f"{name!r} holds another model than the one in training: pass a new --output_dir")
+    model.load_state_dict(state, strict=True)
+
+
+def save_average(average: nn.Module, folder: str | os.PathLike) -> None:
+    """Write the EMA of the weights, `average.safetensors`, into the folder of a checkpoint."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in average.state_dict().items()}
+    save_file(state, Path(folder) / AVERAGE, metadata={"format": "pt"})
+
+
+def load_average(average: nn.Module, folder: str | os.PathLike) -> None:
+    """
+    Read the EMA of the weights of a checkpoint.
+
+    Raises:
+        ValueError: The checkpoint has none, or they are damaged or of another model.
+    """
+    path = Path(folder) / AVERAGE
+    if not path.is_file():
+        raise ValueError(
+            f"{os.fspath(folder)!r} has no EMA of the weights ({AVERAGE}), its run had no --ema_decay: pass a new"
+            " --output_dir"
+        )
+    try:
+        average.load_state_dict(load_file(path), strict=True)
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the EMA of the weights in {str(path)!r} does not match this model: {reason}") from error
+
+
+def check_settings(settings: Mapping[str, Any], folder: str | os.PathLike) -> None:
+    """
+    Compare the options of a run with those of the checkpoint it resumes.
+
+    Raises:
+        ValueError: Options that differ, by name, or that cannot be read.
+    """
+    try:
+        saved = json.loads((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
+        if not isinstance(saved, dict):
+            raise ValueError(f"it holds a {type(saved).__name__}, expected an object")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the options of the run of {os.fspath(folder)!r} cannot be read ({SETTINGS}): {error}"
+        ) from error
+    if "ema_momentum" in saved:  # of earlier versions
+        saved["ema_decay"] = decay_of_momentum(saved["ema_momentum"])
+    changed = [name for name in settings if settings[name] != saved.get(name)]
+    if changed:
+        named = ", ".join(f"{name} ({saved.get(name)}, now {settings[name]})" for name in changed[:3])
+        raise ValueError(
+            f"{os.fspath(folder)!r} is of a run with other options, {named}: pass the same ones, or a new --output_dir"
+        )
+
+
+def decay_of_momentum(momentum: float) -> float:
+    """`ema_decay` for `ema_momentum` of earlier versions; 0 disables the EMA in both."""
+    return 1.0 - momentum if momentum else 0.0
+
+
+# Batch and arguments of `Trainer`
 
 
 def share_of_batch(
     train_batch_size: int, per_device: int | None, num_processes: int, num_images: int, num_parts: int = 1
 ) -> int:
-    """Images per process and forward pass.
+    """
+    Images per process and forward pass.
 
     Args:
-        train_batch_size: of all processes together.
-        per_device: of one process and pass, which then wins; None for its share.
-        num_processes: of this run.
-        num_images: of the training split.
-        num_parts: passes of one step, whose gradients are added.
+        train_batch_size: Over all processes.
+        per_device: Of one process and forward pass, which overrides it; None for its share.
+        num_processes: Of this run.
+        num_images: Of the training split.
+        num_parts: Forward passes per step, whose gradients are accumulated.
 
     Raises:
-        ValueError: a batch that cannot be shared equally, is empty, or exceeds the split.
+        ValueError: A batch that cannot be divided equally, is empty, or exceeds the split.
     """
     shares = num_processes * num_parts
     if per_device is None and train_batch_size % shares != 0:
-        parts = f" in {num_parts} parts each" if num_parts > 1 else ""
+        parts = f" x {num_parts} accumulation steps" if num_parts > 1 else ""
         raise ValueError(
-            f"{num_processes} processes{parts} cannot share a batch of {train_batch_size} images equally: pass a"
-            " --train_batch_size that is a multiple of them, or --per_device_train_batch_size"
+            f"a batch of {train_batch_size} images cannot be divided equally among {num_processes} processes{parts}:"
+            f" pass a --train_batch_size that is a multiple of {shares}, or --per_device_train_batch_size"
         )
     share = train_batch_size // shares if per_device is None else per_device
     if not 1 <= share * shares <= num_images:
         raise ValueError(
-            f"the batch must hold between 1 image and the {num_images} of the training split, got"
-            f" {share * shares}: pass another --train_batch_size"
+            f"the batch must have between 1 image and the {num_images} of the training split, got {share * shares}:"
+            " pass another --train_batch_size"
         )
     return share
 
@@ -249,18 +356,18 @@ def training_arguments(
     learning_rate: float,
     num_train_epochs: int,
     mixed_precision: str = "no",
-    num_workers: int = 0,
     seed: int = 0,
-    **options,
+    **options: Any,
 ) -> TrainingArguments:
-    """Arguments of `Trainer` for training by the published protocols: cosine to 0 at every step, no clipping.
+    """
+    Arguments of `Trainer` for the published protocols: cosine schedule to 0 at every step, no clipping.
 
     Args:
-        output_dir: for checkpoints.
-        batch_size: images per forward pass and process.
-        learning_rate: at the first step.
-        num_train_epochs, mixed_precision, num_workers, seed: of the training.
-        options: others of `TrainingArguments`, over these.
+        output_dir: For checkpoints.
+        batch_size: Images per forward pass and process.
+        learning_rate: At the first step.
+        num_train_epochs, mixed_precision, seed: Of the training.
+        options: Other arguments of `TrainingArguments`, which override these.
     """
     on_cpu = not torch.accelerator.is_available()
     return TrainingArguments(
@@ -270,12 +377,11 @@ def training_arguments(
             "learning_rate": learning_rate,
             "lr_scheduler_type": "cosine",
             "num_train_epochs": num_train_epochs,
-            # The default would clip, and hide a loss that is no number.
+            # The defaults would clip, and hide a loss that is not finite.
             "max_grad_norm": 0.0,
             "logging_nan_inf_filter": False,
             "bf16": mixed_precision == "bf16",
             "fp16": mixed_precision == "fp16",
-            "dataloader_num_workers": num_workers,
             "dataloader_pin_memory": torch.cuda.is_available(),
             "ddp_find_unused_parameters": False,
             "remove_unused_columns": False,
@@ -290,7 +396,7 @@ def training_arguments(
 
 
 def check_finite(model: nn.Module) -> None:
-    """ValueError where a trained weight is not a number."""
+    """RunError if a trained weight is not finite."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not math.isfinite(parameter.detach().abs().sum().item()):
-            raise ValueError(f"training has diverged, {name} is not finite: pass a smaller learning rate")
+            raise RunError(f"training has diverged, {name} is not finite: pass a smaller learning rate")

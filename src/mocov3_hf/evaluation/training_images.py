@@ -1,4 +1,4 @@
-"""Labelled images for training with `Trainer`: the augmentation is a function of seed, epoch and row."""
+"""Labeled images for training with `Trainer`: the augmentation is a function of seed, epoch and row."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,31 +9,32 @@ from torchvision.transforms import v2
 
 from ..data.decode import BadImageError
 from ..data.labelled import LabelledImages, TrainingTransform
+from ..processing import ProcessorTransform
 from .augmentation import RandAugmentOptions, random_erasing
-from .encoder import ProcessorTransform
 
 
-# Legend of dimensions: B batch, H W image.
+# Legend of dimensions: B batch, C H W image.
 
 # Values of PIL's resampling filters, as image processors store them.
 _INTERPOLATION = {2: "bilinear", 3: "bicubic"}
-# Odd constants that keep the seeds of neighbouring rows, epochs and runs apart.
+# Odd constants, so that the seeds of neighboring rows, epochs and runs differ.
 _EPOCH_STRIDE, _SEED_STRIDE = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
 
 
 class TrainingImages(Dataset):
-    """A labelled split for `Trainer`: `{"pixel_values": (3, H, W) float32, "labels": int}`.
+    """
+    A labeled split for `Trainer`: `{"pixel_values": (C, H, W) float32, "labels": int}`.
 
-    What a transform draws is a function of seed, epoch and row: it depends neither on the number of processes or
-    workers, nor on where a run was interrupted.
+    The random numbers of a transform are a function of seed, epoch and row: they depend neither on the number of
+    processes or workers nor on interruptions of the run.
 
     Args:
-        images: the split.
-        transform: uint8 (3, H, W) to float32; draws from torch's generator of the process.
-        seed: of the draws.
+        images: The split.
+        transform: From uint8 (C, H, W) to float32; draws from torch's default generator.
+        seed: Of the augmentation.
 
     Attributes:
-        epoch: set by `ClassifierTrainer` at the start of each.
+        epoch: Set by `ClassifierTrainer` at the start of each epoch.
     """
 
     def __init__(self, images: LabelledImages, transform: Callable[[torch.Tensor], torch.Tensor], seed: int = 0):
@@ -43,13 +44,13 @@ class TrainingImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """ValueError naming the row of an image that cannot be decoded."""
+        """ValueError with the row of an image that cannot be decoded."""
         try:
             image = self.images.decode(row)
         except BadImageError as error:
-            raise ValueError(f"image in row {row} of the training split {error}: repair it or take it out") from error
+            raise ValueError(f"image in row {row} of the training split {error}: repair or remove it") from error
         before = torch.get_rng_state()
-        # The generator itself: `torch.manual_seed` would also queue a call for every device, at every image.
+        # `torch.manual_seed` would also queue a call for every device, for every image.
         torch.default_generator.manual_seed((self.seed * _SEED_STRIDE + self.epoch * _EPOCH_STRIDE + row) % 2**63)
         try:
             return {"pixel_values": self.transform(image), "labels": int(self.images.labels[row])}
@@ -58,7 +59,7 @@ class TrainingImages(Dataset):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """`pixel_values` (B, 3, H, W) and `labels` (B,) int64."""
+    """`pixel_values` (B, C, H, W) and `labels` (B,) int64."""
     return {
         "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
         "labels": torch.tensor([sample["labels"] for sample in samples]),
@@ -71,19 +72,20 @@ def training_transform(
     rand_augment: RandAugmentOptions | None = None,
     erasing_probability: float = 0.0,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Random resized crop and flip, with the size, interpolation, mean and std of the model's own preprocessing.
+    """
+    Random resized crop and flip, with the size, interpolation, mean and std of the model's own preprocessing.
 
     Args:
-        transform: the preprocessing for evaluation.
-        scale: range of the crop area, as a fraction of the image.
-        rand_augment: applied between flip and normalization, with the same interpolation; fills with the mean color.
-        erasing_probability: of random erasing, the last step.
+        transform: Preprocessing for evaluation.
+        scale: Range of the crop area, as a fraction of the image.
+        rand_augment: Applied between flip and normalization, with the same interpolation; fills with the mean color.
+        erasing_probability: Of random erasing, the last step.
 
     Returns:
-        uint8 (3, H, W) to float32 (3, size, size). All draws are a function of torch's default generator.
+        From uint8 (C, H, W) to float32 (C, size, size). All random numbers come from torch's default generator.
 
     Raises:
-        ValueError: the processor has no size, or its interpolation is neither bilinear nor bicubic.
+        ValueError: The processor has no size, or its interpolation is neither bilinear nor bicubic.
     """
     settings = transform.processor.to_dict()
     size = (settings.get("crop_size") if settings.get("do_center_crop") else None) or settings.get("size") or {}
@@ -93,11 +95,11 @@ def training_transform(
     if side is None or interpolation is None:
         raise ValueError(
             f"{type(transform.processor).__name__} has size {size or None} and resampling {settings.get('resample')};"
-            " training needs a size and bilinear (2) or bicubic (3): add --no_augment to train on its own output"
+            " training needs a size and bilinear (2) or bicubic (3): pass --augment false"
         )
-    normalises = settings.get("do_normalize", True)
-    mean = tuple(settings["image_mean"]) if normalises else (0.0, 0.0, 0.0)
-    std = tuple(settings["image_std"]) if normalises else (1.0, 1.0, 1.0)
+    normalizes = settings.get("do_normalize", True)
+    mean = tuple(settings["image_mean"]) if normalizes else (0.0, 0.0, 0.0)
+    std = tuple(settings["image_std"]) if normalizes else (1.0, 1.0, 1.0)
     crop = {"size": side, "scale": tuple(scale), "interpolation": interpolation}
     if rand_augment is None and erasing_probability == 0:
         return TrainingTransform(**crop, mean=mean, std=std)

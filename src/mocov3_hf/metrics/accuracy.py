@@ -12,20 +12,21 @@ import numpy as np
 def accuracy_metrics(
     scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str] | None = None, top: Sequence[int] = (1, 5)
 ) -> dict[str, Any]:
-    """Top-k, mean per-class and per-class accuracy, between 0 and 1.
+    """
+    Top-k, mean per-class and per-class accuracy, between 0 and 1.
 
     Args:
-        scores: (n, C) logits or probabilities. Of equal scores the class with the lower number counts as the higher.
+        scores: (n, C) logits or probabilities. Of equal scores, the class with the lower number ranks first.
         labels: (n,) integers in 0..C-1.
         class_names: C names for the per-class accuracies; None for numbers.
-        top: the k's; those that are not below the number of classes are left out (but for 1).
+        top: Values of k; those that are not below the number of classes are skipped, except for 1.
 
     Returns:
-        `top{k}` for every k; `mean_per_class`: mean of the classes' accuracies, classes without an image left out;
-        `per_class`: name to accuracy, None for a class without an image.
+        `top{k}` for every k; `mean_per_class`: mean accuracy over the classes that have images; `per_class`: name to
+        accuracy, None for a class without images.
 
     Raises:
-        ValueError: shapes that do not agree, no images, labels out of range, scores with NaN.
+        ValueError: Shapes that do not match, no images, labels out of range, scores with NaN.
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or len(labels) == 0:
@@ -33,13 +34,15 @@ def accuracy_metrics(
     num_classes = scores.shape[1]
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(
-            f"labels must lie in 0..{num_classes - 1}, the classes of the scores; they span {labels.min()}.."
-            f"{labels.max()}: was the head made for another data set?"
+            f"labels must be in 0..{num_classes - 1}, the classes of the scores, got {labels.min()}..{labels.max()}:"
+            " pass the data set that the classifier was trained for"
         )
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(f"{len(class_names)} class names for scores of {num_classes} classes")
     if np.isnan(scores).any():
-        raise ValueError(f"{np.isnan(scores).any(axis=1).sum()} of {len(scores)} images have NaN scores")
+        raise ValueError(
+            f"{np.isnan(scores).any(axis=1).sum()} of {len(scores)} images have NaN scores: the model has diverged"
+        )
     own = scores[np.arange(len(labels)), labels][:, None]
     before = np.arange(num_classes) < labels[:, None]
     ranks = ((scores > own) | ((scores == own) & before)).sum(axis=1)

@@ -1,4 +1,5 @@
-"""Signs of collapse in features: do they still differ between images, and along how many directions.
+"""
+Collapse metrics of features: whether they differ between images, and in how many directions.
 
 Legend: N features, D width.
 """
@@ -11,7 +12,7 @@ import torch
 from .knn import check_features
 
 
-# Below this part of 1/√D all images share one feature; so far down even untrained networks do not lie.
+# Below this fraction of 1/√D, all images share one feature. Even untrained networks are above it.
 COLLAPSED_STD_RATIO = 0.01
 _CHUNK = 16384
 
@@ -19,10 +20,12 @@ _CHUNK = 16384
 @dataclass(frozen=True)
 class CollapseSummary:
     """
+    Collapse metrics of N features.
+
     Attributes:
-        std: mean over dimensions of the standard deviation of the L2-normalised features.
+        std: Mean over dimensions of the standard deviation of the L2-normalized features.
         std_ratio: `std` times √D: 0 for a constant, 1 for features spread evenly over the sphere.
-        effective_rank: directions in use, between 1 and `dimensions`.
+        effective_rank: Number of directions in use, between 1 and `dimensions`.
         dimensions: D.
         num_features: N.
     """
@@ -35,24 +38,25 @@ class CollapseSummary:
 
     @property
     def is_collapsed(self) -> bool:
-        """Whether all features are one vector (complete collapse)."""
+        """Whether all features are the same vector (complete collapse)."""
         return self.std_ratio < COLLAPSED_STD_RATIO
 
 
 @torch.no_grad()
 def normalized_std(features: torch.Tensor) -> torch.Tensor:
-    """Standard deviation of every dimension of the L2-normalised features (SimSiam, arXiv 2011.10566, §4.1).
+    """
+    Standard deviation of every dimension of the L2-normalized features (SimSiam, arXiv 2011.10566, §4.1).
 
-    Computed in float64 and in two passes (mean, then centred squares), in chunks; divides by N.
+    Computed in float64 in two passes over chunks (mean, then centered squares); divides by N.
 
     Args:
         features: (N, D) floating point, N ≥ 2.
 
     Returns:
-        (D,) float64 on the CPU. Features spread evenly over the sphere have 1/√D everywhere, a collapsed model 0.
+        (D,) float64 on the CPU: 1/√D for features spread evenly over the sphere, 0 for a collapsed model.
 
     Raises:
-        ValueError: another shape or dtype, a single row, NaN or infinity.
+        ValueError: Another shape or dtype, a single row, NaN or infinity.
     """
     _check_several(features)
     mean = sum(_unit_chunk(chunk).sum(dim=0) for chunk in features.split(_CHUNK)) / len(features)
@@ -62,11 +66,12 @@ def normalized_std(features: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def effective_rank(features: torch.Tensor) -> float:
-    """Number of directions the features use: exp of the entropy of their normalised singular values.
+    """
+    Number of directions that the features use: exp of the entropy of their normalized singular values.
 
-    Roy and Vetterli 2007, eq. 1-3; on features of a self-supervised model, RankMe (arXiv 2210.02885, eq. 2). Features
-    are L2-normalised and not centred, so that a model that gives one vector for everything has rank 1. Singular values
-    come from blocks folded into one triangle by QR in float64: as exact as a full decomposition, in memory of D².
+    Roy and Vetterli 2007, eq. 1-3; for features of a self-supervised model, RankMe (arXiv 2210.02885, eq. 2). Features
+    are L2-normalized and not centered, so that a model that returns one vector for all images has rank 1. A QR
+    decomposition in float64 folds blocks of rows into one triangle: as exact as a full decomposition, with D² memory.
 
     Args:
         features: (N, D) floating point, N ≥ 2.
@@ -75,7 +80,7 @@ def effective_rank(features: torch.Tensor) -> float:
         Between 1 and min(N, D); 1 also for features that are all zero.
 
     Raises:
-        ValueError: another shape or dtype, a single row, NaN or infinity.
+        ValueError: Another shape or dtype, a single row, NaN or infinity.
     """
     _check_several(features)
     triangle = None
@@ -93,7 +98,7 @@ def effective_rank(features: torch.Tensor) -> float:
 
 
 def collapse_summary(features: torch.Tensor) -> CollapseSummary:
-    """Both signs of collapse of (N, D) features. Raises as `normalized_std`."""
+    """All collapse metrics of (N, D) features. Raises as `normalized_std`."""
     std = normalized_std(features).mean().item()
     rows, width = features.shape
     return CollapseSummary(
@@ -114,4 +119,4 @@ def _unit_chunk(features: torch.Tensor) -> torch.Tensor:
 def _check_several(features: torch.Tensor) -> None:
     check_features("features", features)
     if len(features) < 2:
-        raise ValueError("features of a single image cannot differ: give at least 2 rows")
+        raise ValueError("collapse metrics need features of at least 2 images")

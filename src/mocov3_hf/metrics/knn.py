@@ -1,9 +1,10 @@
-"""Weighted k-nearest-neighbour classification on frozen features.
+"""
+Weighted k-nearest-neighbor classification on frozen features.
 
-The protocol of the literature (Wu et al. 2018, arXiv 1805.01978, §3.4; the same in DINO and MoCo's follow-ups): cosine
-similarity, every neighbour votes for its class with weight `exp(similarity / T)`, `T = 0.07`.
+The protocol of the literature (Wu et al. 2018, arXiv 1805.01978, §3.4; the same in DINO and the successors of MoCo):
+cosine similarity; every neighbor votes for its class with weight `exp(similarity / T)`, `T = 0.07`.
 
-Legend: Q queries, N bank (labelled features), D width, K neighbours, C classes.
+Legend: Q queries, N bank (labeled features), D width, K neighbors, C classes.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 
-# At most this many similarities are held at once: 4,096 × 16,384 of float32 are 256 MiB.
+# Chunks of the similarity matrix: 4,096 × 16,384 in float32 are 256 MiB.
 QUERY_CHUNK = 4096
 BANK_CHUNK = 16384
 
@@ -27,31 +28,32 @@ def nearest_neighbors(
     query_chunk: int = QUERY_CHUNK,
     bank_chunk: int = BANK_CHUNK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `k` rows of the bank most similar to each query, by exact search.
+    """
+    The `k` rows of the bank most similar to each query, by exact search.
 
-    Both sides are cut in chunks and the best of every bank chunk merged into the best so far, so memory on the device
-    does not grow with Q or N: 1.28 million × 50,000 features need no more than `query_chunk × bank_chunk` similarities
-    at a time. Which of several equally similar rows takes the last place is left open.
+    Both sides are processed in chunks, and the best of every bank chunk is merged into the best so far: memory on the
+    device is bounded by `query_chunk × bank_chunk` similarities for any Q and N. The order of equally similar rows is
+    not defined.
 
     Args:
         queries: (Q, D) floating point. Half precision is computed in float32, float64 in float64.
-        bank: (N, D), on any device and possibly memory-mapped: it is moved chunk by chunk.
-        k: neighbours, 1 ≤ k ≤ N.
-        device: where to compute; None for where the queries are.
-        query_chunk, bank_chunk: rows taken at a time.
+        bank: (N, D), on any device and possibly memory-mapped: it is moved in chunks.
+        k: Number of neighbors, 1 ≤ k ≤ N.
+        device: Where to compute; None for the device of the queries.
+        query_chunk, bank_chunk: Rows per chunk.
 
     Returns:
-        Cosine similarities (Q, k), sorted from the highest, and rows of the bank (Q, k) int64, both on the CPU. A
-        feature of zeros has similarity 0 to everything.
+        Cosine similarities (Q, k) in descending order, and rows of the bank (Q, k) int64, both on the CPU. A feature
+        of zeros has similarity 0 to all others.
 
     Raises:
-        ValueError: sides that are not (rows, D) with one D, an empty side, `k` outside of 1..N, NaN or infinity.
+        ValueError: Shapes other than (rows, D) with the same D, no rows, `k` outside 1..N, NaN or infinity.
     """
     check_features("queries", queries)
     check_features("bank", bank)
     if queries.shape[1] != bank.shape[1]:
         raise ValueError(
-            f"queries have {queries.shape[1]} dimensions and the bank {bank.shape[1]}: both must come from one model"
+            f"queries have {queries.shape[1]} dimensions and the bank {bank.shape[1]}: both must be of one model"
         )
     check_k([k], len(bank))
     for name, size in (("query_chunk", query_chunk), ("bank_chunk", bank_chunk)):
@@ -61,7 +63,7 @@ def nearest_neighbors(
     dtype = torch.float64 if torch.float64 in (queries.dtype, bank.dtype) else torch.float32
     similarities = torch.empty(len(queries), k, dtype=dtype)
     rows = torch.empty(len(queries), k, dtype=torch.int64)
-    # Autocast, in a monitor inside a training step say, would compute similarities to three digits.
+    # Under autocast, for example inside a training step, similarities would have three digits.
     with torch.autocast(device.type, enabled=False):
         for begin in range(0, len(queries), query_chunk):
             some = slice(begin, begin + query_chunk)
@@ -98,23 +100,23 @@ def knn_predict(
     query_chunk: int = QUERY_CHUNK,
     bank_chunk: int = BANK_CHUNK,
 ) -> dict[int, torch.Tensor]:
-    """Predicted classes of the queries for every `k`, from one search.
+    """
+    Predicted classes of the queries for every `k`, from one search.
 
     Args:
-        queries, bank, device, query_chunk, bank_chunk: as in `nearest_neighbors`.
+        queries, bank, device, query_chunk, bank_chunk: As `nearest_neighbors`.
         bank_labels: (N,) integers from 0.
-        k: one or several numbers of neighbours. A `k` larger than the bank is refused, not cut: a result must mean
-            the `k` it is reported under.
+        k: One or several numbers of neighbors, at most the size of the bank.
         temperature: `T` of the vote, positive.
         num_classes: None for the largest label + 1.
-        top: classes to name per query, the most voted first.
+        top: Number of classes per query, the most voted first.
 
     Returns:
-        For every `k` an int64 tensor (Q, top) on the CPU. Places for which no class has a vote hold -1 (with k = 1
-        only one class has). Of classes with equal votes the lower number comes first.
+        For every `k` an int64 tensor (Q, top) on the CPU. Places without a vote are -1 (with k = 1, only one class has
+        votes). Of classes with equal votes, the lower number comes first.
 
     Raises:
-        ValueError: as `nearest_neighbors`; labels of another length, negative or too large; `temperature` or `top` out
+        ValueError: As `nearest_neighbors`; labels of another length, negative or too large; `temperature` or `top` out
             of range.
     """
     wanted = [k] if isinstance(k, int) else list(k)
@@ -124,18 +126,18 @@ def knn_predict(
     smallest, largest = int(bank_labels.min()), int(bank_labels.max())
     num_classes = largest + 1 if num_classes is None else num_classes
     if smallest < 0 or largest >= num_classes:
-        raise ValueError(f"bank_labels must lie in 0..{num_classes - 1}, they span {smallest}..{largest}")
+        raise ValueError(f"bank_labels must be in 0..{num_classes - 1}, got {smallest}..{largest}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if not 1 <= top <= num_classes:
-        raise ValueError(f"top must lie in 1..{num_classes}, the number of classes, got {top}")
+        raise ValueError(f"top must be in 1..{num_classes}, the number of classes, got {top}")
     similarities, rows = nearest_neighbors(
         queries, bank, max(wanted), device=device, query_chunk=query_chunk, bank_chunk=bank_chunk
     )
     predictions = {number: torch.empty(len(queries), top, dtype=torch.int64) for number in sorted(set(wanted))}
     for begin in range(0, len(queries), query_chunk):
         some = slice(begin, begin + query_chunk)
-        # A factor common to a query's votes changes nothing; without it exp overflows at low temperatures.
+        # Subtracting the largest similarity scales all votes of a query; otherwise exp overflows at low temperatures.
         weights = ((similarities[some] - similarities[some, :1]).double() / temperature).exp()
         classes = bank_labels[rows[some]]
         votes = torch.zeros(len(weights), num_classes, dtype=torch.float64)
@@ -166,15 +168,14 @@ def knn_accuracy(
     query_chunk: int = QUERY_CHUNK,
     bank_chunk: int = BANK_CHUNK,
 ) -> dict[int, float]:
-    """Top-1 accuracy of `knn_predict` between 0 and 1 for every `k`.
-
-    A class that occurs among the queries only is legal and always wrong.
+    """
+    Top-1 accuracy of `knn_predict` between 0 and 1 for every `k`.
 
     Args:
-        query_labels: (Q,) integers from 0. The others as in `knn_predict`.
+        query_labels: (Q,) integers from 0; a class that only queries have is always wrong. Others as `knn_predict`.
 
     Raises:
-        ValueError: as `knn_predict`; query labels of another length.
+        ValueError: As `knn_predict`; query labels of another length.
     """
     check_features("queries", queries, values=False)
     query_labels = check_labels("query_labels", query_labels, len(queries), "queries")
@@ -198,18 +199,20 @@ def unit_rows(features: torch.Tensor, device: torch.device, dtype: torch.dtype) 
 
 
 def check_features(name: str, features: torch.Tensor, values: bool = True) -> None:
-    """ValueError unless `features` is a non-empty floating point (rows, D), finite where `values` are looked at."""
+    """ValueError unless `features` is a floating point tensor (rows, D) with rows, finite if `values` are checked."""
     if features.dim() != 2 or not features.is_floating_point():
         raise ValueError(
             f"{name} must be a floating point tensor of shape (rows, D), got {tuple(features.shape)} {features.dtype}"
         )
     if len(features) == 0:
-        raise ValueError(f"{name} must hold at least one row, got none")
+        raise ValueError(f"{name} must have at least one row, got none")
     if values:
-        # By chunks: a mask of a memory-mapped bank would be as large as a quarter of it.
+        # In chunks: the mask of a memory-mapped bank would have a quarter of its size.
         bad = sum(int((~chunk.isfinite().all(dim=1)).sum()) for chunk in features.split(BANK_CHUNK))
         if bad:
-            raise ValueError(f"{bad} of {len(features)} rows of {name} hold NaN or infinity: the model has diverged")
+            raise ValueError(
+                f"{bad} of {len(features)} rows of {name} contain NaN or infinity: the model has diverged"
+            )
 
 
 def check_labels(name: str, labels: torch.Tensor, rows: int, side: str) -> torch.Tensor:
@@ -225,7 +228,7 @@ def check_labels(name: str, labels: torch.Tensor, rows: int, side: str) -> torch
 def check_k(values: Sequence[int], rows: int) -> None:
     """ValueError unless every k lies in 1..rows."""
     if not values:
-        raise ValueError("k must name at least one number of neighbours, got none")
+        raise ValueError("k needs at least one number of neighbors, got none")
     for k in values:
         if not 1 <= k <= rows:
-            raise ValueError(f"k must lie in 1..{rows}, the rows of the bank, got {k}")
+            raise ValueError(f"k must be in 1..{rows}, the rows of the bank, got {k}")

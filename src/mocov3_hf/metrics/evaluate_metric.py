@@ -1,6 +1,7 @@
-"""Accuracy of classifiers as a metric of `evaluate` that needs no network.
+"""
+Accuracy of classifiers as a metric of the `evaluate` library, without a network.
 
-Not imported by the commands: beside a script called `evaluate.py`, `import evaluate` finds that script.
+No command imports it: next to a script called `evaluate.py`, `import evaluate` finds that script.
 """
 
 from collections.abc import Sequence
@@ -10,16 +11,17 @@ import datasets
 import evaluate
 import numpy as np
 
-from ..metrics import accuracy_metrics
+from .accuracy import accuracy_metrics
 
 
 class ClassificationAccuracy(evaluate.Metric):
-    """`accuracy_metrics` as a metric of `evaluate`: add batches, compute once, on one process or several.
+    """
+    `accuracy_metrics` as a metric of `evaluate`: add batches, compute once, on one or several processes.
 
     Args:
-        class_names: names for the per-class accuracies.
-        top: as `accuracy_metrics`.
-        options: those of `evaluate.Metric` (`num_process`, `process_id`, `experiment_id`, `cache_dir`, ...).
+        class_names: Names for the per-class accuracies.
+        top: As `accuracy_metrics`.
+        options: Of `evaluate.Metric` (`num_process`, `process_id`, `experiment_id`, `cache_dir`, ...).
     """
 
     def __init__(self, class_names: Sequence[str] | None = None, top: Sequence[int] = (1, 5), **options):

@@ -1,0 +1,231 @@
+"""What all evaluations share: options, labeled splits, and the record of the result."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import PartialState
+
+from ..data.labelled import LabelledImages, open_labelled
+from ..loading import resolve_model
+from ..options import option
+from ..processing import ProcessorTransform
+from ..reporting import UsageError
+from ..run_folder import RESULTS, append_result
+from .features import data_fingerprint, joined_processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Model"""
+
+    model: str = option(help="Model: folder, Hub id, or published name.", metavar="MODEL")
+    image_size: int | None = option(
+        None, "Side of the images in pixels. Defaults to that of the saved image processor.", at_least=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Data"""
+
+    dataset_name: str = option(
+        help="Labeled data set: Hub id, CSV file, or folder of class folders, parquet, Arrow or CSV.",
+        metavar="DATASET",
+    )
+    dataset_config_name: str | None = option(None, "Configuration of a data set that has several.")
+    dataset_revision: str | None = option(None, "Branch, tag or commit of a data set on the Hub.")
+    test_split: str = option("test", "Split to test on.")
+    image_column: str | None = option(None, "Column of images. Found if there is only one.")
+    label_column: str | None = option(None, "Column of labels. Found if there is only one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputationOptions:
+    """Computation"""
+
+    batch_size: int = option(64, "Images per forward pass and process, without training.", at_least=1)
+    dataloader_num_workers: int = option(
+        0,
+        "Processes that decode images, per process. 0 decodes in the process itself.",
+        at_least=0,
+        old=["num_workers"],
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "Autocast precision of the forward pass.")
+
+    def of_pass(self) -> dict[str, Any]:
+        """As arguments of `rows_of_split`."""
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.dataloader_num_workers,
+            "mixed_precision": self.mixed_precision,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Output"""
+
+    output_dir: str | None = option(None, f"Folder of {RESULTS}. Defaults to the folder of the model.", metavar="DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(OutputOptions, ComputationOptions, DataOptions, ModelOptions):
+    """Options of every evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSplitOptions:
+    """Data"""
+
+    train_split: str = option("train", "Split with the labels to learn from.")
+
+
+# Options without influence on a metric, or recorded under another key.
+_NOT_SETTINGS = frozenset(
+    (
+        "model",
+        "dataset_name",
+        "dataset_config_name",
+        "dataset_revision",
+        "train_split",
+        "test_split",
+        "dataloader_num_workers",
+        "output_dir",
+        "cache_dir",
+    )
+)
+
+
+def evaluation_settings(options: EvaluationOptions) -> dict[str, Any]:
+    """The options that have an influence on the metrics, as `results.json` holds them."""
+    return {name: value for name, value in asdict(options).items() if name not in _NOT_SETTINGS}
+
+
+def results_folder(options: EvaluationOptions) -> str:
+    """The folder for `results.json`; UsageError for a model on the Hub without `--output_dir`."""
+    if options.output_dir is not None:
+        return os.path.expanduser(options.output_dir)
+    folder = resolve_model(options.model)
+    if not os.path.isdir(folder):
+        raise UsageError(f"{options.model!r} is not a local folder that can hold {RESULTS}: pass --output_dir")
+    return folder
+
+
+@contextmanager
+def evaluation_processes(options: EvaluationOptions) -> Iterator[PartialState]:
+    """
+    The processes of an evaluation, joined after the model and the folder of the result have been found.
+
+    Raises:
+        ValueError: As `results_folder` and `resolve_model`.
+    """
+    results_folder(options)
+    resolve_model(options.model)
+    with joined_processes() as state:
+        yield state
+
+
+def open_splits(options: EvaluationOptions) -> tuple[LabelledImages, LabelledImages]:
+    """
+    Training and test split with the same numbering of classes.
+
+    Raises:
+        ValueError: As `open_labelled`, also for classes that only the test split has.
+    """
+    train = open_split(options, options.train_split)
+    return train, open_split(options, options.test_split, train.class_names)
+
+
+def open_split(options: EvaluationOptions, split: str, class_names: list[str] | None = None) -> LabelledImages:
+    """One split, its classes numbered as in `class_names` if given. Raises as `open_labelled`."""
+    return open_labelled(
+        options.dataset_name,
+        options.dataset_config_name,
+        split,
+        options.image_column,
+        options.label_column,
+        class_names=class_names,
+        revision=options.dataset_revision,
+    )
+
+
+def describe_splits(options: EvaluationOptions, train: LabelledImages, test: LabelledImages) -> dict[str, Any]:
+    """The data set as `results.json` holds it."""
+    return describe_split(options, test) | {
+        "train_split": options.train_split,
+        "train_size": len(train),
+        "num_classes": train.num_classes,
+        "train_fingerprint": data_fingerprint(train),
+    }
+
+
+def describe_split(options: EvaluationOptions, test: LabelledImages) -> dict[str, Any]:
+    """The data set as `results.json` holds it, of an evaluation without training."""
+    return {
+        "name": options.dataset_name,
+        "config": options.dataset_config_name,
+        "revision": options.dataset_revision,
+        "split": options.test_split,
+        "size": len(test),
+        "num_classes": test.num_classes,
+        "fingerprint": data_fingerprint(test),
+    }
+
+
+def record_and_print(
+    options: EvaluationOptions,
+    title: str,
+    *,
+    weights: str,
+    transform: ProcessorTransform,
+    settings: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
+    **result: Any,
+) -> None:
+    """
+    Append the result of an evaluation to `results.json` and print it as a table.
+
+    Args:
+        options: Of the command; those with an influence on the metrics are recorded.
+        title: Of the table.
+        weights: Hash of the model's weights.
+        transform: Preprocessing.
+        settings: More settings to record.
+        notes: Lines to print below the table.
+        result: Other arguments of `append_result`.
+    """
+    folder = results_folder(options)
+    append_result(
+        folder,
+        model={"name": options.model, "weights": weights},
+        settings={**evaluation_settings(options), "transform": repr(transform), **(settings or {})},
+        **result,
+    )
+    print_metrics(options, title, result["metrics"])
+    for note in (*notes, f"recorded in {Path(folder) / RESULTS}"):
+        print(note)
+
+
+def print_metrics(options: EvaluationOptions, title: str, metrics: Mapping[str, Any]) -> None:
+    """Print metrics under the names of model, data set and split."""
+    print(table(metrics, f"{title}: {options.model} on {options.dataset_name}, split {options.test_split}"))
+
+
+def table(metrics: Mapping[str, Any], title: str) -> str:
+    """
+    Metrics as text: accuracies (with `top` or `mean_per_class` in their name) in percent, other numbers as they are.
+    Values that are not numbers, such as the accuracy of every class, are left out.
+    """
+    metrics = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    width = max(map(len, metrics), default=0)
+    lines = [
+        f"  {name:<{width}}  {100 * value:7.2f} %"
+        if "top" in name or "mean_per_class" in name
+        else f"  {name:<{width}}  {value:7.4g}"
+        for name, value in metrics.items()
+    ]
+    return "\n".join([title, *lines])
