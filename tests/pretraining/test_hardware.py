@@ -1,4 +1,4 @@
-"""The fast step against the plain one in float64: first loss and whole gradient vectors; and what is chosen when."""
+"""The fast step against the plain one in float64: first loss and the whole gradient; and what is chosen when."""
 
 import json
 import os
@@ -129,7 +129,7 @@ torch_warns_of_itself = pytest.mark.filterwarnings("ignore:`torch.jit.script_met
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
 @torch_warns_of_itself
 def test_compiled():
-    """The trained encoder alone, as kernels take their time to build; dropout must draw what it draws otherwise."""
+    """The trained encoder alone, as compilation is slow; dropout must draw the same numbers."""
     torch.compiler.reset()
     settings = {"hidden_dropout_prob": 0.3, "num_hidden_layers": 1}
     model = build_model(VIT, **settings)
@@ -151,7 +151,7 @@ def test_compilation_has_no_graph_breaks_and_leaves_the_names_alone():
     model.update_momentum_encoder(0.5)
 
 
-def test_pooled_query_only_gives_the_pooled_vector_and_nothing_that_differs():
+def test_pooled_query_only_returns_the_pooled_vector_and_nothing_that_differs():
     model = MoCoV3ViTModel(build_model(VIT).config.backbone_config).double().eval()
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     whole = model(images)
