@@ -49,6 +49,7 @@ def test_pushes_nothing_unless_asked(tmp_path, tiny):
     assert Recorder.made == ()
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_does_not_stop_the_run(tmp_path, tiny):
     """The real script and the real client, at an address where nobody listens."""
     done = python(
