@@ -14,6 +14,7 @@ from tests.launch import torchrun
 WORKER = Path(__file__).parent / "communication_worker.py"
 
 
+@pytest.mark.slow
 def test_a_step_communicates_what_is_predicted(tmp_path):
     done = torchrun(2, WORKER, str(tmp_path / "counts.json"))
     assert "Warning" not in done.stderr, done.stderr

@@ -1,4 +1,4 @@
-"""The plan of a run: published figures from our own count, and memory from autograd's own saved tensors."""
+"""The plan of a run: published numbers from our own count, and memory from the tensors that autograd saves."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_memory_grows_with_the_batch_and_shrinks_with_the_precision():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "figures"),
+    ("name", "numbers"),
     [
         (
             "mocov3_vit-small-p16_16xb256-amp-coslr-300e_in1k",
@@ -80,8 +80,8 @@ def test_memory_grows_with_the_batch_and_shrinks_with_the_precision():
         ("mocov3_resnet50_8xb512-amp-coslr-100e_in1k", ["68,012,160", "4.11", "31,200", "3,120", "9.6"]),
     ],
 )
-def test_dry_run_prints_the_plan(name, figures):
+def test_dry_run_prints_the_plan(name, numbers):
     text = describe(load_recipe(name))
-    for figure in [*figures, "temperature: ", "estimated memory", "GiB"]:
-        assert figure in text
+    for number in [*numbers, "temperature: ", "estimated memory", "GiB"]:
+        assert number in text
     assert "warning" not in text

@@ -1,4 +1,4 @@
-"""Runs on a GPU: no waiting for the device, the same bits after an interruption, and what is compiled."""
+"""Runs on a GPU: no waiting for the device, bit-identical resumed runs, and what is compiled."""
 
 import json
 import shutil
@@ -84,7 +84,7 @@ def test_resumed_runs_are_bit_identical(tmp_path, tiny, fresh, backbone, argumen
 
 
 @pytest.mark.parametrize("backbone", [LARGER_VIT, LARGER_RESNET])
-def test_the_compiled_step_gives_the_loss_and_gradient_of_the_other(fresh, backbone):
+def test_the_compiled_step_has_the_same_loss_and_gradient(fresh, backbone):
     losses, gradients = [], []
     for compiled in ("false", "true"):
         fresh()
@@ -101,7 +101,7 @@ def test_the_compiled_step_gives_the_loss_and_gradient_of_the_other(fresh, backb
     assert (gradients[1] - gradients[0]).norm() < 1e-8 * gradients[0].norm()
 
 
-def test_the_compiled_augmentation_gives_the_images_of_the_other():
+def test_the_compiled_augmentation_makes_the_same_images():
     recipe = load_recipe("quickstart", ["--torch_compile", "--image_size", "64"])
     device = torch.device("cuda")
     choice = choose_settings(recipe, build_model(VIT), device)

@@ -68,7 +68,7 @@ def test_two_processes_with_chunks(tmp_path):
 
 
 def test_stochastic_depth_and_dropout_are_replayed():
-    """The gradient pass must see the masks of the feature pass: checked against one graph over all chunks."""
+    """The gradient pass must use the masks of the feature pass: compared with one graph over all chunks."""
     settings = {"drop_path_rate": 0.5, "hidden_dropout_prob": 0.2}
     views = torch.randn(2, 6, 3, 16, 16, dtype=torch.float64)
     gradients = []
@@ -92,7 +92,7 @@ def test_stochastic_depth_and_dropout_are_replayed():
 
 
 @pytest.mark.parametrize("backbone", [{"model_type": "resnet"}, {**NANO_VIT, "stem": "conv", "patch_size": 16}])
-def test_batch_normalisation_in_the_backbone_is_refused(backbone):
+def test_batch_normalization_in_the_backbone_is_refused(backbone):
     with torch.device("meta"):
         model = MoCoV3ForPreTraining(MoCoV3Config(backbone_config=backbone))
     with pytest.raises(ValueError, match="normalize a chunk by its own statistics"):

@@ -1,4 +1,4 @@
-"""The fast step against the plain one in float64: first loss and whole gradient vectors; and what is chosen when."""
+"""The fast step against the plain one in float64: first loss and the whole gradient; and what is chosen when."""
 
 import json
 import os
@@ -126,10 +126,11 @@ def test_stochastic_depth_draws_the_same(switches):
 torch_warns_of_itself = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
 @torch_warns_of_itself
 def test_compiled():
-    """The trained encoder alone, as kernels take their time to build; dropout must draw what it draws otherwise."""
+    """The trained encoder alone, as compilation is slow; dropout must draw the same numbers."""
     torch.compiler.reset()
     settings = {"hidden_dropout_prob": 0.3, "num_hidden_layers": 1}
     model = build_model(VIT, **settings)
@@ -138,6 +139,7 @@ def test_compiled():
     assert_same_step(step_of(model, 16, None), first_step(VIT, {}, **settings))
 
 
+@pytest.mark.slow
 @torch_warns_of_itself
 def test_compilation_has_no_graph_breaks_and_leaves_the_names_alone():
     model = build_model(VIT)
@@ -151,7 +153,7 @@ def test_compilation_has_no_graph_breaks_and_leaves_the_names_alone():
     model.update_momentum_encoder(0.5)
 
 
-def test_pooled_query_only_gives_the_pooled_vector_and_nothing_that_differs():
+def test_pooled_query_only_returns_the_pooled_vector_and_nothing_that_differs():
     model = MoCoV3ViTModel(build_model(VIT).config.backbone_config).double().eval()
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     whole = model(images)
@@ -305,6 +307,7 @@ print(usual, faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_glibc(), reason="only glibc is asked")
 def test_freed_memory_is_kept():
     """In a process of its own, which it changes: large buffers after the first ones touch no new page."""
@@ -343,6 +346,7 @@ def test_gradient_accumulation_is_refused(capsys):
     build.check_launch({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"})
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_saves_memory():
     config = build_model(VIT).config
     settings = replace(PLAIN, attn_implementation="sdpa")
@@ -360,6 +364,7 @@ def test_the_plan_names_the_settings():
     assert line.endswith("gradient_checkpointing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "arguments"),
     [

@@ -1,4 +1,4 @@
-"""Gradients that are no numbers: the step is skipped on all processes, counted, and a run of nothing else ends."""
+"""Instability: steps with NaN gradients are skipped and counted on all processes; spikes and divergence are found."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ OPTIMIZERS = {
 
 
 def steps(optimizer_name, planted, chunk_size=None):
-    """Four steps, of which those in `planted` see a NaN on the last process; gives all state after each."""
+    """Four steps, of which those in `planted` see a NaN on the last process; returns the state after each."""
     accelerator = Accelerator(cpu=True)
     model = build()
     optimizer = OPTIMIZERS[optimizer_name]([p for p in model.parameters() if p.requires_grad])
@@ -193,7 +193,7 @@ def test_divergence_is_a_loss_of_what_was_gained():
     assert best == pytest.approx(0.47), "the mean of the last five"
     assert not any(detector.add(0.3) for _ in range(10)), "a part of it may be lost"
     detector = DivergenceDetector(**json.loads(json.dumps(detector.state())), window=5)
-    assert [detector.add(0.1) for _ in range(20)] == [False, True, *[False] * 18], "told once"
+    assert [detector.add(0.1) for _ in range(20)] == [False, True, *[False] * 18], "reported once"
 
 
 def test_blocks_are_named_after_layers():
@@ -260,7 +260,7 @@ SPIKING += ["--base_learning_rate", "0.01"]
 
 
 @pytest.mark.slow
-def test_a_planted_spike_is_told_and_counted(tmp_path, tiny, monkeypatch, capsys):
+def test_a_planted_spike_is_reported_and_counted(tmp_path, tiny, monkeypatch, capsys):
     plant_spikes(monkeypatch, [26])
     main([*tiny, *SPIKING, "--output_dir", str(tmp_path)])
     assert [line["gradient_spikes"] for line in read_metrics(tmp_path)] == [0, 0, 1]

@@ -77,6 +77,7 @@ def test_a_process_lost_before_the_start(tmp_path, tiny, monkeypatch, capsys, al
     assert line.endswith("There is no checkpoint yet: start again")
 
 
+@pytest.mark.slow
 def test_hosts_without_a_shared_file_system_are_refused(tmp_path, tiny):
     """If one process finds a checkpoint and another does not, they would start from different steps."""
     loop.main([*tiny, "--output_dir", str(tmp_path / "0")])

@@ -1,4 +1,4 @@
-"""Nearest neighbour accuracy while training: right, the same on any number of processes, and without a trace."""
+"""kNN accuracy during training: correct, the same on any number of processes, and without side effects."""
 
 import json
 
@@ -41,10 +41,10 @@ def test_the_accuracy_is_that_of_the_saved_model(tmp_path, arguments, labelled):
 
     expected = knn_accuracy(*features("test"), *features("train"), 3)[3]
     assert lines[-1]["knn_top1"] == pytest.approx(expected)
-    assert expected > 0.9, "dark and bright are easy to tell"
+    assert expected > 0.9, "dark and bright are easy to separate"
 
 
-def test_evaluation_leaves_no_trace(tmp_path, arguments, fresh):
+def test_evaluation_has_no_side_effects(tmp_path, arguments, fresh):
     main([*arguments, "--output_dir", str(tmp_path / "watched")])
     fresh()
     unwatched = [argument for argument in arguments if argument not in ("--knn_steps", "2", "--knn_k", "3")]

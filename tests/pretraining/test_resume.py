@@ -80,6 +80,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("killed_in_step", [2, 3, 4, 6])
 def test_a_resumed_run_is_bit_identical(tmp_path, tiny, uninterrupted, monkeypatch, fresh, kind, killed_in_step):
@@ -95,6 +96,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path, tiny, uninterrupted, monkeypat
     assert_same_run(tmp_path, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", ["0", "2"])
 def test_a_resumed_stream_is_bit_identical(tmp_path, tiny, shards, monkeypatch, fresh, num_workers):
     arguments = [*tiny, *LENGTH, "--dataset_name", str(shards), "--streaming", "--dataloader_num_workers", num_workers]
@@ -171,6 +173,7 @@ def test_sigkill_on_two_processes_continued_by_one(tmp_path, tiny, uninterrupted
         assert mine["loss"] == pytest.approx(its["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_resumed_processes_are_bit_identical(tmp_path, tiny):
     arguments = [*tiny, *LENGTH, *KINDS["adamw_bf16_dropout"]]
     script = ROOT / "scripts" / "pretrain.py"

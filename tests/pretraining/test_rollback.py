@@ -143,6 +143,7 @@ def test_a_planted_divergence_is_rolled_back(run, monkeypatch, tmp_path):
     assert read_state(rolled_back / "checkpoint-64").num_rollbacks == 1
 
 
+@pytest.mark.slow
 def test_resuming_knows_what_was_skipped(run, monkeypatch, tmp_path):
     seen = []
     batches = loop.batches

@@ -74,7 +74,7 @@ def test_a_run_leaves_weights_processor_metrics_and_recipe(tmp_path, tiny, pictu
     assert all(moved)
 
 
-def test_the_resolved_recipe_gives_the_same_run(tmp_path, tiny):
+def test_the_resolved_recipe_repeats_the_run(tmp_path, tiny):
     main([*tiny, "--output_dir", str(tmp_path / "first")])
     arguments = ["--recipe", str(tmp_path / "first" / "recipe.yaml"), "--output_dir", str(tmp_path / "second")]
     main(arguments)

@@ -6,7 +6,7 @@ from benchmarks.hosts import why_not
 from benchmarks.two_hosts import measure
 
 
-def test_two_hosts_are_one_and_survive_a_cut(tmp_path):
+def test_two_hosts_train_as_one_and_resume_after_a_cut(tmp_path):
     reason = why_not()
     if reason is not None:
         pytest.skip(reason)

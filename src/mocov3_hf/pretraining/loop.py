@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..data.bad_images import TooManyBadImagesError
 from ..data.loader import TwoViewLoader
+from ..hub import BackgroundPusher
 from ..optim import cosine_ema_decay, warmup_cosine
 from ..reporting import RunError, UsageError, is_first_process, reporting
 from ..run_folder import KNN, RECIPE, CheckpointError
@@ -146,8 +147,6 @@ class Run:
         compile_augmentation(self.photometric, settings, self.accelerator.device)
         self.pusher = None
         if recipe.hub.push_to_hub and self.accelerator.is_main_process:
-            from ..hub import BackgroundPusher
-
             name = recipe.hub.hub_model_id or self.output_dir.resolve().name
             self.pusher = BackgroundPusher(name, private=recipe.hub.hub_private_repo, revision=recipe.hub.hub_revision)
 
