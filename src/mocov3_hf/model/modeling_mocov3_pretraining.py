@@ -190,7 +190,6 @@ def pooled_query_only(encoder: MoCoV3Model, enabled: bool) -> Iterator[None]:
 class MoCoV3ForPreTraining(MoCoV3PreTrainedModel):
     # Implementation choices that do not change the results. They are not part of the configuration.
     pooled_query_only = True  # as in `MoCoV3ViTModel`
-    views_in_one_pass = False
     even_batches = False  # set to `True` if all processes have equally many images: saves an exchange of batch sizes
 
     accepts_loss_kwargs = False  # `Trainer` divides the loss by the number of accumulation steps itself
@@ -214,21 +213,6 @@ class MoCoV3ForPreTraining(MoCoV3PreTrainedModel):
             for average, source in self.momentum_pairs(buffers=True):
                 init.copy_(average, source)  # skips loaded tensors
         self.momentum_encoder.requires_grad_(False)
-
-    def set_views_in_one_pass(self, enabled: bool) -> None:
-        """
-        Whether both views go through an encoder as one batch of twice the size. The results are the same, except that
-        stochastic depth and dropout draw other random numbers.
-
-        Raises:
-            ValueError: the backbone has batch normalization, which needs the statistics of a single view.
-        """
-        if enabled and has_batch_norm(self.mocov3):
-            raise ValueError(
-                "the views cannot go through this backbone in one pass: its batch normalization would mix the"
-                " statistics of both views"
-            )
-        self.views_in_one_pass = enabled
 
     def momentum_pairs(self, buffers: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Pairs of a parameter of the momentum encoder and its source, optionally with pairs of buffers."""
@@ -364,11 +348,9 @@ class MoCoV3ForPreTraining(MoCoV3PreTrainedModel):
     def encode(
         self, encoder: MoCoV3Model, views: tuple[torch.Tensor, ...], **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, ...]:
-        """Representations `(B, D)` of every view `(B, C, H, W)`, one by one unless `views_in_one_pass`."""
+        """Representations `(B, D)` of every view `(B, C, H, W)`, one view after the other."""
         kwargs = {"output_hidden_states": False, "output_attentions": False, **kwargs}
         with pooled_query_only(encoder, self.pooled_query_only):
-            if self.views_in_one_pass and len(views) > 1:
-                return encoder(torch.cat(views), **kwargs).pooler_output.chunk(len(views))
             return tuple(encoder(pixel_values, **kwargs).pooler_output for pixel_values in views)
 
     @torch.no_grad()
@@ -413,10 +395,6 @@ class MoCoV3ForPreTraining(MoCoV3PreTrainedModel):
             positive_top1_1=direction_1.positive_top1,
             positive_top1_2=direction_2.positive_top1,
         )
-
-
-def has_batch_norm(module: nn.Module) -> bool:
-    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules())
 
 
 def check_batch(model: MoCoV3ForPreTraining, pixel_values: torch.Tensor | None) -> None:
