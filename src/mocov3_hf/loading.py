@@ -292,6 +292,13 @@ def size_options(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> dict[s
     return {"interpolate_pos_encoding": True} if is_other and can_interpolate else {}
 
 
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass of a model that supports it."""
+    # Renamed in transformers 5.24.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def weights_hash(model: PreTrainedModel) -> str:
     """32 hex digits that change with any weight, buffer, or setting of the architecture."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in NAMES_AND_DATES}

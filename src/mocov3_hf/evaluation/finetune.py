@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..loading import load_processor, weights_hash
+from ..loading import enable_gradient_checkpointing, load_processor, weights_hash
 from ..model.batchnorm_mocov3 import use_global_statistics
 from ..optim.param_groups import is_decayed
 from ..options import RECIPES, Command, option, parse
@@ -282,9 +282,7 @@ def build_training(options: FinetuneOptions, splits: Splits, folder: str, num_pr
     if options.gradient_checkpointing:
         if not classifier.supports_gradient_checkpointing:
             raise UsageError(f"{options.model!r} has no gradient checkpointing: leave out --gradient_checkpointing")
-        # The name before transformers 5.24.
-        enable = getattr(classifier, "activation_checkpointing_enable", None)
-        (enable or classifier.gradient_checkpointing_enable)({"use_reentrant": False})
+        enable_gradient_checkpointing(classifier)
     processor = load_processor(
         options.model, classifier.config, image_size=options.image_size, interpolation=options.interpolation
     )

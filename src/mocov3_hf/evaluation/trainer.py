@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from ..data.labelled import LabelledImages
 from ..loading import base_encoder, from_pretrained, size_options
+from ..optim.seeding import step_seed
 from ..reporting import RunError, is_first_process, one_line
 from ..run_folder import METRICS
 from ..storage import append_line, rewrite_lines, write_json
@@ -30,7 +31,7 @@ AVERAGE, SETTINGS = "average.safetensors", "settings.json"
 # Keys in the log that summarize the whole run.
 _NO_STEP = ("train_runtime", "train_loss")
 # Odd, and larger than any number of processes and of parts of a step: all seeds differ.
-_SEED_STRIDE, _STEP_STRIDE, _PART_STRIDE = 0x9E3779B97F4A7C15, 1 << 24, 1 << 16
+_STEP_STRIDE, _PART_STRIDE = 1 << 24, 1 << 16
 
 
 class ClassifierTrainer(Trainer):
@@ -128,7 +129,7 @@ class ClassifierTrainer(Trainer):
         step, part = self._part_of_step
         part = part + 1 if step == self.state.global_step else 0
         self._part_of_step = (self.state.global_step, part)
-        seed_step(self.args.seed, self.state.global_step, part, self.args.process_index)
+        seed_forward(self.args.seed, self.state.global_step, part, self.args.process_index)
         pixel_values, labels = inputs["pixel_values"], inputs["labels"]
         if self.mixing is not None:
             pixel_values, labels = self.mixing(pixel_values, labels)
@@ -177,10 +178,9 @@ class ClassifierTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def seed_step(seed: int, step: int, part: int, process_index: int) -> None:
+def seed_forward(seed: int, step: int, part: int, process_index: int) -> None:
     """Make the random numbers of one forward pass a function of seed, step, part of the step and process."""
-    place = step * _STEP_STRIDE + part * _PART_STRIDE + process_index
-    torch.manual_seed((seed * _SEED_STRIDE + place) % 2**63)
+    torch.manual_seed(step_seed(seed, step * _STEP_STRIDE + part * _PART_STRIDE + process_index))
 
 
 class _Epochs(TrainerCallback):

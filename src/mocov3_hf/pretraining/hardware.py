@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..data.photometric import PhotometricStage
+from ..loading import enable_gradient_checkpointing
 from ..model.configuration_mocov3 import MoCoV3ViTConfig
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from ..reporting import UsageError, one_line
@@ -134,7 +135,7 @@ def set_up_model(model: MoCoV3ForPreTraining, settings: HardwareSettings) -> Non
         except (ValueError, ImportError) as error:
             raise UsageError(f"--attn_implementation {settings.attn_implementation}: {one_line(error)}") from error
     if settings.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
+        enable_gradient_checkpointing(model.mocov3)  # the momentum encoder keeps no activations
     if settings.torch_compile:
         for encoder in (model.mocov3, model.momentum_encoder.encoder):
             compile_in_place(encoder)
@@ -165,14 +166,6 @@ def keep_freed_memory() -> None:
     library = ctypes.CDLL(None)
     for name, value in KEEP_FREED_MEMORY:
         library.mallopt(name, value)
-
-
-def enable_gradient_checkpointing(model: MoCoV3ForPreTraining) -> None:
-    """In the trained encoder: the momentum encoder keeps no activations."""
-    encoder = model.mocov3
-    # Renamed in transformers 5.
-    enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
-    enable()
 
 
 def compile_augmentation(stage: PhotometricStage, settings: HardwareSettings, device: torch.device) -> None:
