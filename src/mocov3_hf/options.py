@@ -393,6 +393,9 @@ def _described(item: dataclasses.Field) -> str:
     if item.default_factory is not dataclasses.MISSING:
         default = item.default_factory()
     text = item.metadata["help"].rstrip(".")
+    # Phrases begin in lower case, names and abbreviations as they are.
+    if text[1:2].islower() and not text.startswith("Hub "):
+        text = text[0].lower() + text[1:]
     if default not in (None, [], {}) and default is not False:
         text += f" (default: {_as_text(default)})"
     return text.replace("%", "%%")

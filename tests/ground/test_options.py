@@ -14,7 +14,7 @@ from mocov3_hf.reporting import UsageError
 class Data:
     """Data"""
 
-    dataset_name: str = option(help="Hub id or folder.", metavar="DATASET")
+    dataset_name: str = option(help="Folder or Hub id.", metavar="DATASET")
     streaming: bool = option(False, "Read in place.")
 
 
@@ -188,7 +188,7 @@ def test_unknown_recipe_offers_the_nearest(recipes):
 
 
 def test_a_required_option_is_named():
-    with pytest.raises(UsageError, match=r"^--dataset_name is missing: hub id or folder"):
+    with pytest.raises(UsageError, match=r"^--dataset_name is missing: folder or Hub id"):
         parse(command(), [])
 
 

@@ -69,7 +69,11 @@ class ComputationOptions:
 class OutputOptions:
     """Output"""
 
-    output_dir: str | None = option(None, f"Folder of {RESULTS}. Defaults to the folder of the model.", metavar="DIR")
+    output_dir: str | None = option(
+        None,
+        f"Folder of {RESULTS} and of a trained classifier. Without training, defaults to the folder of the model.",
+        metavar="DIR",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
