@@ -152,7 +152,9 @@ def test_images_without_labels(model_folder, image_folder, tmp_path, fails):
 
 def test_a_model_on_the_hub_needs_an_output_dir(image_folder, fails):
     line = fails(main, command("someone/model", image_folder))
-    assert line == "error: 'someone/model' is not a local folder that can hold results.json: pass --output_dir"
+    assert line == (
+        "error: model folder 'someone/model' does not exist; for a model on the Hub pass --output_dir for results.json"
+    )
 
 
 def test_a_folder_of_weights_alone_is_not_a_model(image_folder, tmp_path, fails):

@@ -115,7 +115,9 @@ def results_folder(options: EvaluationOptions) -> str:
         return os.path.expanduser(options.output_dir)
     folder = resolve_model(options.model)
     if not os.path.isdir(folder):
-        raise UsageError(f"{options.model!r} is not a local folder that can hold {RESULTS}: pass --output_dir")
+        raise UsageError(
+            f"model folder {options.model!r} does not exist; for a model on the Hub pass --output_dir for {RESULTS}"
+        )
     return folder
 
 
