@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModel
 
-from mocov3_hf.data.labelled import open_labelled
+from mocov3_hf.data.labeled import open_labeled
 from mocov3_hf.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from mocov3_hf.evaluation.linear import fit_linear_classifier
 from mocov3_hf.metrics.knn import knn_accuracy
@@ -49,7 +49,7 @@ KEPT_METRICS = (
 BATCH_SIZE = 500
 
 
-class LabelledSplit:
+class LabeledSplit:
     """
     A split of CIFAR-10 in memory: whole normalized images (N, 3, 32, 32), upsampled if the model was trained on larger
     views.
@@ -57,7 +57,7 @@ class LabelledSplit:
 
     def __init__(self, dataset_name: str, split: str, image_size: int):
         self.image_size = image_size
-        images = open_labelled(dataset_name, split=split)
+        images = open_labeled(dataset_name, split=split)
         pixels = torch.stack([images.decode(index) for index in range(len(images))])
         mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         self.pixels = (pixels.float() / 255 - mean) / deviation
@@ -79,7 +79,7 @@ class LabelledSplit:
         return F.interpolate(pixels, size=(self.image_size, self.image_size), mode="bilinear")
 
 
-def evaluate(encoder: torch.nn.Module, train: LabelledSplit, test: LabelledSplit) -> dict[str, float]:
+def evaluate(encoder: torch.nn.Module, train: LabeledSplit, test: LabeledSplit) -> dict[str, float]:
     """kNN and linear accuracy (0 to 1) of the features, in eval mode."""
     encoder = encoder.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if encoder.backbone._supports_sdpa:
@@ -114,7 +114,7 @@ def run(arm: Arm, seed: int, options: argparse.Namespace) -> None:
         sys.exit("interrupted; start the study again to resume")
     started = time.process_time()
     splits = (LONG_TRAIN_SPLIT if options.long else TRAIN_SPLIT, TEST_SPLIT)
-    train, test = (LabelledSplit(options.dataset_name, split, recipe.views.image_size) for split in splits)
+    train, test = (LabeledSplit(options.dataset_name, split, recipe.views.image_size) for split in splits)
     epoch_of = {line["step"]: line["epoch"] for line in metrics}
     steps_per_epoch = metrics[-1]["step"] / metrics[-1]["epoch"]
     points = []

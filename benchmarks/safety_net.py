@@ -74,12 +74,12 @@ RESNET = '--backbone_config {"embedding_size":8,"hidden_sizes":[16,32],"depths":
 VIT_RECIPE = "--recipe mocov3_vit-small-p16_16xb256-amp-coslr-300e_in1k --base_learning_rate 1e-3 " + SMALL
 RESNET_RECIPE = "--recipe mocov3_resnet50_8xb512-amp-coslr-100e_in1k " + SMALL
 ONE_WORKER, NO_WORKERS = "--dataloader_num_workers 1 ", "--dataloader_num_workers 0 "
-LABELLED = "--model {quickstart} --test_split test "
+LABELED = "--model {quickstart} --test_split test "
 FINETUNE = "--recipe vit-base-p16_mocov3-pre_8xb64-coslr-150e_in1k --train_batch_size 64 --ema_momentum 0.1 "
-FINETUNE += "--base_learning_rate 1e-3 " + RUN + LABELLED
+FINETUNE += "--base_learning_rate 1e-3 " + RUN + LABELED
 PLAIN_IMAGES = "--augment false --mixup_alpha 0 --cutmix_alpha 0 --rand_augment_num_ops 0 "
 PLAIN_IMAGES += "--random_erasing_probability 0 "
-LINEAR = "--recipe vit-small-p16_mocov3-pre_8xb128-linear-coslr-90e_in1k --train_batch_size 64 " + RUN + LABELLED
+LINEAR = "--recipe vit-small-p16_mocov3-pre_8xb128-linear-coslr-90e_in1k --train_batch_size 64 " + RUN + LABELED
 
 CASES = {
     "quickstart": Case("pretrain.py", "--recipe quickstart " + RUN),
@@ -91,9 +91,9 @@ CASES = {
     "two_processes_resnet": Case("pretrain.py", RESNET_RECIPE + RESNET + NO_WORKERS, num_processes=2),
     "streaming": Case("pretrain.py", VIT_RECIPE + VIT + ONE_WORKER + "--streaming true", data="shards"),
     "gradient_cache": Case("pretrain.py", VIT_RECIPE + VIT + NO_WORKERS + "--gradient_cache_chunk_size 16"),
-    "knn": Case("knn.py", LABELLED + "--mixed_precision no", trained=False),
+    "knn": Case("knn.py", LABELED + "--mixed_precision no", trained=False),
     "linear": Case("linear_probe.py", LINEAR),
-    "linear_cached": Case("linear_probe.py", "--cached --num_train_epochs 10 " + LABELLED, trained=False),
+    "linear_cached": Case("linear_probe.py", "--cached --num_train_epochs 10 " + LABELED, trained=False),
     "finetune": Case("finetune.py", FINETUNE + PLAIN_IMAGES),
     "finetune_augmented": Case("finetune.py", FINETUNE, expected_to_change=True),
 }

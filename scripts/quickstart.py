@@ -8,9 +8,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from mocov3_hf import MoCoV3Model
 from mocov3_hf.data.digits import write_digits
-from mocov3_hf.data.labelled import open_labelled
+from mocov3_hf.data.labeled import open_labeled
 from mocov3_hf.evaluation.classifier import build_classifier
-from mocov3_hf.evaluation.features import labelled_features
+from mocov3_hf.evaluation.features import labeled_features
 from mocov3_hf.evaluation.knn import evaluate_knn
 from mocov3_hf.evaluation.linear import fit_linear_classifier
 from mocov3_hf.pretraining import build, loop, recipe
@@ -23,7 +23,7 @@ def main() -> None:
     options, overrides = parser.parse_known_args()  # the rest, as --max_steps 20, goes to the recipe
     disable_progress_bar()
     digits, pretrained = write_digits(options.output_dir / "digits"), options.output_dir / "pretrained"
-    train, test = (open_labelled(str(digits), split=split) for split in ("train", "test"))
+    train, test = (open_labeled(str(digits), split=split) for split in ("train", "test"))
 
     command = ["--recipe", "quickstart", "--dataset_name", str(digits), "--output_dir", str(pretrained)]
     command += ["--overwrite_output_dir", *overrides]
@@ -32,7 +32,7 @@ def main() -> None:
     model = MoCoV3Model.from_pretrained(pretrained)
     after = evaluate_knn(model, train, test, k=[10], progress=False)
 
-    features, held_out = (labelled_features(model, images, progress=False) for images in (train, test))
+    features, held_out = (labeled_features(model, images, progress=False) for images in (train, test))
     linear = fit_linear_classifier(features.features, features.labels)
     folder = options.output_dir / "classifier"
     build_classifier(model, linear, train.class_names).save_pretrained(folder)

@@ -116,7 +116,7 @@ def write_images(folder, counts: dict[str, int], seed: int = 0):
     return folder
 
 
-def save_labelled(folder):
+def save_labeled(folder):
     """Write 36 images of three classes with awkward names, as parquet."""
     draw = np.random.default_rng(0)
     colors = list(COLORS.values())
@@ -128,7 +128,7 @@ def save_labelled(folder):
     return folder
 
 
-def save_unlabelled(folder):
+def save_unlabeled(folder):
     """Write 12 images without labels, as files."""
     draw = np.random.default_rng(1)
     (folder / "test").mkdir()

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from mocov3_hf.data import photometric
 from mocov3_hf.data.decode import decode_rgb
-from mocov3_hf.data.labelled import open_labelled
+from mocov3_hf.data.labeled import open_labeled
 from mocov3_hf.data.loader import TwoViewLoader
 from mocov3_hf.data.photometric import PhotometricStage
 from mocov3_hf.data.sources import open_source
@@ -99,10 +99,10 @@ def test_tars_of_imagenet(tmp_path):
 
 
 def test_labels():
-    cifar = open_labelled(name("cifar10"))
+    cifar = open_labeled(name("cifar10"))
     assert (len(cifar), cifar.class_names[3], cifar.num_classes) == (10_000, "cat", 10)
     assert np.bincount(cifar.labels).tolist() == [1000] * 10
-    assert open_labelled(name("imagenet-sample"), split="train").num_classes == 300
+    assert open_labeled(name("imagenet-sample"), split="train").num_classes == 300
 
 
 def turned_by_pil(image: Image.Image, steps: int) -> np.ndarray:

@@ -4,8 +4,8 @@ import sys
 
 import torch
 
-from mocov3_hf.data.labelled import open_labelled
-from mocov3_hf.evaluation.features import joined_processes, labelled_features
+from mocov3_hf.data.labeled import open_labeled
+from mocov3_hf.evaluation.features import joined_processes, labeled_features
 from mocov3_hf.loading import load_encoder, load_processor
 from mocov3_hf.processing import ProcessorTransform
 
@@ -19,8 +19,8 @@ if __name__ == "__main__":
         jobs = []
         for images, split, batch_size in zip(rest[0::3], rest[1::3], rest[2::3], strict=True):
             try:
-                found = labelled_features(
-                    encoder, open_labelled(images, split=split), transform, batch_size=int(batch_size), progress=False
+                found = labeled_features(
+                    encoder, open_labeled(images, split=split), transform, batch_size=int(batch_size), progress=False
                 )
                 jobs.append({"features": found.features, "labels": found.labels})
             except ValueError as error:

@@ -11,7 +11,7 @@ from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import v2
 
-from mocov3_hf.data.labelled import TrainingTransform
+from mocov3_hf.data.labeled import TrainingTransform
 from mocov3_hf.evaluation.augmentation import RandAugmentOptions, SeededByTorch, batch_mixing, random_erasing
 from mocov3_hf.evaluation.training_images import training_transform
 from mocov3_hf.processing import ProcessorTransform, build_image_processor

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mocov3_hf import MoCoV3Config, MoCoV3Model
-from mocov3_hf.data.labelled import open_labelled
+from mocov3_hf.data.labeled import open_labeled
 from mocov3_hf.evaluation import cached_linear
 from mocov3_hf.evaluation.cached_linear import CachedLinearOptions, few_shot_metrics, linear_metrics
-from mocov3_hf.evaluation.features import Features, labelled_features
+from mocov3_hf.evaluation.features import Features, labeled_features
 from mocov3_hf.evaluation.linear_probe import main, parse_options
 from mocov3_hf.evaluation.sweep import choose_linear_classifier
 from mocov3_hf.loading import load_encoder, load_processor
@@ -44,7 +44,7 @@ def test_metrics_are_those_of_the_parts(model_folder, image_folder, tmp_path):
     encoder = load_encoder(model_folder)
     transform = ProcessorTransform(load_processor(model_folder, encoder.config))
     train, test = (
-        labelled_features(encoder, open_labelled(str(image_folder), split=split), transform, progress=False)
+        labeled_features(encoder, open_labeled(str(image_folder), split=split), transform, progress=False)
         for split in ("train", "test")
     )
     metrics = main(command(model_folder, image_folder, "--output_dir", tmp_path, "--few_shot_fractions", 0.2))
@@ -98,7 +98,7 @@ def test_bad_values_are_found_before_the_pass(model_folder, image_folder, change
     def refuse(*args, **kwargs):
         raise AssertionError("a pass over the images")
 
-    monkeypatch.setattr(cached_linear, "labelled_features", refuse)
+    monkeypatch.setattr(cached_linear, "labeled_features", refuse)
     fails(main, command(model_folder, image_folder, *change))
 
 

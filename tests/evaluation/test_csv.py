@@ -6,7 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from mocov3_hf.data.labelled import find_csv_files, open_labelled
+from mocov3_hf.data.labeled import find_csv_files, open_labeled
 from mocov3_hf.evaluation import evaluate, finetune, knn, linear_probe
 from mocov3_hf.evaluation.classifier import load_with_new_head
 from mocov3_hf.evaluation.features import data_fingerprint
@@ -37,22 +37,22 @@ def csv_folder(image_folder, tmp_path_factory):
 
 def test_a_folder_of_csv_files_is_the_image_folder(csv_folder, image_folder):
     for split in ("train", "test", "train+test"):
-        listed, found = (open_labelled(str(folder), split=split) for folder in (csv_folder, image_folder))
+        listed, found = (open_labeled(str(folder), split=split) for folder in (csv_folder, image_folder))
         assert (listed.class_names, listed.labels.tolist()) == (list(COLORS), found.labels.tolist())
         assert listed.decode(7).equal(found.decode(7))
-    again = open_labelled(str(csv_folder), split="train")
-    assert data_fingerprint(again) == data_fingerprint(open_labelled(str(csv_folder), split="train"))
-    assert data_fingerprint(again) != data_fingerprint(open_labelled(str(csv_folder), split="test"))
+    again = open_labeled(str(csv_folder), split="train")
+    assert data_fingerprint(again) == data_fingerprint(open_labeled(str(csv_folder), split="train"))
+    assert data_fingerprint(again) != data_fingerprint(open_labeled(str(csv_folder), split="test"))
 
 
 def test_one_file_with_a_column_of_splits_numbers_and_other_columns(csv_folder, tmp_path):
     paths = sorted((csv_folder / "images").iterdir())[:4]
     rows = [[str(path), number % 2, "train" if number < 3 else "test", "x"] for number, path in enumerate(paths)]
     file = write(tmp_path / "all.csv", rows, ("photo", "target", "split", "note"))
-    images = open_labelled(str(file), split="train", image_column="photo")
+    images = open_labeled(str(file), split="train", image_column="photo")
     assert (images.class_names, images.labels.tolist()) == (None, [0, 1, 0])
     assert images.decode(0).shape[0] == 3
-    assert open_labelled(str(tmp_path), split="test", image_column="photo").labels.tolist() == [1]
+    assert open_labeled(str(tmp_path), split="test", image_column="photo").labels.tolist() == [1]
 
 
 def test_paths_and_splits_are_text_and_no_class_name_means_missing(tmp_path):
@@ -61,17 +61,17 @@ def test_paths_and_splits_are_text_and_no_class_name_means_missing(tmp_path):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"00{number}", "PNG")
         rows.append([f"00{number}", label, "01" if number < 2 else "1"])
     file = write(tmp_path / "all.csv", rows, ("path", "label", "split"))
-    images = open_labelled(str(file), split="01")
+    images = open_labeled(str(file), split="01")
     assert (images.class_names, images.labels.tolist()) == (["NA", "null"], [0, 1])
     assert images.decode(1)[0, 0, 0] == 1
-    assert open_labelled(str(file), split="1+01").labels.tolist() == [2, 0, 1]
+    assert open_labeled(str(file), split="1+01").labels.tolist() == [2, 0, 1]
 
 
 def test_the_type_of_a_column_is_that_of_all_its_rows(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     rows = [["a.png", number % 3] for number in range(10_001)]
-    assert open_labelled(str(write(tmp_path / "ints.csv", rows)), split="ints").labels[-1] == 10_000 % 3
-    images = open_labelled(str(write(tmp_path / "text.csv", [*rows, ["a.png", "b"]])), split="text")
+    assert open_labeled(str(write(tmp_path / "ints.csv", rows)), split="ints").labels[-1] == 10_000 % 3
+    images = open_labeled(str(write(tmp_path / "text.csv", [*rows, ["a.png", "b"]])), split="text")
     assert images.class_names == ["0", "1", "2", "b"]
 
 
@@ -79,7 +79,7 @@ def test_a_csv_beside_other_data_is_not_the_data_set(image_folder, tmp_path):
     folder = tmp_path / "images"
     shutil.copytree(image_folder, folder)
     write(folder / "notes.csv", [["train/ant/000.png", "x"]], ("file_name", "note"))
-    assert open_labelled(str(folder), split="train").class_names == list(COLORS)
+    assert open_labeled(str(folder), split="train").class_names == list(COLORS)
     assert find_csv_files(str(folder), "train") == []
     (folder / "notes.csv").rename(folder / "metadata.csv")  # which `datasets` reads itself
     assert find_csv_files(str(folder), "metadata") == []
@@ -133,7 +133,7 @@ def test_bad_files_are_one_line(tmp_path, text, split, message):
     (tmp_path / "train.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     write(tmp_path / "test.csv", [["b.png", "x"]])
     with pytest.raises(ValueError, match=message) as error:
-        open_labelled(str(tmp_path), split=split)
+        open_labeled(str(tmp_path), split=split)
     assert "\n" not in str(error.value)
 
 
@@ -145,4 +145,4 @@ def test_folders_without_classes_are_told_what_is_expected(tmp_path, layout):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8)).save(path)
     with pytest.raises(ValueError, match=r"holds images without labels: expected class folders \(train/<class>/<im"):
-        open_labelled(str(tmp_path), split="train")
+        open_labeled(str(tmp_path), split="train")

@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from mocov3_hf.data.digits import write_digits
-from mocov3_hf.data.labelled import open_labelled, stratified_split
+from mocov3_hf.data.labeled import open_labeled, stratified_split
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def test_written_twice_it_is_the_same(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_opens_as_a_labelled_data_set(folder):
-    images = open_labelled(str(folder), split="test")
+def test_it_opens_as_a_labeled_data_set(folder):
+    images = open_labeled(str(folder), split="test")
     assert len(images) == 359
     assert images.class_names == [str(digit) for digit in range(10)]
     assert images.decode(0).shape == (3, 32, 32)

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from mocov3_hf.data.labelled import open_labelled
+from mocov3_hf.data.labeled import open_labeled
 from mocov3_hf.evaluation.classifier import build_classifier
 from mocov3_hf.evaluation.evaluate import main, match_classes
-from mocov3_hf.evaluation.features import labelled_features
+from mocov3_hf.evaluation.features import labeled_features
 from mocov3_hf.evaluation.linear import fit_linear_classifier
 from mocov3_hf.loading import load_encoder, load_processor
 from mocov3_hf.processing import ProcessorTransform
@@ -34,7 +34,7 @@ def classifier_folder(model_folder, image_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("classifier")
     encoder = load_encoder(model_folder)
     transform = ProcessorTransform(load_processor(model_folder, encoder.config))
-    train = labelled_features(encoder, open_labelled(str(image_folder), split="train"), transform, progress=False)
+    train = labeled_features(encoder, open_labeled(str(image_folder), split="train"), transform, progress=False)
     linear = fit_linear_classifier(train.features, train.labels)
     rows = linear.logits(train.features)
     linear.bias[0] += (rows.amax(dim=1) - rows[:, 0]).quantile(0.6)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mocov3_hf import loading
-from mocov3_hf.data.labelled import open_labelled
+from mocov3_hf.data.labeled import open_labeled
 from mocov3_hf.evaluation.common import table
 from mocov3_hf.evaluation.features import Features, data_fingerprint
 from mocov3_hf.evaluation.knn import evaluate_knn, knn_metrics, main
@@ -39,14 +39,14 @@ def test_command_evaluates_prints_and_records(model_folder, image_folder, tmp_pa
     assert result["task"] == "knn"
     assert result["metrics"] == metrics
     assert (result["settings"]["k"], result["settings"]["temperature"]) == ([1, 5], 0.07)
-    assert result["dataset"]["fingerprint"] == data_fingerprint(open_labelled(str(image_folder), split="test"))
+    assert result["dataset"]["fingerprint"] == data_fingerprint(open_labeled(str(image_folder), split="test"))
     assert (result["dataset"]["train_size"], result["dataset"]["size"]) == (45, 21)
     assert '"shortest_edge": 37' in result["settings"]["transform"]
 
 
 def test_command_and_function_agree(model_folder, image_folder, tmp_path):
     by_command = main(command(model_folder, image_folder, "--output_dir", tmp_path, "--cache_dir", tmp_path / "cache"))
-    train, test = (open_labelled(str(image_folder), split=split) for split in ("train", "test"))
+    train, test = (open_labeled(str(image_folder), split=split) for split in ("train", "test"))
     by_function = evaluate_knn(load_encoder(model_folder), train, test, k=[1, 5], progress=False)
     assert by_function == by_command
     pretraining = evaluate_knn(pretraining_model().train(), train, test, k=[1, 5], progress=False)
@@ -75,7 +75,7 @@ def test_parquet_with_other_column_names_and_splits(model_folder, image_folder, 
 @pytest.mark.parametrize("change", [{"k": [0]}, {"k": [100]}, {"temperature": 0.0}])
 def test_bad_values_are_found_before_the_pass(image_folder, change):
     """The model is never called: there is none."""
-    train = open_labelled(str(image_folder), split="train")
+    train = open_labeled(str(image_folder), split="train")
     with pytest.raises(ValueError, match=r"k must be|every k|temperature must be"):
         evaluate_knn(None, train, train, **({"k": [1]} | change))
 
@@ -107,7 +107,7 @@ def test_collapsed_features_are_called_so():
 
 
 def test_k_beyond_the_training_split_is_skipped_with_a_warning(model_folder, image_folder):
-    train, test = (open_labelled(str(image_folder), split=split) for split in ("train", "test"))
+    train, test = (open_labeled(str(image_folder), split=split) for split in ("train", "test"))
     with pytest.warns(UserWarning, match="skipped k = 200: the training split has 45 images"):
         metrics = evaluate_knn(load_encoder(model_folder), train, test, k=[20, 200], progress=False)
     assert "knn20_top1" in metrics

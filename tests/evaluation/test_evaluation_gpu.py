@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mocov3_hf.data.labelled import open_labelled
+from mocov3_hf.data.labeled import open_labeled
 from mocov3_hf.evaluation.features import extract_features
 from mocov3_hf.evaluation.linear import fit_linear_classifier
 from mocov3_hf.evaluation.sweep import sweep_linear_classifiers
@@ -59,7 +59,7 @@ def test_linear_classifiers(data):
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16", "fp16"])
 def test_features(model_folder, image_folder, mixed_precision):
     encoder = load_encoder(model_folder)
-    images = open_labelled(str(image_folder), split="test")
+    images = open_labeled(str(image_folder), split="test")
     transform = ProcessorTransform(load_processor(model_folder, encoder.config))
     expected = extract_features(encoder, images, transform, progress=False)
     found = extract_features(encoder.cuda(), images, transform, mixed_precision=mixed_precision, progress=False)

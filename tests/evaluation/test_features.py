@@ -11,9 +11,9 @@ import torch
 from transformers import ResNetConfig, ResNetModel
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining, MoCoV3Model
-from mocov3_hf.data.labelled import EvaluationTransform, open_labelled
+from mocov3_hf.data.labeled import EvaluationTransform, open_labeled
 from mocov3_hf.evaluation import features as features_module
-from mocov3_hf.evaluation.features import data_fingerprint, extract_features, labelled_features, select_features
+from mocov3_hf.evaluation.features import data_fingerprint, extract_features, labeled_features, select_features
 from mocov3_hf.loading import base_encoder, load_encoder, load_processor
 from mocov3_hf.processing import ProcessorTransform, build_image_processor
 from tests.factories import VIT, pretraining_model, write_images
@@ -25,7 +25,7 @@ WORKER = Path(__file__).parent / "features_worker.py"
 
 @pytest.fixture(scope="module")
 def images(image_folder):
-    return open_labelled(str(image_folder), split="train")
+    return open_labeled(str(image_folder), split="train")
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_features_are_those_of_image_after_image(images, encoder, transform):
 
 
 def test_workers_and_labels(images, encoder, transform):
-    found = labelled_features(encoder, images, transform, batch_size=8, progress=False)
+    found = labeled_features(encoder, images, transform, batch_size=8, progress=False)
     assert torch.equal(found.labels, torch.tensor([0] * 15 + [1] * 15 + [2] * 15))
     assert (found.class_names, found.num_classes, len(found)) == (["ant", "bee", "cow"], 3, 45)
     with_workers = extract_features(encoder, images, transform, batch_size=8, num_workers=2, progress=False)
@@ -69,7 +69,7 @@ def test_workers_and_labels(images, encoder, transform):
 
 
 def test_default_transform_is_that_of_the_model(images, encoder):
-    found = labelled_features(encoder, images, progress=False)
+    found = labeled_features(encoder, images, progress=False)
     expected = ProcessorTransform(build_image_processor(32))
     assert torch.equal(found.features, extract_features(encoder, images, expected, progress=False))
 
@@ -157,7 +157,7 @@ def damaged_folder(image_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_damaged_images_are_named_not_skipped(damaged_folder, encoder, transform, num_workers):
-    images = open_labelled(str(damaged_folder), split="train")
+    images = open_labeled(str(damaged_folder), split="train")
     with pytest.raises(ValueError, match=r"image in row 17 .*: repair or remove it") as error:
         extract_features(encoder, images, transform, batch_size=4, num_workers=num_workers, progress=False)
     assert "\n" not in str(error.value)
@@ -185,7 +185,7 @@ def test_two_processes_change_no_bit(two_processes, images, encoder, transform):
 
 
 def test_a_process_without_a_batch_takes_part(two_processes, image_folder, encoder, transform):
-    test = open_labelled(str(image_folder), split="test")
+    test = open_labeled(str(image_folder), split="test")
     expected = extract_features(encoder, test, transform, batch_size=64, progress=False)
     for jobs in two_processes:
         assert torch.equal(jobs[1]["features"], expected)
@@ -209,10 +209,10 @@ def test_bad_options_are_one_line(images, encoder, transform, options, message):
 
 
 def test_cache_saves_the_second_pass(images, encoder, transform, tmp_path, request):
-    first = labelled_features(encoder, images, transform, cache_dir=tmp_path / "cache", progress=False)
+    first = labeled_features(encoder, images, transform, cache_dir=tmp_path / "cache", progress=False)
     request.getfixturevalue("no_pass")
     # Another object with the same weights, another batch size, another order of opening: one and the same.
-    again = labelled_features(
+    again = labeled_features(
         load_encoder(request.getfixturevalue("model_folder")),
         images,
         transform,
@@ -228,8 +228,8 @@ def test_cache_saves_the_second_pass(images, encoder, transform, tmp_path, reque
 def test_cache_is_not_used_for_anything_else(what, encoder, transform, tmp_path, request):
     folder = write_images(tmp_path / "images", {"train": 4, "test": 4})
     options = {"cache_dir": tmp_path / "cache", "progress": False}
-    labelled_features(encoder, open_labelled(str(folder), split="train"), transform, **options)
-    images = open_labelled(str(folder), split="test" if what == "split" else "train")
+    labeled_features(encoder, open_labeled(str(folder), split="train"), transform, **options)
+    images = open_labeled(str(folder), split="test" if what == "split" else "train")
     if what == "weights":
         encoder = base_encoder(pretraining_model(seed=1))
     elif what == "transform":
@@ -241,25 +241,25 @@ def test_cache_is_not_used_for_anything_else(what, encoder, transform, tmp_path,
     elif what == "pixels":
         source = next((folder / "train" / "bee").iterdir())
         shutil.copy(next((folder / "train" / "cow").iterdir()), source)
-        images = open_labelled(str(folder), split="train")
+        images = open_labeled(str(folder), split="train")
     request.getfixturevalue("no_pass")
     with pytest.raises(AssertionError, match="another pass over the images"):
-        labelled_features(encoder, images, transform, **options)
+        labeled_features(encoder, images, transform, **options)
 
 
 def test_damaged_cache_is_made_again(images, encoder, transform, tmp_path):
-    first = labelled_features(encoder, images, transform, cache_dir=tmp_path, progress=False).features.clone()
+    first = labeled_features(encoder, images, transform, cache_dir=tmp_path, progress=False).features.clone()
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:200])
     with pytest.warns(UserWarning, match="are damaged, computing them again"):
-        again = labelled_features(encoder, images, transform, cache_dir=tmp_path, progress=False)
+        again = labeled_features(encoder, images, transform, cache_dir=tmp_path, progress=False)
     assert torch.equal(again.features, first)
-    assert torch.equal(labelled_features(encoder, images, transform, cache_dir=tmp_path).features, first)
+    assert torch.equal(labeled_features(encoder, images, transform, cache_dir=tmp_path).features, first)
 
 
 def test_fingerprint_sees_what_times_and_names_do_not(tmp_path):
     folder = write_images(tmp_path / "images", {"train": 4})
-    images = open_labelled(str(folder), split="train")
+    images = open_labeled(str(folder), split="train")
     before = data_fingerprint(images)
     path = folder / "train" / "bee" / "001.png"
     times = path.stat()
@@ -270,7 +270,7 @@ def test_fingerprint_sees_what_times_and_names_do_not(tmp_path):
 
 def test_fingerprint_of_a_large_split_reads_some_images_only(image_folder, monkeypatch):
     monkeypatch.setattr(features_module, "_SAMPLED_IMAGES", 5)
-    images = open_labelled(str(image_folder), split="train")
+    images = open_labeled(str(image_folder), split="train")
     read, rows = images.read, []
     monkeypatch.setattr(images, "read", lambda row: rows.append(row) or read(row))
     data_fingerprint(images)
@@ -282,6 +282,6 @@ def test_fingerprint_of_a_large_split_reads_some_images_only(image_folder, monke
 
 
 def test_fingerprint_is_of_the_data(image_folder):
-    train, again, test = (open_labelled(str(image_folder), split=split) for split in ("train", "train", "test"))
+    train, again, test = (open_labeled(str(image_folder), split=split) for split in ("train", "train", "test"))
     assert data_fingerprint(train) == data_fingerprint(again)
     assert data_fingerprint(train) != data_fingerprint(test)

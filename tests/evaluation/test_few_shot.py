@@ -36,10 +36,10 @@ def test_draws_depend_on_the_seed_and_nest():
 
 def test_metrics_are_mean_and_deviation_of_scikit_learn_over_the_draws():
     generator = torch.Generator().manual_seed(1)
-    centres = torch.randn(4, 8, generator=generator)
+    centers = torch.randn(4, 8, generator=generator)
     test_labels = torch.randint(4, (120,), generator=generator)
-    train = Features(centres[LABELS] + torch.randn(150, 8, generator=generator), LABELS, None, 4)
-    test = Features(centres[test_labels] + torch.randn(120, 8, generator=generator), test_labels, None, 4)
+    train = Features(centers[LABELS] + torch.randn(150, 8, generator=generator), LABELS, None, 4)
+    test = Features(centers[test_labels] + torch.randn(120, 8, generator=generator), test_labels, None, 4)
     metrics = few_shot_metrics(train, test, per_class=[5], fractions=[0.2], num_draws=3, seed=11)
     assert set(metrics) == {"5shot_top1", "5shot_top1_std", "20percent_top1", "20percent_top1_std"}
     for name, amount in (("5shot", {"per_class": 5}), ("20percent", {"fraction": 0.2})):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetModel, pipeline
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification, MoCoV3ForPreTraining
-from mocov3_hf.data.labelled import open_labelled
+from mocov3_hf.data.labeled import open_labeled
 from mocov3_hf.evaluation import evaluate
 from mocov3_hf.evaluation.classifier import load_with_new_head, unfrozen, with_fresh_backbone
 from mocov3_hf.evaluation.finetune import COMMAND, FinetuneOptions, build_finetune_trainer, main
@@ -22,7 +22,7 @@ from tests.evaluation.finetuning import ALL, NAMES, command, same
 
 
 def trainer_of(model, image_folder, output_dir, **changes):
-    train, test = (open_labelled(str(image_folder), split=split) for split in ("train", "test"))
+    train, test = (open_labeled(str(image_folder), split=split) for split in ("train", "test"))
     given = {"num_train_epochs": 2, "train_batch_size": 16, "warmup_epochs": 1, "base_learning_rate": 0.016}
     given |= {"save_strategy": "no", "eval_strategy": "no", "logging_steps": 1}
     options = FinetuneOptions(model="model", dataset_name="data", **(given | changes))

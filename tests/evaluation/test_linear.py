@@ -14,18 +14,18 @@ from mocov3_hf.evaluation.linear import fit_linear_classifier
 def data():
     """Overlapping clusters in badly scaled dimensions, one of them constant: (300, 10) and (200, 10), 4 classes."""
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(4, 10, generator=generator)
+    centers = torch.randn(4, 10, generator=generator)
     scale, offset = torch.logspace(-2, 2, 10), torch.linspace(-50, 50, 10)
     sides = []
     for rows in (300, 200):
         labels = torch.randint(4, (rows,), generator=generator)
-        features = (centres[labels] + 1.5 * torch.randn(rows, 10, generator=generator)) * scale + offset
+        features = (centers[labels] + 1.5 * torch.randn(rows, 10, generator=generator)) * scale + offset
         features[:, 4] = 7.25
         sides += [features, labels]
     return sides
 
 
-def centred(logits):
+def centered(logits):
     """Softmax does not see what all classes have in common, and scikit-learn leaves it open."""
     return logits - logits.mean(axis=1, keepdims=True)
 
@@ -38,8 +38,8 @@ def test_it_is_the_logistic_regression_of_scikit_learn(data, l2):
     reference = LogisticRegression(C=1 / (l2 * len(features)), tol=1e-10, max_iter=10000)
     reference.fit(scaler.transform(features.double().numpy()), labels.numpy())
     rows = scaler.transform(test_features.double().numpy())
-    expected = centred(reference.decision_function(rows))
-    np.testing.assert_allclose(centred(fitted.logits(test_features).numpy()), expected, atol=2e-3)
+    expected = centered(reference.decision_function(rows))
+    np.testing.assert_allclose(centered(fitted.logits(test_features).numpy()), expected, atol=2e-3)
     assert fitted.converged
     assert fitted.accuracy(test_features, test_labels) == reference.score(rows, test_labels.numpy())
     assert 0.4 < reference.score(rows, test_labels.numpy()) < 0.99, "neither chance nor trivial"

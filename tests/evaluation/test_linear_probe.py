@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from transformers import ResNetConfig, ResNetModel, pipeline
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification, MoCoV3ForPreTraining, loading
-from mocov3_hf.data.labelled import EvaluationTransform, TrainingTransform, open_labelled
+from mocov3_hf.data.labeled import EvaluationTransform, TrainingTransform, open_labeled
 from mocov3_hf.evaluation import evaluate
 from mocov3_hf.evaluation.classifier import head_parameters, load_with_new_head
 from mocov3_hf.evaluation.features import extract_features
@@ -59,7 +59,7 @@ def options_of(**changes):
 
 
 def trainer_of(model, image_folder, output_dir, transform=None, **changes):
-    train, test = (open_labelled(str(image_folder), split=split) for split in ("train", "test"))
+    train, test = (open_labeled(str(image_folder), split=split) for split in ("train", "test"))
     classifier = load_with_new_head(model, NAMES)
     transform = transform or ProcessorTransform(build_image_processor(32))
     splits = Splits(train, test, test, train)
@@ -128,7 +128,7 @@ def test_steps_are_those_of_the_closed_form(model_folder, image_folder, tmp_path
 
 
 class Digits:
-    """Some of scikit-learn's digits as a labelled split in memory."""
+    """Some of scikit-learn's digits as a labeled split in memory."""
 
     class_names, num_classes = [str(digit) for digit in range(10)], 10
 
@@ -242,7 +242,7 @@ def test_one_process_and_two_train_the_same_classifier(model_folder, image_folde
 
 
 def test_what_is_drawn_depends_on_seed_epoch_and_row_only(image_folder):
-    images = open_labelled(str(image_folder), split="train")
+    images = open_labeled(str(image_folder), split="train")
     dataset = TrainingImages(images, TrainingTransform(32), seed=1)
     torch.manual_seed(0)
     expected = torch.rand(4)

@@ -13,11 +13,11 @@ from mocov3_hf.evaluation.sweep import choose_linear_classifier, sweep_linear_cl
 def data():
     """Overlapping clusters of 5 classes: (403, 12) and (300, 12)."""
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(5, 12, generator=generator)
+    centers = torch.randn(5, 12, generator=generator)
     sides = []
     for rows in (403, 300):
         labels = torch.randint(5, (rows,), generator=generator)
-        sides += [centres[labels] + 1.5 * torch.randn(rows, 12, generator=generator), labels]
+        sides += [centers[labels] + 1.5 * torch.randn(rows, 12, generator=generator), labels]
     return sides
 
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification, MoCoV3ForPreTraining, MoCoV3Model, loading
-from mocov3_hf.data.labelled import EvaluationTransform
+from mocov3_hf.data.labeled import EvaluationTransform
 from mocov3_hf.loading import (
     base_encoder,
     image_size_of,

@@ -1,4 +1,4 @@
-"""The neighbours that `docs/interop.md` says work: PEFT, device maps with offloading, one graph under compile."""
+"""The neighbors that `docs/interop.md` says work: PEFT, device maps with offloading, one graph under compile."""
 
 import pytest
 import torch

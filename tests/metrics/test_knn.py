@@ -14,11 +14,11 @@ from mocov3_hf.metrics import knn_accuracy, knn_predict, nearest_neighbors
 def data():
     """Noisy clusters: (60, 8) queries and a bank of (211, 8) with labels of 7 classes."""
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(7, 8, generator=generator)
+    centers = torch.randn(7, 8, generator=generator)
     bank_labels = torch.randint(7, (211,), generator=generator)
     query_labels = torch.randint(7, (60,), generator=generator)
-    bank = centres[bank_labels] + 1.2 * torch.randn(211, 8, generator=generator)
-    queries = centres[query_labels] + 1.2 * torch.randn(60, 8, generator=generator)
+    bank = centers[bank_labels] + 1.2 * torch.randn(211, 8, generator=generator)
+    queries = centers[query_labels] + 1.2 * torch.randn(60, 8, generator=generator)
     return queries, query_labels, bank, bank_labels
 
 
@@ -71,7 +71,7 @@ def test_top_classes_are_those_of_a_loop(data):
         expected = predict_by_loop(queries.double(), bank.double(), bank_labels, k, 0.07, 7)
         padded = [(classes + [-1] * 5)[:5] for classes in expected]
         assert predicted[k].tolist() == padded
-    assert (predicted[1][:, 1:] == -1).all(), "one neighbour votes for one class"
+    assert (predicted[1][:, 1:] == -1).all(), "one neighbor votes for one class"
 
 
 def test_weights_matter(data):

@@ -33,9 +33,9 @@ def shards(pictures, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def labelled(tmp_path_factory):
+def labeled(tmp_path_factory):
     """Two classes, dark and bright: 16 pictures to learn from and 7, an odd number, to classify."""
-    folder = tmp_path_factory.mktemp("labelled")
+    folder = tmp_path_factory.mktemp("labeled")
     rng = np.random.default_rng(0)
     for split, numbers in {"train": (8, 8), "test": (4, 3)}.items():
         for label, number in zip(("bright", "dark"), numbers, strict=True):

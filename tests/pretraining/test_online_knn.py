@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor
 
 from mocov3_hf import MoCoV3Model
-from mocov3_hf.data.labelled import open_labelled
+from mocov3_hf.data.labeled import open_labeled
 from mocov3_hf.metrics.knn import knn_accuracy
 from mocov3_hf.pretraining.loop import main
 from tests.launch import ROOT, torchrun
@@ -22,11 +22,11 @@ def read(folder):
 
 
 @pytest.fixture(scope="module")
-def arguments(tiny, labelled):
-    return [*tiny, "--dataset_name", str(labelled), *KNN]
+def arguments(tiny, labeled):
+    return [*tiny, "--dataset_name", str(labeled), *KNN]
 
 
-def test_the_accuracy_is_that_of_the_saved_model(tmp_path, arguments, labelled):
+def test_the_accuracy_is_that_of_the_saved_model(tmp_path, arguments, labeled):
     main([*arguments, "--output_dir", str(tmp_path)])
     lines = read(tmp_path)
     assert [line["step"] for line in lines] == [2, 4]
@@ -34,7 +34,7 @@ def test_the_accuracy_is_that_of_the_saved_model(tmp_path, arguments, labelled):
     model, processor = MoCoV3Model.from_pretrained(tmp_path), AutoImageProcessor.from_pretrained(tmp_path)
 
     def features(split):
-        images = open_labelled(str(labelled), split=split)
+        images = open_labeled(str(labeled), split=split)
         pixel_values = processor([images.decode(row) for row in range(len(images))], return_tensors="pt").pixel_values
         with torch.no_grad():
             return model(pixel_values).pooler_output, torch.from_numpy(images.labels)

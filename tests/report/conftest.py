@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.factories import save_labelled, save_run, save_trained_classifier, save_unlabelled
+from tests.factories import save_labeled, save_run, save_trained_classifier, save_unlabeled
 
 
 @pytest.fixture(autouse=True)
@@ -15,13 +15,13 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def labelled(tmp_path_factory):
-    return save_labelled(tmp_path_factory.mktemp("labelled"))
+def labeled(tmp_path_factory):
+    return save_labeled(tmp_path_factory.mktemp("labeled"))
 
 
 @pytest.fixture(scope="session")
-def unlabelled(tmp_path_factory):
-    return save_unlabelled(tmp_path_factory.mktemp("unlabelled"))
+def unlabeled(tmp_path_factory):
+    return save_unlabeled(tmp_path_factory.mktemp("unlabeled"))
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ def browser():
 
 
 @pytest.fixture(scope="module", params=[save_run, save_trained_classifier], ids=["run", "classifier"])
-def page(request, labelled, tmp_path_factory):
+def page(request, labeled, tmp_path_factory):
     folder = request.param(tmp_path_factory.mktemp("page") / "a <i>folder & more")
-    write.main([str(folder), "--dataset_name", str(labelled), "--num_images", "15"])
+    write.main([str(folder), "--dataset_name", str(labeled), "--num_images", "15"])
     return (folder / "report.html").as_uri()
 
 

@@ -55,8 +55,8 @@ def test_colors_are_gray_without_variance():
     assert explained == pytest.approx(1)
 
 
-def test_attention_is_softmax_of_query_and_keys(run, labelled):
-    samples = open_samples(str(labelled), num_images=3)
+def test_attention_is_softmax_of_query_and_keys(run, labeled):
+    samples = open_samples(str(labeled), num_images=3)
     viewer = Viewer(read_run_folder(run))
     attention = viewer.attention(samples, 2)
     assert attention.shape == (2, 2, 4, 4)
@@ -94,9 +94,9 @@ def test_patches_are_the_last_tokens_row_by_row(run):
 
 
 @pytest.mark.parametrize("backbone", ["vit", "resnet"])
-def test_features_are_those_of_the_model_and_logits_of_the_head(backbone, classifier, labelled, tmp_path):
+def test_features_are_those_of_the_model_and_logits_of_the_head(backbone, classifier, labeled, tmp_path):
     path = classifier if backbone == "vit" else save_classifier(tmp_path / "resnet", "resnet", AWKWARD_NAMES)
-    samples = open_samples(str(labelled), num_images=5)
+    samples = open_samples(str(labeled), num_images=5)
     viewer = Viewer(read_run_folder(path))
     seen = viewer.look(samples, batch_size=2)
     with torch.no_grad():
@@ -106,8 +106,8 @@ def test_features_are_those_of_the_model_and_logits_of_the_head(backbone, classi
     torch.testing.assert_close(seen.logits, viewer.model.classifier(features).detach())
 
 
-def test_views_are_what_the_model_sees(run, labelled):
-    samples = open_samples(str(labelled), num_images=2)
+def test_views_are_what_the_model_sees(run, labeled):
+    samples = open_samples(str(labeled), num_images=2)
     viewer = Viewer(read_run_folder(run))
     view = viewer.view(viewer.preprocess(samples, range(1))[0])
     assert view.shape == (32, 32, 3)
@@ -152,7 +152,7 @@ def test_chance_of_agreement_matches_a_loop():
 
 
 def test_map_keeps_groups_apart_and_is_the_same_twice():
-    features = torch.cat([random(20, 8) * 0.05 + centre for centre in random(3, 8, seed=3)]).float()
+    features = torch.cat([random(20, 8) * 0.05 + center for center in random(3, 8, seed=3)]).float()
     points = embed(features, seed=0)
     assert points.shape == (60, 2)
     np.testing.assert_array_equal(points, embed(features, seed=0))
@@ -201,16 +201,16 @@ def test_rows_are_spread_over_the_classes():
     assert len(set(choose_rows(73, None, 12, seed=0))) == 12
 
 
-def test_unlabelled_images(unlabelled, labelled):
-    samples = open_samples(str(unlabelled), num_images=100)
+def test_unlabeled_images(unlabeled, labeled):
+    samples = open_samples(str(unlabeled), num_images=100)
     assert len(samples) == 12
     assert samples.labels is None
     assert "The images have no labels" in samples.why_unlabeled
     assert samples.name_of(0) == f"row {samples.rows[0]}"
     with pytest.raises(ValueError, match="'kind' does not exist"):
-        open_samples(str(labelled), label_column="kind")
+        open_samples(str(labeled), label_column="kind")
     with pytest.raises(ValueError, match="at least 2"):
-        open_samples(str(labelled), num_images=1)
+        open_samples(str(labeled), num_images=1)
 
 
 def test_heat_maps_are_brightest_at_the_largest_value():

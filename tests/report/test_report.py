@@ -93,8 +93,8 @@ def refused(arguments, capsys):
 
 
 @pytest.mark.slow
-def test_run_with_images(run, labelled, capsys):
-    report(run, "--dataset_name", labelled, "--num_images", "20")
+def test_run_with_images(run, labeled, capsys):
+    report(run, "--dataset_name", labeled, "--num_images", "20")
     assert f"{run / 'report.html'} (" in capsys.readouterr().out
     page = Page(run / "report.html")
     check(page)
@@ -143,8 +143,8 @@ def test_run_of_one_line_without_numbers(run):
 
 
 @pytest.mark.slow
-def test_classifier(classifier, labelled):
-    report(classifier, "--dataset_name", labelled)
+def test_classifier(classifier, labeled):
+    report(classifier, "--dataset_name", labeled)
     page = Page(classifier / "report.html")
     check(page)
     for words in (
@@ -162,40 +162,40 @@ def test_classifier(classifier, labelled):
 
 
 @pytest.mark.slow
-def test_accuracy_on_the_page_is_that_of_the_model(classifier, labelled):
-    report(classifier, "--dataset_name", labelled)
-    samples, viewer = open_samples(str(labelled)), Viewer(read_run_folder(classifier))
+def test_accuracy_on_the_page_is_that_of_the_model(classifier, labeled):
+    report(classifier, "--dataset_name", labeled)
+    samples, viewer = open_samples(str(labeled)), Viewer(read_run_folder(classifier))
     answers = viewer.look(samples, 8).logits.argmax(dim=1).tolist()
     right = sum(viewer.model.config.id2label[answer] == samples.name_of(row) for row, answer in enumerate(answers))
     assert (
-        f"Accuracy on 36 images of {labelled.name}, split test: {100 * right / 36:.1f} %."
+        f"Accuracy on 36 images of {labeled.name}, split test: {100 * right / 36:.1f} %."
         in Page(classifier / "report.html").text
     )
 
 
 @pytest.mark.slow
-def test_unlabelled_images_of_a_classifier(classifier, unlabelled):
-    report(classifier, "--dataset_name", unlabelled)
+def test_unlabeled_images_of_a_classifier(classifier, unlabeled):
+    report(classifier, "--dataset_name", unlabeled)
     page = Page(classifier / "report.html")
     check(page)
     assert "No confusion matrix: it needs labels." in page.text
 
 
 @pytest.mark.slow
-def test_classes_that_the_head_does_not_know(classifier, labelled):
+def test_classes_that_the_head_does_not_know(classifier, labeled):
     config = json.loads((classifier / "config.json").read_text())
     config["id2label"] = {"0": "x", "1": "y", "2": "z"}
     config["label2id"] = {"x": 0, "y": 1, "z": 2}
     (classifier / "config.json").write_text(json.dumps(config))
-    report(classifier, "--dataset_name", labelled)
+    report(classifier, "--dataset_name", labeled)
     assert (
         "No confusion matrix: the classifier does not have 3 of the 3 classes" in Page(classifier / "report.html").text
     )
 
 
-def test_convolutional_encoder_has_no_attention(tmp_path, labelled):
+def test_convolutional_encoder_has_no_attention(tmp_path, labeled):
     MoCoV3Model(MoCoV3Config(backbone_config=RESNET)).save_pretrained(tmp_path / "encoder")
-    report(tmp_path / "encoder", "--dataset_name", labelled, "--num_images", "9")
+    report(tmp_path / "encoder", "--dataset_name", labeled, "--num_images", "9")
     page = Page(tmp_path / "encoder" / "report.html")
     check(page)
     for words in (
@@ -207,10 +207,10 @@ def test_convolutional_encoder_has_no_attention(tmp_path, labelled):
 
 
 @pytest.mark.slow
-def test_same_folder_gives_the_same_page(run, labelled):
+def test_same_folder_gives_the_same_page(run, labeled):
     pages = []
     for _ in range(2):
-        report(run, "--dataset_name", labelled, "--num_images", "12")
+        report(run, "--dataset_name", labeled, "--num_images", "12")
         pages.append(re.sub(r"Generated [\d\-: ]+ UTC", "", (run / "report.html").read_text()))
     assert pages[0] == pages[1]
 
@@ -230,16 +230,16 @@ def test_same_folder_gives_the_same_page(run, labelled):
         (["{run}", "--dataset", "{data}"], "there is no option '--dataset'; did you mean '--dataset_name'?"),
     ],
 )
-def test_what_cannot_be_done_ends_in_one_line(arguments, words, run, labelled, tmp_path, capsys):
-    given = [argument.format(tmp=tmp_path, run=run, data=labelled) for argument in arguments]
+def test_what_cannot_be_done_ends_in_one_line(arguments, words, run, labeled, tmp_path, capsys):
+    given = [argument.format(tmp=tmp_path, run=run, data=labeled) for argument in arguments]
     assert words in refused(given, capsys)
     assert not (run / "report.html").exists()
     assert not (run / "plots").exists()
 
 
-def test_images_before_the_first_checkpoint(run, labelled, capsys):
+def test_images_before_the_first_checkpoint(run, labeled, capsys):
     (run / "config.json").unlink()
-    assert "no config.json yet" in refused([run, "--dataset_name", labelled], capsys)
+    assert "no config.json yet" in refused([run, "--dataset_name", labeled], capsys)
 
 
 def test_missing_packages_are_named(run, monkeypatch, capsys):
@@ -286,8 +286,8 @@ def test_suggested_commands_run_as_printed(bare_folders):
 
 
 @pytest.mark.slow
-def test_earlier_spelling_of_the_split(run, labelled, capsys):
-    report(run, "--dataset_name", labelled, "--split", "test", "--num_images", "4")
+def test_earlier_spelling_of_the_split(run, labeled, capsys):
+    report(run, "--dataset_name", labeled, "--split", "test", "--num_images", "4")
     assert capsys.readouterr().err.count("warning: --split is deprecated: use --test_split\n") == 1
 
 

@@ -1,7 +1,7 @@
-"""Handwritten digits as a labelled image folder: real images without a network.
+"""Handwritten digits as a labeled image folder: real images without a network.
 
 scikit-learn includes the test set of the UCI "Optical Recognition of Handwritten Digits" (1,797 images, 8x8 pixels,
-17 grey levels).
+17 gray levels).
 """
 
 import os
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..storage import atomic_folder
-from .labelled import stratified_split
+from .labeled import stratified_split
 
 
 TEST_FRACTION = 0.2

@@ -1,6 +1,6 @@
 """Open image sources through `datasets`: folders, parquet files, Arrow tables, webdataset tars, the Hub.
 
-Images are returned undecoded, as bytes or paths. Labels are ignored; for labels see `labelled.py`.
+Images are returned undecoded, as bytes or paths. Labels are ignored; for labels see `labeled.py`.
 """
 
 import os

@@ -23,7 +23,7 @@ from .common import (
     open_splits,
     record_and_print,
 )
-from .features import Features, labelled_features, select_features
+from .features import Features, labeled_features, select_features
 from .knn import collapse_metrics
 from .linear import fit_linear_classifier
 from .sweep import LEARNING_RATES, WEIGHT_DECAYS, ChosenLinear, checked_grid, choose_linear_classifier
@@ -245,7 +245,7 @@ def run(options: CachedLinearOptions) -> dict[str, float]:
         transform = ProcessorTransform(load_processor(options.model, encoder.config, image_size=options.image_size))
         started = time.perf_counter()
         train, test = (
-            labelled_features(
+            labeled_features(
                 encoder,
                 images,
                 transform,

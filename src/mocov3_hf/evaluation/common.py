@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from accelerate import PartialState
 
-from ..data.labelled import LabelledImages, open_labelled
+from ..data.labeled import LabeledImages, open_labeled
 from ..loading import resolve_model
 from ..options import option
 from ..processing import ProcessorTransform
@@ -135,20 +135,20 @@ def evaluation_processes(options: EvaluationOptions) -> Iterator[PartialState]:
         yield state
 
 
-def open_splits(options: EvaluationOptions) -> tuple[LabelledImages, LabelledImages]:
+def open_splits(options: EvaluationOptions) -> tuple[LabeledImages, LabeledImages]:
     """
     Training and test split with the same numbering of classes.
 
     Raises:
-        ValueError: As `open_labelled`, also for classes that only the test split has.
+        ValueError: As `open_labeled`, also for classes that only the test split has.
     """
     train = open_split(options, options.train_split)
     return train, open_split(options, options.test_split, train.class_names)
 
 
-def open_split(options: EvaluationOptions, split: str, class_names: list[str] | None = None) -> LabelledImages:
-    """One split, its classes numbered as in `class_names` if given. Raises as `open_labelled`."""
-    return open_labelled(
+def open_split(options: EvaluationOptions, split: str, class_names: list[str] | None = None) -> LabeledImages:
+    """One split, its classes numbered as in `class_names` if given. Raises as `open_labeled`."""
+    return open_labeled(
         options.dataset_name,
         options.dataset_config_name,
         split,
@@ -159,7 +159,7 @@ def open_split(options: EvaluationOptions, split: str, class_names: list[str] | 
     )
 
 
-def describe_splits(options: EvaluationOptions, train: LabelledImages, test: LabelledImages) -> dict[str, Any]:
+def describe_splits(options: EvaluationOptions, train: LabeledImages, test: LabeledImages) -> dict[str, Any]:
     """The data set as `results.json` holds it."""
     return describe_split(options, test) | {
         "train_split": options.train_split,
@@ -169,7 +169,7 @@ def describe_splits(options: EvaluationOptions, train: LabelledImages, test: Lab
     }
 
 
-def describe_split(options: EvaluationOptions, test: LabelledImages) -> dict[str, Any]:
+def describe_split(options: EvaluationOptions, test: LabeledImages) -> dict[str, Any]:
     """The data set as `results.json` holds it, of an evaluation without training."""
     return {
         "name": options.dataset_name,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..data.labelled import LabelledImages
+from ..data.labeled import LabeledImages
 from ..loading import base_encoder, load_classifier, load_processor, size_options, weights_hash
 from ..metrics import accuracy_metrics
 from ..options import Command, option, parse
@@ -38,7 +38,7 @@ COMMAND = Command("evaluate", "Test a classifier on a labeled data set.", (Evalu
 
 def evaluate_classifier(
     model: PreTrainedModel,
-    images: LabelledImages,
+    images: LabeledImages,
     transform: Callable[[torch.Tensor], torch.Tensor],
     class_names: Sequence[str] | None = None,
     **options: Any,
@@ -73,7 +73,7 @@ def class_logits(classifier: PreTrainedModel, pixel_values: torch.Tensor) -> tor
     return classifier(pixel_values=pixel_values, **options).logits.float()
 
 
-def warn_of_one_answer(answered_classes: int, images: LabelledImages) -> None:
+def warn_of_one_answer(answered_classes: int, images: LabeledImages) -> None:
     """A warning if a classifier predicts one class for all images of several classes."""
     if answered_classes == 1 and images.labels.min() != images.labels.max():
         warnings.warn(
@@ -93,8 +93,8 @@ def saved_class_names(config: PreTrainedConfig) -> list[str] | None:
 
 
 def match_classes(
-    images: LabelledImages, config: PreTrainedConfig, by: str = "name"
-) -> tuple[LabelledImages, str, list[str] | None]:
+    images: LabeledImages, config: PreTrainedConfig, by: str = "name"
+) -> tuple[LabeledImages, str, list[str] | None]:
     """
     The split with its labels numbered as the outputs of a classifier.
 
@@ -134,7 +134,7 @@ def match_classes(
     return images, "by number", names or own
 
 
-def _matched_by_name(images: LabelledImages, names: list[str]) -> tuple[LabelledImages, str, list[str]]:
+def _matched_by_name(images: LabeledImages, names: list[str]) -> tuple[LabeledImages, str, list[str]]:
     own = images.class_names
     for whose, listed in (("classifier", names), ("data set", own)):
         duplicate = next((name for name, count in Counter(listed).items() if count > 1), None)
@@ -154,7 +154,7 @@ def _matched_by_name(images: LabelledImages, names: list[str]) -> tuple[Labelled
         )
     labels = np.asarray([numbers[name] for name in own], dtype=np.int64)[images.labels]
     how = "by name, in another order" if len(own) == len(names) else f"by name, {len(own)} of {len(names)}"
-    return LabelledImages(images.source, labels, names), how, names
+    return LabeledImages(images.source, labels, names), how, names
 
 
 def run(options: EvaluateOptions) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data.decode import BadImageError
-from ..data.labelled import LabelledImages
+from ..data.labeled import LabeledImages
 from ..loading import base_encoder, load_processor, pooled_features, size_options, weights_hash
 from ..processing import ProcessorTransform
 from ..storage import atomic_file
@@ -60,9 +60,9 @@ class Features:
         return len(self.features)
 
 
-def labelled_features(
+def labeled_features(
     model: nn.Module,
-    images: LabelledImages,
+    images: LabeledImages,
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     *,
     batch_size: int = 64,
@@ -149,7 +149,7 @@ def joined_processes() -> Iterator[PartialState]:
 
 def extract_features(
     model: nn.Module,
-    images: LabelledImages,
+    images: LabeledImages,
     transform: Callable[[torch.Tensor], torch.Tensor],
     *,
     batch_size: int = 64,
@@ -224,7 +224,7 @@ def select_features(features: torch.Tensor, choice: str) -> torch.Tensor:
 def rows_of_split(
     model: PreTrainedModel,
     forward: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor],
-    images: LabelledImages,
+    images: LabeledImages,
     transform: Callable[[torch.Tensor], torch.Tensor],
     *,
     batch_size: int = 64,
@@ -329,7 +329,7 @@ def _gather_rows(own: torch.Tensor | None, edges: list[int], device: torch.devic
 class _Stretch(Dataset):
     """Images `begin` to `end` of a split: (pixels, None), or (None, error message)."""
 
-    def __init__(self, images: LabelledImages, transform, begin: int, end: int):
+    def __init__(self, images: LabeledImages, transform, begin: int, end: int):
         self.images, self.transform, self.begin, self.end = images, transform, begin, end
 
     def __len__(self) -> int:
@@ -360,7 +360,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def data_fingerprint(images: LabelledImages) -> str:
+def data_fingerprint(images: LabeledImages) -> str:
     """
     32 hex digits that change with the data: the fingerprint of `datasets` (names and times of files, or the commit on
     the Hub), all labels, and the full content of some images spread over the split.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..data.labelled import LabelledImages
+from ..data.labeled import LabeledImages
 from ..loading import base_encoder, load_encoder, load_processor, weights_hash
 from ..metrics import collapse_summary, knn_predict
 from ..options import Command, option, parse
@@ -23,7 +23,7 @@ from .common import (
     open_splits,
     record_and_print,
 )
-from .features import Features, labelled_features
+from .features import Features, labeled_features
 
 
 # Test features for the collapse metrics, spread over the split.
@@ -47,8 +47,8 @@ COMMAND = Command("knn", "Evaluate an encoder by its nearest neighbors.", (KNNOp
 
 def evaluate_knn(
     model: nn.Module,
-    train: LabelledImages,
-    test: LabelledImages,
+    train: LabeledImages,
+    test: LabeledImages,
     *,
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     k: Sequence[int] = DEFAULT_K,
@@ -75,7 +75,7 @@ def evaluate_knn(
         The metrics of `knn_metrics`, the same on every process.
 
     Raises:
-        ValueError: No `k` left, and as `labelled_features`.
+        ValueError: No `k` left, and as `labeled_features`.
     """
     options = {
         "batch_size": batch_size,
@@ -88,8 +88,8 @@ def evaluate_knn(
     k = usable_k(k, len(train))
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    train_features = labelled_features(model, train, transform, description="train features", **options)
-    test_features = labelled_features(model, test, transform, description="test features", **options)
+    train_features = labeled_features(model, train, transform, description="train features", **options)
+    test_features = labeled_features(model, test, transform, description="test features", **options)
     device = getattr(base_encoder(model), "device", None)
     return knn_metrics(train_features, test_features, k=k, temperature=temperature, device=device)
 

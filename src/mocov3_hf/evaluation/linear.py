@@ -80,7 +80,7 @@ def fit_linear_classifier(
     Raises:
         ValueError: Shapes or labels that do not match, NaN or infinity, `l2` not positive.
     """
-    labels, num_classes = check_labelled(features, labels, num_classes)
+    labels, num_classes = check_labeled(features, labels, num_classes)
     if not l2 > 0:
         raise ValueError(f"l2 must be positive, got {l2}")
     device = features.device if device is None else torch.device(device)
@@ -155,7 +155,7 @@ def standardization(features: torch.Tensor, device: torch.device | str = "cpu") 
     return mean, torch.where(constant, 1.0, deviation)
 
 
-def check_labelled(features: torch.Tensor, labels: torch.Tensor, num_classes: int | None) -> tuple[torch.Tensor, int]:
+def check_labeled(features: torch.Tensor, labels: torch.Tensor, num_classes: int | None) -> tuple[torch.Tensor, int]:
     """Labels as int64 and the number of classes; ValueError for features or labels that are not valid."""
     if features.dim() != 2 or not features.is_floating_point() or len(features) == 0:
         raise ValueError(

@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel
 
-from ..data.labelled import LabelledImages, stratified_split
+from ..data.labeled import LabeledImages, stratified_split
 from ..hub.push import push_folder
 from ..loading import resolve_model, weights_hash
 from ..options import option
@@ -157,10 +157,10 @@ class Splits(NamedTuple):
         whole_train: The training split including the held-out part.
     """
 
-    train: LabelledImages
-    validation: LabelledImages
-    test: LabelledImages
-    whole_train: LabelledImages
+    train: LabeledImages
+    validation: LabeledImages
+    test: LabeledImages
+    whole_train: LabeledImages
 
     def class_names(self) -> list[str]:
         """By label; LABEL_0, LABEL_1, ... if the data set has none."""

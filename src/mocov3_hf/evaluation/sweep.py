@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..data.labelled import stratified_split
-from .linear import LinearClassifier, check_labelled
+from ..data.labeled import stratified_split
+from .linear import LinearClassifier, check_labeled
 
 
 # Published at batch 1024: 0.4 for ResNet-50, 12 for ViT; here with a factor of about three between neighbors.
@@ -96,7 +96,7 @@ def sweep_linear_classifiers(
     Raises:
         ValueError: Features and labels as `fit_linear_classifier`; an empty grid or values out of range.
     """
-    labels, num_classes = check_labelled(features, labels, num_classes)
+    labels, num_classes = check_labeled(features, labels, num_classes)
     settings = checked_grid(learning_rates, weight_decays)
     for name, value in (("num_epochs", num_epochs), ("batch_size", batch_size)):
         if value < 1:
@@ -179,7 +179,7 @@ def choose_linear_classifier(
     Raises:
         ValueError: As `sweep_linear_classifiers`; a fraction out of range, or that holds out nothing or everything.
     """
-    labels, num_classes = check_labelled(features, labels, num_classes)
+    labels, num_classes = check_labeled(features, labels, num_classes)
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be above 0 and below 1, got {validation_fraction}")
     held_out = torch.from_numpy(stratified_split(labels.cpu().numpy(), validation_fraction, seed)).to(features.device)

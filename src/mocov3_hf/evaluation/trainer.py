@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import RandomSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from ..data.labelled import LabelledImages
+from ..data.labeled import LabeledImages
 from ..loading import base_encoder, from_pretrained, size_options
 from ..optim.seeding import step_seed
 from ..reporting import RunError, is_first_process, one_line
@@ -68,7 +68,7 @@ class ClassifierTrainer(Trainer):
         model: PreTrainedModel,
         args: TrainingArguments,
         train_dataset: TrainingImages,
-        test_images: LabelledImages,
+        test_images: LabeledImages,
         test_transform: Callable[[torch.Tensor], torch.Tensor],
         test_options: Mapping[str, Any] | None = None,
         frozen: nn.Module | None = None,
@@ -143,7 +143,7 @@ class ClassifierTrainer(Trainer):
         Metrics of `evaluate_classifier` without those of single classes, of the model and its EMA; logged.
 
         Args:
-            eval_dataset: A `LabelledImages`; None for the test images.
+            eval_dataset: A `LabeledImages`; None for the test images.
 
         Raises:
             RunError: The training has diverged.

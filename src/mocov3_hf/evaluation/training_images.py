@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from ..data.decode import BadImageError
-from ..data.labelled import LabelledImages, TrainingTransform
+from ..data.labeled import LabeledImages, TrainingTransform
 from ..processing import ProcessorTransform
 from .augmentation import RandAugmentOptions, random_erasing
 
@@ -37,7 +37,7 @@ class TrainingImages(Dataset):
         epoch: Set by `ClassifierTrainer` at the start of each epoch.
     """
 
-    def __init__(self, images: LabelledImages, transform: Callable[[torch.Tensor], torch.Tensor], seed: int = 0):
+    def __init__(self, images: LabeledImages, transform: Callable[[torch.Tensor], torch.Tensor], seed: int = 0):
         self.images, self.transform, self.seed, self.epoch = images, transform, seed, 0
 
     def __len__(self) -> int:

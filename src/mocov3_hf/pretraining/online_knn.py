@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
 
-from ..data.labelled import EvaluationTransform, LabelledDataset, LabelledImages, open_labelled
+from ..data.labeled import EvaluationTransform, LabeledDataset, LabeledImages, open_labeled
 from ..metrics.knn import knn_accuracy
 from ..model.modeling_mocov3 import MoCoV3Model
 from ..reporting import UsageError
@@ -35,8 +35,8 @@ class OnlineKNN:
     def __init__(self, recipe: Recipe, accelerator: Accelerator, num_workers: int):
         options, data = recipe.monitoring, recipe.data
         name = options.knn_dataset_name or data.dataset_name
-        self.train = open_labelled(name, data.dataset_config_name, options.knn_train_split, data.image_column)
-        self.test = open_labelled(
+        self.train = open_labeled(name, data.dataset_config_name, options.knn_train_split, data.image_column)
+        self.test = open_labeled(
             name,
             data.dataset_config_name,
             options.knn_test_split,
@@ -62,13 +62,13 @@ class OnlineKNN:
         return accuracy
 
     @torch.no_grad()
-    def features(self, encoder: MoCoV3Model, images: LabelledImages) -> tuple[torch.Tensor, torch.Tensor]:
+    def features(self, encoder: MoCoV3Model, images: LabeledImages) -> tuple[torch.Tensor, torch.Tensor]:
         """Features `(N, D)` float32 of all images, in order, and their labels `(N,)`."""
         share = math.ceil(len(images) / self.accelerator.num_processes)
         start = share * self.accelerator.process_index
         rows = range(min(start, len(images)), min(start + share, len(images)))
         loader = DataLoader(
-            Subset(LabelledDataset(images, self.transform), rows), batch_size=BATCH_SIZE, num_workers=self.num_workers
+            Subset(LabeledDataset(images, self.transform), rows), batch_size=BATCH_SIZE, num_workers=self.num_workers
         )
         # Every process contributes as many rows; those beyond the last image are at the end, and cut off.
         own = torch.zeros(share, encoder.pooled_width, device=self.accelerator.device)

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ..data.decode import BadImageError, decode_rgb
-from ..data.labelled import find_label_column, open_labelled
+from ..data.labeled import find_label_column, open_labeled
 from ..data.sources import MapSource, open_dataset
 from ..loading import load_classifier, load_encoder, load_processor, pooled_of
 from ..model.modeling_mocov3 import token_grid
@@ -81,12 +81,12 @@ def open_samples(
     Sample a split, balanced over its classes.
 
     Args:
-        dataset_name, config_name, split, image_column: as for `data.labelled.open_labelled`.
+        dataset_name, config_name, split, image_column: as for `data.labeled.open_labeled`.
         label_column: None to detect it; images without one are unlabeled.
         num_images: size of the sample; a smaller split is taken whole.
 
     Raises:
-        ValueError: as `open_labelled`, if a label column was given or found; fewer than 2 images.
+        ValueError: as `open_labeled`, if a label column was given or found; fewer than 2 images.
     """
     dataset = open_dataset(dataset_name, config_name, split)
     description = f"{shown_name(dataset_name)}, split {split}"
@@ -100,7 +100,7 @@ def open_samples(
         source = MapSource(dataset, image_column)
         samples = Samples(source, choose_rows(len(source), None, num_images, seed), None, None, why, description)
     else:
-        images = open_labelled(dataset_name, config_name, split, image_column, column)
+        images = open_labeled(dataset_name, config_name, split, image_column, column)
         rows = choose_rows(len(images), images.labels, num_images, seed)
         names = images.class_names or [str(number) for number in range(images.num_classes)]
         samples = Samples(images.source, rows, images.labels[rows], list(names), "", description)

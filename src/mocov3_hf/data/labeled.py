@@ -1,4 +1,4 @@
-"""Labelled splits and their transforms, for evaluation and supervised training."""
+"""Labeled splits and their transforms, for evaluation and supervised training."""
 
 import csv
 import os
@@ -38,8 +38,8 @@ class SelectedRows:
         return self.source.read(int(self.rows[index]))
 
 
-class LabelledImages:
-    """One labelled split, with images undecoded.
+class LabeledImages:
+    """One labeled split, with images undecoded.
 
     Attributes:
         labels: int64 numpy (N,), from 0.
@@ -54,9 +54,9 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def select(self, rows: np.ndarray) -> "LabelledImages":
+    def select(self, rows: np.ndarray) -> "LabeledImages":
         """The images of some rows, int64 (n,). Class numbers do not change."""
-        return LabelledImages(SelectedRows(self.source, rows), self.labels[rows], self.class_names)
+        return LabeledImages(SelectedRows(self.source, rows), self.labels[rows], self.class_names)
 
     def read(self, index: int) -> bytes | str | None:
         """Encoded bytes or path of an image."""
@@ -86,7 +86,7 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> np.ndarr
     return held_out
 
 
-def open_labelled(
+def open_labeled(
     dataset_name: str,
     config_name: str | None = None,
     split: str = "test",
@@ -95,8 +95,8 @@ def open_labelled(
     *,
     class_names: list[str] | None = None,
     revision: str | None = None,
-) -> LabelledImages:
-    """Open a labelled split.
+) -> LabeledImages:
+    """Open a labeled split.
 
     Args:
         dataset_name, config_name, split, image_column, revision: As in `open_source`. `dataset_name` can also be a
@@ -120,7 +120,7 @@ def open_labelled(
         _check_class_folders(dataset, dataset_name, split, source.image_column)
     column = find_label_column(dataset, label_column)
     labels, names = _labels(dataset, column, class_names)
-    return LabelledImages(source, labels, names)
+    return LabeledImages(source, labels, names)
 
 
 def find_csv_files(dataset_name: str, split: str) -> list[Path]:
@@ -297,7 +297,7 @@ def _renumber(values: list[str], names: list[str], column: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class EvaluationTransform:
-    """Resize the short side, crop the centre, normalize: uint8 (3, H, W) to float32 (3, size, size).
+    """Resize the short side, crop the center, normalize: uint8 (3, H, W) to float32 (3, size, size).
 
     Args:
         size: Side length of the crop in pixels.
@@ -362,15 +362,15 @@ def _normalize(image: torch.Tensor, mean, std) -> torch.Tensor:
     return v2.functional.normalize(image.to(torch.float32) / 255, list(mean), list(std))
 
 
-class LabelledDataset(torch.utils.data.Dataset):
+class LabeledDataset(torch.utils.data.Dataset):
     """Pairs (transform(image), label) for a DataLoader or a Trainer.
 
     Args:
-        images: Returned by `open_labelled`.
+        images: Returned by `open_labeled`.
         transform: uint8 (3, H, W) to a tensor; None for `EvaluationTransform()`.
     """
 
-    def __init__(self, images: LabelledImages, transform=None):
+    def __init__(self, images: LabeledImages, transform=None):
         self.images, self.transform = images, EvaluationTransform() if transform is None else transform
 
     def __len__(self) -> int:

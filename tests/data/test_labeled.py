@@ -1,4 +1,4 @@
-"""Labelled splits: detection of columns, validation of labels, transforms."""
+"""Labeled splits: detection of columns, validation of labels, transforms."""
 
 import datasets
 import numpy as np
@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms import v2
 
 from mocov3_hf.data.decode import decode_rgb
-from mocov3_hf.data.labelled import EvaluationTransform, LabelledDataset, TrainingTransform, open_labelled
+from mocov3_hf.data.labeled import EvaluationTransform, LabeledDataset, TrainingTransform, open_labeled
 from mocov3_hf.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -30,7 +30,7 @@ def save(tmp_path, make_jpeg):
 
 
 def test_class_labels_of_folders(jpeg_folder, make_jpeg):
-    images = open_labelled(str(jpeg_folder(6, classes=3)), split="train")
+    images = open_labeled(str(jpeg_folder(6, classes=3)), split="train")
     assert images.class_names == ["class0", "class1", "class2"]
     assert images.num_classes == 3
     assert images.labels.dtype == np.int64
@@ -41,15 +41,15 @@ def test_class_labels_of_folders(jpeg_folder, make_jpeg):
 
 def test_integers_text_and_class_labels(save):
     names = ["cat", "dog"]
-    by_class = open_labelled(save([1, 0, 1], datasets.ClassLabel(names=names)))
+    by_class = open_labeled(save([1, 0, 1], datasets.ClassLabel(names=names)))
     assert (by_class.class_names, by_class.labels.tolist()) == (names, [1, 0, 1])
-    by_number = open_labelled(save([4, 0, 2], datasets.Value("int32"), "target"))
+    by_number = open_labeled(save([4, 0, 2], datasets.Value("int32"), "target"))
     assert (by_number.class_names, by_number.num_classes, by_number.labels.tolist()) == (None, 5, [4, 0, 2])
-    by_text = open_labelled(save(["dog", "cat", "dog"], datasets.Value("string"), "labels"))
+    by_text = open_labeled(save(["dog", "cat", "dog"], datasets.Value("string"), "labels"))
     assert (by_text.class_names, by_text.labels.tolist()) == (names, [1, 0, 1])
-    agreed = open_labelled(save(["dog", "cow"], datasets.Value("string")), class_names=["cat", "cow", "dog"])
+    agreed = open_labeled(save(["dog", "cow"], datasets.Value("string")), class_names=["cat", "cow", "dog"])
     assert (agreed.num_classes, agreed.labels.tolist()) == (3, [2, 1])
-    renumbered = open_labelled(save([0, 1], datasets.ClassLabel(names=["dog", "cat"])), class_names=names)
+    renumbered = open_labeled(save([0, 1], datasets.ClassLabel(names=["dog", "cat"])), class_names=names)
     assert renumbered.labels.tolist() == [1, 0]
 
 
@@ -65,7 +65,7 @@ def test_integers_text_and_class_labels(save):
 )
 def test_labels_that_are_none(save, labels, feature, match):
     with pytest.raises(ValueError, match=match) as error:
-        open_labelled(save(labels, feature))
+        open_labeled(save(labels, feature))
     assert "\n" not in str(error.value)
 
 
@@ -73,16 +73,16 @@ def test_label_columns(save):
     extra = {"coarse": ([0, 1], datasets.ClassLabel(names=["x", "y"]))}
     both = save([1, 0], datasets.ClassLabel(names=["a", "b"]), "fine", **extra)
     with pytest.raises(ValueError, match=r"several label columns \(fine, coarse\): choose one with --label_column"):
-        open_labelled(both)
-    assert open_labelled(both, label_column="coarse").class_names == ["x", "y"]
+        open_labeled(both)
+    assert open_labeled(both, label_column="coarse").class_names == ["x", "y"]
     with pytest.raises(ValueError, match="label column 'y' does not exist; columns: image, fine, coarse"):
-        open_labelled(both, label_column="y")
+        open_labeled(both, label_column="y")
     with pytest.raises(ValueError, match="no label column found: name it with --label_column; columns: image, number"):
-        open_labelled(save([1, 0], column="number"))
+        open_labeled(save([1, 0], column="number"))
     with pytest.raises(ValueError, match="column 'label' has labels that are not class names: cow"):
-        open_labelled(save(["dog", "cow"], datasets.Value("string")), class_names=["dog"])
+        open_labeled(save(["dog", "cow"], datasets.Value("string")), class_names=["dog"])
     with pytest.raises(ValueError, match="label 3 in column 'label' has no name: there are 2 class names"):
-        open_labelled(save([0, 3]), class_names=["dog", "cat"])
+        open_labeled(save([0, 3]), class_names=["dog", "cat"])
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -115,8 +115,8 @@ def test_the_training_transform(make_jpeg):
 
 
 def test_the_dataset_gives_pairs(jpeg_folder):
-    dataset = LabelledDataset(open_labelled(str(jpeg_folder(4)), split="train"), EvaluationTransform(16))
+    dataset = LabeledDataset(open_labeled(str(jpeg_folder(4)), split="train"), EvaluationTransform(16))
     images, labels = next(iter(torch.utils.data.DataLoader(dataset, batch_size=4)))
     assert images.shape == (4, 3, 16, 16)
     assert labels.tolist() == [0, 0, 1, 1]
-    assert LabelledDataset(dataset.images)[0][0].shape == (3, 224, 224)
+    assert LabeledDataset(dataset.images)[0][0].shape == (3, 224, 224)
