@@ -247,7 +247,7 @@ def test_bad_images_are_replaced_counted_and_listed(images, tmp_path, kind):
     assert TwoViewLoader(source, SETTINGS, global_batch_size=12, **options).num_bad_images == 4
 
 
-def test_the_neighbour_is_the_next_good_image(images):
+def test_the_neighbor_is_the_next_good_image(images):
     source = map_source(damaged(images, 58, 59, 0))
     batches = load(source, max_bad_fraction=1)
     draws = draw_view(SETTINGS[0], 0, 0, torch.tensor([58]), 0)

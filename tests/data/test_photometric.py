@@ -65,7 +65,7 @@ def test_hue_agrees_with_torchvision(pictures, shift):
     image[1, :, :8] = torch.tensor([1.0, 0.0, 1.0])[:, None, None]
     ours = photometric.adjust_hue(image, shift)
     assert torch.allclose(ours, reference.adjust_hue(image, shift), atol=5e-6)
-    # PIL quantizes hue to steps of 1/256 turn, 6 levels of a pure colour, twice.
+    # PIL quantizes hue to steps of 1/256 turn, 6 levels of a pure color, twice.
     ours = levels(photometric.adjust_hue(to_float(pictures), shift))
     for picture, found in zip(pictures, ours, strict=True):
         expected = np.asarray(reference.adjust_hue(Image.fromarray(picture), shift)).astype(float)
@@ -158,7 +158,7 @@ def test_the_whole_stage_against_pil(pictures):
             assert np.abs(back * 255 - np.asarray(image)).mean() <= 1.5
 
 
-def test_neutral_parameters_only_normalise(pictures):
+def test_neutral_parameters_only_normalize(pictures):
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2)
     stage = PhotometricStage()
     expected = reference.normalize(pixels.float() / 255, IMAGENET_MEAN, IMAGENET_STD)

@@ -1,4 +1,4 @@
-"""The neighbours that `docs/interop.md` says work: PEFT, device maps with offloading, one graph under compile."""
+"""The libraries that `docs/interop.md` lists as working: PEFT, device maps with offloading, one graph in compile."""
 
 import pytest
 import torch

@@ -80,7 +80,7 @@ def test_every_form_of_file_gives_the_same_model(form, tmp_path):
 
 
 @pytest.mark.slow
-def test_mmpretrain_file_gives_epochs_labels_stage_and_normalisation(tmp_path):
+def test_mmpretrain_file_gives_epochs_labels_stage_and_normalization(tmp_path):
     state_dict = mmpretrain_pretraining("resnet")
     state_dict["data_preprocessor.mean"] = torch.full((3, 1, 1), 127.5)
     torch.save({"meta": {"epoch": 800, "cfg": "x = 1"}, "state_dict": state_dict}, tmp_path / "pre.pth")

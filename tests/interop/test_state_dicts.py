@@ -183,7 +183,7 @@ def test_convolutional_stem_computes_what_the_official_one_does():
         layers += [torch.nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), torch.nn.BatchNorm2d(outputs)]
         layers += [torch.nn.ReLU(inplace=True)]
     stem = torch.nn.Sequential(*layers, torch.nn.Conv2d(32, 32, 1))
-    stem(torch.randn(8, 3, 32, 32))  # running statistics of its own in every normalisation
+    stem(torch.randn(8, 3, 32, 32))  # running statistics of its own in every normalization
     encoder = {key: value for key, value in official_encoder("vit").items() if not key.startswith("patch_embed")}
     encoder["pos_embed"] = torch.from_numpy(sincos_position_embedding(32, 2))
     encoder |= {f"patch_embed.proj.{key}": value for key, value in stem.eval().state_dict().items()}

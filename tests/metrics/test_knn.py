@@ -71,7 +71,7 @@ def test_top_classes_are_those_of_a_loop(data):
         expected = predict_by_loop(queries.double(), bank.double(), bank_labels, k, 0.07, 7)
         padded = [(classes + [-1] * 5)[:5] for classes in expected]
         assert predicted[k].tolist() == padded
-    assert (predicted[1][:, 1:] == -1).all(), "one neighbour votes for one class"
+    assert (predicted[1][:, 1:] == -1).all(), "one neighbor votes for one class"
 
 
 def test_weights_matter(data):

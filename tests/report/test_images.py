@@ -152,7 +152,7 @@ def test_chance_of_agreement_matches_a_loop():
 
 
 def test_map_keeps_groups_apart_and_is_the_same_twice():
-    features = torch.cat([random(20, 8) * 0.05 + centre for centre in random(3, 8, seed=3)]).float()
+    features = torch.cat([random(20, 8) * 0.05 + center for center in random(3, 8, seed=3)]).float()
     points = embed(features, seed=0)
     assert points.shape == (60, 2)
     np.testing.assert_array_equal(points, embed(features, seed=0))

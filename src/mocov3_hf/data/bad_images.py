@@ -37,7 +37,7 @@ class BadImageLog:
 
     Args:
         num_samples: Length of the data set.
-        action: "skip" replaces a bad image by a neighbour; "error" stops at the first bad image.
+        action: "skip" replaces a bad image with a neighbor; "error" stops at the first bad image.
         max_fraction: Largest fraction of the data set that may be bad.
         file: Path of `bad_images.jsonl`, or None for no file.
 

@@ -173,9 +173,9 @@ def _decode_png(data: bytes, max_pixels: int) -> torch.Tensor:
         raise BadImageError(f"is truncated ({len(data)} bytes)")
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     _check_size(width, height, max_pixels)
-    depth, colour_type = data[24], data[25]
+    depth, color_type = data[24], data[25]
     header = data[: data.find(b"IDAT")]
-    plain = _HAS_OPERATORS and depth == 8 and colour_type in (0, 2) and data[-8:-4] == b"IEND"
+    plain = _HAS_OPERATORS and depth == 8 and color_type in (0, 2) and data[-8:-4] == b"IEND"
     if not plain or any(chunk in header for chunk in (b"tRNS", b"eXIf", b"iTXt", b"zTXt", b"tEXt", b"acTL")):
         return _decode_with_pil(data, max_pixels)
     return torch.ops.image.decode_png(_as_buffer(data), _RGB, False)

@@ -28,7 +28,7 @@ class DeviceCache:
     Attributes:
         images: uint8 (N, 3, H, W) on the device.
         heights, widths: int64 (N,) on the CPU, image sizes in pixels.
-        bad: List of `BadImage`. A neighbour replaces each of them.
+        bad: List of `BadImage`. A neighbor replaces each of them.
 
     Raises:
         ValueError: The data set is streamed or too large.
@@ -132,7 +132,7 @@ def _resize_matrix(start: torch.Tensor, length: torch.Tensor, extent: int, size:
     """
     scale = (length.to(torch.float32) / size)[:, None, None]
     source = torch.arange(extent, device=start.device)[None, None, :] - start[:, None, None]
-    centre = (torch.arange(size, device=start.device, dtype=torch.float32)[None, :, None] + 0.5) * scale
-    weights = (1 - (source + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)
+    center = (torch.arange(size, device=start.device, dtype=torch.float32)[None, :, None] + 0.5) * scale
+    weights = (1 - (source + 0.5 - center).abs() / scale.clamp(min=1)).clamp(min=0)
     weights = torch.where((source >= 0) & (source < length[:, None, None]), weights, 0.0)
     return weights / weights.sum(dim=2, keepdim=True)

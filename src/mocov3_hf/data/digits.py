@@ -1,7 +1,7 @@
 """Handwritten digits as a labelled image folder: real images without a network.
 
 scikit-learn includes the test set of the UCI "Optical Recognition of Handwritten Digits" (1,797 images, 8x8 pixels,
-17 grey levels).
+17 gray levels).
 """
 
 import os

@@ -297,7 +297,7 @@ def _renumber(values: list[str], names: list[str], column: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class EvaluationTransform:
-    """Resize the short side, crop the centre, normalize: uint8 (3, H, W) to float32 (3, size, size).
+    """Resize the short side, crop the center, normalize: uint8 (3, H, W) to float32 (3, size, size).
 
     Args:
         size: Side length of the crop in pixels.

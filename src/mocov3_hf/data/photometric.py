@@ -206,7 +206,7 @@ def gaussian_blur(image: torch.Tensor, sigma: torch.Tensor, max_sigma: float) ->
 
 
 def _box_weights(sigma: torch.Tensor, max_sigma: float) -> torch.Tensor:
-    """(B, reach + 1): weights of one box at each distance from its centre.
+    """(B, reach + 1): weights of one box at each distance from its center.
 
     Three such boxes have exactly the variance sigma^2: Gwosdek et al., "Theoretical foundations of Gaussian
     convolution by extended box filtering" (2011), equations 7, 11 and 14, as in PIL.

@@ -59,7 +59,7 @@ def decode(image: ImageInput) -> torch.Tensor:
         if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
             raise ValueError(
                 f"a tensor must be one image, uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}: unbind a batch"
-                " into a list, and undo any normalisation"
+                " into a list, and undo any normalization"
             )
         return image.cpu()
     if isinstance(image, (str, os.PathLike, bytes)):
