@@ -86,7 +86,7 @@ def test_backends_of_the_processor_agree(folders, body, image):
     assert (with_torchvision - with_pil).abs().max() < 2 * 0.0175
 
 
-def test_processor_normalises_as_the_evaluation_does(folders, body):
+def test_processor_normalizes_as_the_evaluation_does(folders, body):
     processor = AutoImageProcessor.from_pretrained(folders / body)
     side = {"vit": 32, "resnet": 64}[body]
     red = Image.new("RGB", (200, 100), (255, 0, 128))

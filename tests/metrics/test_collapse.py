@@ -12,7 +12,7 @@ def gaussian(rows, width, seed=0):
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_std_is_that_of_numpy_on_normalised_rows():
+def test_std_is_that_of_numpy_on_normalized_rows():
     features = gaussian(500, 12) + 2
     rows = features.numpy() / (features.numpy() ** 2).sum(axis=1, keepdims=True) ** 0.5
     torch.testing.assert_close(normalized_std(features), torch.from_numpy(rows.std(axis=0)), rtol=1e-12, atol=0)
