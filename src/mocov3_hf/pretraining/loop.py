@@ -13,10 +13,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..data.bad_images import TooManyBadImagesError
 from ..data.loader import TwoViewLoader
+from ..data.workers import LostWorkerError
 from ..hub import BackgroundPusher
 from ..optim import cosine_ema_decay, warmup_cosine
 from ..reporting import RunError, UsageError, is_first_process, reporting
-from ..run_folder import KNN, RECIPE, CheckpointError
+from ..run_folder import KNN, RECIPE, CheckpointError, list_checkpoints
 from .build import (
     build_accelerator,
     build_loader,
@@ -36,7 +37,7 @@ from .instability import GradientWatch, Instability
 from .monitors import DivergedError, TrainingLog, summarize
 from .online_knn import OnlineKNN
 from .plan import Plan, make_plan
-from .processes import LostProcessError, StopRequest, limit_time_to_exit, raise_if_process_lost
+from .processes import LostProcessError, Stopped, StopRequest, limit_time_to_exit, raise_if_process_lost
 from .recipe import Recipe, parse
 from .resume import checkpoint_before, find_common_checkpoint, prepare_folder, resume_command, truncate_lines
 from .step import seed_step, train_step
@@ -51,19 +52,20 @@ def main(arguments: Iterable[str]) -> None:
     with reporting():
         recipe = parse(arguments)
         try:
-            run_recipe(recipe, resume_command(sys.argv[1:]))
+            run_recipe(recipe, resume_command(sys.argv[1:]), is_command=True)
         except LostProcessError:
             limit_time_to_exit()
             raise
 
 
-def run_recipe(recipe: Recipe, resume_command: str) -> Path:
+def run_recipe(recipe: Recipe, resume_command: str, is_command: bool = False) -> Path:
     """
     Run a recipe, or print its plan with `--dry_run`.
 
     Args:
         recipe: Options of the run.
         resume_command: What messages say about how to resume.
+        is_command: Whether the process exits afterwards.
 
     Returns:
         The output folder.
@@ -78,8 +80,12 @@ def run_recipe(recipe: Recipe, resume_command: str) -> Path:
         return Path(recipe.run.output_dir or ".")
     run = None
     try:
-        run = Run(recipe, resume_command)
-        run.train()
+        with StopRequest(is_command) as stop:
+            try:
+                run = Run(recipe, resume_command)
+                run.train(stop)
+            except Stopped:
+                print(f"stopped by {stop.describe()} before training; to resume:\n  {resume_command}")
     except TooManyBadImagesError as error:  # images can be out of reach of one process alone
         raise RunError(str(error), from_any_process=True) from error
     except ValueError as error:
@@ -150,7 +156,7 @@ class Run:
             name = recipe.hub.hub_model_id or self.output_dir.resolve().name
             self.pusher = BackgroundPusher(name, private=recipe.hub.hub_private_repo, revision=recipe.hub.hub_revision)
 
-    def train(self) -> None:
+    def train(self, stop: StopRequest) -> None:
         """Train to the end, or until a signal; weights, metrics and the resolved recipe are in the output folder."""
         self.accelerator.init_trackers("mocov3", config=tracker_config(self.recipe))
         log = TrainingLog(
@@ -165,13 +171,23 @@ class Run:
         if self.step == self.plan.total_steps:
             self.accelerator.print(f"all {self.step} steps are done: nothing left to do")
         self.model.train()
-        stopping = False
-        with StopRequest(self.accelerator) as stop, closing(log):
+        stop.start_training()
+        stopping = stop.agreed(self.accelerator)
+        with closing(log):
             while self.step < self.plan.total_steps and not stopping:
-                stopping = self.train_until_stopped(stop, log)
+                try:
+                    stopping = self.train_until_stopped(stop, log)
+                except LostWorkerError as error:
+                    # With other processes, this is a worker that the data itself killed.
+                    if self.accelerator.num_processes == 1:
+                        self.save_finished_steps(log)
+                    raise self.explain(error) from error
         self.accelerator.end_training()
         if self.pusher is not None:
             self.pusher.finish()
+        lost = self.lost_worker()
+        if lost is not None:
+            raise self.explain(lost)
         if stopping:
             self.accelerator.print(f"stopped by {stop.describe()} after step {self.step}; to resume:")
             self.accelerator.print(f"  {self.resume_command}")
@@ -202,7 +218,7 @@ class Run:
             self.step += 1
 
             is_last = self.step == self.plan.total_steps
-            stopping = stop.agreed() and not is_last
+            stopping = stop.agreed(self.accelerator, self.lost_worker() is not None) and not is_last
             logging = is_last or self.step % recipe.monitoring.logging_steps == 0
             saving = is_last or self.step % recipe.run.save_steps == 0 or stopping
             if logging or saving:
@@ -212,13 +228,29 @@ class Run:
                     return False
             if logging:
                 log.write(self.step, output.projection, learning_rate, ema_decay, self.loader.num_bad_images)
+            if stopping:  # first what must not be lost: the time may be short
+                self.save(log)
             if self.knn is not None and self.step % recipe.monitoring.knn_steps == 0:
                 self.measure_knn(log)
-            if saving:
-                self.save(log)
             if stopping:
                 return True
+            if saving:
+                self.save(log)
         return False
+
+    def lost_worker(self) -> LostWorkerError | None:
+        """Of this process; it has decoded the images itself since then."""
+        return self.loader.lost_worker or (self.knn and self.knn.lost_worker)
+
+    def save_finished_steps(self, log: TrainingLog) -> None:
+        """Save before the run ends with an error, unless its last steps would be rolled back."""
+        if self.step > 0 and not (log.examine(self.step) and self.recipe.monitoring.on_instability == "rollback"):
+            self.save(log)
+
+    def explain(self, error: LostWorkerError) -> RunError:
+        checkpoints = list_checkpoints(self.output_dir)
+        advice = f"{checkpoints[0].name} is complete; to resume" if checkpoints else "To start again"
+        return RunError(f"{error}. {advice}: {self.resume_command}", from_any_process=True)
 
     def augment(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Both views `(B, C, H, W)`: normalized images on the device, from uint8 crops and drawn parameters."""
