@@ -31,6 +31,7 @@ from .build import (
 )
 from .checkpoint import RunState, load_checkpoint, read_state, save_checkpoint
 from .dry_run import describe
+from .folder_lock import FolderLock
 from .gradient_cache import check_chunkable
 from .hardware import choose_settings, compile_augmentation, set_up
 from .instability import GradientWatch, Instability
@@ -39,7 +40,14 @@ from .online_knn import OnlineKNN
 from .plan import Plan, make_plan
 from .processes import LostProcessError, Stopped, StopRequest, limit_time_to_exit, raise_if_process_lost
 from .recipe import Recipe, parse
-from .resume import checkpoint_before, find_common_checkpoint, prepare_folder, resume_command, truncate_lines
+from .resume import (
+    check_output_dir,
+    checkpoint_before,
+    find_common_checkpoint,
+    prepare_folder,
+    resume_command,
+    truncate_lines,
+)
 from .step import seed_step, train_step
 
 
@@ -78,12 +86,14 @@ def run_recipe(recipe: Recipe, resume_command: str, is_command: bool = False) ->
         if is_first_process():
             print(describe(recipe))
         return Path(recipe.run.output_dir or ".")
+    check_output_dir(recipe.run.output_dir or "")
     run = None
     try:
         with StopRequest(is_command) as stop:
             try:
-                run = Run(recipe, resume_command)
-                run.train(stop)
+                with FolderLock(Path(recipe.run.output_dir)) as lock:
+                    run = Run(recipe, resume_command, lock)
+                    run.train(stop)
             except Stopped:
                 print(f"stopped by {stop.describe()} before training; to resume:\n  {resume_command}")
     except TooManyBadImagesError as error:  # images can be out of reach of one process alone
@@ -109,15 +119,15 @@ class Run:
         UsageError, ValueError: what cannot work, in one line with the fix.
     """
 
-    def __init__(self, recipe: Recipe, resume_command: str):
-        self.recipe, self.resume_command = recipe, resume_command
+    def __init__(self, recipe: Recipe, resume_command: str, lock: FolderLock):
+        self.recipe, self.resume_command, self.lock = recipe, resume_command, lock
         self.output_dir = Path(recipe.run.output_dir)
         disable_progress_bar()  # transformers' own, for every file of a checkpoint
         self.accelerator = build_accelerator(recipe)
         check_model(recipe)
         source = build_source(recipe)
         self.plan = make_plan(recipe, source.num_samples, self.accelerator.num_processes)
-        found = find_common_checkpoint(recipe, self.plan)
+        found = find_common_checkpoint(recipe, self.plan, lock)
 
         model = build_model(recipe)
         self.temperature = model.config.temperature
@@ -330,6 +340,7 @@ class Run:
         Write a checkpoint.
 
         Raises:
+            RunError: another run has taken over the folder.
             SaveError: it could not be written, and it is the last one or `on_save_error` is stop.
         """
         state = RunState(
@@ -343,15 +354,20 @@ class Run:
             num_rollbacks=self.num_rollbacks,
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
         )
-        failure = None
+        failure = taken_over = None
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)
             limit = self.recipe.run.save_total_limit
             try:
+                self.lock.check()
                 save_checkpoint(self.output_dir, model, self.optimizer.optimizer, self.recipe, state, limit)
             except (OSError, SafetensorError) as error:
                 failure = f"the checkpoint of step {self.step} could not be written: {error}"
-        failure = broadcast_object_list([failure])[0]
+            except RunError as error:
+                taken_over = str(error)
+        failure, taken_over = broadcast_object_list([failure, taken_over])
+        if taken_over is not None:
+            raise RunError(taken_over)
         if failure is None:
             if self.pusher is not None:
                 self.pusher.push(self.output_dir, f"Step {self.step}")
