@@ -18,8 +18,8 @@ LENGTH = ["--max_steps", "4", "--save_steps", "2", "--logging_steps", "2", "--kn
 
 
 @pytest.fixture(scope="module")
-def arguments(tiny, labelled):
-    return [*tiny, "--dataset_name", str(labelled), *LENGTH]
+def arguments(tiny, labeled):
+    return [*tiny, "--dataset_name", str(labeled), *LENGTH]
 
 
 @pytest.fixture(scope="module")
