@@ -47,7 +47,8 @@ def main(output: Path) -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     views = torch.randn(2, BATCH_SIZE, 3, BACKBONE["image_size"], BACKBONE["image_size"])
     seconds = []
-    with StopRequest(accelerator) as stop:
+    with StopRequest() as stop:
+        stop.start_training()
         for _ in range(WARM_UP_STEPS + STEPS):
             start = time.perf_counter()
             train_step(
@@ -60,7 +61,7 @@ def main(output: Path) -> None:
                 accelerator=accelerator,
                 watch=watch,
             )
-            stop.agreed()
+            stop.agreed(accelerator)
             seconds.append(time.perf_counter() - start)
     report = {
         "step_seconds": statistics.median(seconds[WARM_UP_STEPS:]),

@@ -94,8 +94,12 @@ def check_manifest(checkpoint: Path) -> None:
             raise CheckpointError(f"{checkpoint} is damaged: {name} is missing")
         size = file.stat().st_size
         if size != expected["size"]:
-            raise CheckpointError(f"{checkpoint} is damaged: {name} has {size} bytes, expected {expected['size']}")
-        if sha256_of(file) != expected["sha256"]:
+            raise CheckpointError(f"{checkpoint} is damaged: {name} has {size} bytes, expected {expected['size']!r}")
+        try:
+            digest = sha256_of(file)
+        except OSError as error:
+            raise CheckpointError(f"{checkpoint} is damaged: {name} cannot be read ({error})") from error
+        if digest != expected["sha256"]:
             raise CheckpointError(f"{checkpoint} is damaged: the content of {name} is not what was written")
 
 
@@ -106,7 +110,7 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{checkpoint} is not complete: its {MANIFEST} cannot be read ({error})") from error
     is_valid = (
         isinstance(manifest, dict)
-        and {"model.safetensors", STATE} <= manifest.keys()
+        and {"model.safetensors", OPTIMIZER, STATE, RECIPE, CONFIG} <= manifest.keys()
         and all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in manifest.values())
         and all(name and Path(name).name == name for name in manifest)
     )
@@ -122,19 +126,6 @@ def is_whole(checkpoint: Path) -> bool:
     except CheckpointError:
         return False
     return True
-
-
-def newest_whole_checkpoint(folder: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that agrees with its manifest, None without one; and what is wrong with newer ones."""
-    complaints = []
-    for checkpoint in list_checkpoints(folder):
-        try:
-            check_manifest(checkpoint)
-        except CheckpointError as error:
-            complaints.append(str(error))
-        else:
-            return checkpoint, complaints
-    return None, complaints
 
 
 # Results of evaluations

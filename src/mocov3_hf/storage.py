@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,8 @@ def append_line(path: str | Path, values: Mapping[str, Any]) -> None:
 
 def read_lines(path: str | Path) -> tuple[list[dict[str, Any]], list[int]]:
     """
-    The objects of a JSON Lines file that have a numeric `step`, and the numbers (from 1) of the lines that are not
-    such objects: a killed run can leave half a line. A file that does not exist has no lines.
+    The objects of a JSON Lines file that have a finite number as `step`, and the numbers (from 1) of the lines that
+    are not such objects: a killed run can leave half a line. A file that does not exist has no lines.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8", errors="replace")
@@ -159,12 +160,16 @@ def read_lines(path: str | Path) -> tuple[list[dict[str, Any]], list[int]]:
             content = json.loads(line)
         except (ValueError, RecursionError):
             content = None
-        step = content.get("step") if isinstance(content, dict) else None
-        if isinstance(step, int | float) and not isinstance(step, bool):
+        if isinstance(content, dict) and is_number(content.get("step")):
             lines.append(content)
         else:
             damaged.append(number)
     return lines, damaged
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a finite number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def rewrite_lines(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> None:

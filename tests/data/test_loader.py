@@ -8,6 +8,7 @@ import datasets
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from mocov3_hf.data import bad_images
 from mocov3_hf.data.bad_images import TooManyBadImagesError
@@ -16,6 +17,7 @@ from mocov3_hf.data.loader import TwoViewLoader
 from mocov3_hf.data.shards import ListedRows
 from mocov3_hf.data.sources import MapSource, StreamSource
 from mocov3_hf.data.views import crop_boxes, draw_view, two_views
+from mocov3_hf.data.workers import LostWorkerError
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -291,7 +293,9 @@ class KillingSource(MapSource):
     """Its worker is killed at the first image, as by the kernel when memory runs out."""
 
     def read(self, sample_id):
-        os.kill(os.getpid(), signal.SIGKILL)
+        if get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(sample_id)
 
 
 class FailingSource(MapSource):
@@ -306,8 +310,21 @@ def in_memory(cls):
 
 
 def test_a_worker_that_dies_is_reported_with_its_cause():
-    with pytest.raises(RuntimeError, match=r"worker died \(worker \d+: killed \(signal 9\), probably out of memory"):
+    with pytest.raises(LostWorkerError, match=r"worker died \(worker \d+: killed \(signal 9\), probably out of mem"):
         load(in_memory(KillingSource), steps_per_epoch=2, num_workers=1)
+
+
+def test_one_of_several_processes_decodes_without_its_lost_worker(images):
+    """The others wait for it in a step that they have begun."""
+    source = KillingSource.__new__(KillingSource)
+    source.__dict__.update(map_source(images).__dict__)
+    options = {"global_batch_size": 4, "num_processes": 2, "process_index": 1}
+    loader = TwoViewLoader(source, SETTINGS, num_workers=2, **options)
+    assert loader.lost_worker is None
+    expected = TwoViewLoader(map_source(images), SETTINGS, **options)
+    for epoch in range(2):
+        assert same(list(loader.epoch(epoch)), list(expected.epoch(epoch)))
+        assert "killed (signal 9)" in str(loader.lost_worker)
 
 
 def test_an_error_in_a_worker_keeps_its_cause():

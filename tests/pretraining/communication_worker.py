@@ -72,7 +72,8 @@ def count(accelerator: Accelerator, backbone: str, chunk_size: int | None) -> di
     model, optimizer = accelerator.prepare(model, optimizer)
     size = BACKBONES[backbone].get("image_size", 32)
     views = torch.randn(2, BATCH_SIZE, 3, size, size)
-    with StopRequest(accelerator) as stop:
+    with StopRequest() as stop:
+        stop.start_training()
         counted = Counted()
         # Before its second step DDP rebuilds its buckets and broadcasts them, once in a run.
         for watcher in (nullcontext(), nullcontext(), counted):
@@ -87,7 +88,7 @@ def count(accelerator: Accelerator, backbone: str, chunk_size: int | None) -> di
                     accelerator=accelerator,
                     gradient_cache_chunk_size=chunk_size,
                 )
-                stop.agreed()
+                stop.agreed(accelerator)
     return {
         "predicted": [dataclasses.asdict(exchange) for exchange in predicted],
         "counted": {kind: [counted.count[kind], counted.num_bytes[kind]] for kind in counted.count},

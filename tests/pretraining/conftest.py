@@ -1,11 +1,14 @@
 """A folder of small pictures, and accelerate and torch as a fresh process finds them."""
 
+import signal
+
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from datasets import Dataset, Features, Image
 from PIL import Image as Picture
 
+from mocov3_hf.data.workers import STOP_SIGNALS
 from mocov3_hf.pretraining.hardware import choose_algorithms
 
 
@@ -48,9 +51,12 @@ def labeled(tmp_path_factory):
 
 @pytest.fixture
 def fresh():
-    """Forgets device, precision and algorithms of the runs before, which are kept for the whole process."""
+    """Forgets what the runs before have left: device, precision, algorithms, and that a command ignores signals."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def forget():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         AcceleratorState._reset_state(reset_partial_state=True)
         choose_algorithms(deterministic=False, strictly=False)
 

@@ -29,7 +29,7 @@ def alarm(monkeypatch):
 def run_into(error, tmp_path, tiny, monkeypatch, step):
     """A run whose training raises `error` after `step` steps, with a checkpoint."""
 
-    def train(self):
+    def train(self, stop):
         self.step = step
         (self.output_dir / "checkpoint-2").mkdir()
         raise error

@@ -4,7 +4,6 @@ Every batch is a pure function of (seed, epoch, step). It does not depend on pre
 workers or the number of processes. Do not `prepare` the loader with accelerate: it is already split by process.
 """
 
-import gc
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -18,6 +17,7 @@ from .order import default_lanes, rows_of_process, sample_order, split_rows, ste
 from .sources import MapSource, StreamSource
 from .streams import StreamReader
 from .views import ViewSettings, make_views
+from .workers import LostWorkerError, iterate
 
 
 class TwoViewLoader:
@@ -76,6 +76,8 @@ class TwoViewLoader:
         self._bad = BadImageLog(num_samples, on_bad_image, max_bad_fraction, bad_images_file)
         self._pin_memory = pin_memory
         self._parts = [self._rows]
+        self.lost_worker: LostWorkerError | None = None
+        self._is_alone = num_processes == 1
         self._cache = None
         if cache_on_device is not None:
             self._cache = DeviceCache(source, cache_on_device)
@@ -98,7 +100,6 @@ class TwoViewLoader:
             sampler=self._requests,
             collate_fn=_unchanged,
             num_workers=num_workers,
-            worker_init_fn=_start_worker,
             persistent_workers=num_workers > 0,
             prefetch_factor=prefetch_factor if num_workers > 0 else None,
             pin_memory=pin_memory and len(self._parts) == 1,
@@ -118,28 +119,49 @@ class TwoViewLoader:
 
         Raises:
             TooManyBadImagesError: See `BadImageLog`; or many images in a row are unusable.
-            RuntimeError: A worker died.
+            LostWorkerError: A worker died. One of several processes decodes the images itself from then on and keeps
+                the error in `lost_worker`, so that all can finish the step and save.
         """
         if start_step < 0:
             raise ValueError(f"start_step must not be negative, got {start_step}")
         if self._cache is not None:
             yield from self._cached_epoch(epoch, start_step)
             return
-        # The iterator of requests must not refer to the loader. In a reference cycle, the queues to the workers could
-        # be collected before the workers are told to stop.
-        steps = range(start_step, self.steps_per_epoch)
-        if self._is_stream:
-            self._requests.requests = iter([(epoch, step, rows) for step in steps for rows in self._parts])
-        else:
-            order = sample_order(self.seed, epoch, self.source.num_samples)
-            self._requests.requests = _map_requests(epoch, order, steps, self._rows, self.global_batch_size)
         parts = []
-        for part in self._iterate(iter(self._loader)):
+        for part in self._load(epoch, start_step):
             self._bad.add(part.pop("bad"))
             parts.append(part)
             if len(parts) == len(self._parts):
                 yield parts[0] if len(parts) == 1 else self._joined(parts)
                 parts = []
+
+    def _load(self, epoch: int, start_step: int) -> Iterator[dict]:
+        """
+        The parts of all batches from the workers. Once a worker is lost, from this process: the others have begun a
+        step and wait for it.
+        """
+        requests = self._requests_of(epoch, start_step)
+        if self.lost_worker is None:
+            # The iterator of requests must not refer to the loader. In a reference cycle, the queues to the workers
+            # could be collected before the workers are told to stop.
+            self._requests.requests = self._requests_of(epoch, start_step)
+            try:
+                for part in iterate(self._loader):
+                    next(requests)
+                    yield part
+            except LostWorkerError as error:
+                if self._is_alone or error.is_contagious:
+                    raise
+                self.lost_worker = error
+        for request in requests:
+            yield self._loader.dataset[request]
+
+    def _requests_of(self, epoch: int, start_step: int) -> Iterator[tuple]:
+        steps = range(start_step, self.steps_per_epoch)
+        if self._is_stream:
+            return iter([(epoch, step, rows) for step in steps for rows in self._parts])
+        order = sample_order(self.seed, epoch, self.source.num_samples)
+        return _map_requests(epoch, order, steps, self._rows, self.global_batch_size)
 
     def _cached_epoch(self, epoch: int, start_step: int) -> Iterator[dict]:
         order = sample_order(self.seed, epoch, self.source.num_samples)
@@ -164,21 +186,6 @@ class TwoViewLoader:
             "parameters": torch.cat([part["parameters"] for part in parts], dim=1),
             "sample_ids": torch.cat([part["sample_ids"] for part in parts]),
         }
-
-    def _iterate(self, batches) -> Iterator[dict]:
-        """Yield the batches. If a worker dies, raise an error with the cause."""
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                dead = [w for w in getattr(batches, "_workers", ()) if not w.is_alive() and w.exitcode != 0]
-                if not dead:
-                    raise
-                causes = "; ".join(f"worker {worker.pid}: {_describe_exit(worker.exitcode)}" for worker in dead)
-                raise RuntimeError(f"a data loading worker died ({causes})") from error
-            yield batch
 
 
 def one_ahead(function: Callable, arguments: Iterable) -> Iterator:
@@ -206,17 +213,6 @@ def _checked_steps(num_samples: int | None, global_batch_size: int, steps_per_ep
             f"{global_batch_size}: lower it, or train for more epochs"
         )
     return steps_per_epoch or available
-
-
-def _describe_exit(code: int) -> str:
-    """Explain the exit code of a worker."""
-    causes = {
-        -9: "killed (signal 9), probably out of memory: use fewer workers or a smaller batch",
-        -7: "bus error (signal 7), probably a full /dev/shm: give the container more shared memory",
-        -11: "segmentation fault (signal 11) in a decoder: find the image with --dataloader_num_workers 0",
-        -15: "terminated from outside (signal 15)",
-    }
-    return causes.get(code, f"exit code {code}")
 
 
 def _map_requests(epoch: int, order: torch.Tensor, steps: range, rows: range, global_batch_size: int):
@@ -259,10 +255,3 @@ class _Requests:
 
 def _unchanged(batch: dict) -> dict:
     return batch
-
-
-def _start_worker(_index: int) -> None:
-    # A forked worker holds copies of its parent's objects. Collecting them, for example another loader, would affect
-    # processes of the parent.
-    gc.freeze()
-    torch.set_num_threads(1)

@@ -22,8 +22,10 @@ from transformers import PreTrainedModel
 
 from ..data.decode import BadImageError
 from ..data.labeled import LabeledImages
+from ..data.workers import LostWorkerError, iterate
 from ..loading import base_encoder, load_processor, pooled_features, size_options, weights_hash
 from ..processing import ProcessorTransform
+from ..reporting import RunError
 from ..storage import atomic_file
 
 
@@ -275,21 +277,27 @@ def rows_of_split(
         collate_fn=_collate,
         pin_memory=model.device.type == "cuda",
     )
-    rows, error = [], None
+    rows, error, lost_worker = [], None, None
     with (
         torch.no_grad(),
         _evaluating(model),
         tqdm(total=end - begin, unit="img", desc=description, disable=not (progress and state.is_main_process)) as bar,
     ):
-        for pixel_values, error in loader:
-            if error is not None:
-                break
-            rows.append(_forward(model, forward, pixel_values, PRECISIONS[mixed_precision]).cpu())
-            bar.update(len(pixel_values))
+        try:
+            for pixel_values, error in iterate(loader):
+                if error is not None:
+                    break
+                rows.append(_forward(model, forward, pixel_values, PRECISIONS[mixed_precision]).cpu())
+                bar.update(len(pixel_values))
+        except LostWorkerError as lost:
+            lost_worker = str(lost)
     # Every process learns of an error in one of them, or it would wait for its rows forever.
-    errors = [found for found in gather_object([error]) if found is not None]
-    if errors:
-        raise ValueError(errors[0])
+    answers = gather_object([(error, lost_worker)])
+    for error, lost_worker in answers:
+        if error is not None:
+            raise ValueError(error)
+        if lost_worker is not None:
+            raise RunError(lost_worker)
     own = torch.cat(rows) if rows else None
     return own if state.num_processes == 1 else _gather_rows(own, edges, model.device)
 

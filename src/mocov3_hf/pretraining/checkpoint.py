@@ -102,8 +102,27 @@ def publish(folder: Path, output_dir: Path) -> None:
 
 
 def read_state(folder: Path) -> RunState:
-    """The position of the run at a checkpoint."""
-    return RunState(**json.loads((folder / STATE).read_text(encoding="utf-8"))["run"])
+    """
+    The position of the run at a checkpoint.
+
+    Raises:
+        CheckpointError: the file is damaged, or of a version with other fields.
+    """
+    content = read_state_file(folder)
+    try:
+        return RunState(**content["run"])
+    except TypeError as error:
+        raise CheckpointError(f"{folder} is damaged: {STATE} has other fields ({error})") from error
+
+
+def read_state_file(folder: Path) -> dict:
+    try:
+        content = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder} is damaged: {STATE} cannot be read ({error})") from error
+    if not isinstance(content, dict) or not {"run", "optimizer"} <= content.keys():
+        raise CheckpointError(f"{folder} is damaged: {STATE} does not hold the state of a run")
+    return content
 
 
 def load_checkpoint(folder: Path, model: MoCoV3ForPreTraining, optimizer: torch.optim.Optimizer) -> None:
@@ -121,8 +140,7 @@ def load_checkpoint(folder: Path, model: MoCoV3ForPreTraining, optimizer: torch.
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"{folder} holds another model: {' '.join(str(error).split())}") from error
-    settings = json.loads((folder / STATE).read_text(encoding="utf-8"))["optimizer"]
-    restore_optimizer(model, optimizer, tensors, settings)
+    restore_optimizer(model, optimizer, tensors, read_state_file(folder)["optimizer"])
 
 
 def named_optimizer_state(

@@ -13,10 +13,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..data.bad_images import TooManyBadImagesError
 from ..data.loader import TwoViewLoader
+from ..data.workers import LostWorkerError
 from ..hub import BackgroundPusher
 from ..optim import cosine_ema_decay, warmup_cosine
 from ..reporting import RunError, UsageError, is_first_process, reporting
-from ..run_folder import KNN, RECIPE, CheckpointError
+from ..run_folder import KNN, RECIPE, CheckpointError, list_checkpoints
 from .build import (
     build_accelerator,
     build_loader,
@@ -30,15 +31,23 @@ from .build import (
 )
 from .checkpoint import RunState, load_checkpoint, read_state, save_checkpoint
 from .dry_run import describe
+from .folder_lock import FolderLock
 from .gradient_cache import check_chunkable
 from .hardware import choose_settings, compile_augmentation, set_up
 from .instability import GradientWatch, Instability
 from .monitors import DivergedError, TrainingLog, summarize
 from .online_knn import OnlineKNN
 from .plan import Plan, make_plan
-from .processes import LostProcessError, StopRequest, limit_time_to_exit, raise_if_process_lost
+from .processes import LostProcessError, Stopped, StopRequest, limit_time_to_exit, raise_if_process_lost
 from .recipe import Recipe, parse
-from .resume import checkpoint_before, find_common_checkpoint, prepare_folder, resume_command, truncate_lines
+from .resume import (
+    check_output_dir,
+    checkpoint_before,
+    find_common_checkpoint,
+    prepare_folder,
+    resume_command,
+    truncate_lines,
+)
 from .step import seed_step, train_step
 
 
@@ -51,19 +60,20 @@ def main(arguments: Iterable[str]) -> None:
     with reporting():
         recipe = parse(arguments)
         try:
-            run_recipe(recipe, resume_command(sys.argv[1:]))
+            run_recipe(recipe, resume_command(sys.argv[1:]), is_command=True)
         except LostProcessError:
             limit_time_to_exit()
             raise
 
 
-def run_recipe(recipe: Recipe, resume_command: str) -> Path:
+def run_recipe(recipe: Recipe, resume_command: str, is_command: bool = False) -> Path:
     """
     Run a recipe, or print its plan with `--dry_run`.
 
     Args:
         recipe: Options of the run.
         resume_command: What messages say about how to resume.
+        is_command: Whether the process exits afterwards.
 
     Returns:
         The output folder.
@@ -76,10 +86,16 @@ def run_recipe(recipe: Recipe, resume_command: str) -> Path:
         if is_first_process():
             print(describe(recipe))
         return Path(recipe.run.output_dir or ".")
+    check_output_dir(recipe.run.output_dir or "")
     run = None
     try:
-        run = Run(recipe, resume_command)
-        run.train()
+        with StopRequest(is_command) as stop:
+            try:
+                with FolderLock(Path(recipe.run.output_dir)) as lock:
+                    run = Run(recipe, resume_command, lock)
+                    run.train(stop)
+            except Stopped:
+                print(f"stopped by {stop.describe()} before training; to resume:\n  {resume_command}")
     except TooManyBadImagesError as error:  # images can be out of reach of one process alone
         raise RunError(str(error), from_any_process=True) from error
     except ValueError as error:
@@ -103,15 +119,15 @@ class Run:
         UsageError, ValueError: what cannot work, in one line with the fix.
     """
 
-    def __init__(self, recipe: Recipe, resume_command: str):
-        self.recipe, self.resume_command = recipe, resume_command
+    def __init__(self, recipe: Recipe, resume_command: str, lock: FolderLock):
+        self.recipe, self.resume_command, self.lock = recipe, resume_command, lock
         self.output_dir = Path(recipe.run.output_dir)
         disable_progress_bar()  # transformers' own, for every file of a checkpoint
         self.accelerator = build_accelerator(recipe)
         check_model(recipe)
         source = build_source(recipe)
         self.plan = make_plan(recipe, source.num_samples, self.accelerator.num_processes)
-        found = find_common_checkpoint(recipe, self.plan)
+        found = find_common_checkpoint(recipe, self.plan, lock)
 
         model = build_model(recipe)
         self.temperature = model.config.temperature
@@ -150,7 +166,7 @@ class Run:
             name = recipe.hub.hub_model_id or self.output_dir.resolve().name
             self.pusher = BackgroundPusher(name, private=recipe.hub.hub_private_repo, revision=recipe.hub.hub_revision)
 
-    def train(self) -> None:
+    def train(self, stop: StopRequest) -> None:
         """Train to the end, or until a signal; weights, metrics and the resolved recipe are in the output folder."""
         self.accelerator.init_trackers("mocov3", config=tracker_config(self.recipe))
         log = TrainingLog(
@@ -165,13 +181,23 @@ class Run:
         if self.step == self.plan.total_steps:
             self.accelerator.print(f"all {self.step} steps are done: nothing left to do")
         self.model.train()
-        stopping = False
-        with StopRequest(self.accelerator) as stop, closing(log):
+        stop.start_training()
+        stopping = stop.agreed(self.accelerator)
+        with closing(log):
             while self.step < self.plan.total_steps and not stopping:
-                stopping = self.train_until_stopped(stop, log)
+                try:
+                    stopping = self.train_until_stopped(stop, log)
+                except LostWorkerError as error:
+                    # With other processes, this is a worker that the data itself killed.
+                    if self.accelerator.num_processes == 1:
+                        self.save_finished_steps(log)
+                    raise self.explain(error) from error
         self.accelerator.end_training()
         if self.pusher is not None:
             self.pusher.finish()
+        lost = self.lost_worker()
+        if lost is not None:
+            raise self.explain(lost)
         if stopping:
             self.accelerator.print(f"stopped by {stop.describe()} after step {self.step}; to resume:")
             self.accelerator.print(f"  {self.resume_command}")
@@ -202,7 +228,7 @@ class Run:
             self.step += 1
 
             is_last = self.step == self.plan.total_steps
-            stopping = stop.agreed() and not is_last
+            stopping = stop.agreed(self.accelerator, self.lost_worker() is not None) and not is_last
             logging = is_last or self.step % recipe.monitoring.logging_steps == 0
             saving = is_last or self.step % recipe.run.save_steps == 0 or stopping
             if logging or saving:
@@ -212,13 +238,29 @@ class Run:
                     return False
             if logging:
                 log.write(self.step, output.projection, learning_rate, ema_decay, self.loader.num_bad_images)
+            if stopping:  # first what must not be lost: the time may be short
+                self.save(log)
             if self.knn is not None and self.step % recipe.monitoring.knn_steps == 0:
                 self.measure_knn(log)
-            if saving:
-                self.save(log)
             if stopping:
                 return True
+            if saving:
+                self.save(log)
         return False
+
+    def lost_worker(self) -> LostWorkerError | None:
+        """Of this process; it has decoded the images itself since then."""
+        return self.loader.lost_worker or (self.knn and self.knn.lost_worker)
+
+    def save_finished_steps(self, log: TrainingLog) -> None:
+        """Save before the run ends with an error, unless its last steps would be rolled back."""
+        if self.step > 0 and not (log.examine(self.step) and self.recipe.monitoring.on_instability == "rollback"):
+            self.save(log)
+
+    def explain(self, error: LostWorkerError) -> RunError:
+        checkpoints = list_checkpoints(self.output_dir)
+        advice = f"{checkpoints[0].name} is complete; to resume" if checkpoints else "To start again"
+        return RunError(f"{error}. {advice}: {self.resume_command}", from_any_process=True)
 
     def augment(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Both views `(B, C, H, W)`: normalized images on the device, from uint8 crops and drawn parameters."""
@@ -298,6 +340,7 @@ class Run:
         Write a checkpoint.
 
         Raises:
+            RunError: another run has taken over the folder.
             SaveError: it could not be written, and it is the last one or `on_save_error` is stop.
         """
         state = RunState(
@@ -311,15 +354,20 @@ class Run:
             num_rollbacks=self.num_rollbacks,
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
         )
-        failure = None
+        failure = taken_over = None
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)
             limit = self.recipe.run.save_total_limit
             try:
+                self.lock.check()
                 save_checkpoint(self.output_dir, model, self.optimizer.optimizer, self.recipe, state, limit)
             except (OSError, SafetensorError) as error:
                 failure = f"the checkpoint of step {self.step} could not be written: {error}"
-        failure = broadcast_object_list([failure])[0]
+            except RunError as error:
+                taken_over = str(error)
+        failure, taken_over = broadcast_object_list([failure, taken_over])
+        if taken_over is not None:
+            raise RunError(taken_over)
         if failure is None:
             if self.pusher is not None:
                 self.pusher.push(self.output_dir, f"Step {self.step}")

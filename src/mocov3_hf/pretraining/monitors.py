@@ -16,7 +16,7 @@ from ..metrics.collapse import collapse_summary
 from ..model.loss_mocov3 import chance_loss, floor_loss
 from ..reporting import RunError
 from ..run_folder import EVENTS, KNN, METRICS
-from ..storage import append_line, read_lines
+from ..storage import append_line, is_number, read_lines
 from .instability import DivergenceDetector, GradientWatch, Instability
 from .plan import Plan
 from .recipe import Recipe
@@ -308,6 +308,9 @@ def summarize(recipe: Recipe, plan: Plan) -> str:
     """Length, time, throughput, last loss, best kNN, problems, weights and a next command, from a finished run."""
     folder = Path(recipe.run.output_dir)
     metrics, knn = read_lines(folder / METRICS)[0], read_lines(folder / KNN)[0]
+    # Lines written before a disk was damaged can have lost some of their values.
+    metrics = [line for line in metrics if is_number(line.get("data_wait_fraction")) and has_throughput(line)]
+    knn = [line for line in knn if is_number(line.get("knn_top1"))]
     facts = {"steps": f"{plan.total_steps:,} ({plan.num_epochs:.4g} epochs)"}
     if metrics:
         facts |= describe_training(metrics, plan)
@@ -318,6 +321,10 @@ def summarize(recipe: Recipe, plan: Plan) -> str:
     facts["next"] = next_command(recipe)
     width = max(map(len, facts))
     return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
+
+
+def has_throughput(line: dict) -> bool:
+    return is_number(line.get("images_per_second")) and line["images_per_second"] > 0
 
 
 def describe_training(metrics: list[dict], plan: Plan) -> dict[str, str]:
@@ -334,15 +341,15 @@ def describe_training(metrics: list[dict], plan: Plan) -> dict[str, str]:
         "training time": str(timedelta(seconds=round(seconds))),
         "throughput": f"{images / seconds:,.0f} images/s, data-loading stall {stall:.1%} of the time",
     }
-    if last["loss"] is not None:
+    if all(is_number(last.get(name)) for name in ("loss", "loss_normalized", "positive_top1")):
         facts["last loss"] = (
             f"{last['loss']:.4f} (normalized {last['loss_normalized']:.3f}: 0 is chance, 1 the minimum), positive"
             f" top-1 {last['positive_top1']:.1%}"
         )
     problems = {
-        "skipped steps": last["skipped_steps"],
-        "gradient spikes": last["gradient_spikes"],
-        "rollbacks": last["rollbacks"],
+        "skipped steps": last.get("skipped_steps"),
+        "gradient spikes": last.get("gradient_spikes"),
+        "rollbacks": last.get("rollbacks"),
     }
     facts["problems"] = ", ".join(f"{number} {name}" for name, number in problems.items() if number) or "none"
     return facts

@@ -1,6 +1,7 @@
 """kNN accuracy during training: the curve in which the paper (§4) sees the dips of unstable runs."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
 
 from ..data.labeled import EvaluationTransform, LabeledDataset, LabeledImages, open_labeled
+from ..data.workers import LostWorkerError, iterate
 from ..metrics.knn import knn_accuracy
 from ..model.modeling_mocov3 import MoCoV3Model
 from ..reporting import UsageError
@@ -46,6 +48,7 @@ class OnlineKNN:
         self.k, self.accelerator, self.num_workers = options.knn_k, accelerator, num_workers
         if len(self.train) < self.k:
             raise UsageError(f"--knn_k {self.k} is more than the {len(self.train)} images of the training split")
+        self.lost_worker: LostWorkerError | None = None
         self.transform = EvaluationTransform(recipe.views.image_size)
         self.path = Path(recipe.run.output_dir) / KNN
 
@@ -67,16 +70,34 @@ class OnlineKNN:
         share = math.ceil(len(images) / self.accelerator.num_processes)
         start = share * self.accelerator.process_index
         rows = range(min(start, len(images)), min(start + share, len(images)))
-        loader = DataLoader(
-            Subset(LabeledDataset(images, self.transform), rows), batch_size=BATCH_SIZE, num_workers=self.num_workers
-        )
         # Every process contributes as many rows; those beyond the last image are at the end, and cut off.
         own = torch.zeros(share, encoder.pooled_width, device=self.accelerator.device)
         done = 0
-        for pixel_values, _ in loader:
+        for pixel_values in self.load(images, rows):
             with self.accelerator.autocast():
                 # `forward`: calling a compiled encoder would compile it for this mode and each batch size.
                 pooled = encoder.forward(pixel_values.to(self.accelerator.device)).pooler_output
             own[done : done + len(pooled)] = pooled.float()
             done += len(pooled)
         return self.accelerator.gather(own)[: len(images)].cpu(), torch.from_numpy(images.labels)
+
+    def load(self, images: LabeledImages, rows: range) -> Iterator[torch.Tensor]:
+        """
+        Pixel values `(B, 3, H, W)` of these rows. If a worker of one of several processes is lost, the process decodes
+        the rest and keeps the error in `lost_worker`: the others wait for its features.
+        """
+        num_workers = self.num_workers if self.lost_worker is None else 0
+        try:
+            for pixel_values in self.batches(images, rows, num_workers):
+                yield pixel_values
+                rows = rows[len(pixel_values) :]
+        except LostWorkerError as error:
+            if self.accelerator.num_processes == 1 or error.is_contagious:
+                raise
+            self.lost_worker = error
+            yield from self.batches(images, rows, num_workers=0)
+
+    def batches(self, images: LabeledImages, rows: range, num_workers: int) -> Iterator[torch.Tensor]:
+        dataset = Subset(LabeledDataset(images, self.transform), rows)
+        for pixel_values, _ in iterate(DataLoader(dataset, batch_size=BATCH_SIZE, num_workers=num_workers)):
+            yield pixel_values

@@ -113,7 +113,7 @@ def parse(arguments: Iterable[str]) -> Recipe:
     if "recipe" not in values:
         raise UsageError("--recipe is missing: pass a YAML file or a name that mocov3 recipes lists")
     recipe = resolve(values.pop("recipe"), values)
-    if recipe.run.output_dir is None and not recipe.run.dry_run:
+    if not (recipe.run.output_dir or "").strip() and not recipe.run.dry_run:
         raise UsageError("--output_dir is missing: pass a folder for weights and metrics")
     return recipe
 

@@ -1,16 +1,21 @@
 """Which checkpoint a run resumes or rolls back to, and whether it belongs to the same run on all processes."""
 
 import hashlib
+import os
 import platform
 import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 from accelerate.utils import gather_object
+from tqdm.auto import tqdm
 
 from ..option_values import NO, YES
-from ..reporting import UsageError, typed_command, warn
+from ..reporting import UsageError, is_first_process, typed_command, warn
 from ..run_folder import (
     BAD_IMAGES,
+    CONFIG,
     EVENTS,
     KNN,
     MANIFEST,
@@ -20,11 +25,11 @@ from ..run_folder import (
     check_manifest,
     is_whole,
     list_checkpoints,
-    newest_whole_checkpoint,
     step_of,
 )
 from ..storage import read_lines, remove_leftovers, rewrite_lines
 from .checkpoint import RunState, read_state
+from .folder_lock import FolderLock
 from .plan import Plan
 from .recipe import Recipe, load_recipe
 
@@ -64,9 +69,9 @@ FREE_OPTIONS = (
 )
 
 
-def find_common_checkpoint(recipe: Recipe, plan: Plan) -> tuple[Path, RunState] | None:
+def find_common_checkpoint(recipe: Recipe, plan: Plan, lock: FolderLock) -> tuple[Path, RunState] | None:
     """
-    `find_checkpoint` on all processes, with one result.
+    `find_checkpoint` on all processes, with one result. The first of them locks the folder before.
 
     Raises:
         UsageError: on all processes, what one of them refuses, or that they see different checkpoints, as hosts do
@@ -74,8 +79,10 @@ def find_common_checkpoint(recipe: Recipe, plan: Plan) -> tuple[Path, RunState] 
     """
     found = refusal = None
     try:
+        if is_first_process():
+            lock.acquire()
         found = find_checkpoint(recipe, plan)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         refusal = str(error)
     seen = "no checkpoint" if found is None else found[0].name
     # The manifest holds the hashes of all files.
@@ -111,26 +118,39 @@ def find_checkpoint(recipe: Recipe, plan: Plan) -> tuple[Path, RunState] | None:
                 f"{output_dir} already holds a run: pass --resume_from_checkpoint auto to resume it,"
                 " --overwrite_output_dir to start again, or another --output_dir"
             )
+        if not recipe.run.overwrite_output_dir:
+            check_is_ours(output_dir)
         return None
     if asked == "auto":
-        folder, complaints = newest_whole_checkpoint(output_dir)
-        for complaint in complaints:
-            warn(f"{complaint}; using an older one")
-        if folder is None and complaints:
+        found = newest_whole_checkpoint(output_dir)
+        if found is None and list_checkpoints(output_dir):
             raise CheckpointError(
                 f"all checkpoints in {output_dir} are damaged: delete them, or pass --overwrite_output_dir without"
                 " --resume_from_checkpoint, to start again"
             )
-        if folder is None:
+        if found is None:
+            check_is_ours(output_dir)
             return None
+        folder, state = found
     else:
         folder = Path(asked)
         if not folder.is_dir():
             raise UsageError(f"--resume_from_checkpoint {asked} is not a folder: pass a checkpoint folder, or auto")
         check_manifest(folder)
-    state = read_state(folder)
+        state = read_state(folder)
     check_same_run(recipe, plan, folder, state)
     return folder, state
+
+
+def newest_whole_checkpoint(output_dir: Path) -> tuple[Path, RunState] | None:
+    """The newest checkpoint that is as it was written, None without one; a line about each newer one."""
+    for folder in list_checkpoints(output_dir):
+        try:
+            check_manifest(folder)
+            return folder, read_state(folder)
+        except CheckpointError as error:
+            warn(f"{error}; using an older one")
+    return None
 
 
 def check_same_run(recipe: Recipe, plan: Plan, folder: Path, state: RunState) -> None:
@@ -154,6 +174,42 @@ def check_same_run(recipe: Recipe, plan: Plan, folder: Path, state: RunState) ->
             f"{folder} belongs to another recipe: {', '.join(differing)}. Restore the options, or pass"
             " --allow_recipe_change to continue with the new ones"
         )
+
+
+def check_is_ours(output_dir: Path) -> None:
+    """
+    Raises:
+        UsageError: the folder holds a model, but no run of ours.
+    """
+    has_model = any((output_dir / name).exists() for name in (CONFIG, "model.safetensors"))
+    if has_model and not any((output_dir / name).exists() for name in (RECIPE, METRICS)):
+        raise UsageError(
+            f"{output_dir} holds a model that is not of this run: pass another --output_dir, or --overwrite_output_dir"
+            " to replace it"
+        )
+
+
+def check_output_dir(output_dir: str) -> None:
+    """
+    Check before anything is built that a folder can be created and written; nothing is left behind.
+
+    Raises:
+        UsageError: it cannot, and why.
+    """
+    if not output_dir.strip():
+        raise UsageError("--output_dir is empty: pass a folder for weights and metrics")
+    existing = Path(os.path.abspath(output_dir))
+    try:
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            raise UsageError(f"--output_dir {output_dir} cannot be created: {existing} is a file; pass another folder")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--output_dir {output_dir} cannot be written ({error.strerror or error}): pass another folder"
+        ) from error
 
 
 def checkpoint_before(output_dir: Path, step: int, suspect: int | None) -> Path:
@@ -193,10 +249,28 @@ def prepare_folder(output_dir: Path, is_new: bool) -> None:
 
 
 def truncate_lines(path: Path, *, steps_done: int | None = None, number: int | None = None) -> None:
-    """Drop damaged lines of a JSON Lines file, and those beyond a step or a number of lines."""
-    if path.exists():
-        lines = read_lines(path)[0][:number]
-        rewrite_lines(path, [line for line in lines if steps_done is None or line["step"] <= steps_done])
+    """
+    Drop damaged lines of a JSON Lines file, and those beyond a number of lines or a step.
+
+    Up to a step, steps increase from line to line; a line that does not is damaged.
+    """
+    if not path.exists():
+        return
+    lines, damaged = read_lines(path)
+    if number is not None:
+        lines = lines[: max(0, number - sum(line <= number for line in damaged))]
+    kept, num_dropped = [], len(damaged)
+    for line in lines:
+        if steps_done is None:
+            kept.append(line)
+        elif line["step"] <= (kept[-1]["step"] if kept else 0):
+            num_dropped += 1
+        elif line["step"] <= steps_done:
+            kept.append(line)
+    if num_dropped:
+        message = f"{path} was damaged: {num_dropped} of {len(lines) + len(damaged)} lines were dropped"
+        tqdm.write(f"warning: {message}", file=sys.stderr)  # above the progress bar, if there is one
+    rewrite_lines(path, kept)
 
 
 def resume_command(typed: list[str]) -> str:

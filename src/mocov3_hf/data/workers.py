@@ -1,0 +1,130 @@
+"""Data-loading workers that a signal to the whole process group does not end, and that end with their parent."""
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing import parent_process, resource_tracker
+
+import torch
+from torch.utils.data import DataLoader
+
+from ..reporting import RunError
+
+
+# Signals that ask a run to stop. Launchers, schedulers and terminals send them to all processes of a group.
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+SECONDS_BETWEEN_CHECKS = 0.5
+CAUSES = {
+    -9: "killed (signal 9), probably out of memory: use fewer workers or a smaller batch",
+    -7: "bus error (signal 7), probably a full /dev/shm: give the container more shared memory",
+    -11: "segmentation fault (signal 11) in a decoder: find the image with --dataloader_num_workers 0",
+}
+# Exit codes after which the process itself must not decode the same images.
+CONTAGIOUS = (-7, -11)
+
+
+class LostWorkerError(RunError):
+    """
+    A data-loading worker died.
+
+    Args:
+        exit_codes: By process id.
+    """
+
+    def __init__(self, exit_codes: dict[int, int]):
+        causes = "; ".join(
+            f"worker {process_id}: {CAUSES.get(code, f'exit code {code}')}" for process_id, code in exit_codes.items()
+        )
+        super().__init__(f"a data-loading worker died ({causes})", from_any_process=True)
+        self.is_contagious = any(code in CONTAGIOUS for code in exit_codes.values())
+
+
+def iterate(loader: DataLoader) -> Iterator:
+    """
+    The batches of a data loader. Its workers ignore `STOP_SIGNALS`: the parent alone decides when they end.
+
+    Raises:
+        LostWorkerError: a worker died. Raised here, never in the middle of something else.
+    """
+    if loader.num_workers == 0:
+        yield from loader
+        return
+    loader.worker_init_fn = start_worker
+    workers = []
+    try:
+        batches = iter(loader) if loader._iterator is not None else start_workers(loader)
+        workers = batches._workers
+        yield from batches
+    except Exception as error:
+        if loader._iterator is not None:  # that of an earlier epoch, whose workers are used again
+            workers = loader._iterator._workers
+        dead = {worker.pid: worker.exitcode for worker in workers if not worker.is_alive() and worker.exitcode != 0}
+        if not dead:
+            raise
+        loader._iterator = None
+        raise LostWorkerError(dead) from error
+
+
+def start_workers(loader: DataLoader) -> Iterator:
+    context = loader.multiprocessing_context or multiprocessing.get_context()
+    with stop_signals_held():
+        if context.get_start_method() != "fork":
+            resource_tracker.ensure_running()
+            hold_stop_signals()  # which it has released
+        batches = iter(loader)
+    for worker in batches._workers:
+        # torch and multiprocessing end a worker that does not respond with SIGTERM, which workers ignore.
+        worker._popen.terminate = worker._popen.kill
+    return batches
+
+
+def hold_stop_signals() -> set[signal.Signals]:
+    """Block them in this thread and in what it starts. Returns what was blocked before."""
+    return signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) if hasattr(signal, "pthread_sigmask") else set()
+
+
+@contextlib.contextmanager
+def stop_signals_held() -> Iterator[None]:
+    """
+    Deliver signals only after the block. Processes that start in it hold them until `start_worker`.
+
+    torch also installs a handler of SIGCHLD here, which raises an error wherever the program is when a worker dies,
+    for example between the updates of two parameters. It is removed.
+    """
+    held = hold_stop_signals()
+    try:
+        yield
+    finally:
+        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+            handler = signal.getsignal(signal.SIGCHLD)
+            if (getattr(handler, "__module__", None) or "").startswith("torch.utils.data"):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def start_worker(_index: int) -> None:
+    """First call in a worker."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    # A forked worker holds copies of its parent's objects. Collecting them, for example another loader, would affect
+    # processes of the parent.
+    gc.freeze()
+    torch.set_num_threads(1)
+
+
+def end_with_parent() -> None:
+    """Wait until the parent is gone, even if it was killed, and end this process."""
+    parent = parent_process()
+    is_child = os.getppid() == parent.pid  # not with the start method forkserver
+    while os.getppid() == parent.pid if is_child else parent.is_alive():
+        time.sleep(SECONDS_BETWEEN_CHECKS)
+    os._exit(1)

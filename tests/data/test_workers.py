@@ -1,0 +1,126 @@
+"""Workers outlive signals that are not meant for them, and never their parent."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from mocov3_hf.data.workers import STOP_SIGNALS, LostWorkerError, iterate
+from tests.launch import search_path
+
+
+class Numbers(Dataset):
+    """Their squares; slow ones never come."""
+
+    def __init__(self, length, slow=()):
+        self.length, self.slow = length, slow
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        if index in self.slow:
+            time.sleep(1000)
+        return index * index
+
+
+def workers():
+    return [psutil.Process(child.pid) for child in multiprocessing.active_children()]
+
+
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
+def test_signals_to_workers_are_ignored(context):
+    batches = iterate(DataLoader(Numbers(40), batch_size=None, num_workers=2, multiprocessing_context=context))
+    found = [int(next(batches))]
+    for number in STOP_SIGNALS * 2:
+        for worker in workers():
+            worker.send_signal(number)
+        found.append(int(next(batches)))
+    assert found + [int(value) for value in batches] == [number * number for number in range(40)]
+
+
+def test_signals_while_workers_start_are_ignored_too():
+    """A worker that has not yet run any code of its own holds them."""
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append(1))
+    killer = subprocess.Popen([sys.executable, "-S", "-c", KILLER, str(os.getpid())])
+    try:
+        for _ in range(5):
+            loader = DataLoader(Numbers(4), batch_size=None, num_workers=2)
+            assert [int(value) for value in iterate(loader)] == [0, 1, 4, 9]
+    finally:
+        killer.kill()
+        killer.wait()
+        signal.signal(signal.SIGTERM, before)
+    assert received or not os.path.exists("/proc/self/task")
+
+
+KILLER = """
+import glob, os, signal, sys, time
+while True:
+    for file in glob.glob(f"/proc/{sys.argv[1]}/task/*/children"):
+        for child in open(file).read().split():
+            if int(child) != os.getpid():
+                os.kill(int(child), signal.SIGTERM)
+                os.kill(int(sys.argv[1]), signal.SIGTERM)
+    time.sleep(0.002)
+"""
+
+
+def test_stuck_workers_end_with_their_loader():
+    batches = iterate(DataLoader(Numbers(8, slow=(5, 6)), batch_size=None, num_workers=2, prefetch_factor=4))
+    assert int(next(batches)) == 0
+    stuck = workers()
+    assert len(stuck) == 2
+    start = time.monotonic()
+    batches.close()
+    assert time.monotonic() - start < 30
+    assert psutil.wait_procs(stuck, timeout=10)[1] == []
+
+
+PARENT = """
+import sys
+from torch.utils.data import DataLoader
+from mocov3_hf.data.workers import iterate
+from tests.data.test_workers import Numbers
+import psutil
+loader = DataLoader(Numbers(8, slow=(5, 6)), batch_size=None, num_workers=2, persistent_workers=True)
+batches = iterate(loader)
+next(batches)
+print(*[child.pid for child in psutil.Process().children()], flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("end", ["exit", "kill"])
+def test_no_worker_survives_its_parent(end):
+    """Workers that are stuck in an image: multiprocessing waits for them at exit, and a killed parent cannot."""
+    environment = {**os.environ, "PYTHONPATH": search_path()}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], env=environment, text=True, **pipes)
+    stuck = [psutil.Process(int(number)) for number in parent.stdout.readline().split()]
+    assert len(stuck) == 2
+    if end == "kill":
+        parent.kill()
+    parent.communicate("\n", timeout=60)
+    assert parent.returncode == (-9 if end == "kill" else 0)
+    assert psutil.wait_procs(stuck, timeout=10)[1] == []
+
+
+def test_a_lost_worker_is_an_error_of_the_next_batch_only():
+    """torch's own handler raises wherever the program is, for example between the updates of two parameters."""
+    batches = iterate(DataLoader(Numbers(1000), batch_size=None, num_workers=1, prefetch_factor=2))
+    next(batches)
+    (worker,) = workers()
+    worker.kill()
+    for _ in range(20):
+        time.sleep(0.05)
+    with pytest.raises(LostWorkerError, match=rf"worker {worker.pid}: killed \(signal 9\)"):
+        for _ in batches:
+            pass
