@@ -206,7 +206,8 @@ def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
             return auto_class.from_pretrained(name, **options)
         # transformers, safetensors and the Hub client each have exceptions of their own for damaged or missing files.
         except Exception as error:
-            raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
+            tried = "" if os.path.isdir(name) else "there is no such folder, and loading from the Hub failed: "
+            raise ValueError(f"model {name!r} cannot be loaded: {tried}{first_line(error)}") from error
 
 
 def refuse_missing(name: str, model: PreTrainedModel, missing: list[str]) -> None:

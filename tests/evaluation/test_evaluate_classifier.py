@@ -211,7 +211,10 @@ def test_damaged_classifiers_are_refused(classifier_folder, image_folder, tmp_pa
     [
         (["--test_split", "val"], "split 'val' does not exist .* it has: train, test"),
         (["--model", "/nowhere"], "model folder '/nowhere' does not exist"),
-        (["--model", "someone/model"], "is not a local folder that can hold results.json: pass --output_dir"),
+        (
+            ["--model", "someone/model"],
+            "is not a local folder: check the path, or pass --output_dir",
+        ),
         (["--batch_size", "many"], "--batch_size takes one integer, got 'many'"),
         (["--match_clases", "name"], "there is no option '--match_clases'; did you mean '--match_classes'"),
         (["--mixed_precision", "int8"], "takes one of no, bf16, fp16, got 'int8'"),

@@ -22,7 +22,7 @@ from .features import data_fingerprint, joined_processes
 class ModelOptions:
     """Model"""
 
-    model: str = option(help="Model: folder, Hub id, or published name.", metavar="MODEL")
+    model: str = option(help="Folder, Hub id or published name of a model.", metavar="MODEL")
     image_size: int | None = option(
         None, "Side of the images in pixels. Defaults to that of the saved image processor.", at_least=1
     )
@@ -115,7 +115,10 @@ def results_folder(options: EvaluationOptions) -> str:
         return os.path.expanduser(options.output_dir)
     folder = resolve_model(options.model)
     if not os.path.isdir(folder):
-        raise UsageError(f"{options.model!r} is not a local folder that can hold {RESULTS}: pass --output_dir")
+        raise UsageError(
+            f"{options.model!r} is not a local folder: check the path, or pass --output_dir for the"
+            f" {RESULTS} of a Hub model"
+        )
     return folder
 
 

@@ -27,7 +27,7 @@ class ImageOptions:
     """Images"""
 
     dataset_name: str | None = option(
-        None, "Data set, with or without labels: Hub id, or folder. Left out, no images.", metavar="DATASET"
+        None, "Data set for the sections about images, with or without labels: Hub id or folder.", metavar="DATASET"
     )
     dataset_config_name: str | None = option(None, "Configuration of a data set that has several.")
     test_split: str = option("test", "Split of the data set.", old=["split"])
