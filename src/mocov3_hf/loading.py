@@ -235,7 +235,7 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-# What a loaded model is and gives
+# Properties and outputs of a loaded model
 
 
 def image_size_of(config: PreTrainedConfig) -> int | None:

@@ -1,4 +1,4 @@
-"""A small labelled image folder and a small model on disk."""
+"""A small labeled image folder and a small model on disk."""
 
 import pytest
 import torch

@@ -128,7 +128,7 @@ def test_steps_are_those_of_the_closed_form(model_folder, image_folder, tmp_path
 
 
 class Digits:
-    """Some of scikit-learn's digits as a labelled split in memory."""
+    """Some of scikit-learn's digits as a labeled split in memory."""
 
     class_names, num_classes = [str(digit) for digit in range(10)], 10
 

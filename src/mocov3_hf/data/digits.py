@@ -1,4 +1,4 @@
-"""Handwritten digits as a labelled image folder: real images without a network.
+"""Handwritten digits as a labeled image folder: real images without a network.
 
 scikit-learn includes the test set of the UCI "Optical Recognition of Handwritten Digits" (1,797 images, 8x8 pixels,
 17 gray levels).

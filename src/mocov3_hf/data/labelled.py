@@ -1,4 +1,4 @@
-"""Labelled splits and their transforms, for evaluation and supervised training."""
+"""Labeled splits and their transforms, for evaluation and supervised training."""
 
 import csv
 import os
@@ -39,7 +39,7 @@ class SelectedRows:
 
 
 class LabelledImages:
-    """One labelled split, with images undecoded.
+    """One labeled split, with images undecoded.
 
     Attributes:
         labels: int64 numpy (N,), from 0.
@@ -96,7 +96,7 @@ def open_labelled(
     class_names: list[str] | None = None,
     revision: str | None = None,
 ) -> LabelledImages:
-    """Open a labelled split.
+    """Open a labeled split.
 
     Args:
         dataset_name, config_name, split, image_column, revision: As in `open_source`. `dataset_name` can also be a

@@ -63,7 +63,7 @@ def write_report(chosen: FolderOptions, images: ImageOptions) -> Path:
     output = folder.path / "report.html" if chosen.output is None else Path(chosen.output).expanduser()
     if output.is_dir():
         raise UsageError(f"--output {str(output)!r} is a folder: pass a file, such as {str(output / 'report.html')!r}")
-    # Only here: the checks above must work without the packages that draw.
+    # Imported here, because the checks above must work without the plotting packages.
     from .page import render_page
 
     looked = look(folder, images)
