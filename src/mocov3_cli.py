@@ -1,7 +1,7 @@
 """
-The command `mocov3`: a table of commands, each a function of one room of `mocov3_hf`.
+The command `mocov3`: a table of commands, each a function of one subpackage of `mocov3_hf`.
 
-It stands beside the package, not in it: importing the package imports torch, and `mocov3 --help` answers without.
+It is a module beside the package, because importing the package imports torch, which `mocov3 --help` does not need.
 """
 
 import difflib

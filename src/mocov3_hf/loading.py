@@ -206,7 +206,8 @@ def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
             return auto_class.from_pretrained(name, **options)
         # transformers, safetensors and the Hub client each have exceptions of their own for damaged or missing files.
         except Exception as error:
-            raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
+            tried = "" if os.path.isdir(name) else "there is no such folder, and loading from the Hub failed: "
+            raise ValueError(f"model {name!r} cannot be loaded: {tried}{first_line(error)}") from error
 
 
 def refuse_missing(name: str, model: PreTrainedModel, missing: list[str]) -> None:
@@ -234,7 +235,7 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-# What a loaded model is and gives
+# Properties and outputs of a loaded model
 
 
 def image_size_of(config: PreTrainedConfig) -> int | None:

@@ -126,7 +126,7 @@ def find_recipe(name: str, folder: Path = RECIPES) -> Path:
     if name.endswith((".yaml", ".yml")):
         raise UsageError(f"recipe file {shown(name)} does not exist")
     known = recipe_names(folder)
-    raise UsageError(f"there is no recipe {shown(name)}{nearest(name, known)}; mocov3 recipes lists all")
+    raise UsageError(f"there is no recipe {shown(name)}{nearest(name, known) or ';'} mocov3 recipes lists all")
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -283,7 +283,8 @@ def build(group: type[Group], values: Mapping[str, Any]) -> Group:
     for name, item in names.items():
         is_required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if is_required and name not in values:
-            raise UsageError(f"--{name} is missing: {item.metadata['help'][0].lower()}{item.metadata['help'][1:]}")
+            help = item.metadata["help"].rstrip(".")
+            raise UsageError(f"--{name} is missing: {help[0].lower()}{help[1:]}")
     return group(**{name: value for name, value in values.items() if name in names})
 
 

@@ -56,7 +56,7 @@ def reporting() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of our output, such as `head`, has seen enough.
+        # The reader of our output, such as `head`, has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except ValueError as error:

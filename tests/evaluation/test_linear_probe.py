@@ -318,7 +318,7 @@ def test_recipes_of_ones_own_are_checked(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--recipe", "vit-small_linear"], "there is no recipe 'vit-small_linear'.*; mocov3 recipes lists all"),
+        (["--recipe", "vit-small_linear"], "there is no recipe 'vit-small_linear'.*[;?] mocov3 recipes lists all"),
         (["--train_batch_size", "64"], r"between 1 image and the 45 of the training split, got 64"),
         (["--train_batch_size", "0"], "--train_batch_size must be at least 1, got 0"),
         (["--num_train_epochs", "0"], "--num_train_epochs must be at least 1, got 0"),

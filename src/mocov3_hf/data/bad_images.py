@@ -9,7 +9,7 @@ import torch
 from .decode import BadImageError, decode_shrunk
 
 
-# After this many unusable images in a row the storage is gone, not an image.
+# After this many unusable images in a row, the storage is not available.
 MAX_NEIGHBOURS = 64
 
 

@@ -83,7 +83,8 @@ def check_split(builder, split: str, dataset_name: str) -> list[str]:
     for part in parts:
         if known and part.split("[")[0] not in known:
             raise ValueError(
-                f"split {part!r} does not exist in {dataset_name!r}; it has: {', '.join(map(str, known))}"
+                f"split {part!r} does not exist in {dataset_name!r}; it has: {', '.join(map(str, known))}. Pass "
+                "one of them as --train_split or --test_split"
             )
     return parts
 
@@ -268,7 +269,10 @@ def _load_saved(name: str, split: str) -> datasets.Dataset | None:
         parts = [part.strip() for part in split.split("+")]
         for part in parts:
             if part not in saved:
-                raise ValueError(f"split {part!r} does not exist in {name!r}; it has: {', '.join(saved)}")
+                raise ValueError(
+                    f"split {part!r} does not exist in {name!r}; it has: {', '.join(saved)}. Pass one of "
+                    "them as --train_split or --test_split"
+                )
         chosen = [saved[part] for part in parts]
         saved = chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
     elif saved.split is not None and str(saved.split) != split:

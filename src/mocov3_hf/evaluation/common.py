@@ -22,7 +22,7 @@ from .features import data_fingerprint, joined_processes
 class ModelOptions:
     """Model"""
 
-    model: str = option(help="Model: folder, Hub id, or published name.", metavar="MODEL")
+    model: str = option(help="Folder, Hub id or published name of a model.", metavar="MODEL")
     image_size: int | None = option(
         None, "Side of the images in pixels. Defaults to that of the saved image processor.", at_least=1
     )

@@ -39,7 +39,7 @@ class ImageOptions:
 class PredictorOptions:
     """Model"""
 
-    model: str = option(help="Model: folder, Hub id, or published name.", metavar="MODEL")
+    model: str = option(help="Folder, Hub id or published name of a model.", metavar="MODEL")
     batch_size: int | None = option(
         None, "Images per forward pass. Defaults to 8 on a CPU and 128 elsewhere.", at_least=1
     )

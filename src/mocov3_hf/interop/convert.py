@@ -270,7 +270,7 @@ class ContentOptions:
     layout: str | None = option(None, f"Naming of the keys: {', '.join(LAYOUTS)}.")
     stage: str | None = option(None, f"Training stage: {', '.join(STAGES)}.")
     epochs: int | None = option(None, "Number of epochs that the model was trained for.", at_least=0)
-    num_attention_heads: int | None = option(None, "Attention heads; 12, 12, 16 for ViT-S, B, L.", at_least=1)
+    num_attention_heads: int | None = option(None, "Attention heads (ViT-S and ViT-B: 12, ViT-L: 16).", at_least=1)
     image_size: int | None = option(None, "Side of the images in pixels.", at_least=1)
     temperature: float | None = option(None, "Temperature of InfoNCE; 0.2 for ViT, 1.0 for ResNet.", above=0)
 

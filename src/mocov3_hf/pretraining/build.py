@@ -33,7 +33,7 @@ from .plan import Plan
 from .recipe import NO_ACCUMULATION, Recipe
 
 
-# Bounds of sensible models; they keep mistakes from costing time or memory. DDP trains 10^10 parameters on no GPU.
+# Bounds on the size of a model, so that a mistake fails at once. With DDP, 10^10 parameters do not fit any GPU.
 LARGEST_SIZE, MOST_LAYERS, MOST_PARAMETERS = 10**6, 1000, 10**10
 # Keys of a backbone's configuration that count layers, and those that must be positive.
 LAYER_COUNTS = re.compile(r"(^|_)(depths?|layers|blocks)$")
@@ -67,7 +67,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         raise UsageError("--mixed_precision fp16 needs a GPU: use bf16 or no on this machine")
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
-        # accelerate joins the processes of a machine without accelerators only if told that there are none.
+        # Without cpu=True, accelerate does not connect the processes of a machine without accelerators.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=recipe.hardware.mixed_precision,
         log_with=trackers or None,
@@ -102,10 +102,10 @@ def ddp_options() -> DDPOptions:
 
 def check_launch(environment: Mapping[str, str]) -> None:
     """
-    Refuse launches that do something else than asked, or than this method can do.
+    Refuse launches that would not do what was asked, or that the method does not support.
 
-    `accelerate launch` sets a rendezvous address if several processes are asked for, but on CPUs without MPI it starts
-    one process and does not say so.
+    `accelerate launch` sets a rendezvous address if several processes are asked for, but on CPUs without MPI it
+    starts a single process without a warning.
 
     Raises:
         UsageError: such a launch, or one with gradient accumulation or a sharded model.
@@ -133,7 +133,7 @@ def check_trackers(names: list[str]) -> list[str]:
     Names of the trackers, without "none".
 
     Raises:
-        UsageError: an unknown one, or one that is not installed.
+        UsageError: a tracker that is unknown or not installed.
     """
     names = [name for name in names if name != "none"]
     available = [str(tracker.value) for tracker in get_available_trackers()]

@@ -17,7 +17,7 @@ from torch import nn
 SPIKE_DEVIATIONS = 8.0
 # Steps in the window, and steps needed before a step is judged.
 SPIKE_WINDOW, SPIKE_MINIMUM = 200, 20
-# Steps over which the loss is averaged, the gain over chance from which on it is watched, and the fraction of the best
+# Steps over which the loss is averaged, the gain over chance above which it is monitored, and the fraction of the best
 # gain that it may lose.
 LOSS_WINDOW, SMALLEST_GAIN, LARGEST_LOSS_OF_GAIN = 20, 0.05, 0.5
 
@@ -203,7 +203,7 @@ class GradientWatch:
         first_max, last_max = (weight.grad.abs().max() for weight in self.first_and_last)
         total = torch.linalg.vector_norm(norms)
         times_usual = self.spikes.add(total)
-        # Gradients are averaged over the processes: what one of them refuses, all refuse.
+        # Gradients are averaged over the processes, so all of them skip the same steps.
         refused = ~total.isfinite()
         if self.refuse_spikes:
             refused = refused | (times_usual > 0)

@@ -56,7 +56,7 @@ class SaveError(RunError):
 
 
 def main(arguments: Iterable[str]) -> None:
-    """The command `mocov3 pretrain`. A signal to stop is no failure: the exit code is 0."""
+    """The command `mocov3 pretrain`. A run stopped by a signal is not a failure: the exit code is 0."""
     with reporting():
         recipe = parse(arguments)
         try:
@@ -79,7 +79,7 @@ def run_recipe(recipe: Recipe, resume_command: str, is_command: bool = False) ->
         The output folder.
 
     Raises:
-        UsageError, ValueError: what cannot work; found before training.
+        UsageError, ValueError: options that cannot work, found before training.
         RunError, OSError: a failure of the run.
     """
     if recipe.run.dry_run:
@@ -116,7 +116,7 @@ class Run:
     One pre-training run. Building it checks everything that can be checked in advance.
 
     Raises:
-        UsageError, ValueError: what cannot work, in one line with the fix.
+        UsageError, ValueError: options that cannot work, in one line with the fix.
     """
 
     def __init__(self, recipe: Recipe, resume_command: str, lock: FolderLock):
@@ -281,7 +281,7 @@ class Run:
         """
         Return to the last checkpoint before an instability and skip the batches since then.
 
-        What happens after a checkpoint follows from it alone: a run that is killed meanwhile comes here again.
+        Training after a checkpoint depends on the checkpoint alone, so a run that is killed here rolls back again.
 
         Raises:
             DivergedError: the limit of rollbacks is reached.

@@ -24,7 +24,7 @@ from .resume import truncate_lines
 from .step import StepOutput
 
 
-# What is kept of every step until the next line, all 0-dim, before the norms of the blocks. Gradients are the same on
+# Values kept for every step until the next line, all 0-dim; the norms of the blocks follow. Gradients are the same on
 # all processes.
 STEP_VALUES = (
     "loss",
@@ -37,7 +37,7 @@ STEP_VALUES = (
 )
 
 
-# Data-loading stall, as a fraction of the time, from which on the progress bar shows it.
+# Data-loading stall, as a fraction of the time, above which the progress bar shows it.
 LARGEST_SILENT_STALL = 0.05
 # Consecutive skipped steps after which a run has diverged: more than the scaler of fp16 needs to find its scale.
 MAX_SKIPPED_IN_A_ROW = 50
@@ -63,7 +63,7 @@ class DivergedError(RunError):
 
 class TrainingLog:
     """
-    Collects what the steps return and reads it on request, the only moments that wait for the device.
+    Collects what the steps return and reads it on request. Only reading waits for the device.
 
     Args:
         accelerator: Processes, device and trackers.

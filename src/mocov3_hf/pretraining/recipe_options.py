@@ -144,7 +144,7 @@ class OptimizationOptions:
     )
     max_grad_norm: float | None = option(None, "clip the L2 norm of the gradient", above=0)
     exclude_norms_and_biases: bool = option(
-        False, "whether adamw leaves out norms, biases, CLS token and positions from weight decay", advanced=True
+        False, "exclude norms, biases, CLS token and position embeddings from the weight decay of adamw", advanced=True
     )
     adam_beta1: float = option(0.9, "first beta of adamw", at_least=0, below=1, advanced=True)
     adam_beta2: float = option(0.999, "second beta of adamw", at_least=0, below=1, advanced=True)
@@ -172,19 +172,19 @@ class HardwareOptions:
     )
     dataloader_num_workers: int | None = option(
         None,
-        "data-loading workers per training process; by default its share of the CPU cores",
+        "data-loading workers per training process; defaults to its share of the CPU cores",
         at_least=0,
         at_most=10_000,
     )
     attn_implementation: str | None = option(
         None,
-        "sdpa, eager, flash_attention_2 or another of transformers; by default, for mocov3_vit, sdpa, and eager for"
+        "sdpa, eager, flash_attention_2 or another of transformers; for mocov3_vit, defaults to sdpa, and to eager for"
         " bf16 on CPUs",
         advanced=True,
     )
     deterministic: bool | None = option(
         None,
-        "deterministic algorithms only, so that a resumed run has bit-identical weights; by default on GPUs",
+        "deterministic algorithms only, so that a resumed run has bit-identical weights; defaults to true on GPUs",
         advanced=True,
     )
     communication_timeout: int = option(
@@ -228,7 +228,7 @@ class MonitoringOptions:
     logging_steps: int = option(10, "steps between lines of metrics.jsonl", at_least=1)
     report_to: list[str] = option(["none"], "trackers: tensorboard, trackio, wandb or none", metavar="NAME ...")
     knn_steps: int | None = option(None, "steps between kNN evaluations on labeled images", at_least=1)
-    knn_dataset_name: str | None = option(None, "their data set; by default dataset_name", metavar="FOLDER|HUB_ID")
+    knn_dataset_name: str | None = option(None, "labeled images; defaults to dataset_name", metavar="FOLDER|HUB_ID")
     knn_train_split: str = option("train", "split of the labeled neighbors", metavar="SPLIT", advanced=True)
     knn_test_split: str = option("test", "split to classify", metavar="SPLIT", advanced=True)
     knn_k: int = option(20, "number of neighbors", at_least=1, advanced=True)
@@ -251,6 +251,6 @@ class HubOptions:
     """Hub"""
 
     push_to_hub: bool = option(False, "push the output folder to the Hub after every checkpoint, in the background")
-    hub_model_id: str | None = option(None, "repository; by default the name of output_dir", metavar="USER/NAME")
+    hub_model_id: str | None = option(None, "repository; defaults to the name of output_dir", metavar="USER/NAME")
     hub_private_repo: bool = option(False, "create the repository as private", advanced=True)
     hub_revision: str | None = option(None, "branch to push to", metavar="BRANCH", advanced=True)

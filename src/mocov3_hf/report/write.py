@@ -27,7 +27,7 @@ class ImageOptions:
     """Images"""
 
     dataset_name: str | None = option(
-        None, "Data set, with or without labels: Hub id, or folder. Left out, no images.", metavar="DATASET"
+        None, "Data set for the sections about images, with or without labels: Hub id or folder.", metavar="DATASET"
     )
     dataset_config_name: str | None = option(None, "Configuration of a data set that has several.")
     test_split: str = option("test", "Split of the data set.", old=["split"])
@@ -63,7 +63,7 @@ def write_report(chosen: FolderOptions, images: ImageOptions) -> Path:
     output = folder.path / "report.html" if chosen.output is None else Path(chosen.output).expanduser()
     if output.is_dir():
         raise UsageError(f"--output {str(output)!r} is a folder: pass a file, such as {str(output / 'report.html')!r}")
-    # Only here: the checks above must work without the packages that draw.
+    # Imported here, because the checks above must work without the plotting packages.
     from .page import render_page
 
     looked = look(folder, images)
