@@ -137,7 +137,9 @@ def test_a_published_name_stands_for_its_folder(classifier_folder, image_folder,
     (result,) = read_results(folder)
     assert result["model"]["name"] == name
     assert f"classifier: {name} on" in done.stdout
-    assert "'vit-small-p16_in1k' is not a local folder" in fails(main, command("vit-small-p16_in1k", image_folder))
+    assert "model folder 'vit-small-p16_in1k' does not exist" in fails(
+        main, command("vit-small-p16_in1k", image_folder)
+    )
 
 
 def test_a_classifier_with_one_answer_is_reported_as_collapsed(classifier_folder, image_folder, tmp_path):

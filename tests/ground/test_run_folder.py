@@ -15,7 +15,6 @@ from mocov3_hf.run_folder import (
     check_manifest,
     is_whole,
     list_checkpoints,
-    newest_whole_checkpoint,
     read_results,
     read_run_folder,
     step_of,
@@ -52,7 +51,6 @@ def test_checkpoints_are_listed_newest_first(tmp_path):
 def test_a_checkpoint_is_whole_as_it_was_written(checkpoint):
     check_manifest(checkpoint)
     assert is_whole(checkpoint)
-    assert newest_whole_checkpoint(checkpoint.parent) == (checkpoint, [])
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json", "optimizer.safetensors"])
@@ -113,19 +111,6 @@ def test_without_a_manifest_a_checkpoint_is_not_complete(checkpoint):
         check_manifest(checkpoint)
     (checkpoint / "manifest.json").mkdir()
     assert not is_whole(checkpoint)
-
-
-def test_the_newest_whole_checkpoint_is_behind_damaged_ones(checkpoint):
-    folder = checkpoint.parent
-    (folder / "checkpoint-40").write_text("a file")
-    (folder / "checkpoint-30").mkdir()
-    damaged = write_checkpoint(folder / "checkpoint-20")
-    (damaged / "state.json").unlink()
-    found, complaints = newest_whole_checkpoint(folder)
-    assert found == checkpoint
-    assert ["checkpoint-30" in complaints[0], "checkpoint-20" in complaints[1]] == [True, True]
-    (checkpoint / "state.json").unlink()
-    assert newest_whole_checkpoint(folder)[0] is None
 
 
 # Results of evaluations

@@ -81,7 +81,7 @@ def test_model_without_processor_gets_the_default_with_a_warning(tmp_path, files
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"num_workers": -1}, "num_workers must be at least 0"),
         ({"bad_images": "ignore"}, "bad_images must be one of stop, skip"),
-        ({"device": "abacus"}, "device 'abacus' is unknown"),
+        ({"device": "abacus"}, "device 'abacus' is not available"),
     ],
 )
 def test_wrong_options(vit, options, message):

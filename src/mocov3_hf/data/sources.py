@@ -63,7 +63,7 @@ def load_builder(dataset_name: str, config_name: str | None = None, revision: st
     """Call `datasets.load_dataset_builder`, and raise its various errors as one-line ValueErrors."""
     try:
         return datasets.load_dataset_builder(dataset_name, config_name, revision=revision, data_files=data_files)
-    except DatasetNotFoundError as error:
+    except (DatasetNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"data set {dataset_name!r} is neither a local folder nor available on the Hub: check the name, your "
             f"access if it is gated, and the network"

@@ -275,6 +275,10 @@ def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r} is unknown, pass cpu or cuda: {str(error).splitlines()[0]}") from error
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    # Each kind of device has its own errors for a missing driver, build or index.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} is not available, leave it out or pass cpu: {reason}") from error
+    return found

@@ -35,7 +35,7 @@ class FolderLock:
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / LOCK
         self.owner = describe_this_process()
-        self.is_acquired = False
+        self.is_acquired = self.has_created_folder = False
         self.released = threading.Event()
 
     def __enter__(self) -> "FolderLock":
@@ -45,6 +45,9 @@ class FolderLock:
         self.released.set()
         if self.is_acquired and self.is_mine():
             self.path.unlink(missing_ok=True)
+            if self.has_created_folder:
+                with contextlib.suppress(OSError):  # it has content
+                    self.folder.rmdir()
         self.is_acquired = False
 
     def acquire(self) -> None:
@@ -54,6 +57,7 @@ class FolderLock:
         Raises:
             UsageError: another run is alive there, with its host and process.
         """
+        self.has_created_folder = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         first_seen = None
         while not self.try_to_acquire():
