@@ -32,9 +32,12 @@ def checkpoint(tmp_path):
     return write_checkpoint(tmp_path / "checkpoint-12")
 
 
+FILES = ("model.safetensors", "state.json", "optimizer.safetensors", "recipe.yaml", "config.json")
+
+
 def write_checkpoint(folder):
     folder.mkdir()
-    for name in ("model.safetensors", "state.json", "optimizer.safetensors"):
+    for name in FILES:
         (folder / name).write_bytes(f"content of {name}".encode())
     write_manifest(folder)
     return folder
@@ -73,18 +76,19 @@ def test_every_flipped_bit_is_found(checkpoint, name):
 
 
 ENTRY = {"size": 1, "sha256": "0"}
+ENTRIES = dict.fromkeys(FILES, ENTRY)
 
 
 @pytest.mark.parametrize(
     "content",
     [
         *("", "{", "[]", "null", "{}", "3", '"text"', "[" * 100_000),
-        json.dumps({"model.safetensors": ENTRY}),
-        json.dumps({"model.safetensors": ENTRY, "state.json": None}),
-        json.dumps({"model.safetensors": ENTRY, "state.json": [1, "0"]}),
-        json.dumps({"model.safetensors": ENTRY, "state.json": {"size": 1}}),
-        json.dumps({"model.safetensors": ENTRY, "state.json": ENTRY, "../config.json": ENTRY}),
-        json.dumps({"model.safetensors": ENTRY, "state.json": ENTRY, "": ENTRY}),
+        *(json.dumps({name: ENTRY for name in FILES if name != missing}) for missing in FILES),
+        json.dumps(ENTRIES | {"state.json": None}),
+        json.dumps(ENTRIES | {"state.json": [1, "0"]}),
+        json.dumps(ENTRIES | {"state.json": {"size": 1}}),
+        json.dumps(ENTRIES | {"../other.json": ENTRY}),
+        json.dumps(ENTRIES | {"": ENTRY}),
     ],
 )
 def test_manifests_that_are_not_valid_are_refused(checkpoint, content):
