@@ -303,11 +303,14 @@ def report_of_loading():
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     logger.addHandler(handler)
     try:
         yield stream
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @pytest.mark.parametrize("model_class", [MoCoV3ForPreTraining, MoCoV3ForImageClassification])
