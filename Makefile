@@ -30,7 +30,7 @@ $(OLDEST_INSTALLED): setup.cfg constraints-oldest.txt
 test: $(INSTALLED)
 	$(BIN)/python $(PYTEST)
 
-# Under 90 seconds on two cores: without the tests marked `slow`.
+# Without the tests marked `slow`.
 test-fast: $(INSTALLED)
 	$(BIN)/python $(PYTEST) -m "not slow"
 
