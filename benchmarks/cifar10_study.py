@@ -29,7 +29,6 @@ from mocov3_hf.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from mocov3_hf.evaluation.linear import fit_linear_classifier
 from mocov3_hf.metrics.knn import knn_accuracy
 from mocov3_hf.pretraining.build import build_model
-from mocov3_hf.pretraining.hardware import fastest_attention
 from mocov3_hf.pretraining.loop import main as pretrain
 from mocov3_hf.pretraining.recipe import load_recipe
 
@@ -83,7 +82,7 @@ def evaluate(encoder: torch.nn.Module, train: LabeledSplit, test: LabeledSplit) 
     """kNN and linear accuracy (0 to 1) of the features, in eval mode."""
     encoder = encoder.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if encoder.backbone._supports_sdpa:
-        encoder.set_attn_implementation(fastest_attention(encoder.device, "bf16"))
+        encoder.set_attn_implementation("sdpa")
     bank, queries = train.features(encoder), test.features(encoder)
     classifier = fit_linear_classifier(bank, train.labels, max_iterations=200, device=encoder.device)
     return {

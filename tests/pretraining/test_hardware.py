@@ -193,7 +193,7 @@ def choose(arguments, backbone, device="cpu"):
     ("backbone", "precision", "chosen"),
     [
         (VIT, "no", {"attn_implementation": "sdpa"}),
-        (VIT, "bf16", {"attn_implementation": "eager"}),
+        (VIT, "bf16", {"attn_implementation": "sdpa"}),
         (CONV_STEM, "no", {"attn_implementation": "sdpa", "channels_last": True}),
         (RESNET, "bf16", {"channels_last": True}),
         (DINOV2, "no", {}),

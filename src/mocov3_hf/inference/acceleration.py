@@ -66,13 +66,11 @@ def prepare_for_inference(model: PreTrainedModel, dtype: torch.dtype, device: to
         model.to(memory_format=torch.channels_last)
         done.append("channels_last")
     if backbone_type == MoCoV3ViTConfig.model_type:
-        # Plain matrix products are faster than the fused kernel in bfloat16 on CPUs.
-        attention = "eager" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
-        model.set_attn_implementation(attention)
+        model.set_attn_implementation("sdpa")
         for layer in model.modules():
             if hasattr(layer, "pooled_query_only"):
                 layer.pooled_query_only = True
-        done += [f"{attention} attention", "last block for the pooled token only"]
+        done += ["sdpa attention", "last block for the pooled token only"]
     return done
 
 

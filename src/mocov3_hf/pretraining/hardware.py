@@ -66,7 +66,7 @@ def choose_settings(recipe: Recipe, model: MoCoV3ForPreTraining, device: torch.d
             " --attn_implementation sdpa"
         )
     if attention is None and backbone == MoCoV3ViTConfig.model_type:
-        attention = fastest_attention(device, precision)
+        attention = "sdpa"
     return HardwareSettings(
         attn_implementation=attention,
         # Under autocast only the loss is computed in float32, where TF32 costs accuracy and saves no time.
@@ -91,11 +91,6 @@ def has_tf32(device: torch.device) -> bool:
 
 def has_glibc() -> bool:
     return platform.libc_ver()[0] == "glibc"
-
-
-def fastest_attention(device: torch.device, mixed_precision: str) -> str:
-    """The fused kernel, except for bf16 on CPUs, where plain matrix products are faster (benchmarks/step.py)."""
-    return "eager" if device.type == "cpu" and mixed_precision == "bf16" else "sdpa"
 
 
 def has_spatial_convolutions(module: nn.Module) -> bool:

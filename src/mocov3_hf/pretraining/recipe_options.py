@@ -178,8 +178,7 @@ class HardwareOptions:
     )
     attn_implementation: str | None = option(
         None,
-        "sdpa, eager, flash_attention_2 or another of transformers; for mocov3_vit, defaults to sdpa, and to eager for"
-        " bf16 on CPUs",
+        "sdpa, eager, flash_attention_2 or another of transformers; for mocov3_vit, defaults to sdpa",
         advanced=True,
     )
     deterministic: bool | None = option(
