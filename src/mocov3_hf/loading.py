@@ -30,8 +30,9 @@ from transformers import (
 from transformers.utils import logging
 
 from .processing import adapted, build_image_processor
+from .reporting import UsageError, nearest, quiet_hub
 from .run_folder import CONFIG
-from .storage import is_local
+from .storage import describe_missing, is_local
 from .zoo import fetch, load_zoo
 
 
@@ -51,6 +52,7 @@ NAMES_AND_DATES = (
     "use_cache",  # written by `Trainer` into every configuration
 )
 DEFAULT_IMAGE_SIZE = 224
+WHAT_LOADS = "a folder written by save_pretrained, a Hub id, or a name that mocov3 zoo lists"
 
 
 def resolve_model(model: str | os.PathLike) -> str:
@@ -64,18 +66,26 @@ def resolve_model(model: str | os.PathLike) -> str:
     name = os.path.expanduser(os.fspath(model))
     if not os.path.exists(name) and name in load_zoo():
         return fetch(name)
+    if "://" in name:
+        raise UsageError(
+            f"model {name!r} is a URL: convert its checkpoint with mocov3 convert, and pass the new folder"
+        )
     if is_local(name):
+        if not os.path.exists(name):
+            raise UsageError(describe_missing(name, "model folder", f"pass {WHAT_LOADS}"))
         if not os.path.isdir(name):
-            what = "is a file" if os.path.exists(name) else "does not exist"
-            raise ValueError(
-                f"model folder {name!r} {what}: pass a folder written by save_pretrained, a Hub id, or a name that"
-                " mocov3 zoo lists"
+            raise UsageError(
+                f"model folder {name!r} is a file: pass {WHAT_LOADS}. mocov3 convert makes a folder of a checkpoint"
             )
         if not (Path(name) / CONFIG).is_file():
             raise ValueError(
                 f"folder {name!r} holds no model (no {CONFIG}): pass a folder written by save_pretrained, such as the"
                 " output folder of mocov3 pretrain after its first checkpoint"
             )
+    elif "/" not in name:
+        meant = nearest(name, load_zoo(), cutoff=0.8)
+        if meant:
+            raise UsageError(f"there is no folder and no published model {name!r}{meant}")
     return name
 
 
@@ -206,8 +216,11 @@ def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
             return auto_class.from_pretrained(name, **options)
         # transformers, safetensors and the Hub client each have exceptions of their own for damaged or missing files.
         except Exception as error:
-            tried = "" if os.path.isdir(name) else "there is no such folder, and loading from the Hub failed: "
-            raise ValueError(f"model {name!r} cannot be loaded: {tried}{first_line(error)}") from error
+            if os.path.isdir(name):
+                raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
+            raise ValueError(
+                f"{describe_missing(name)}, and as a Hub id it cannot be loaded: {first_line(error)}"
+            ) from error
 
 
 def refuse_missing(name: str, model: PreTrainedModel, missing: list[str]) -> None:
@@ -225,12 +238,24 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Only errors from transformers' logger."""
+def progress_bars(shown: bool) -> Iterator[None]:
+    """Whether transformers and the Hub client show progress bars."""
+    before = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    try:
+        yield
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
+
+
+@contextmanager
+def quiet_transformers(progress: bool = True) -> Iterator[None]:
+    """Only errors from the loggers of transformers and of the Hub client; without `progress` also no progress bars."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with quiet_hub(), progress_bars(progress and logging.is_progress_bar_enabled()):
+            yield
     finally:
         logging.set_verbosity(verbosity)
 

@@ -1,141 +1,86 @@
 """
-Options of the commands: each is declared once, as a documented field of a dataclass, and read by one parser from a
-recipe (YAML) and from the command line. `--help` is generated from the declarations.
+One parser of options: from a recipe (YAML), the command line, or the keywords of a Python call.
 
-This module imports neither torch nor transformers, so that mistakes are reported at once.
+This module and those that it imports import neither torch nor transformers, so that mistakes are reported at once.
 """
 
-import argparse
-import contextlib
 import dataclasses
-import difflib
-import inspect
-import json
 import re
-import sys
 import typing
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from .option_values import NO, YES, convert, describe_type, is_list, plain_type, shown
-from .reporting import UsageError, reporting, warn
+from .declarations import Command, option
+from .option_help import phrase, show_help
+from .option_values import NO, YES, convert, describe_type, is_list, plain_type
+from .recipe_files import find_recipe, recipe_command, recipe_names, without_command
+from .reporting import UsageError, either, nearest, reporting, warn
 from .yaml_files import read_yaml
-
-
-RECIPES = Path(__file__).parent / "recipes"
 
 
 Group = TypeVar("Group")
 
-
-def option(
-    default: Any = dataclasses.MISSING,
-    help: str = "",
-    *,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    old: Mapping[str, Callable[[Any], Any] | None] | Iterable[str] = (),
-    advanced: bool = False,
-    metavar: str | None = None,
-) -> Any:
-    """
-    Declare an option as a field of a dataclass; its annotation is its type.
-
-    Args:
-        default: A list or mapping is copied for every instance. Left out, the option is required.
-        help: What `--help` says: a noun phrase or an imperative, without type and default.
-        at_least, at_most, above, below: Bounds of a number, or of every number in a list.
-        old: Earlier spellings, which still work with a deprecation line; a mapping gives a function from the old value
-            to the new one, or None.
-        advanced: Shown by `--help all` only.
-        metavar: Placeholder of the value in `--help`, such as DIR.
-    """
-    metadata = {
-        "help": help,
-        "bounds": {"at least": at_least, "above": above, "at most": at_most, "below": below},
-        "old": dict(old) if isinstance(old, Mapping) else dict.fromkeys(old),
-        "advanced": advanced,
-        "metavar": metavar,
-    }
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class Command:
-    """
-    What one command of `mocov3` takes.
-
-    Args:
-        name: As typed.
-        summary: One line.
-        groups: Dataclasses of options. The fields of a group, and those it inherits, are sections of `--help`.
-        positional: The option whose values may stand without its name.
-        recipes: Folder of the recipes that `--recipe` finds by name; None for a command without recipes.
-        hints: What to say about an option that does not exist, by name.
-        removed: Options of earlier versions that no longer exist, with the reason.
-    """
-
-    name: str
-    summary: str
-    groups: tuple[type, ...]
-    positional: str | None = None
-    recipes: Path | None = None
-    hints: Mapping[str, str] = field(default_factory=dict)
-    removed: Mapping[str, str] = field(default_factory=dict)
-
-    def fields(self) -> dict[str, dataclasses.Field]:
-        return {item.name: item for group in self.groups for item in dataclasses.fields(group)}
-
-    def types(self) -> dict[str, Any]:
-        return {name: kind for group in self.groups for name, kind in typing.get_type_hints(group).items()}
-
-    def old_names(self) -> dict[str, tuple[str, Callable | None]]:
-        """Earlier spelling to the option of today and what converts the value."""
-        return {
-            old: (name, change) for name, item in self.fields().items() for old, change in item.metadata["old"].items()
-        }
-
-
-# Recipes
-
-
-def recipe_names(folder: Path = RECIPES) -> list[str]:
-    """Names of the recipes of the package in a folder."""
-    return sorted(path.stem for path in folder.glob("*.yaml"))
-
-
-def find_recipe(name: str, folder: Path = RECIPES) -> Path:
-    """
-    The file of a recipe given by name or path.
-
-    Raises:
-        UsageError: no such recipe; the message offers the nearest name.
-    """
-    given = Path(name).expanduser()
-    with contextlib.suppress(OSError, ValueError):  # names that no file can have
-        if given.is_file():
-            return given
-        if (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
-    if name.endswith((".yaml", ".yml")):
-        raise UsageError(f"recipe file {shown(name)} does not exist")
-    known = recipe_names(folder)
-    raise UsageError(f"there is no recipe {shown(name)}{nearest(name, known) or ';'} mocov3 recipes lists all")
-
-
-def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """`; did you mean 'x'?`, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {prefix + close[0]!r}?" if close else ""
-
-
-# One parser
+# Names of `Trainer`, of the official code and of other tools, and the options that they may mean here.
+OTHER_NAMES = {
+    "a": ("backbone_config",),
+    "amp": ("mixed_precision",),
+    "arch": ("backbone_config", "model"),
+    "b": ("train_batch_size", "batch_size"),
+    "backbone": ("backbone_config",),
+    "base_lr": ("base_learning_rate",),
+    "batch_size": ("train_batch_size", "per_device_train_batch_size"),
+    "bf16": ("mixed_precision",),
+    "checkpoint": ("model",),
+    "ckpt": ("model",),
+    "compile": ("torch_compile",),
+    "crop_min": ("crop_scale",),
+    "data": ("dataset_name",),
+    "data_dir": ("dataset_name",),
+    "data_path": ("dataset_name",),
+    "dataset": ("dataset_name", "images"),
+    "epochs": ("num_train_epochs",),
+    "evaluation_strategy": ("eval_strategy",),
+    "fp16": ("mixed_precision", "dtype"),
+    "grad_accum": ("gradient_accumulation_steps", "gradient_cache_chunk_size"),
+    "img_size": ("image_size",),
+    "input_size": ("image_size",),
+    "j": ("dataloader_num_workers",),
+    "lr": ("learning_rate", "base_learning_rate"),
+    "m": ("model",),
+    "moco_dim": ("projection_dim",),
+    "moco_m": ("ema_decay",),
+    "moco_m_cos": ("ema_schedule",),
+    "moco_mlp_dim": ("head_hidden_size",),
+    "moco_t": ("temperature",),
+    "model_path": ("model",),
+    "name_or_path": ("model",),
+    "num_epochs": ("num_train_epochs",),
+    "o": ("output_dir", "output"),
+    "out": ("output_dir", "output"),
+    "out_dir": ("output_dir",),
+    "output": ("output_dir",),
+    "output_file": ("output",),
+    "output_path": ("output_dir", "output"),
+    "overwrite": ("overwrite_output_dir",),
+    "per_device_eval_batch_size": ("batch_size",),
+    "precision": ("mixed_precision", "dtype"),
+    "pretrained": ("model",),
+    "print_freq": ("logging_steps",),
+    "repo_id": ("hub_model_id",),
+    "split": ("test_split", "train_split"),
+    "steps": ("max_steps",),
+    "stop_grad_conv1": ("backbone_config",),
+    "topk": ("top_k",),
+    "val_split": ("test_split",),
+    "validation_split": ("test_split",),
+    "warmup_ratio": ("warmup_epochs",),
+    "warmup_steps": ("warmup_epochs",),
+    "wd": ("weight_decay",),
+    "weights": ("model",),
+    "workers": ("dataloader_num_workers",),
+}
 
 
 def values_of_recipe(command: Command, path: str | Path, quiet: bool = False) -> dict[str, Any]:
@@ -150,7 +95,9 @@ def values_of_recipe(command: Command, path: str | Path, quiet: bool = False) ->
     Raises:
         UsageError: an unreadable file, an option that does not exist, a value of another type.
     """
-    return _converted(command, read_yaml(path).items(), Path(path).name, "", quiet)
+    path = Path(path)
+    content = without_command(read_yaml(path), path, command.name)
+    return _converted(command, content.items(), path.name, "", quiet)
 
 
 def values_of_arguments(command: Command, arguments: Iterable[str]) -> dict[str, Any]:
@@ -173,7 +120,12 @@ def values_of_arguments(command: Command, arguments: Iterable[str]) -> dict[str,
         token = waiting.pop()
         if is_value(token):
             if token.startswith("-") and len(token) > 1 and not re.match(r"-[0-9.]", token):
-                raise UsageError(f"there is no option {token!r}: options begin with two dashes")
+                meant = [
+                    f"--{name}" for name in OTHER_NAMES.get(token.lstrip("-").replace("-", "_"), ()) if name in types
+                ]
+                meant = meant or [f"--{name}" for name in types if name == token.lstrip("-").replace("-", "_")]
+                hint = f"; did you mean {either(meant)}?" if meant else ""
+                raise UsageError(f"there is no option {token!r}: options begin with two dashes{hint}")
             loose.append(token)
             continue
         written, equals, value = token[2:].partition("=")
@@ -258,8 +210,15 @@ def _refuse(command: Command, name: str, source: str, dash: str) -> typing.NoRet
         raise UsageError(f"{where}{dash}{name} no longer exists: {command.removed[key]}")
     if key in command.hints:
         raise UsageError(f"{where}{command.hints[key]}")
-    hint = nearest(key, command.fields(), dash)
-    raise UsageError(f"{where}there is no option {dash + name!r}{hint or '; --help all lists all options'}")
+    fields = command.fields()
+    meant = [repr(dash + other) for other in OTHER_NAMES.get(key, ()) if other in fields]
+    hint = f"; did you mean {either(meant)}?" if meant else nearest(key, fields, dash)
+    raise UsageError(f"{where}there is no option {dash + name!r}{hint or f'; {all_options(command)}'}")
+
+
+def all_options(command: Command) -> str:
+    """Where a user finds the options of a command."""
+    return f"mocov3 {command.name} --help all lists all options" if command.fields() else "the command takes none"
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,8 +242,9 @@ def build(group: type[Group], values: Mapping[str, Any]) -> Group:
     for name, item in names.items():
         is_required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if is_required and name not in values:
-            help = item.metadata["help"].rstrip(".")
-            raise UsageError(f"--{name} is missing: {help[0].lower()}{help[1:]}")
+            kind = plain_type(typing.get_type_hints(group)[name])
+            choices = f" ({describe_type(kind)})" if typing.get_origin(kind) is typing.Literal else ""
+            raise UsageError(f"--{name} is missing: {phrase(item.metadata['help'])}{choices}")
     return group(**{name: value for name, value in values.items() if name in names})
 
 
@@ -311,105 +271,10 @@ def given_values(command: Command, arguments: Iterable[str]) -> dict[str, Any]:
     values = values_of_arguments(command, arguments)
     recipe = values.pop("recipe", None)
     if recipe is not None and command.recipes is not None:
-        values = merged(values_of_recipe(command, find_recipe(recipe, command.recipes)), values)
+        values = merged(values_of_recipe(command, find_recipe(recipe, command.recipes, command.name)), values)
         if "recipe" in command.fields():
             values["recipe"] = recipe
     return values
-
-
-# Help
-
-
-def show_help(command: Command, arguments: list[str]) -> None:
-    """Print `--help` or `--help all` and exit, where a command line asks for it."""
-    for place, token in enumerate(arguments):
-        if token in ("-h", "--help"):
-            print(help_text(command, everything=arguments[place + 1 : place + 2] == ["all"]))
-            sys.exit(0)
-
-
-def help_text(command: Command, everything: bool = False) -> str:
-    """What a command does and its options, section by section; those marked advanced only with `everything`."""
-    fields, kinds = command.fields(), command.types()
-    usage = [f"mocov3 {command.name}"]
-    if command.positional is not None:
-        placeholder = fields[command.positional].metadata["metavar"] or command.positional.upper()
-        usage.append(f"[{placeholder} ...]" if is_list(kinds[command.positional]) else f"[{placeholder}]")
-    if command.recipes is not None:
-        usage.append("[--recipe NAME|FILE]")
-    parser = argparse.ArgumentParser(
-        usage=" ".join([*usage, "[--option value ...]"]),
-        description=command.summary,
-        add_help=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=118),
-    )
-    if command.recipes is not None:
-        section = parser.add_argument_group("Recipe")
-        section.add_argument("--recipe", metavar="NAME|FILE", help=_recipe_help(command.recipes))
-    hidden = 0
-    for title, names in _sections(command).items():
-        section = parser.add_argument_group(title)
-        for name in names:
-            metadata = fields[name].metadata
-            if metadata["advanced"] and not everything:
-                hidden += 1
-                continue
-            section.add_argument(
-                f"--{name}", metavar=metadata["metavar"] or _metavar(kinds[name]), help=_described(fields[name])
-            )
-    if hidden:
-        parser.epilog = f"{hidden} more options: mocov3 {command.name} --help all"
-    return parser.format_help().rstrip()
-
-
-def _recipe_help(folder: Path) -> str:
-    names = recipe_names(folder)
-    return f"a YAML file of options, or one of {len(names)} recipes such as {names[0]}; mocov3 recipes lists them"
-
-
-def _sections(command: Command) -> dict[str, list[str]]:
-    """Names of options by the title of their section: the first line of the docstring of the class they stand in."""
-    sections: dict[str, list[str]] = {}
-    for group in command.groups:
-        owners = {name: owner for owner in group.__mro__ for name in inspect.get_annotations(owner)}
-        for item in dataclasses.fields(group):
-            if item.name == "recipe" and command.recipes is not None:  # has a section of its own
-                continue
-            title = (owners[item.name].__doc__ or owners[item.name].__name__).strip().splitlines()[0].rstrip(".")
-            sections.setdefault(title, []).append(item.name)
-    return sections
-
-
-def _metavar(kind: Any) -> str:
-    plain = plain_type(kind)
-    if typing.get_origin(plain) is Literal:
-        word = "{" + ",".join(map(str, typing.get_args(plain))) + "}"
-    else:
-        word = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT", dict: "JSON"}[plain]
-    return f"{word} ..." if is_list(kind) else word
-
-
-def _described(item: dataclasses.Field) -> str:
-    default = item.default if item.default is not dataclasses.MISSING else None
-    if item.default_factory is not dataclasses.MISSING:
-        default = item.default_factory()
-    text = item.metadata["help"].rstrip(".")
-    # Phrases begin in lower case, names and abbreviations as they are.
-    if text[1:2].islower() and not text.startswith("Hub "):
-        text = text[0].lower() + text[1:]
-    if default not in (None, [], {}) and default is not False:
-        text += f" (default: {_as_text(default)})"
-    return text.replace("%", "%%")
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, dict):
-        return json.dumps(value)
-    if isinstance(value, list):
-        return " ".join(map(_as_text, value))
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 # Commands about recipes
@@ -430,9 +295,8 @@ def recipes_main(arguments: Iterable[str]) -> None:
     with reporting():
         (options,) = parse(RECIPES_COMMAND, arguments)
         if options.name is not None:
-            folder = RECIPES / "evaluation" if options.name in recipe_names(RECIPES / "evaluation") else RECIPES
-            print(find_recipe(options.name, folder).read_text(encoding="utf-8").rstrip())
+            print(find_recipe(options.name).read_text(encoding="utf-8").rstrip())
             return
-        for title, folder in (("pretrain", RECIPES), ("linear-probe, finetune", RECIPES / "evaluation")):
-            print(f"{title}:")
-            print("\n".join(f"  {name}" for name in recipe_names(folder)))
+        for command in sorted({recipe_command(find_recipe(name)) for name in recipe_names()}, reverse=True):
+            print(f"{command}:")
+            print("\n".join(f"  {name}" for name in recipe_names(command)))

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .storage import locked, read_lines, sha256_of, write_json
+from .storage import describe_missing, locked, read_lines, sha256_of, write_json
 from .yaml_files import read_yaml
 
 
@@ -328,8 +328,9 @@ def read_run_folder(path: str | Path) -> RunFolder:
     """
     path = Path(path).expanduser()
     if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise ValueError(f"folder {str(path)!r} {what}: pass the output folder of a run, or a model folder")
+        fix = "pass the output folder of a run, or a model folder"
+        is_file = f"folder {str(path)!r} is a file: {fix}"
+        raise ValueError(is_file if path.exists() else describe_missing(path, fix=fix))
     if not any((path / name).is_file() for name in (CONFIG, METRICS, RECIPE)):
         raise ValueError(
             f"folder {str(path)!r} is neither a run nor a model (no {CONFIG}, {METRICS} or {RECIPE}): pass the output"
@@ -396,7 +397,7 @@ def read_recipe(path: Path, notes: list[str]) -> dict[str, Any]:
     except ValueError as error:
         notes.append(f"{path.name} was left out: {error}.")
         return {}
-    return {RENAMED_OPTIONS.get(name, name): value for name, value in content.items()}
+    return {RENAMED_OPTIONS.get(name, name): value for name, value in content.items() if name != "command"}
 
 
 def read_noted_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:

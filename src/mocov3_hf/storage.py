@@ -1,6 +1,7 @@
 """Files and folders that are written whole or not at all, JSON Lines files, hashes and locks."""
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -10,15 +11,62 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 
 BLOCK = 1 << 20
 INCOMPLETE, DELETED = ".incomplete", ".deleted"
 
 
 def is_local(name: str | os.PathLike) -> bool:
-    """Whether a name means a path on this machine: it exists, or it cannot be a Hub id."""
+    """
+    Whether a name means a path on this machine. Its form decides: it exists, begins with `.`, `/` or `~`, has more
+    than one slash, lies in a folder that exists, or cannot be the id of a repository on the Hub. A URL is not one.
+    """
     name = os.fspath(name)
-    return os.path.exists(name) or name.startswith(("/", "./", "../", "~")) or name in (".", "..")
+    if os.path.exists(name):
+        return True
+    first, _, rest = name.partition("/")
+    if "://" in name:
+        return False
+    return name.startswith((".", "/", "~")) or "/" in rest or (rest != "" and os.path.isdir(first)) or not _is_id(name)
+
+
+def _is_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def describe_missing(name: str | os.PathLike, what: str = "folder", fix: str = "") -> str:
+    """
+    What to say about a path that does not exist: the nearest name that does, or how to fix it.
+
+    Args:
+        name: The path.
+        what: What it should be.
+        fix: What to do if no name is near.
+
+    Returns:
+        Such as `folder 'runs/frist' does not exist; did you mean 'runs/first'?`.
+    """
+    path = Path(os.path.expanduser(name))
+    text = f"{what} {os.fspath(name)!r} does not exist"
+    first = ([part for part in (path, *path.parents) if not part.exists()] or [path])[-1]
+    try:
+        siblings = [entry.name for entry in first.parent.iterdir() if not entry.name.startswith(".")]
+    except OSError:
+        siblings = []
+    close = difflib.get_close_matches(first.name, siblings, n=1)
+    if not close:
+        text += "" if first == path else f" (there is no folder {str(first)!r})"
+        return f"{text}: {fix}" if fix else text
+    meant = first.with_name(close[0])
+    whole = meant / path.relative_to(first)
+    return f"{text}; did you mean {str(whole if whole.exists() else meant)!r}?"
 
 
 def flush(path: str | Path) -> None:

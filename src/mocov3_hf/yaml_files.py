@@ -51,11 +51,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
         _check_expansion(content)
     except (OSError, ValueError, TypeError, yaml.YAMLError, RecursionError, OverflowError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{path} cannot be read as a recipe: {reason}") from error
+        raise UsageError(f"{path} cannot be read as a recipe: {_reason(error)}") from error
     if content is not None and not isinstance(content, dict):
         raise UsageError(f"{path} must hold a mapping of options, got {describe_yaml(content)}")
     return content or {}
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a file, and where, in one line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"  # type: ignore[attr-defined]
+    if isinstance(error, yaml.reader.ReaderError):  # a character that YAML does not allow
+        return f"character {error.position + 1}: {error.reason}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _check_expansion(content: Any) -> None:

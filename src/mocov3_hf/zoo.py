@@ -22,7 +22,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock
 
 from .options import Command, parse
-from .reporting import RunError, UsageError, one_line, reporting
+from .reporting import RunError, UsageError, either, one_line, reporting
 from .run_folder import CONVERSION
 from .storage import INCOMPLETE, sha256_of
 
@@ -100,7 +100,7 @@ def find_entry(name: str) -> ZooEntry:
     zoo = load_zoo()
     if name not in zoo:
         close = difflib.get_close_matches(name, zoo, n=3, cutoff=0.3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "mocov3 zoo lists all"
+        hint = f"did you mean {either(close)}?" if close else "mocov3 zoo lists all"
         raise UsageError(f"no published model is called {name!r}: {hint}")
     return zoo[name]
 

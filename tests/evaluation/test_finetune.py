@@ -15,8 +15,9 @@ from mocov3_hf.evaluation.classifier import load_with_new_head, unfrozen, with_f
 from mocov3_hf.evaluation.finetune import COMMAND, FinetuneOptions, build_finetune_trainer, main
 from mocov3_hf.evaluation.supervised import Splits
 from mocov3_hf.model.modeling_mocov3_vit import sincos_position_embedding
-from mocov3_hf.options import RECIPES, find_recipe, parse, recipe_names
+from mocov3_hf.options import parse
 from mocov3_hf.processing import ProcessorTransform, build_image_processor
+from mocov3_hf.recipe_files import find_recipe, recipe_names
 from mocov3_hf.run_folder import read_results
 from tests.evaluation.finetuning import ALL, NAMES, command, same
 
@@ -293,7 +294,7 @@ TRANSFER = {
 
 
 def recipe_of(name):
-    head = find_recipe(name, RECIPES / "evaluation").read_text().split("\n\n")[0]
+    head = find_recipe(name).read_text().split("\n\n")[0]
     assert f"finetune --recipe {name} --model" in head
     assert "# Cost: " in head
     return head, parse(COMMAND, ["--recipe", name, "--model", "m", "--output_dir", "o"])[0]
@@ -325,7 +326,7 @@ def test_transfer_recipes(name):
 
 
 def test_fine_tuning_recipes_are_these():
-    others = {name for name in recipe_names(RECIPES / "evaluation") if "linear" not in name}
+    others = set(recipe_names("finetune"))
     assert others == {*PUBLISHED, *TRANSFER, "cifar10_vit-tiny-p4_finetune"}
     _, recipe = recipe_of("cifar10_vit-tiny-p4_finetune")
     assert recipe.dataset_name == "uoft-cs/cifar10"

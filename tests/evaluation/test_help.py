@@ -3,7 +3,7 @@
 import pytest
 
 from mocov3_hf.evaluation import evaluate, finetune, knn, linear_probe
-from mocov3_hf.options import help_text
+from mocov3_hf.option_help import help_text
 
 
 COMMANDS = {module.COMMAND.name: module.COMMAND for module in (knn, evaluate, linear_probe, finetune)}

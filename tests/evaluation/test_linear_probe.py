@@ -24,15 +24,14 @@ from mocov3_hf.evaluation.sweep import sweep_linear_classifiers
 from mocov3_hf.evaluation.trainer import reload_strictly, share_of_batch
 from mocov3_hf.evaluation.training_images import TrainingImages, training_transform
 from mocov3_hf.loading import load_encoder, pooled_features
-from mocov3_hf.options import RECIPES, find_recipe, recipe_names
 from mocov3_hf.processing import ProcessorTransform, build_image_processor
+from mocov3_hf.recipe_files import find_recipe, recipe_names
 from mocov3_hf.run_folder import read_results
 from tests.launch import torchrun
 
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "linear_probe.py"
 NAMES = ["ant", "bee", "cow"]
-EVALUATION = RECIPES / "evaluation"
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +286,7 @@ def test_published_recipes(name):
     assert recipe.base_learning_rate * recipe.train_batch_size / 256 == pytest.approx(learning_rate)
     assert (recipe.num_train_epochs, recipe.momentum, recipe.weight_decay) == (90, 0.9, 0.0)
     assert (recipe.dataset_name, recipe.test_split) == ("ILSVRC/imagenet-1k", "validation")
-    head = find_recipe(name, EVALUATION).read_text().split("\n\n")[0]
+    head = find_recipe(name).read_text().split("\n\n")[0]
     assert f"torchrun --nproc_per_node 8 -m mocov3_hf linear-probe --recipe {name} " in head
     assert f"Expected: {top1:.2f} % top-1" in head
     assert "# Cost: " in head
@@ -296,7 +295,7 @@ def test_published_recipes(name):
 
 
 def test_linear_recipes_are_the_published_ones():
-    assert {name for name in recipe_names(EVALUATION) if "linear" in name} == set(PUBLISHED)
+    assert set(recipe_names("linear-probe")) == set(PUBLISHED)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The command `mocov3`: its table, its exit codes, and what it does without torch."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import mocov3_cli
-from mocov3_hf import options, reporting
+from mocov3_hf import recipe_files, reporting
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -62,10 +63,17 @@ def test_recipes(capsys):
     mocov3_cli.main(["recipes"])
     listed = capsys.readouterr().out
     assert "  quickstart\n" in listed
-    for folder in (options.RECIPES, options.RECIPES / "evaluation"):
-        assert all(f"  {name}" in listed for name in options.recipe_names(folder))
+    groups = re.split(r"^([a-z-]+):$", listed, flags=re.MULTILINE)[1:]
+    assert groups[::2] == ["pretrain", "linear-probe", "finetune"]
+    for command, names in zip(groups[::2], groups[1::2], strict=True):
+        assert names.split() == recipe_files.recipe_names(command)
+        assert all(
+            f" {command} " in recipe_files.find_recipe(name).read_text().splitlines()[0] for name in names.split()
+        )
+    assert sum(len(names.split()) for names in groups[1::2]) == len(list(recipe_files.RECIPES.rglob("*.yaml")))
     mocov3_cli.main(["recipes", "quickstart"])
-    assert capsys.readouterr().out.strip() == (options.RECIPES / "quickstart.yaml").read_text(encoding="utf-8").strip()
+    written = (recipe_files.RECIPES / "quickstart.yaml").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.strip() == written.strip()
     assert "did you mean 'quickstart'?" in ended(["recipes", "quikstart"], 2, capsys).err
 
 

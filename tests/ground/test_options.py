@@ -6,7 +6,8 @@ from typing import Literal
 
 import pytest
 
-from mocov3_hf.options import Command, help_text, option, parse
+from mocov3_hf.option_help import help_text
+from mocov3_hf.options import Command, option, parse
 from mocov3_hf.reporting import UsageError
 
 

@@ -17,9 +17,9 @@ from mocov3_hf import (
     MoCoV3ViTConfig,
 )
 from mocov3_hf.hub.cards import FEATURE_WIDTHS, carded_models, main
-from mocov3_hf.options import RECIPES
 from mocov3_hf.pretraining.estimate import multiply_adds
 from mocov3_hf.processing import build_image_processor
+from mocov3_hf.recipe_files import RECIPES
 from mocov3_hf.zoo import VIT_SIZES, load_zoo
 from tests.hub.conftest import tiny_config
 

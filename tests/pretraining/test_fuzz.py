@@ -7,10 +7,10 @@ import time
 import pytest
 import yaml
 
-from mocov3_hf.options import RECIPES
 from mocov3_hf.pretraining.build import build_config, check_buildable
 from mocov3_hf.pretraining.plan import make_plan
 from mocov3_hf.pretraining.recipe import COMMAND, load_recipe
+from mocov3_hf.recipe_files import RECIPES
 
 
 NUM_RECIPES = NUM_COMMAND_LINES = 250

@@ -5,9 +5,10 @@ import re
 import pytest
 import yaml
 
-from mocov3_hf.options import RECIPES, find_recipe, help_text, recipe_names
+from mocov3_hf.option_help import help_text
 from mocov3_hf.pretraining.plan import make_plan
 from mocov3_hf.pretraining.recipe import COMMAND, load_recipe, parse, recipe_of_call
+from mocov3_hf.recipe_files import RECIPES, find_recipe, recipe_names
 from mocov3_hf.reporting import UsageError
 
 
@@ -50,7 +51,7 @@ def test_published_recipes(name):
     assert recipe.views.solarize_probability_2 == 0.2
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", recipe_names("pretrain"))
 def test_every_recipe_begins_with_command_cost_and_expectation(name):
     head = "".join(line for line in (RECIPES / f"{name}.yaml").read_text().splitlines(True) if line.startswith("#"))
     first = head.splitlines()[0]
@@ -86,7 +87,7 @@ def test_values_have_types(tmp_path):
     assert recipe.optimization.max_steps == 7
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", recipe_names("pretrain"))
 def test_resolved_recipe_reloads_to_itself(tmp_path, name):
     recipe = load_recipe(name, ["--seed", "5", "--max_grad_norm", "1.5", "--no_zero_init_residual"])
     recipe.save(tmp_path / "recipe.yaml")

@@ -14,7 +14,8 @@ import pytest
 
 import mocov3_cli
 from mocov3_hf import MoCoV3Config, MoCoV3Model
-from mocov3_hf.options import find_recipe, parse, values_of_arguments
+from mocov3_hf.options import parse, values_of_arguments
+from mocov3_hf.recipe_files import find_recipe
 from mocov3_hf.report import write
 from mocov3_hf.report.images import Viewer, open_samples
 from mocov3_hf.run_folder import read_run_folder

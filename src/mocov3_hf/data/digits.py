@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..reporting import require_packages
 from ..storage import atomic_folder
 from .labeled import stratified_split
 
@@ -36,12 +37,9 @@ def write_digits(folder: str | os.PathLike, *, size: int = 32, seed: int = 0) ->
         ImportError: scikit-learn is not installed.
         ValueError: The folder already holds something else, or `size` is not positive.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            "the digits require scikit-learn, which is not installed: pip install scikit-learn"
-        ) from error
+    require_packages("the digits", "quickstart", {"sklearn": "scikit-learn"})
+    from sklearn.datasets import load_digits
+
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
     folder = Path(folder)

@@ -12,7 +12,8 @@ import datasets
 import torch
 from datasets.exceptions import DatasetNotFoundError
 
-from ..storage import is_local
+from ..reporting import quiet_hub
+from ..storage import describe_missing, is_local
 from .shards import builder_shards, encoded_image, table_shards, undecoded
 
 
@@ -62,11 +63,12 @@ def open_dataset(
 def load_builder(dataset_name: str, config_name: str | None = None, revision: str | None = None, data_files=None):
     """Call `datasets.load_dataset_builder`, and raise its various errors as one-line ValueErrors."""
     try:
-        return datasets.load_dataset_builder(dataset_name, config_name, revision=revision, data_files=data_files)
+        with quiet_hub():
+            return datasets.load_dataset_builder(dataset_name, config_name, revision=revision, data_files=data_files)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise ValueError(
-            f"data set {dataset_name!r} is neither a local folder nor available on the Hub: check the name, your "
-            f"access if it is gated, and the network"
+            f"{describe_missing(dataset_name)}, and as a data set on the Hub it cannot be opened: check the name, "
+            "your access if it is gated, and the network"
         ) from error
     except FileNotFoundError as error:  # EmptyDatasetError, DataFilesNotFoundError
         raise ValueError(
@@ -251,7 +253,7 @@ def _check_no_slices(parts: list[str]) -> None:
 def _check_folder(name: str) -> None:
     path = Path(name)
     if not path.exists():
-        raise ValueError(f"folder {name!r} does not exist")
+        raise ValueError(describe_missing(name, fix="pass a folder that exists, or a Hub id"))
     if not path.is_dir():
         raise ValueError(f"{name!r} is a file: pass the folder that holds the data")
 

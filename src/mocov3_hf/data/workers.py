@@ -44,6 +44,18 @@ class LostWorkerError(RunError):
         self.is_contagious = any(code in CONTAGIOUS for code in exit_codes.values())
 
 
+def default_workers(num_processes: int = 1) -> int:
+    """
+    Data-loading workers of a process if `--dataloader_num_workers` is not given, in every command: its share of the
+    CPU cores that it may use, at least 1.
+
+    Args:
+        num_processes: On this machine, if the launcher does not say (`LOCAL_WORLD_SIZE`).
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)))
+
+
 def iterate(loader: DataLoader) -> Iterator:
     """
     The batches of a data loader. Its workers ignore `STOP_SIGNALS`: the parent alone decides when they end.

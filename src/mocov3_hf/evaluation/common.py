@@ -10,11 +10,13 @@ from typing import Any, Literal
 from accelerate import PartialState
 
 from ..data.labeled import LabeledImages, open_labeled
+from ..data.workers import default_workers
 from ..loading import resolve_model
 from ..options import option
 from ..processing import ProcessorTransform
 from ..reporting import UsageError
 from ..run_folder import RESULTS, append_result
+from ..storage import describe_missing
 from .features import data_fingerprint, joined_processes
 
 
@@ -48,19 +50,24 @@ class ComputationOptions:
     """Computation"""
 
     batch_size: int = option(64, "Images per forward pass and process, without training.", at_least=1)
-    dataloader_num_workers: int = option(
-        0,
-        "Processes that decode images, per process. 0 decodes in the process itself.",
+    dataloader_num_workers: int | None = option(
+        None,
+        "Data-loading workers per process, 0 for none. Defaults to its share of the CPU cores.",
         at_least=0,
         old=["num_workers"],
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "Autocast precision of the forward pass.")
 
+    @property
+    def num_workers(self) -> int:
+        """Data-loading workers of this process."""
+        return default_workers() if self.dataloader_num_workers is None else self.dataloader_num_workers
+
     def of_pass(self) -> dict[str, Any]:
         """As arguments of `rows_of_split`."""
         return {
             "batch_size": self.batch_size,
-            "num_workers": self.dataloader_num_workers,
+            "num_workers": self.num_workers,
             "mixed_precision": self.mixed_precision,
         }
 
@@ -115,9 +122,8 @@ def results_folder(options: EvaluationOptions) -> str:
         return os.path.expanduser(options.output_dir)
     folder = resolve_model(options.model)
     if not os.path.isdir(folder):
-        raise UsageError(
-            f"model folder {options.model!r} does not exist; for a model on the Hub pass --output_dir for {RESULTS}"
-        )
+        missing = describe_missing(options.model, "model folder")
+        raise UsageError(f"{missing}; for a model on the Hub pass --output_dir for {RESULTS}")
     return folder
 
 

@@ -273,7 +273,7 @@ def rows_of_split(
     loader = DataLoader(
         _Stretch(images, transform, begin, end),
         batch_size=batch_size,
-        num_workers=num_workers,
+        num_workers=min(num_workers, -(-(end - begin) // batch_size)),
         collate_fn=_collate,
         pin_memory=model.device.type == "cuda",
     )

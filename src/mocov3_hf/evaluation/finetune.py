@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from ..loading import enable_gradient_checkpointing, load_processor, weights_hash
 from ..model.batchnorm_mocov3 import use_global_statistics
 from ..optim.param_groups import is_decayed
-from ..options import RECIPES, Command, option, parse
+from ..options import Command, option, parse
 from ..processing import ProcessorTransform
+from ..recipe_files import RECIPES
 from ..reporting import UsageError, reporting
 from .augmentation import RandAugmentOptions, batch_mixing
 from .classifier import load_with_new_head, unfrozen, with_fresh_backbone
@@ -95,9 +96,7 @@ class FinetuneOptions(RegularizationOptions, ScheduleOptions, SpeedOptions, Netw
     train_batch_size: int = option(512, "Images per step, over all processes.", at_least=1)
 
 
-COMMAND = Command(
-    "finetune", "Fine-tune an encoder as a classifier.", (FinetuneOptions,), "model", RECIPES / "evaluation"
-)
+COMMAND = Command("finetune", "Fine-tune an encoder as a classifier.", (FinetuneOptions,), "model", RECIPES)
 
 
 # Optimizer: weight decay, and learning rates that decrease from the head to the first layer

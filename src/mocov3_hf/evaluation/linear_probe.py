@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields
 import torch
 
 from ..loading import load_processor, weights_hash
-from ..options import RECIPES, Command, build, given_values, option
+from ..options import Command, build, given_values, option
 from ..processing import ProcessorTransform
+from ..recipe_files import RECIPES
 from ..reporting import UsageError, reporting
 from . import cached_linear
 from .cached_linear import CachedLinearOptions, CachedOptions
@@ -44,7 +45,7 @@ COMMAND = Command(
     "Train a linear classifier on a frozen encoder.",
     (LinearProbeOptions, CachedOptions),
     "model",
-    RECIPES / "evaluation",
+    RECIPES,
 )
 
 

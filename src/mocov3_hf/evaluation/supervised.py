@@ -11,14 +11,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ..data.labeled import LabeledImages, stratified_split
 from ..hub.push import push_folder
 from ..loading import resolve_model, weights_hash
 from ..options import option
 from ..processing import ProcessorTransform
-from ..reporting import RunError, UsageError, one_line
+from ..reporting import RunError, UsageError, check_tracker, one_line
 from ..run_folder import CONFIG, RESULTS, TRAINER_STATE, append_result, list_checkpoints
+from ..storage import describe_missing
 from .common import (
     EvaluationOptions,
     TrainSplitOptions,
@@ -192,6 +194,8 @@ def check_options(options: SupervisedOptions) -> str:
         raise UsageError("the best epoch is selected by validation: leave out --eval_strategy no")
     if options.load_best_model_at_end and options.save_strategy == "no":
         raise UsageError("the best epoch is loaded from its checkpoint: leave out --save_strategy no")
+    if options.report_to not in ("none", "all"):
+        check_tracker(options.report_to, INTEGRATION_TO_CALLBACK, get_available_reporting_integrations())
     if options.output_dir is None:
         raise UsageError("--output_dir is missing: the classifier needs a folder of its own")
     folder, model = os.path.expanduser(options.output_dir), resolve_model(options.model)
@@ -237,12 +241,13 @@ def common_options(
     learning_rate = options.learning_rate
     if learning_rate is None:
         learning_rate = options.base_learning_rate * share * num_processes * num_parts / 256
-    names = ("num_train_epochs", "mixed_precision", "dataloader_num_workers", "seed", "eval_strategy", "save_strategy")
+    names = ("num_train_epochs", "mixed_precision", "seed", "eval_strategy", "save_strategy")
     names += ("save_total_limit", "load_best_model_at_end", "logging_steps", "report_to")
     return {name: getattr(options, name) for name in names} | {
         "batch_size": share,
         "learning_rate": learning_rate,
         "gradient_accumulation_steps": num_parts,
+        "dataloader_num_workers": options.num_workers,
         "max_steps": options.max_steps or -1,
         "metric_for_best_model": options.metric_for_best_model if chooses(options) else None,
     }
@@ -361,7 +366,7 @@ def _checkpoint_of(options: SupervisedOptions, folder: str) -> str | None:
     if checkpoint == "auto":
         checkpoint = newest_checkpoint(folder)
     if checkpoint is not None and not os.path.isdir(checkpoint):
-        raise UsageError(f"checkpoint {checkpoint!r} does not exist: pass a folder checkpoint-N, or auto")
+        raise UsageError(f"{describe_missing(checkpoint, 'checkpoint')}: pass a folder checkpoint-N, or auto")
     return checkpoint
 
 

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 
 from ..loading import resolve_model
 from ..options import Command, option, parse
-from ..reporting import RunError, UsageError, one_line, reporting
+from ..reporting import RunError, UsageError, either, one_line, reporting
 from ..run_folder import (
     CONFIG,
     CONVERSION,
@@ -34,7 +34,7 @@ from ..run_folder import (
     read_object,
     read_run_folder,
 )
-from ..storage import link_or_copy, process_is_alive
+from ..storage import describe_missing, link_or_copy, process_is_alive
 from .remote_code import AUTO_MAPS, add_code
 from .run_card import MARKER, run_card
 
@@ -106,8 +106,10 @@ def stage(folder: Path) -> Path:
     Raises:
         UsageError: No model in the folder.
     """
+    if not folder.exists():
+        raise UsageError(describe_missing(folder, "model folder"))
     if read_object(folder / CONFIG, []).get("model_type") not in AUTO_MAPS:
-        expected = " or ".join(map(repr, AUTO_MAPS))
+        expected = either(map(repr, AUTO_MAPS))
         raise UsageError(f"{str(folder)!r} is not a MoCo v3 model: expected a {CONFIG} with model_type {expected}")
     if not list(folder.glob(WEIGHTS)):
         raise UsageError(f"{str(folder)!r} has no weights: expected {WEIGHTS}")

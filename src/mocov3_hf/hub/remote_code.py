@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+from ..reporting import either
+
 
 CODE_FOLDER = Path(__file__).parent.parent / "model"
 # Complete maps by model type: `save_pretrained` itself names only AutoConfig and the class of the saved model.
@@ -38,7 +40,7 @@ def add_code(folder: str | Path) -> None:
     auto_map = AUTO_MAPS.get(config.get("model_type"))
     if auto_map is None:
         raise ValueError(
-            f"{path} is not a configuration of model type {' or '.join(map(repr, AUTO_MAPS))}: save a MoCoV3 model to"
+            f"{path} is not a configuration of model type {either(map(repr, AUTO_MAPS))}: save a MoCoV3 model to"
             " this folder first"
         )
     for source in sorted(CODE_FOLDER.glob("*.py")):

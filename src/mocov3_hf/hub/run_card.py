@@ -1,5 +1,6 @@
 """The model card of a run or a converted model, from what its folder holds."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -174,4 +175,4 @@ def training(run: RunFolder) -> str:
 
 
 def names_a_path(value: Any) -> bool:
-    return isinstance(value, str) and is_local(value)
+    return isinstance(value, str) and is_local(value) and ("/" in value or os.path.exists(value))

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..data.sources import open_source
 from ..options import Command, option, parse
 from ..reporting import UsageError, reporting
-from ..storage import atomic_file
+from ..storage import atomic_file, describe_missing
 from .images import ImageInput, find_images
 from .predictors import FeatureExtractor, ImageClassifier
 
@@ -48,7 +48,10 @@ class PredictorOptions:
     )
     device: str | None = option(None, "Device. Defaults to the accelerator of this machine, or its CPU.")
     dataloader_num_workers: int | None = option(
-        None, "Threads that decode. Defaults to one per core, at most 8.", at_least=0, old=["num_workers"]
+        None,
+        "Threads that decode, 0 for none. Defaults to the share of the CPU cores, at most 8.",
+        at_least=0,
+        old=["num_workers"],
     )
 
 
@@ -85,10 +88,9 @@ def classify(arguments: list[str]) -> None:
     with reporting():
         which, how, out = parse(CLASSIFY, arguments)
         names, images = open_inputs(which)
-        if out.output is not None:
-            check_parent(out.output)
+        path = None if out.output is None else file_to_write(out.output)
         results = build(ImageClassifier, which, how).stream(images, out.top_k, out.function_to_apply)
-        with opened(out.output) as file:
+        with opened(path) as file:
             for index, (name, labels) in enumerate(tqdm(results, total=len(images), unit=" images", smoothing=0.05)):
                 name = name if names is None else names[index]
                 print(json.dumps({"image": name, "labels": labels}, ensure_ascii=False), file=file)
@@ -99,7 +101,7 @@ def extract(arguments: list[str]) -> None:
     with reporting():
         which, how, out = parse(EXTRACT, arguments)
         names, images = open_inputs(which)
-        check_parent(out.output)
+        path = file_to_write(out.output)
         predictor = build(FeatureExtractor, which, how)
         kept, rows = [], []
         with tqdm(total=len(images), unit=" images", smoothing=0.05) as bar:
@@ -116,7 +118,7 @@ def extract(arguments: list[str]) -> None:
         if not rows:
             raise UsageError(f"none of the {first} images could be decoded: no features were written")
         metadata = {"images": json.dumps(kept), "model": how.model, "dtype": str(predictor.dtype)}
-        with atomic_file(out.output) as aside:
+        with atomic_file(path) as aside:
             save_file({"features": torch.cat(rows)}, aside, metadata=metadata)
         print(f"{out.output}: {len(kept)} x {rows[0].shape[1]} features")
 
@@ -153,7 +155,7 @@ def open_inputs(options: ImageOptions) -> tuple[list[str] | None, Iterable[Image
         paths += find_images(path) if os.path.isdir(path) else [path]
     missing = [path for path in paths if not os.path.exists(path)]
     if missing and options.bad_images == "stop":
-        raise UsageError(f"image {missing[0]!r} does not exist: check the path, or pass --bad_images skip")
+        raise UsageError(f"{describe_missing(missing[0], 'image')}; to skip it, pass --bad_images skip")
     return None, paths
 
 
@@ -168,12 +170,15 @@ def build(predictor: type, which: ImageOptions, how: PredictorOptions):
     )
 
 
-def check_parent(path: str) -> None:
-    """UsageError where a file cannot be written for lack of its folder."""
-    if not Path(path).resolve().parent.is_dir():
-        raise UsageError(f"--output {path}: its folder does not exist; create it first")
+def file_to_write(path: str) -> str:
+    """The path of a file, with `~` expanded; UsageError where it cannot be written for lack of its folder."""
+    path = os.path.expanduser(path)
+    parent = Path(path).parent
+    if not parent.is_dir():
+        raise UsageError(f"--output {path}: {describe_missing(parent)}; create it first")
     if Path(path).is_dir():
         raise UsageError(f"--output {path} is a folder: pass a file")
+    return path
 
 
 @contextmanager

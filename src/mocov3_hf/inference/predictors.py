@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..data.workers import default_workers
 from ..loading import load_classifier, load_encoder, load_processor, pooled_features, size_options
 from .acceleration import BATCH_SIZES, OTHER_BATCH_SIZE, choose_dtype, prepare_for_inference, uses_channels_last
 from .images import ImageInput, PreparedImage, find_images, prepared_images
@@ -22,6 +23,8 @@ logger = logging.get_logger(__name__)
 
 FUNCTIONS = ("sigmoid", "softmax", "none")
 BAD_IMAGES = ("stop", "skip")
+# More threads wait for each other.
+MOST_THREADS = 8
 
 
 class Predictor:
@@ -34,7 +37,7 @@ class Predictor:
         dtype: "auto" (bfloat16 where the device has instructions for it, else float32), "float32" for the pipelines'
             digits, "bfloat16", "float16", or a torch dtype.
         device: None for the accelerator of this machine, or its CPU.
-        num_workers: Threads that decode beside the model; None for one per core, at most 8, and none on one core.
+        num_workers: Threads that decode beside the model, 0 for none; None for one per core, at most 8.
         bad_images: "stop" raises at an image that cannot be decoded, "skip" logs it and continues.
 
     Raises:
@@ -60,7 +63,7 @@ class Predictor:
         self.device = _device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.batch_size = batch_size or BATCH_SIZES.get(self.device.type, OTHER_BATCH_SIZE)
-        self.num_workers = default_workers() if num_workers is None else num_workers
+        self.num_workers = min(default_workers(), MOST_THREADS) if num_workers is None else num_workers
         self.bad_images = bad_images
         self.model = self.load(model)
         self.preprocessing = Preprocessing(load_processor(model, self.model.config))
@@ -112,7 +115,7 @@ class Predictor:
     def _report(self, image: PreparedImage) -> None:
         if self.bad_images == "stop":
             raise ValueError(
-                f"{image.name} {image.error}: repair it, or skip it with bad_images skip"
+                f"{image.name} {image.error}: repair it, or skip it with --bad_images skip"
             ) from image.error
         logger.warning(f"skipped: {image.name} {image.error}")
 
@@ -263,12 +266,6 @@ def as_images(images: str | os.PathLike | Iterable[ImageInput]) -> Iterable[Imag
     if is_one_image(images):
         return [images]
     return find_images(images) if isinstance(images, (str, os.PathLike)) else images
-
-
-def default_workers() -> int:
-    """One thread per core of this process, at most 8; none on a single core."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8) if cores > 1 else 0
 
 
 def _device(device: str | torch.device | None) -> torch.device:

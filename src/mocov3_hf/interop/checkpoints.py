@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, ResNetConfig
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
+from ..reporting import either
 from .architecture import infer_heads, infer_resnet, infer_vit, is_sincos_table, split_overrides
 from .layouts import (
     LAYOUTS,
@@ -228,7 +229,7 @@ def backbone_of(config: MoCoV3Config) -> str:
     model_type = config.backbone_config.model_type
     if model_type not in known:
         raise ConversionError(
-            f"the backbone is a {model_type!r}, which other codebases have no names for; expected {' or '.join(known)}"
+            f"the backbone is a {model_type!r}, which other codebases have no names for; expected {either(known)}"
         )
     return known[model_type]
 

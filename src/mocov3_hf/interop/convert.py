@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from transformers import BitImageProcessor, PreTrainedModel
-from transformers.utils import logging
 
 from .._version import __version__
 from ..hub.remote_code import add_code
+from ..loading import progress_bars
 from ..options import Command, option, parse
 from ..processing import build_image_processor
 from ..reporting import RunError, UsageError, reporting, warn
@@ -292,8 +292,8 @@ def main(arguments: Iterable[str]) -> None:
             print(list_zoo())
             return
         source, output, content = parse(COMMAND, arguments)
-        logging.disable_progress_bar()
-        report = convert_source(source, output, content)
+        with progress_bars(False):
+            report = convert_source(source, output, content)
         print(format_report(report, output.output_dir))
 
 

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers.utils import logging
 
-from ..loading import load_classifier, load_config, load_encoder, load_processor
+from ..loading import load_classifier, load_config, load_encoder, load_processor, quiet_transformers
 from ..model.configuration_mocov3 import MoCoV3Config
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
 from ..options import Command, option, parse
-from ..reporting import RunError, reporting
+from ..reporting import RunError, reporting, require_packages
 from ..storage import atomic_folder
 from .convert import refuse_existing
 from .export_native import write_resnet, write_vit
@@ -74,11 +73,15 @@ def export_model(
 
     Raises:
         ValueError: No such model, one that the format cannot hold, or an output folder that exists.
-        RunError: Outputs that differ from the model's by more than 1e-4, or a missing package.
+        MissingPackageError: `"onnx"` without the extra `export`.
+        RunError: Outputs that differ from the model's by more than 1e-4.
     """
     if format not in WRITERS:
         raise ConversionError(f"unknown format {format!r}, expected one of {', '.join(WRITERS)}")
     refuse_existing(output_dir, overwrite)
+    if format == "onnx":  # torch exports with onnxscript
+        modules = ("onnx", "onnxruntime", "onnxscript")
+        require_packages("--format onnx", "export", {name: name for name in modules})
     options = {} if revision is None else {"revision": revision}
     loaded = load_for_export(model, **options)
     processor = load_processor(model, loaded.config, **options)
@@ -158,15 +161,14 @@ def main(arguments: Iterable[str]) -> None:
     """The command `mocov3 export MODEL --format FORMAT --output_dir DIR`."""
     with reporting():
         model, output = parse(COMMAND, arguments)
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        exported = export_model(
-            model.model,
-            output.output_dir,
-            output.format,
-            overwrite=output.overwrite_output_dir,
-            revision=model.model_revision,
-        )
+        with quiet_transformers(progress=False):
+            exported = export_model(
+                model.model,
+                output.output_dir,
+                output.format,
+                overwrite=output.overwrite_output_dir,
+                revision=model.model_revision,
+            )
         print(
             f"{exported.format} export: {output.output_dir}, max error of {exported.outputs} {exported.max_error:.2e}"
         )

@@ -14,7 +14,6 @@ from transformers import BaseImageProcessor
 
 from ..model.configuration_mocov3 import to_pair
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
-from ..reporting import RunError
 
 
 # Legend of dimensions: B batch, C H W image.
@@ -73,12 +72,9 @@ def write_onnx(
     model: MoCoV3Model | MoCoV3ForImageClassification, processor: BaseImageProcessor, folder: Path
 ) -> tuple:
     """`model.onnx`, checked with onnx and run with onnxruntime."""
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401 - torch exports with it
-    except ImportError as error:
-        raise RunError(f"--format onnx needs {error.name}: pip install onnx onnxruntime onnxscript") from error
+    import onnx
+    import onnxruntime
+
     path, output = folder / "model.onnx", output_name(model)
     with quiet():
         program = torch.onnx.export(

@@ -9,7 +9,6 @@ from transformers import BaseImageProcessor, PreTrainedConfig
 
 from ..model.configuration_mocov3 import to_pair
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
-from ..reporting import RunError
 from ..storage import write_json
 from .checkpoints import backbone_of, revert_state_dict
 from .export_native import require_backbone
@@ -74,10 +73,8 @@ def write_timm(
     model: MoCoV3Model | MoCoV3ForImageClassification, processor: BaseImageProcessor, folder: Path
 ) -> tuple:
     """`model.safetensors` and `config.json`, which `timm.create_model("local-dir:...")` and timm's Hub loader load."""
-    try:
-        import timm
-    except ImportError as error:
-        raise RunError("--format timm needs timm: pip install timm") from error
+    import timm
+
     is_vit = backbone_of(model.config) == "vit"
     require_backbone(model.config, "vit" if is_vit else "resnet", "timm")
     backbone = model.config.backbone_config

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..storage import describe_missing
 from .layouts import ConversionError
 
 
@@ -57,8 +58,8 @@ def read_checkpoint(path: str | Path, entry: str | None = None) -> Checkpoint:
     """
     path = Path(path)
     if not path.is_file():
-        what = "is a folder, expected a file" if path.is_dir() else "does not exist"
-        raise ConversionError(f"checkpoint {path} {what}")
+        is_folder = f"checkpoint {path} is a folder, expected a file"
+        raise ConversionError(is_folder if path.is_dir() else describe_missing(path, "checkpoint"))
     if path.suffix == SAFETENSORS_SUFFIX:
         payload: Any = read_safetensors(path)
     else:

@@ -21,13 +21,14 @@ from ..data.loader import TwoViewLoader
 from ..data.photometric import PhotometricStage
 from ..data.sources import open_source
 from ..data.views import ViewSettings, two_views
+from ..data.workers import default_workers
 from ..loading import load_config, resolve_model
 from ..model.batchnorm_mocov3 import GlobalBatchNorm
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from ..optim import LARS, parameter_groups
 from ..option_values import shown
-from ..reporting import UsageError, one_line
+from ..reporting import UsageError, check_tracker, one_line
 from ..run_folder import BAD_IMAGES
 from .plan import Plan
 from .recipe import NO_ACCUMULATION, Recipe
@@ -138,10 +139,7 @@ def check_trackers(names: list[str]) -> list[str]:
     names = [name for name in names if name != "none"]
     available = [str(tracker.value) for tracker in get_available_trackers()]
     for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise UsageError(f"--report_to takes {', '.join(sorted(LOGGER_TYPE_TO_CLASS))} or none, got {name!r}")
-        if name not in available:
-            raise UsageError(f"--report_to {name} needs a package that is not installed: pip install {name}")
+        check_tracker(name, LOGGER_TYPE_TO_CLASS, available)
     return names
 
 
@@ -179,7 +177,8 @@ def build_config(recipe: Recipe) -> MoCoV3Config:
         )
     except Exception as error:  # every configuration class of transformers raises its own kinds
         # huggingface_hub wraps a failed validation: the cause has the message.
-        raise UsageError(f"backbone_config is not valid: {one_line(error.__cause__ or error)}") from error
+        reason = one_line(error.__cause__ or error).removeprefix("backbone_config: ")
+        raise UsageError(f"backbone_config is not valid: {reason}") from error
 
 
 def check_sizes(backbone_config: Mapping[str, Any]) -> None:
@@ -354,8 +353,7 @@ def num_workers(recipe: Recipe, accelerator: Accelerator) -> int:
     """Data-loading workers of this process: as in the recipe, else its share of the CPU cores."""
     if recipe.hardware.dataloader_num_workers is not None:
         return recipe.hardware.dataloader_num_workers
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    return max(1, (os.cpu_count() or 1) // local_processes)
+    return default_workers(accelerator.num_processes)
 
 
 def doubtful_choices(recipe: Recipe, plan: Plan, model: MoCoV3ForPreTraining, num_processes: int) -> list[str]:

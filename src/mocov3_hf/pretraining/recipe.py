@@ -13,16 +13,15 @@ from typing import Any
 import yaml
 
 from ..options import (
-    RECIPES,
     Command,
     build,
-    find_recipe,
     merged,
     show_help,
     values_of_arguments,
     values_of_keywords,
     values_of_recipe,
 )
+from ..recipe_files import COMMAND_KEY, RECIPES, find_recipe
 from ..reporting import UsageError
 from ..run_folder import RECIPE
 from ..storage import write_text
@@ -76,7 +75,7 @@ class Recipe:
 
     def save(self, path: str | Path) -> None:
         """Write the resolved recipe; `load_recipe(path)` reads it."""
-        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+        write_text(path, yaml.safe_dump({COMMAND_KEY: COMMAND.name, **self.to_dict()}, sort_keys=False))
 
 
 COMMAND = Command(
@@ -86,6 +85,7 @@ COMMAND = Command(
     groups=tuple(group.type for group in dataclasses.fields(Recipe)),
     positional="dataset_name",
     recipes=RECIPES,
+    recipe_required=True,
     hints={"gradient_accumulation_steps": NO_ACCUMULATION},
     removed={
         "fsdp": "every process holds the whole model (DDP), and ViT-H fits into 80 GB; for less memory pass"
@@ -135,7 +135,7 @@ def recipe_of_call(name: str | Path, options: Mapping[str, Any]) -> Recipe:
 
 def resolve(name: str | Path, values: Mapping[str, Any]) -> Recipe:
     """The recipe that a file gives with other values over it; mappings are merged by key."""
-    path = find_recipe(str(name), RECIPES)
+    path = find_recipe(str(name), RECIPES, COMMAND.name)
     # A run writes recipe.yaml itself: one of an earlier version is taken without a word.
     from_file = values_of_recipe(COMMAND, path, quiet=path.name == RECIPE)
     together = merged(from_file, values)

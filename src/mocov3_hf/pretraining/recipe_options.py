@@ -172,7 +172,7 @@ class HardwareOptions:
     )
     dataloader_num_workers: int | None = option(
         None,
-        "data-loading workers per training process; defaults to its share of the CPU cores",
+        "data-loading workers per process, 0 for none; defaults to its share of the CPU cores",
         at_least=0,
         at_most=10_000,
     )
@@ -200,7 +200,7 @@ class RunOptions:
     """Run"""
 
     output_dir: str | None = option(
-        None, "folder for weights, checkpoints, metrics and the resolved recipe", metavar="DIR"
+        None, "folder for weights, checkpoints, metrics and the resolved recipe", metavar="DIR", required=True
     )
     overwrite_output_dir: bool = option(False, "start again in a folder that holds a run, deleting its checkpoints")
     resume_from_checkpoint: str | None = option(

@@ -1,12 +1,11 @@
 """The command `mocov3 report`: one HTML page about a run or a model."""
 
-import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..options import Command, option, parse
-from ..reporting import UsageError, reporting
+from ..reporting import UsageError, reporting, require_packages
 from ..run_folder import CONFIG, RunFolder, read_run_folder
 from ..storage import write_text
 
@@ -57,9 +56,7 @@ def write_report(chosen: FolderOptions, images: ImageOptions) -> Path:
         OSError: a folder that cannot be written.
     """
     folder = read_run_folder(chosen.model)
-    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UsageError(f"a report needs {', '.join(missing)}: pip install 'mocov3_hf[report]'")
+    require_packages("a report", "report", NEEDED)
     output = folder.path / "report.html" if chosen.output is None else Path(chosen.output).expanduser()
     if output.is_dir():
         raise UsageError(f"--output {str(output)!r} is a folder: pass a file, such as {str(output / 'report.html')!r}")
