@@ -32,7 +32,7 @@ def help_text(command: Command, everything: bool = False) -> str:
     )
     if command.recipes is not None:
         names = recipe_names(command.name, command.recipes)
-        section = parser.add_argument_group("Recipe", "\n".join([f"recipes of {command.name}:", *names]))
+        section = parser.add_argument_group("Recipe", "\n".join(names))
         note = " (required)" if command.recipe_required else ""
         section.add_argument("--recipe", metavar="NAME|FILE", help=f"one of these, or a YAML file of options{note}")
     hidden = 0

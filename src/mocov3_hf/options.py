@@ -120,11 +120,7 @@ def values_of_arguments(command: Command, arguments: Iterable[str]) -> dict[str,
         token = waiting.pop()
         if is_value(token):
             if token.startswith("-") and len(token) > 1 and not re.match(r"-[0-9.]", token):
-                meant = [
-                    f"--{name}" for name in OTHER_NAMES.get(token.lstrip("-").replace("-", "_"), ()) if name in types
-                ]
-                meant = meant or [f"--{name}" for name in types if name == token.lstrip("-").replace("-", "_")]
-                hint = f"; did you mean {either(meant)}?" if meant else ""
+                hint = _meant(command, token[1:].replace("-", "_"), "--", cutoff=1)
                 raise UsageError(f"there is no option {token!r}: options begin with two dashes{hint}")
             loose.append(token)
             continue
@@ -210,10 +206,15 @@ def _refuse(command: Command, name: str, source: str, dash: str) -> typing.NoRet
         raise UsageError(f"{where}{dash}{name} no longer exists: {command.removed[key]}")
     if key in command.hints:
         raise UsageError(f"{where}{command.hints[key]}")
-    fields = command.fields()
-    meant = [repr(dash + other) for other in OTHER_NAMES.get(key, ()) if other in fields]
-    hint = f"; did you mean {either(meant)}?" if meant else nearest(key, fields, dash)
+    hint = _meant(command, key, dash)
     raise UsageError(f"{where}there is no option {dash + name!r}{hint or f'; {all_options(command)}'}")
+
+
+def _meant(command: Command, name: str, dash: str, cutoff: float = 0.5) -> str:
+    """`; did you mean '--x'?`, or nothing: by the names of other tools, else by the nearest name."""
+    fields = command.fields()
+    meant = [repr(dash + other) for other in OTHER_NAMES.get(name, ()) if other in fields]
+    return f"; did you mean {either(meant)}?" if meant else nearest(name, fields, dash, cutoff)
 
 
 def all_options(command: Command) -> str:

@@ -62,7 +62,8 @@ def describe_missing(name: str | os.PathLike, what: str = "folder", fix: str = "
         siblings = []
     close = difflib.get_close_matches(first.name, siblings, n=1)
     if not close:
-        text += "" if first == path else f" (there is no folder {str(first)!r})"
+        if first != path and len(path.parts) > 2:  # of `name/name`, both may be meant as a Hub id
+            text += f" (there is no folder {str(first)!r})"
         return f"{text}: {fix}" if fix else text
     meant = first.with_name(close[0])
     whole = meant / path.relative_to(first)

@@ -16,6 +16,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def no_workers(monkeypatch):
+    """Data-loading workers only where a test asks for them: starting them takes longer than its few images."""
+    monkeypatch.setattr("mocov3_hf.evaluation.common.default_workers", lambda: 0)
+
+
 @pytest.fixture
 def fails(capsys):
     """Run a command that must end with one line on stderr and an exit code (2 is a user's mistake); the line."""

@@ -290,7 +290,7 @@ def test_a_hub_id_is_left_as_it_is_and_its_errors_are_one_line(monkeypatch):
     assert resolve_model("someone/model") == "someone/model"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for load in (load_encoder, load_classifier, load_config):
-        with pytest.raises(ValueError, match="model 'someone/no-such-model' cannot be loaded: ") as error:
+        with pytest.raises(ValueError, match="folder 'someone/no-such-model' does not exist, and as a Hub") as error:
             load("someone/no-such-model")
         assert "\n" not in str(error.value)
 

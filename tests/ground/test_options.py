@@ -6,8 +6,13 @@ from typing import Literal
 
 import pytest
 
+from mocov3_hf.evaluation import finetune, knn, linear_probe
+from mocov3_hf.hub import push
+from mocov3_hf.inference import files
+from mocov3_hf.interop import export
 from mocov3_hf.option_help import help_text
-from mocov3_hf.options import Command, option, parse
+from mocov3_hf.options import OTHER_NAMES, Command, option, parse, values_of_arguments
+from mocov3_hf.pretraining import recipe
 from mocov3_hf.reporting import UsageError
 
 
@@ -111,7 +116,7 @@ def test_the_command_line_wins_and_mappings_are_merged(recipes):
     ("arguments", "message"),
     [
         (["--imag_size", "3"], "there is no option '--imag_size'; did you mean '--image_size'?"),
-        (["--zzz"], "there is no option '--zzz'; --help all lists all options"),
+        (["--zzz"], "there is no option '--zzz'; mocov3 try --help all lists all options"),
         (["--gradient_accumulation_steps", "2"], "there is no accumulation"),
         (["--fsdp", "true"], "--fsdp no longer exists: use fewer layers"),
         (["-k", "3"], "there is no option '-k': options begin with two dashes"),
@@ -203,7 +208,7 @@ def test_deprecated_spellings_say_what_to_use(recipes, capsys):
 def test_help_is_grouped_and_short_unless_asked_for_all(recipes):
     (recipes / "some.yaml").write_text("", encoding="utf-8")
     short, everything = help_text(command(recipes)), help_text(command(recipes), everything=True)
-    assert short.startswith("usage: mocov3 try [DATASET] [--recipe NAME|FILE]")
+    assert short.startswith("usage: mocov3 try DATASET [--recipe NAME|FILE] [--option value ...]")
     assert [line for line in short.splitlines() if line.endswith(":")] == ["Recipe:", "Data:", "Training:"]
     assert "(default: 0.08 1)" in short
     assert "10 % of it" in short
@@ -212,6 +217,65 @@ def test_help_is_grouped_and_short_unless_asked_for_all(recipes):
     assert "--rare" in everything
     assert "--lr" not in everything
     assert "--no" not in everything
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Needed"""
+
+    output_dir: str = option(help="Hub folder.", metavar="DIR")
+    format: Literal["a", "b", "c"] = option(help="What to write.")
+    seed: int = option(0, "Seed.")
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """Nothing"""
+
+
+def test_help_marks_what_is_required():
+    text = help_text(Command("try", "Try.", (Needed,), "output_dir"))
+    assert text.startswith("usage: mocov3 try DIR --format {a,b,c} [--option value ...]\n")
+    required = [line.split()[0] for line in text.splitlines() if line.endswith("(required)")]
+    assert required == ["--output_dir", "--format"]
+    text = help_text(Command("try", "Try.", (Needed,)))
+    assert text.startswith("usage: mocov3 try --output_dir DIR --format {a,b,c} [--option value ...]\n")
+    assert help_text(Command("try", "Try.", (Nothing,))).startswith("usage: mocov3 try [--help]\n")
+
+
+def test_a_missing_choice_lists_the_choices():
+    with pytest.raises(UsageError, match=r"^--format is missing: what to write \(one of a, b, c\)$"):
+        parse(Command("try", "Try.", (Needed,)), ["--output_dir", "o"])
+    with pytest.raises(UsageError, match=r"^there is no option '--x'; the command takes none$"):
+        parse(Command("try", "Try.", (Nothing,)), ["--x"])
+
+
+@pytest.mark.parametrize(
+    ("command", "written", "meant"),
+    [
+        (recipe.COMMAND, "--epochs", "'--num_train_epochs'"),
+        (recipe.COMMAND, "--wd", "'--weight_decay'"),
+        (recipe.COMMAND, "--workers", "'--dataloader_num_workers'"),
+        (recipe.COMMAND, "--batch-size", "'--train_batch_size' or '--per_device_train_batch_size'"),
+        (recipe.COMMAND, "--lr", "'--learning_rate' or '--base_learning_rate'"),
+        (recipe.COMMAND, "-b", "'--train_batch_size'"),
+        (recipe.COMMAND, "--moco-m", "'--ema_decay'"),
+        (finetune.COMMAND, "-b", "'--train_batch_size' or '--batch_size'"),
+        (finetune.COMMAND, "-j", "'--dataloader_num_workers'"),
+        (finetune.COMMAND, "-model", "'--model'"),
+        (finetune.COMMAND, "--fp16", "'--mixed_precision'"),
+        (knn.COMMAND, "--split", "'--test_split' or '--train_split'"),
+    ],
+)
+def test_names_of_other_tools_get_the_name_here(command, written, meant):
+    with pytest.raises(UsageError, match=rf"there is no option '{written}'.*; did you mean {meant}\?$"):
+        values_of_arguments(command, [written, "3"])
+
+
+def test_every_other_name_leads_to_an_option():
+    commands = [recipe.COMMAND, linear_probe.COMMAND, finetune.COMMAND, knn.COMMAND, export.COMMAND, push.COMMAND]
+    known = {name for command in [*commands, files.CLASSIFY, files.EXTRACT] for name in command.fields()}
+    assert {name for names in OTHER_NAMES.values() for name in names} <= known
 
 
 def test_help_wins_over_mistakes(capsys):
