@@ -12,6 +12,8 @@ GROUND = (
     "_version",
     "model",
     "reporting",
+    "hints",
+    "requirements",
     "storage",
     "yaml_files",
     "option_values",
@@ -19,6 +21,7 @@ GROUND = (
     "declarations",
     "option_help",
     "options",
+    "results",
     "run_folder",
     "processing",
     "zoo",
@@ -37,7 +40,7 @@ FLOORS = {
     "report": 2,
 }
 # Floor 1 knows neither options nor the layout of folders.
-PLAIN = {"_version", "model", "reporting", "storage", "processing"}
+PLAIN = {"_version", "model", "reporting", "hints", "requirements", "storage", "processing"}
 # The only import uphill: fetching a published model includes converting it.
 UPHILL = {("zoo", "interop")}
 

@@ -29,10 +29,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .hints import describe_missing, nearest
 from .processing import adapted, build_image_processor
-from .reporting import UsageError, nearest, quiet_hub
+from .reporting import UsageError, quiet_hub
 from .run_folder import CONFIG
-from .storage import describe_missing, is_local
+from .storage import is_local
 from .zoo import fetch, load_zoo
 
 

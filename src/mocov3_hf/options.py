@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .declarations import Command, option
+from .hints import either, nearest
 from .option_help import phrase, show_help
 from .option_values import NO, YES, convert, describe_type, is_list, plain_type
 from .recipe_files import find_recipe, recipe_command, recipe_names, without_command
-from .reporting import UsageError, either, nearest, reporting, warn
+from .reporting import UsageError, reporting, warn
 from .yaml_files import read_yaml
 
 

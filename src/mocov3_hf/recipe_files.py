@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .hints import describe_missing, nearest
 from .option_values import shown
-from .reporting import UsageError, nearest
-from .storage import describe_missing
+from .reporting import UsageError
 
 
 RECIPES = Path(__file__).parent / "recipes"

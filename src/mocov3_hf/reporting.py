@@ -1,27 +1,17 @@
 """How a command speaks: errors in one line with an exit code, warnings, and the command that the user typed."""
 
 import contextlib
-import difflib
-import importlib.util
 import os
 import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NoReturn
-
-
-PACKAGE = str(Path(__file__).parent)
+from collections.abc import Iterable, Iterator
+from typing import NoReturn
 
 
 class UsageError(ValueError):
     """A user's mistake: one line with what was wrong, what was expected and the fix. The exit code is 2."""
-
-
-class MissingPackageError(UsageError, ImportError):
-    """An optional package that is not installed, with the command that installs it."""
 
 
 class RunError(RuntimeError):
@@ -57,54 +47,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def either(names: Iterable[object]) -> str:
-    """Choices in words: `A`, `A or B`, `A, B or C`."""
-    *others, last = map(str, names)
-    return f"{', '.join(others)} or {last}" if others else last
-
-
-def nearest(name: str, known: Iterable[str], prefix: str = "", cutoff: float = 0.5) -> str:
-    """`; did you mean 'x'?`, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {prefix + close[0]!r}?" if close else ""
-
-
-def require_packages(what: str, extra: str, modules: Mapping[str, str]) -> None:
-    """
-    Check that optional packages are installed, without importing them.
-
-    Args:
-        what: What needs them, to begin the message with.
-        extra: The extra of this package that installs them.
-        modules: Name of the package by the name of its module.
-
-    Raises:
-        MissingPackageError: Some are not.
-    """
-    missing = [package for module, package in modules.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise MissingPackageError(f'{what} needs {", ".join(missing)}: pip install "mocov3_hf[{extra}]"')
-
-
-def check_tracker(name: str, known: Iterable[str], available: Iterable[str]) -> None:
-    """
-    Check the value of `--report_to`.
-
-    Args:
-        name: Of a tracker.
-        known, available: Trackers of the library that reports to them, and those of them that are installed.
-
-    Raises:
-        UsageError: An unknown tracker, or (MissingPackageError) one that is not installed.
-    """
-    if name not in known:
-        raise UsageError(f"--report_to takes {either([*sorted(known), 'none'])}, got {name!r}")
-    if name == "tensorboard":
-        require_packages("--report_to tensorboard", "trackers", {"tensorboard": "tensorboard"})
-    if name not in available:
-        raise MissingPackageError(f"--report_to {name} needs a package that is not installed: pip install {name}")
-
-
 @contextlib.contextmanager
 def quiet_hub() -> Iterator[None]:
     """Without the Hub client's lines about retries: what fails in the end is reported in one line."""
@@ -121,10 +63,12 @@ def quiet_hub() -> Iterator[None]:
 @contextlib.contextmanager
 def warnings_in_one_line() -> Iterator[None]:
     """Print warnings that this package raises as `warning: ...`, from the first process; others as Python does."""
-    usual = warnings.formatwarning
+    usual, package = warnings.formatwarning, os.path.dirname(__file__)
 
-    def formatted(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
-        if not filename.startswith(PACKAGE):
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if not filename.startswith(package):
             return usual(message, category, filename, lineno, line)
         return f"warning: {' '.join(str(message).split())}\n" if is_first_process() else ""
 
@@ -139,16 +83,11 @@ def warnings_in_one_line() -> Iterator[None]:
 def reporting() -> Iterator[None]:
     """
     End the process with one line on stderr instead of a traceback: exit code 2 for a user's mistake (`ValueError`), 1
-    for a failure at run time (`RunError`, `OSError`). Warnings of this package are printed in one line.
+    for a failure at run time (`RunError`, `OSError`).
     """
-    with warnings_in_one_line(), _errors_in_one_line():
-        yield
-
-
-@contextlib.contextmanager
-def _errors_in_one_line() -> Iterator[None]:
     try:
-        yield
+        with warnings_in_one_line():
+            yield
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output, such as `head`, has closed the pipe.

@@ -1,4 +1,4 @@
-"""What a run or model folder holds: names, writers and readers of checkpoints, metrics, events and results.
+"""What a run or model folder holds: names, writers and readers of checkpoints, metrics and events.
 
 config.json, preprocessor_config.json, model.safetensors    what `from_pretrained` loads: the newest weights
 recipe.yaml                                                  the resolved recipe, which starts the same run again
@@ -8,47 +8,33 @@ checkpoint-N/                                                everything needed t
     manifest.json                                            size and SHA-256 of every other file
 """
 
-import datetime
 import json
 import math
 import os
-import platform
 import re
 import sys
-import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
-from .storage import describe_missing, locked, read_lines, sha256_of, write_json
+from .hints import describe_missing
+from .results import RESULTS, read_results
+from .storage import read_lines, sha256_of, write_json
 from .yaml_files import read_yaml
 
 
 CONFIG, PROCESSOR, RECIPE, CONVERSION = "config.json", "preprocessor_config.json", "recipe.yaml", "conversion.json"
 METRICS, EVENTS, KNN, BAD_IMAGES = "metrics.jsonl", "events.jsonl", "knn.jsonl", "bad_images.jsonl"
-RESULTS, MANIFEST, STATE, OPTIMIZER = "results.json", "manifest.json", "state.json", "optimizer.safetensors"
+MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
 TRAINER_STATE = "trainer_state.json"  # of transformers' Trainer
 CHECKPOINT_PREFIX = "checkpoint-"
 
-RESULTS_FORMAT = 1
-# The evaluations that `results.json` knows: the Hub's task, and what a reader calls it.
-TASKS = {
-    "knn": ("image-feature-extraction", "k-nearest neighbors"),
-    "linear": ("image-classification", "linear probe"),
-    "linear_cached": ("image-classification", "linear probe on cached features"),
-    "finetune": ("image-classification", "fine-tuning"),
-    "evaluate": ("image-classification", "classification"),
-}
 # Keys of metrics.jsonl that had another name in earlier versions.
 RENAMED_METRICS = {"momentum": "ema_decay"}
 # Options in recipe.yaml that had another name in earlier versions.
 RENAMED_OPTIONS = {"momentum": "ema_decay", "momentum_schedule": "ema_schedule", "model_name_or_path": "model"}
-PACKAGES = ("mocov3_hf", "torch", "torchvision", "transformers", "accelerate", "datasets")
 
 
 class CheckpointError(ValueError):
@@ -126,131 +112,6 @@ def is_whole(checkpoint: Path) -> bool:
     except CheckpointError:
         return False
     return True
-
-
-# Results of evaluations
-
-
-def append_result(
-    output_dir: str | os.PathLike,
-    *,
-    task: str,
-    dataset: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    seconds: float,
-    seed: int | None = None,
-    model: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """
-    Append one evaluation to `output_dir/results.json`: `{"format": 1, "results": [...]}`, oldest first.
-
-    Safe against crashes and against other evaluations at the same time. A file that cannot be read is moved to
-    `results.json.damaged` with a warning; it is never overwritten.
-
-    Args:
-        output_dir: Folder; created if missing.
-        task: A key of `TASKS`.
-        dataset: What was evaluated on: name, config, splits, revision, fingerprint, ...
-        metrics: Name to value; accuracies between 0 and 1; per-class accuracies as a mapping.
-        settings: Every choice that has an influence on the metrics.
-        seconds: Wall-clock time of the evaluation.
-        seed: None if nothing was random.
-        model: Name of the model and hash of its weights.
-
-    Returns:
-        The result as stored: the arguments, date, versions and hardware.
-
-    Raises:
-        ValueError: A value that JSON cannot hold, including NaN.
-    """
-    result = {
-        "task": task,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "model": None if model is None else dict(model),
-        "dataset": dict(dataset),
-        "metrics": dict(metrics),
-        "settings": dict(settings),
-        "seed": seed,
-        "seconds": round(seconds, 3),
-        "versions": package_versions(),
-        "hardware": hardware(),
-    }
-    try:
-        result = json.loads(json.dumps(result, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"a result may only hold numbers, text, lists and mappings: {error}") from error
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        results = [*_read_or_move_aside(folder / RESULTS), result]
-        write_json(folder / RESULTS, {"format": RESULTS_FORMAT, "results": results})
-    return result
-
-
-def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """
-    All evaluations in a folder's `results.json`, oldest first; none without the file.
-
-    Raises:
-        ValueError: The file is damaged, or was written by a later version of the package.
-    """
-    path = Path(folder) / RESULTS
-    if not path.exists():
-        return []
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found, results = content["format"], content["results"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error}): repair it or move it away") from error
-    if found != RESULTS_FORMAT or not isinstance(results, list):
-        raise ValueError(f"{str(path)!r} has format {found!r}, expected {RESULTS_FORMAT}: update mocov3_hf")
-    return [row for row in results if isinstance(row, dict) and isinstance(row.get("metrics"), dict)]
-
-
-def _read_or_move_aside(path: Path) -> list[dict[str, Any]]:
-    try:
-        return read_results(path.parent)
-    except ValueError as error:
-        aside, number = path.with_name(f"{path.name}.damaged"), 1
-        while aside.exists():
-            number += 1
-            aside = path.with_name(f"{path.name}.damaged-{number}")
-        os.replace(path, aside)
-        warnings.warn(f"started a new {path.name}, moved the old one to {aside.name}: {error}", stacklevel=3)
-        return []
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that have an influence on results."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # used from a folder, not installed
-            versions[name] = "unknown"
-    return versions
-
-
-def hardware() -> dict[str, Any]:
-    """CPU, number of cores, GPU and number of processes."""
-    found: dict[str, Any] = {
-        "cpu": _cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
-    }
-    if torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name(), "gpu_count": torch.cuda.device_count()}
-    return found
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, None) or platform.processor() or platform.machine()
 
 
 # Everything at once, for reports, cards and summaries

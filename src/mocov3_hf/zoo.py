@@ -21,8 +21,9 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock
 
+from .hints import either
 from .options import Command, parse
-from .reporting import RunError, UsageError, either, one_line, reporting
+from .reporting import RunError, UsageError, one_line, reporting
 from .run_folder import CONVERSION
 from .storage import INCOMPLETE, sha256_of
 

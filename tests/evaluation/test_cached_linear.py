@@ -14,7 +14,7 @@ from mocov3_hf.evaluation.linear_probe import main, parse_options
 from mocov3_hf.evaluation.sweep import choose_linear_classifier
 from mocov3_hf.loading import load_encoder, load_processor
 from mocov3_hf.processing import ProcessorTransform
-from mocov3_hf.run_folder import read_results
+from mocov3_hf.results import read_results
 from tests.factories import VIT
 
 

@@ -21,7 +21,7 @@ from mocov3_hf.evaluation.features import labeled_features
 from mocov3_hf.evaluation.linear import fit_linear_classifier
 from mocov3_hf.loading import load_encoder, load_processor
 from mocov3_hf.processing import ProcessorTransform
-from mocov3_hf.run_folder import read_results
+from mocov3_hf.results import read_results
 from tests.launch import python, torchrun
 
 

@@ -13,11 +13,12 @@ import torch
 from mocov3_hf import loading
 from mocov3_hf.data.labeled import open_labeled
 from mocov3_hf.evaluation.common import table
-from mocov3_hf.evaluation.features import Features, data_fingerprint
+from mocov3_hf.evaluation.feature_cache import data_fingerprint
+from mocov3_hf.evaluation.features import Features
 from mocov3_hf.evaluation.knn import evaluate_knn, knn_metrics, main
 from mocov3_hf.loading import load_encoder
 from mocov3_hf.metrics import knn_accuracy
-from mocov3_hf.run_folder import read_results
+from mocov3_hf.results import read_results
 from tests.factories import pretraining_model
 
 

@@ -13,7 +13,8 @@ from transformers import ResNetConfig, ResNetModel
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining, MoCoV3Model
 from mocov3_hf.data.labeled import EvaluationTransform, open_labeled
 from mocov3_hf.evaluation import features as features_module
-from mocov3_hf.evaluation.features import data_fingerprint, extract_features, labeled_features, select_features
+from mocov3_hf.evaluation.feature_cache import data_fingerprint
+from mocov3_hf.evaluation.features import extract_features, labeled_features, select_features
 from mocov3_hf.loading import base_encoder, load_encoder, load_processor
 from mocov3_hf.processing import ProcessorTransform, build_image_processor
 from tests.factories import VIT, pretraining_model, write_images

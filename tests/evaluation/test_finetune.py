@@ -12,13 +12,11 @@ from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification, MoCoV3ForPreTr
 from mocov3_hf.data.labeled import open_labeled
 from mocov3_hf.evaluation import evaluate
 from mocov3_hf.evaluation.classifier import load_with_new_head, unfrozen, with_fresh_backbone
-from mocov3_hf.evaluation.finetune import COMMAND, FinetuneOptions, build_finetune_trainer, main
+from mocov3_hf.evaluation.finetune import FinetuneOptions, build_finetune_trainer, main
 from mocov3_hf.evaluation.supervised import Splits
 from mocov3_hf.model.modeling_mocov3_vit import sincos_position_embedding
-from mocov3_hf.options import parse
 from mocov3_hf.processing import ProcessorTransform, build_image_processor
-from mocov3_hf.recipe_files import find_recipe, recipe_names
-from mocov3_hf.run_folder import read_results
+from mocov3_hf.results import read_results
 from tests.evaluation.finetuning import ALL, NAMES, command, same
 
 
@@ -278,58 +276,6 @@ def test_bf16_and_another_size_and_interpolation(model_folder, image_folder, tmp
     processor = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert (processor["crop_size"]["height"], processor["resample"]) == (48, 3)
     assert load_file(tmp_path / "model.safetensors")["classifier.weight"].dtype == torch.float32
-
-
-# Name to ImageNet-1k top-1, epochs and stochastic depth.
-PUBLISHED = {
-    "vit-base-p16_mocov3-pre_8xb64-coslr-150e_in1k": (83.00, 150, 0.1),
-    "vit-large-p16_mocov3-pre_8xb64-coslr-100e_in1k": (83.70, 100, 0.5),
-}
-TRANSFER = {
-    "vit-base-p16_mocov3-pre_transfer-coslr-100e_cifar10": (98.9, "uoft-cs/cifar10"),
-    "vit-base-p16_mocov3-pre_transfer-coslr-100e_cifar100": (90.5, "uoft-cs/cifar100"),
-    "vit-base-p16_mocov3-pre_transfer-coslr-200e_flowers102": (97.7, "dpdl-benchmark/oxford_flowers102"),
-    "vit-base-p16_mocov3-pre_transfer-coslr-100e_pets": (93.2, "timm/oxford-iiit-pet"),
-}
-
-
-def recipe_of(name):
-    head = find_recipe(name).read_text().split("\n\n")[0]
-    assert f"finetune --recipe {name} --model" in head
-    assert "# Cost: " in head
-    return head, parse(COMMAND, ["--recipe", name, "--model", "m", "--output_dir", "o"])[0]
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_recipes(name):
-    top1, epochs, drop_path_rate = PUBLISHED[name]
-    head, recipe = recipe_of(name)
-    assert f"Expected: {top1:.2f} % top-1" in head
-    assert recipe.base_learning_rate * recipe.train_batch_size / 256 == pytest.approx(5e-4)
-    assert (recipe.optimizer, recipe.train_batch_size, recipe.weight_decay) == ("adamw", 512, 0.05)
-    assert (recipe.num_train_epochs, recipe.drop_path_rate) == (epochs, drop_path_rate)
-    assert (recipe.warmup_epochs, recipe.warmup_start_factor, recipe.min_learning_rate) == (5, 1e-3, 1e-5)
-    assert (recipe.max_grad_norm, recipe.label_smoothing_factor, recipe.layer_decay) == (5.0, 0.1, 1.0)
-    assert (recipe.mixup_alpha, recipe.cutmix_alpha, recipe.random_erasing_probability) == (0.8, 1.0, 0.25)
-    assert (recipe.rand_augment_num_ops, recipe.rand_augment_magnitude, recipe.rand_augment_std) == (2, 9.0, 0.5)
-    assert (recipe.interpolation, recipe.ema_decay) == ("bicubic", 0.99996)
-    assert (recipe.dataset_name, recipe.test_split) == ("ILSVRC/imagenet-1k", "validation")
-
-
-@pytest.mark.parametrize("name", TRANSFER)
-def test_transfer_recipes(name):
-    top1, dataset = TRANSFER[name]
-    head, recipe = recipe_of(name)
-    assert f"Expected: {top1} % top-1" in head
-    assert "not re-measured" in head
-    assert recipe.dataset_name == dataset
-
-
-def test_fine_tuning_recipes_are_these():
-    others = set(recipe_names("finetune"))
-    assert others == {*PUBLISHED, *TRANSFER, "cifar10_vit-tiny-p4_finetune"}
-    _, recipe = recipe_of("cifar10_vit-tiny-p4_finetune")
-    assert recipe.dataset_name == "uoft-cs/cifar10"
 
 
 @pytest.mark.parametrize(

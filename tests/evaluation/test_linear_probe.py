@@ -18,15 +18,14 @@ from mocov3_hf.data.labeled import EvaluationTransform, TrainingTransform, open_
 from mocov3_hf.evaluation import evaluate
 from mocov3_hf.evaluation.classifier import head_parameters, load_with_new_head
 from mocov3_hf.evaluation.features import extract_features
-from mocov3_hf.evaluation.linear_probe import LinearProbeOptions, build_linear_trainer, main, parse_options
-from mocov3_hf.evaluation.supervised import Splits, newest_checkpoint
+from mocov3_hf.evaluation.linear_probe import LinearProbeOptions, build_linear_trainer, main
+from mocov3_hf.evaluation.supervised import Splits, newest_checkpoint, share_of_batch
 from mocov3_hf.evaluation.sweep import sweep_linear_classifiers
-from mocov3_hf.evaluation.trainer import reload_strictly, share_of_batch
+from mocov3_hf.evaluation.trainer import reload_strictly
 from mocov3_hf.evaluation.training_images import TrainingImages, training_transform
 from mocov3_hf.loading import load_encoder, pooled_features
 from mocov3_hf.processing import ProcessorTransform, build_image_processor
-from mocov3_hf.recipe_files import find_recipe, recipe_names
-from mocov3_hf.run_folder import read_results
+from mocov3_hf.results import read_results
 from tests.launch import torchrun
 
 
@@ -266,52 +265,6 @@ def test_training_sees_images_in_the_preprocessing_of_the_model():
 )
 def test_share_of_the_batch(given, expected):
     assert share_of_batch(*given) == expected
-
-
-# Published name to ImageNet-1k top-1 and learning rate at the batch of 1024.
-PUBLISHED = {
-    "resnet50_mocov3-100e-pre_8xb128-linear-coslr-90e_in1k": (69.60, 0.4),
-    "resnet50_mocov3-300e-pre_8xb128-linear-coslr-90e_in1k": (72.80, 0.4),
-    "resnet50_mocov3-800e-pre_8xb128-linear-coslr-90e_in1k": (74.40, 0.4),
-    "vit-small-p16_mocov3-pre_8xb128-linear-coslr-90e_in1k": (73.60, 12.0),
-    "vit-base-p16_mocov3-pre_8xb128-linear-coslr-90e_in1k": (76.90, 12.0),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_recipes(name):
-    top1, learning_rate = PUBLISHED[name]
-    argv = ["--recipe", name, "--model", "m", "--output_dir", "o"]
-    recipe = parse_options(argv)
-    assert recipe.base_learning_rate * recipe.train_batch_size / 256 == pytest.approx(learning_rate)
-    assert (recipe.num_train_epochs, recipe.momentum, recipe.weight_decay) == (90, 0.9, 0.0)
-    assert (recipe.dataset_name, recipe.test_split) == ("ILSVRC/imagenet-1k", "validation")
-    head = find_recipe(name).read_text().split("\n\n")[0]
-    assert f"torchrun --nproc_per_node 8 -m mocov3_hf linear-probe --recipe {name} " in head
-    assert f"Expected: {top1:.2f} % top-1" in head
-    assert "# Cost: " in head
-    over = parse_options([*argv, "--num_train_epochs", "3", "--crop_scale", "0.2", "1"])
-    assert (over.num_train_epochs, over.crop_scale, over.train_batch_size) == (3, [0.2, 1.0], 1024)
-
-
-def test_linear_recipes_are_the_published_ones():
-    assert set(recipe_names("linear-probe")) == set(PUBLISHED)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("num_train_epoch: 3", "mine.yaml: there is no option 'num_train_epoch'; did you mean 'num_train_epochs'"),
-        ("num_train_epochs: ten", "mine.yaml: num_train_epochs takes one integer, got 'ten'"),
-        ("- 3", "must hold a mapping of options, got a list"),
-        ("a: [", "cannot be read as a recipe: while parsing"),
-    ],
-)
-def test_recipes_of_ones_own_are_checked(tmp_path, text, message):
-    (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(ValueError, match=message) as error:
-        parse_options(["--recipe", str(tmp_path / "mine.yaml"), "--model", "m"])
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

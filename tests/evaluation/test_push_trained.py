@@ -6,7 +6,7 @@ import pytest
 
 from mocov3_hf.evaluation import finetune, linear_probe, supervised
 from mocov3_hf.reporting import RunError, UsageError
-from mocov3_hf.run_folder import read_results
+from mocov3_hf.results import read_results
 from tests.hub.stand_in import TOKEN, HubStandIn
 from tests.launch import ROOT, python
 

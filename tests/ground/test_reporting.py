@@ -1,12 +1,13 @@
 """How commands speak: warnings in one line, optional packages, choices in words."""
 
+import os
 import sys
 import warnings
 
 import pytest
 from huggingface_hub.utils import logging as hub_logging
 
-from mocov3_hf import reporting
+from mocov3_hf import hints, reporting, requirements
 from mocov3_hf.evaluation.knn import usable_k
 
 
@@ -28,7 +29,7 @@ def warned(message, file, capsys):
 
 
 def test_warnings_of_this_package_are_one_line(capsys, monkeypatch):
-    ours = f"{reporting.PACKAGE}/evaluation/knn.py"
+    ours = f"{os.path.dirname(reporting.__file__)}/evaluation/knn.py"
     inside, outside = warned("two\nlines", ours, capsys)
     assert inside == "warning: two lines\n"
     assert outside.startswith(f"{ours}:1: UserWarning: two\nlines\n"), "an ordinary warning from Python"
@@ -46,28 +47,30 @@ def test_warnings_can_still_be_caught_inside_a_command():
 def test_a_missing_package_is_a_mistake_with_the_extra_that_installs_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(SystemExit) as ended, reporting.reporting():
-        reporting.require_packages("--format onnx", "export", {"onnx": "onnx", "sys": "sys"})
+        requirements.require_packages("--format onnx", "export", {"onnx": "onnx", "sys": "sys"})
     assert ended.value.code == 2
     assert capsys.readouterr().err == 'error: --format onnx needs onnx: pip install "mocov3_hf[export]"\n'
     with pytest.raises(ImportError):
-        reporting.require_packages("--format onnx", "export", {"onnx": "onnx"})
+        requirements.require_packages("--format onnx", "export", {"onnx": "onnx"})
 
 
 def test_trackers(monkeypatch):
     known, available = ("wandb", "tensorboard"), ("tensorboard",)
-    reporting.check_tracker("tensorboard", known, available)
-    with pytest.raises(reporting.MissingPackageError, match=r"--report_to wandb needs .*: pip install wandb$"):
-        reporting.check_tracker("wandb", known, available)
+    requirements.check_tracker("tensorboard", known, available)
+    with pytest.raises(requirements.MissingPackageError, match=r"--report_to wandb needs .*: pip install wandb$"):
+        requirements.check_tracker("wandb", known, available)
     with pytest.raises(ValueError, match=r"^--report_to takes tensorboard, wandb or none, got 'wanb'$"):
-        reporting.check_tracker("wanb", known, available)
+        requirements.check_tracker("wanb", known, available)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(reporting.MissingPackageError, match=r'needs tensorboard: pip install "mocov3_hf\[trackers\]"'):
-        reporting.check_tracker("tensorboard", known, ())
+    with pytest.raises(
+        requirements.MissingPackageError, match=r'needs tensorboard: pip install "mocov3_hf\[trackers\]"'
+    ):
+        requirements.check_tracker("tensorboard", known, ())
 
 
 @pytest.mark.parametrize(("names", "words"), [("A", "A"), ("AB", "A or B"), ("ABC", "A, B or C")])
 def test_choices_in_words(names, words):
-    assert reporting.either(names) == words
+    assert hints.either(names) == words
 
 
 def test_retries_of_the_hub_client_are_not_printed():

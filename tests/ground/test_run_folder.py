@@ -9,13 +9,12 @@ import shutil
 import pytest
 
 from mocov3_hf import storage
+from mocov3_hf.results import append_result, read_results
 from mocov3_hf.run_folder import (
     CheckpointError,
-    append_result,
     check_manifest,
     is_whole,
     list_checkpoints,
-    read_results,
     read_run_folder,
     step_of,
     write_manifest,

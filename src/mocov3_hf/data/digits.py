@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..reporting import require_packages
+from ..requirements import require_packages
 from ..storage import atomic_folder
 from .labeled import stratified_split
 

@@ -12,8 +12,9 @@ import datasets
 import torch
 from datasets.exceptions import DatasetNotFoundError
 
+from ..hints import describe_missing
 from ..reporting import quiet_hub
-from ..storage import describe_missing, is_local
+from ..storage import is_local
 from .shards import builder_shards, encoded_image, table_shards, undecoded
 
 

@@ -11,13 +11,14 @@ from accelerate import PartialState
 
 from ..data.labeled import LabeledImages, open_labeled
 from ..data.workers import default_workers
+from ..hints import describe_missing
 from ..loading import resolve_model
 from ..options import option
 from ..processing import ProcessorTransform
 from ..reporting import UsageError
-from ..run_folder import RESULTS, append_result
-from ..storage import describe_missing
-from .features import data_fingerprint, joined_processes
+from ..results import RESULTS, append_result
+from .feature_cache import data_fingerprint
+from .features import joined_processes
 
 
 @dataclass(frozen=True, kw_only=True)

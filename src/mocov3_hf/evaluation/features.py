@@ -1,20 +1,14 @@
 """Features of a labeled split: one pass of a model, on any number of processes, cached on disk."""
 
-import hashlib
-import json
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather, gather_object
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -26,7 +20,7 @@ from ..data.workers import LostWorkerError, iterate
 from ..loading import base_encoder, load_processor, pooled_features, size_options, weights_hash
 from ..processing import ProcessorTransform
 from ..reporting import RunError
-from ..storage import atomic_file
+from .feature_cache import cache_path, data_fingerprint, read_cache, write_cache
 
 
 # Legend of dimensions: n images of the split, B batch, C H W image, D width of the features.
@@ -34,8 +28,6 @@ from ..storage import atomic_file
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Rows exchanged at a time: 65,536 features of width 2,048 are 512 MiB.
 _GATHER_ROWS = 65536
-# Images that are read in full for the fingerprint of a data set.
-_SAMPLED_IMAGES = 256
 # Inputs of a linear classifier, see `select_features`.
 FEATURES = ("pooled", "pooled_mean", "last4")
 CLS_LAYERS = 4
@@ -366,51 +358,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def data_fingerprint(images: LabeledImages) -> str:
-    """
-    32 hex digits that change with the data: the fingerprint of `datasets` (names and times of files, or the commit on
-    the Hub), all labels, and the full content of some images spread over the split.
-
-    If the source is not a `datasets.Dataset`, all images are read in full.
-    """
-    dataset = getattr(images.source, "_dataset", None)
-    known = getattr(dataset, "_fingerprint", None)
-    step = 1 if known is None else max(1, len(images) // _SAMPLED_IMAGES)
-    digest = hashlib.sha256(f"{known} {len(images)} {images.class_names}".encode())
-    digest.update(memoryview(torch.as_tensor(images.labels, dtype=torch.int64).numpy()).cast("B"))
-    for row in range(0, len(images), step):
-        data = images.read(row)
-        if isinstance(data, (str, os.PathLike)):
-            # A missing file is reported by the pass over the images, which names the row.
-            data = Path(data).read_bytes() if os.path.isfile(data) else os.fspath(data).encode()
-        digest.update(hashlib.sha256(data or b"").digest())
-    return digest.hexdigest()[:32]
-
-
-def cache_path(cache_dir: str | os.PathLike, identity: dict[str, str]) -> Path:
-    """File for features with this identity."""
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    return Path(cache_dir) / f"features-{name}.safetensors"
-
-
-def read_cache(path: Path, identity: dict[str, str], rows: int) -> torch.Tensor | None:
-    """Features (n, D) of a cache file, memory-mapped; None if it is missing, damaged (with a warning) or of others."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            if json.loads((file.metadata() or {}).get("identity", "null")) != identity:
-                return None
-            features = file.get_tensor("features")
-    except (SafetensorError, OSError, ValueError) as error:
-        warnings.warn(f"cached features {str(path)!r} are damaged, computing them again: {error}", stacklevel=2)
-        return None
-    return features if len(features) == rows and features.dtype == torch.float32 else None
-
-
-def write_cache(path: Path, identity: dict[str, str], features: torch.Tensor) -> None:
-    """Write a cache file in one step."""
-    with atomic_file(path) as aside:
-        save_file({"features": features.contiguous()}, aside, metadata={"identity": json.dumps(identity)})

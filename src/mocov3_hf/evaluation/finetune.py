@@ -17,7 +17,8 @@ from ..recipe_files import RECIPES
 from ..reporting import UsageError, reporting
 from .augmentation import RandAugmentOptions, batch_mixing
 from .classifier import load_with_new_head, unfrozen, with_fresh_backbone
-from .supervised import Splits, SupervisedOptions, Training, build_trainer, common_options, run_training
+from .supervised import Splits, Training, build_trainer, common_options, run_training
+from .supervised_options import SupervisedOptions
 from .trainer import ClassifierTrainer, decay_of_momentum
 from .training_images import TrainingImages, training_transform
 

@@ -15,7 +15,8 @@ from ..reporting import UsageError, reporting
 from . import cached_linear
 from .cached_linear import CachedLinearOptions, CachedOptions
 from .classifier import head_parameters, load_with_new_head
-from .supervised import Splits, SupervisedOptions, Training, build_trainer, common_options, run_training
+from .supervised import Splits, Training, build_trainer, common_options, run_training
+from .supervised_options import SupervisedOptions
 from .sweep import INITIAL_STD
 from .trainer import ClassifierTrainer
 from .training_images import TrainingImages, training_transform

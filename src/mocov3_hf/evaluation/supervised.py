@@ -1,12 +1,12 @@
-"""What linear probe and fine-tuning share: options, and the way from a data set to a saved and recorded classifier."""
+"""What linear probe and fine-tuning share: the way from a data set to a saved and recorded classifier."""
 
 import os
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -14,16 +14,15 @@ from transformers import EarlyStoppingCallback, PreTrainedModel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ..data.labeled import LabeledImages, stratified_split
+from ..hints import describe_missing
 from ..hub.push import push_folder
 from ..loading import resolve_model, weights_hash
-from ..options import option
 from ..processing import ProcessorTransform
-from ..reporting import RunError, UsageError, check_tracker, one_line
-from ..run_folder import CONFIG, RESULTS, TRAINER_STATE, append_result, list_checkpoints
-from ..storage import describe_missing
+from ..reporting import RunError, UsageError, one_line
+from ..requirements import check_tracker
+from ..results import RESULTS, append_result
+from ..run_folder import CONFIG, TRAINER_STATE, list_checkpoints
 from .common import (
-    EvaluationOptions,
-    TrainSplitOptions,
     describe_splits,
     evaluation_settings,
     open_splits,
@@ -31,92 +30,8 @@ from .common import (
 )
 from .evaluate import warn_of_one_answer
 from .features import joined_processes, process_state
-from .trainer import ClassifierTrainer, check_finite, reload_strictly, share_of_batch, training_arguments
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizationOptions:
-    """Optimization"""
-
-    base_learning_rate: float = option(3.0, "Peak learning rate per 256 images of a batch.", above=0)
-    learning_rate: float | None = option(
-        None, "Peak learning rate for the whole batch, instead of --base_learning_rate.", above=0
-    )
-    momentum: float = option(0.9, "Momentum of SGD.", at_least=0, below=1)
-    weight_decay: float = option(0.0, "Weight decay.", at_least=0)
-    num_train_epochs: int = option(90, "Epochs over the training split.", at_least=1)
-    max_steps: int | None = option(None, "Number of steps, to try a recipe. Overrides --num_train_epochs.", at_least=1)
-    train_batch_size: int = option(1024, "Images per step, over all processes.", at_least=1)
-    per_device_train_batch_size: int | None = option(
-        None, "Images per forward pass and process. Overrides --train_batch_size.", at_least=1
-    )
-    seed: int = option(0, "Seed of initial weights, order and augmentation.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentationOptions:
-    """Augmentation"""
-
-    augment: bool = option(True, "Random resized crops and flips. Otherwise the images are as for testing.")
-    crop_scale: list[float] = option([0.08, 1.0], "Range of the area of a crop.", above=0, at_most=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidationOptions:
-    """Validation"""
-
-    validation_fraction: float = option(
-        0.0,
-        "Fraction of the training split to hold out for validation. 0 validates on the test split.",
-        at_least=0,
-        below=1,
-    )
-    eval_strategy: Literal["no", "epoch"] = option("epoch", "When to validate. The test split is tested at the end.")
-    load_best_model_at_end: bool = option(False, "Keep the best epoch instead of the last.")
-    metric_for_best_model: str = option(
-        "top1", "Metric of the best epoch: top1, top5, mean_per_class, loss, top1_ema ..."
-    )
-    early_stopping_patience: int | None = option(
-        None, "End after this many epochs without improvement of --metric_for_best_model.", at_least=1
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointOptions:
-    """Output"""
-
-    overwrite_output_dir: bool = option(False, "Replace the model in output_dir.")
-    resume_from_checkpoint: str | None = option(
-        None, "Checkpoint to resume from. auto is the newest in output_dir, if any.", metavar="auto|DIR"
-    )
-    save_strategy: Literal["no", "epoch"] = option("epoch", "When to save a checkpoint to resume from.")
-    save_total_limit: int = option(1, "Checkpoints to keep, in addition to the best.", at_least=1)
-    logging_steps: int = option(50, "Steps between two lines of metrics.jsonl.", at_least=1)
-    report_to: str = option("none", "Tracker: tensorboard, trackio, wandb or none.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubOptions:
-    """Hub"""
-
-    push_to_hub: bool = option(False, "Push the classifier to the Hub at the end.")
-    hub_model_id: str | None = option(None, "Repository. Defaults to the name of output_dir.", metavar="[USER/]NAME")
-    hub_private_repo: bool = option(False, "Create the repository as private.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SupervisedOptions(
-    HubOptions,
-    CheckpointOptions,
-    ValidationOptions,
-    AugmentationOptions,
-    OptimizationOptions,
-    TrainSplitOptions,
-    EvaluationOptions,
-):
-    """Recipe"""
-
-    recipe: str | None = option(None, "Name or file of the recipe.")
+from .supervised_options import SupervisedOptions
+from .trainer import ClassifierTrainer, check_finite, reload_strictly, training_arguments
 
 
 # Options without influence on the metrics.
@@ -251,6 +166,38 @@ def common_options(
         "max_steps": options.max_steps or -1,
         "metric_for_best_model": options.metric_for_best_model if chooses(options) else None,
     }
+
+
+def share_of_batch(
+    train_batch_size: int, per_device: int | None, num_processes: int, num_images: int, num_parts: int = 1
+) -> int:
+    """
+    Images per process and forward pass.
+
+    Args:
+        train_batch_size: Over all processes.
+        per_device: Of one process and forward pass, which overrides it; None for its share.
+        num_processes: Of this run.
+        num_images: Of the training split.
+        num_parts: Forward passes per step, whose gradients are accumulated.
+
+    Raises:
+        ValueError: A batch that cannot be divided equally, is empty, or exceeds the split.
+    """
+    shares = num_processes * num_parts
+    if per_device is None and train_batch_size % shares != 0:
+        parts = f" x {num_parts} accumulation steps" if num_parts > 1 else ""
+        raise ValueError(
+            f"a batch of {train_batch_size} images cannot be divided equally among {num_processes} processes{parts}:"
+            f" pass a --train_batch_size that is a multiple of {shares}, or --per_device_train_batch_size"
+        )
+    share = train_batch_size // shares if per_device is None else per_device
+    if not 1 <= share * shares <= num_images:
+        raise ValueError(
+            f"the batch must have between 1 image and the {num_images} of the training split, got {share * shares}:"
+            " pass another --train_batch_size"
+        )
+    return share
 
 
 def build_trainer(

@@ -314,39 +314,7 @@ def decay_of_momentum(momentum: float) -> float:
     return 1.0 - momentum if momentum else 0.0
 
 
-# Batch and arguments of `Trainer`
-
-
-def share_of_batch(
-    train_batch_size: int, per_device: int | None, num_processes: int, num_images: int, num_parts: int = 1
-) -> int:
-    """
-    Images per process and forward pass.
-
-    Args:
-        train_batch_size: Over all processes.
-        per_device: Of one process and forward pass, which overrides it; None for its share.
-        num_processes: Of this run.
-        num_images: Of the training split.
-        num_parts: Forward passes per step, whose gradients are accumulated.
-
-    Raises:
-        ValueError: A batch that cannot be divided equally, is empty, or exceeds the split.
-    """
-    shares = num_processes * num_parts
-    if per_device is None and train_batch_size % shares != 0:
-        parts = f" x {num_parts} accumulation steps" if num_parts > 1 else ""
-        raise ValueError(
-            f"a batch of {train_batch_size} images cannot be divided equally among {num_processes} processes{parts}:"
-            f" pass a --train_batch_size that is a multiple of {shares}, or --per_device_train_batch_size"
-        )
-    share = train_batch_size // shares if per_device is None else per_device
-    if not 1 <= share * shares <= num_images:
-        raise ValueError(
-            f"the batch must have between 1 image and the {num_images} of the training split, got {share * shares}:"
-            " pass another --train_batch_size"
-        )
-    return share
+# Arguments of `Trainer`
 
 
 def training_arguments(

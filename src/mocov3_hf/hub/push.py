@@ -19,22 +19,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..hints import describe_missing, either
 from ..loading import resolve_model
 from ..options import Command, option, parse
-from ..reporting import RunError, UsageError, either, one_line, reporting
-from ..run_folder import (
-    CONFIG,
-    CONVERSION,
-    EVENTS,
-    KNN,
-    METRICS,
-    PROCESSOR,
-    RECIPE,
-    RESULTS,
-    read_object,
-    read_run_folder,
-)
-from ..storage import describe_missing, link_or_copy, process_is_alive
+from ..reporting import RunError, UsageError, one_line, reporting
+from ..results import RESULTS
+from ..run_folder import CONFIG, CONVERSION, EVENTS, KNN, METRICS, PROCESSOR, RECIPE, read_object, read_run_folder
+from ..storage import link_or_copy, process_is_alive
 from .remote_code import AUTO_MAPS, add_code
 from .run_card import MARKER, run_card
 

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from ..reporting import either
+from ..hints import either
 
 
 CODE_FOLDER = Path(__file__).parent.parent / "model"

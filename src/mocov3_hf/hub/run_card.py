@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..run_folder import TASKS, RunFolder
+from ..results import TASKS
+from ..run_folder import RunFolder
 from ..storage import is_local
 from ..zoo import load_zoo
 

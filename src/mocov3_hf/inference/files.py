@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..data.sources import open_source
+from ..hints import describe_missing
 from ..options import Command, option, parse
 from ..reporting import UsageError, reporting
-from ..storage import atomic_file, describe_missing
+from ..storage import atomic_file
 from .images import ImageInput, find_images
 from .predictors import FeatureExtractor, ImageClassifier
 

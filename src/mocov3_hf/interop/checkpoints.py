@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ResNetConfig
 
+from ..hints import either
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
-from ..reporting import either
 from .architecture import infer_heads, infer_resnet, infer_vit, is_sincos_table, split_overrides
 from .layouts import (
     LAYOUTS,

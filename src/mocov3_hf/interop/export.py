@@ -11,7 +11,8 @@ from ..loading import load_classifier, load_config, load_encoder, load_processor
 from ..model.configuration_mocov3 import MoCoV3Config
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
 from ..options import Command, option, parse
-from ..reporting import RunError, reporting, require_packages
+from ..reporting import RunError, reporting
+from ..requirements import require_packages
 from ..storage import atomic_folder
 from .convert import refuse_existing
 from .export_native import write_resnet, write_vit

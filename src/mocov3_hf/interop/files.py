@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..storage import describe_missing
+from ..hints import describe_missing
 from .layouts import ConversionError
 
 

@@ -28,7 +28,8 @@ from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from ..optim import LARS, parameter_groups
 from ..option_values import shown
-from ..reporting import UsageError, check_tracker, one_line
+from ..reporting import UsageError, one_line
+from ..requirements import check_tracker
 from ..run_folder import BAD_IMAGES
 from .plan import Plan
 from .recipe import NO_ACCUMULATION, Recipe

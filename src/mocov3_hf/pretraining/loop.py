@@ -12,10 +12,8 @@ from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from ..data.bad_images import TooManyBadImagesError
-from ..data.loader import TwoViewLoader
 from ..data.workers import LostWorkerError
 from ..hub import BackgroundPusher
-from ..optim import cosine_ema_decay, warmup_cosine
 from ..reporting import RunError, UsageError, is_first_process, reporting
 from ..run_folder import KNN, RECIPE, CheckpointError, list_checkpoints
 from .build import (
@@ -37,7 +35,7 @@ from .hardware import choose_settings, compile_augmentation, set_up
 from .instability import GradientWatch, Instability
 from .monitors import DivergedError, TrainingLog, summarize
 from .online_knn import OnlineKNN
-from .plan import Plan, make_plan
+from .plan import batches, ema_decay_at, learning_rate_at, make_plan
 from .processes import LostProcessError, Stopped, StopRequest, limit_time_to_exit, raise_if_process_lost
 from .recipe import Recipe, parse
 from .resume import (
@@ -377,18 +375,6 @@ class Run:
         self.accelerator.print(f"warning: {failure}; training continues", file=sys.stderr)
 
 
-def batches(loader: TwoViewLoader, plan: Plan, step: int, skipped_batches: int = 0) -> Iterator[dict]:
-    """Batches of the steps from `step` to the end of the run, epoch after epoch, after those that were skipped."""
-    first, end = step + skipped_batches, plan.total_steps + skipped_batches
-    while first < end:
-        epoch, step_in_epoch = divmod(first, plan.steps_per_epoch)
-        for batch in loader.epoch(epoch, step_in_epoch):
-            yield batch
-            first += 1
-            if first == end:
-                return
-
-
 def timed(iterator: Iterator, log: TrainingLog) -> Iterator:
     """The same items; the time spent waiting for them is noted in `log`."""
     while True:
@@ -399,17 +385,6 @@ def timed(iterator: Iterator, log: TrainingLog) -> Iterator:
             return
         log.waited_for_data(time.perf_counter() - start)
         yield item
-
-
-def learning_rate_at(step: int, plan: Plan) -> float:
-    return warmup_cosine(step, plan.total_steps, plan.warmup_steps, plan.learning_rate)
-
-
-def ema_decay_at(step: int, recipe: Recipe, plan: Plan) -> float:
-    options = recipe.optimization
-    if options.ema_schedule == "constant":
-        return options.ema_decay
-    return cosine_ema_decay(step, plan.total_steps, options.ema_decay)
 
 
 def tracker_config(recipe: Recipe) -> dict:

@@ -1,7 +1,10 @@
-"""What a recipe means for given data and processes: batch, steps and learning rate."""
+"""What a recipe means for given data and processes: batch, steps, learning rate, and the batches of the steps."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..data.loader import TwoViewLoader
+from ..optim import cosine_ema_decay, warmup_cosine
 from ..reporting import UsageError
 from .recipe import Recipe
 
@@ -80,3 +83,28 @@ def make_plan(recipe: Recipe, num_images: int | None, num_processes: int) -> Pla
         warmup_steps=round(warmup_fraction * total_steps),
         learning_rate=learning_rate,
     )
+
+
+def learning_rate_at(step: int, plan: Plan) -> float:
+    """Linear warmup, then half a cosine to 0, updated at every step (paper, section 4.1)."""
+    return warmup_cosine(step, plan.total_steps, plan.warmup_steps, plan.learning_rate)
+
+
+def ema_decay_at(step: int, recipe: Recipe, plan: Plan) -> float:
+    """EMA decay of the momentum encoder at a step."""
+    options = recipe.optimization
+    if options.ema_schedule == "constant":
+        return options.ema_decay
+    return cosine_ema_decay(step, plan.total_steps, options.ema_decay)
+
+
+def batches(loader: TwoViewLoader, plan: Plan, step: int, skipped_batches: int = 0) -> Iterator[dict]:
+    """Batches of the steps from `step` to the end of the run, epoch after epoch, after those that were skipped."""
+    first, end = step + skipped_batches, plan.total_steps + skipped_batches
+    while first < end:
+        epoch, step_in_epoch = divmod(first, plan.steps_per_epoch)
+        for batch in loader.epoch(epoch, step_in_epoch):
+            yield batch
+            first += 1
+            if first == end:
+                return

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..metrics.collapse import COLLAPSED_STD_RATIO
-from ..run_folder import RESULTS, TASKS, RunFolder
+from ..results import RESULTS, TASKS
+from ..run_folder import RunFolder
 from ..zoo import load_zoo
 from .curves import Series, loss_bounds, number, read_curves, series
 from .parts import Section, Table, Text, shown_name

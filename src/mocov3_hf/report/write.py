@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..options import Command, option, parse
-from ..reporting import UsageError, reporting, require_packages
+from ..reporting import UsageError, reporting
+from ..requirements import require_packages
 from ..run_folder import CONFIG, RunFolder, read_run_folder
 from ..storage import write_text
 

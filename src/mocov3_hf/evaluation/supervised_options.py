@@ -1,0 +1,92 @@
+"""The options that linear probe and fine-tuning share."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..options import option
+from .common import EvaluationOptions, TrainSplitOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationOptions:
+    """Optimization"""
+
+    base_learning_rate: float = option(3.0, "Peak learning rate per 256 images of a batch.", above=0)
+    learning_rate: float | None = option(
+        None, "Peak learning rate for the whole batch, instead of --base_learning_rate.", above=0
+    )
+    momentum: float = option(0.9, "Momentum of SGD.", at_least=0, below=1)
+    weight_decay: float = option(0.0, "Weight decay.", at_least=0)
+    num_train_epochs: int = option(90, "Epochs over the training split.", at_least=1)
+    max_steps: int | None = option(None, "Number of steps, to try a recipe. Overrides --num_train_epochs.", at_least=1)
+    train_batch_size: int = option(1024, "Images per step, over all processes.", at_least=1)
+    per_device_train_batch_size: int | None = option(
+        None, "Images per forward pass and process. Overrides --train_batch_size.", at_least=1
+    )
+    seed: int = option(0, "Seed of initial weights, order and augmentation.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationOptions:
+    """Augmentation"""
+
+    augment: bool = option(True, "Random resized crops and flips. Otherwise the images are as for testing.")
+    crop_scale: list[float] = option([0.08, 1.0], "Range of the area of a crop.", above=0, at_most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationOptions:
+    """Validation"""
+
+    validation_fraction: float = option(
+        0.0,
+        "Fraction of the training split to hold out for validation. 0 validates on the test split.",
+        at_least=0,
+        below=1,
+    )
+    eval_strategy: Literal["no", "epoch"] = option("epoch", "When to validate. The test split is tested at the end.")
+    load_best_model_at_end: bool = option(False, "Keep the best epoch instead of the last.")
+    metric_for_best_model: str = option(
+        "top1", "Metric of the best epoch: top1, top5, mean_per_class, loss, top1_ema ..."
+    )
+    early_stopping_patience: int | None = option(
+        None, "End after this many epochs without improvement of --metric_for_best_model.", at_least=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """Output"""
+
+    overwrite_output_dir: bool = option(False, "Replace the model in output_dir.")
+    resume_from_checkpoint: str | None = option(
+        None, "Checkpoint to resume from. auto is the newest in output_dir, if any.", metavar="auto|DIR"
+    )
+    save_strategy: Literal["no", "epoch"] = option("epoch", "When to save a checkpoint to resume from.")
+    save_total_limit: int = option(1, "Checkpoints to keep, in addition to the best.", at_least=1)
+    logging_steps: int = option(50, "Steps between two lines of metrics.jsonl.", at_least=1)
+    report_to: str = option("none", "Tracker: tensorboard, trackio, wandb or none.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """Hub"""
+
+    push_to_hub: bool = option(False, "Push the classifier to the Hub at the end.")
+    hub_model_id: str | None = option(None, "Repository. Defaults to the name of output_dir.", metavar="[USER/]NAME")
+    hub_private_repo: bool = option(False, "Create the repository as private.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedOptions(
+    HubOptions,
+    CheckpointOptions,
+    ValidationOptions,
+    AugmentationOptions,
+    OptimizationOptions,
+    TrainSplitOptions,
+    EvaluationOptions,
+):
+    """Recipe"""
+
+    recipe: str | None = option(None, "Name or file of the recipe.")
