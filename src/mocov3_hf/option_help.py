@@ -35,7 +35,7 @@ def help_text(command: Command, everything: bool = False) -> str:
         section = parser.add_argument_group("Recipe", "\n".join(names))
         note = " (required)" if command.recipe_required else ""
         section.add_argument("--recipe", metavar="NAME|FILE", help=f"one of these, or a YAML file of options{note}")
-    hidden = 0
+    hidden, required = 0, "required" if command.recipes is None else "required, here or in the recipe"
     for title, names in _sections(command).items():
         section = parser.add_argument_group(title)
         for name in names:
@@ -44,7 +44,9 @@ def help_text(command: Command, everything: bool = False) -> str:
                 hidden += 1
                 continue
             section.add_argument(
-                f"--{name}", metavar=metadata["metavar"] or _metavar(kinds[name]), help=_described(fields[name])
+                f"--{name}",
+                metavar=metadata["metavar"] or _metavar(kinds[name]),
+                help=_described(fields[name], required),
             )
     if hidden:
         parser.epilog = f"{hidden} more options: mocov3 {command.name} --help all"
@@ -102,13 +104,13 @@ def _metavar(kind: Any) -> str:
     return f"{word} ..." if is_list(kind) else word
 
 
-def _described(item: dataclasses.Field) -> str:
+def _described(item: dataclasses.Field, required: str) -> str:
     default = item.default if item.default is not dataclasses.MISSING else None
     if item.default_factory is not dataclasses.MISSING:
         default = item.default_factory()
     text = phrase(item.metadata["help"])
     if is_required(item):
-        text += " (required)"
+        text += f" ({required})"
     if default not in (None, [], {}) and default is not False:
         text += f" (default: {_as_text(default)})"
     return text.replace("%", "%%")

@@ -257,6 +257,6 @@ def test_a_hub_name_that_cannot_be_reached(monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'who/what' doesn't exist on the Hub\nor so")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", missing)
-    with pytest.raises(ValueError, match="'who/what' is neither a local folder nor available on the Hub") as error:
+    with pytest.raises(ValueError, match="folder 'who/what' does not exist, and as a data set on the Hub it") as error:
         open_source("who/what")
     assert "\n" not in str(error.value)

@@ -77,7 +77,7 @@ def test_other_arguments_do_not_pass_for_these(folder):
 
 
 def test_without_scikit_learn_the_error_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match=r'digits needs scikit-learn: pip install "mocov3_hf\[quickstart\]"'):
         write_digits(tmp_path / "digits")
     assert not (tmp_path / "digits").exists()

@@ -203,7 +203,7 @@ def test_failures_are_reported_in_one_line(run_folder, hub, api, tmp_path, capsy
         (tmp_path, "someone/tiny", api, 2, "holds no model (no config.json)"),
         (run_folder / "plots", "someone/tiny", api, 2, "holds no model (no config.json)"),
         (tmp_path / "none", "someone/tiny", api, 2, "does not exist"),
-        ("someone/tiny", "someone/tiny", api, 2, "is not a MoCo v3 model"),
+        ("someone/tiny", "someone/tiny", api, 2, "model folder 'someone/tiny' does not exist"),
     ]
     for folder, name, its_api, code, message in cases:
         monkeypatch.setattr(push_module, "HfApi", lambda its_api=its_api: its_api)
@@ -322,6 +322,7 @@ def test_background_push_never_raises(tmp_path, hub, api, caplog):
     pusher.push(tmp_path / "missing")
     assert "missing is not pushed: " in caplog.text
     pusher.push(tmp_path)  # no model in it
-    assert caplog.text.count("is not a MoCo v3 model") == 2
+    assert caplog.text.count("does not exist") == 1
+    assert caplog.text.count("is not a MoCo v3 model") == 1
     assert not pusher.finish(timeout=30)
     assert not hub.requests

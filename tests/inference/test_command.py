@@ -54,7 +54,7 @@ def test_data_set(capsys, vit, files, tmp_path):
         (["classify", "--model", "{tmp}/no", "{image}"], "no' does not exist: pass a folder"),
         (
             ["extract", "--model", "{vit}", "{image}", "--output", "{tmp}/no/f.safetensors"],
-            "its folder does not exist",
+            "does not exist; create it first",
         ),
         (["extract", "--model", "{vit}", "{image}", "--output", "{tmp}"], "is a folder: pass a file"),
         (["extract", "--model", "{vit}", "{image}"], "--output is missing"),

@@ -251,7 +251,7 @@ def test_command_takes_names_and_urls(server, home, tmp_path, capsys):
     tail[1] = str(tmp_path / "other")
     fails([url, *tail, "--sha256", "00"], 1, "wrong hash", capsys)
     fails(["vit-s-300ep", *tail], 2, "did you mean official_vit-s-300ep", capsys)
-    fails(["vit-s-300ep.pth", *tail], 2, "vit-s-300ep.pth does not exist", capsys)
+    fails(["vit-s-300ep.pth", *tail], 2, "checkpoint 'vit-s-300ep.pth' does not exist", capsys)
     fails(tail, 2, "--source is missing", capsys)
     fails([url], 2, "--output_dir is missing", capsys)
     fails([url, *tail, "--num_attention_head", "3"], 2, "did you mean '--num_attention_heads'", capsys)

@@ -245,7 +245,7 @@ def test_images_before_the_first_checkpoint(run, labeled, capsys):
 
 def test_missing_packages_are_named(run, monkeypatch, capsys):
     monkeypatch.setitem(write.NEEDED, "no_such_module", "no-such-package")
-    assert "needs no-such-package: pip install 'mocov3_hf[report]'" in refused([run], capsys)
+    assert 'needs no-such-package: pip install "mocov3_hf[report]"' in refused([run], capsys)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def write_digits(folder: str | os.PathLike, *, size: int = 32, seed: int = 0) ->
         ImportError: scikit-learn is not installed.
         ValueError: The folder already holds something else, or `size` is not positive.
     """
-    require_packages("the digits", "quickstart", {"sklearn": "scikit-learn"})
+    require_packages("the data set of digits", "quickstart", {"sklearn": "scikit-learn"})
     from sklearn.datasets import load_digits
 
     if size < 1:

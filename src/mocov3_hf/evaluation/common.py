@@ -79,7 +79,7 @@ class OutputOptions:
 
     output_dir: str | None = option(
         None,
-        f"Folder of {RESULTS} and of a trained classifier. Without training, defaults to the folder of the model.",
+        f"Folder of {RESULTS}. Defaults to the folder of the model.",
         metavar="DIR",
     )
 

@@ -12,6 +12,7 @@ from ..options import Command, build, given_values, option
 from ..processing import ProcessorTransform
 from ..recipe_files import RECIPES
 from ..reporting import UsageError, reporting
+from ..results import RESULTS
 from . import cached_linear
 from .cached_linear import CachedLinearOptions, CachedOptions
 from .classifier import head_parameters, load_with_new_head
@@ -28,6 +29,11 @@ class LinearProbeOptions(SupervisedOptions):
 
     cached: bool = option(
         False, "Train on features of the images without augmentation, computed once, with options of their own below."
+    )
+    output_dir: str | None = option(
+        None,
+        f"Folder for the classifier and {RESULTS}, required; with --cached, defaults to the folder of the model.",
+        metavar="DIR",
     )
     base_learning_rate: float = option(
         3.0, "Peak learning rate per 256 images of a batch: 3 for ViT, 0.1 for ResNet.", above=0

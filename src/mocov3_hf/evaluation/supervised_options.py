@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..options import option
+from ..results import RESULTS
 from .common import EvaluationOptions, TrainSplitOptions
 
 
@@ -47,7 +48,8 @@ class ValidationOptions:
     eval_strategy: Literal["no", "epoch"] = option("epoch", "When to validate. The test split is tested at the end.")
     load_best_model_at_end: bool = option(False, "Keep the best epoch instead of the last.")
     metric_for_best_model: str = option(
-        "top1", "Metric of the best epoch: top1, top5, mean_per_class, loss, top1_ema ..."
+        "top1",
+        "Metric of the best epoch: top1, top5, mean_per_class or loss; with _ema, such as top1_ema, of the EMA.",
     )
     early_stopping_patience: int | None = option(
         None, "End after this many epochs without improvement of --metric_for_best_model.", at_least=1
@@ -58,6 +60,7 @@ class ValidationOptions:
 class CheckpointOptions:
     """Output"""
 
+    output_dir: str | None = option(None, f"Folder for the classifier and {RESULTS}.", metavar="DIR", required=True)
     overwrite_output_dir: bool = option(False, "Replace the model in output_dir.")
     resume_from_checkpoint: str | None = option(
         None, "Checkpoint to resume from. auto is the newest in output_dir, if any.", metavar="auto|DIR"

@@ -74,7 +74,7 @@ def infer_vit(shapes: Shapes, layout: Layout, overrides: Mapping[str, Any]) -> d
         if width % heads:
             raise ConversionError(
                 f"the number of attention heads cannot be inferred for a width of {width} (known widths:"
-                f" {', '.join(map(str, HEADS_BY_WIDTH))}): pass num_attention_heads"
+                f" {', '.join(map(str, HEADS_BY_WIDTH))}): pass --num_attention_heads"
             )
         values["num_attention_heads"] = heads
     return values

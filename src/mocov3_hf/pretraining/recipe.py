@@ -61,8 +61,8 @@ class Recipe:
     def __post_init__(self):
         if self.monitoring.on_instability == "skip" and self.hardware.mixed_precision == "fp16":
             raise UsageError(
-                "on_instability skip does not work with mixed_precision fp16, whose gradient scaler decides which"
-                " steps to skip: use bf16, or on_instability rollback"
+                "--on_instability skip does not work with --mixed_precision fp16, whose gradient scaler decides which"
+                " steps to skip: pass --mixed_precision bf16, or --on_instability rollback"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class ViewOptions:
         for name in ("crop_scale", "crop_ratio", "blur_sigma"):
             value = getattr(self, name)
             if len(value) != 2 or value[0] > value[1]:
-                raise UsageError(f"{name} takes two positive numbers, the smaller first, got {value}")
+                raise UsageError(f"--{name} takes two positive numbers, the smaller first, got {value}")
 
 
 @dataclass(frozen=True)
