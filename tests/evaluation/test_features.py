@@ -12,6 +12,7 @@ from transformers import ResNetConfig, ResNetModel
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining, MoCoV3Model
 from mocov3_hf.data.labeled import EvaluationTransform, open_labeled
+from mocov3_hf.evaluation import feature_cache
 from mocov3_hf.evaluation import features as features_module
 from mocov3_hf.evaluation.feature_cache import data_fingerprint
 from mocov3_hf.evaluation.features import extract_features, labeled_features, select_features
@@ -270,7 +271,7 @@ def test_fingerprint_sees_what_times_and_names_do_not(tmp_path):
 
 
 def test_fingerprint_of_a_large_split_reads_some_images_only(image_folder, monkeypatch):
-    monkeypatch.setattr(features_module, "_SAMPLED_IMAGES", 5)
+    monkeypatch.setattr(feature_cache, "_SAMPLED_IMAGES", 5)
     images = open_labeled(str(image_folder), split="train")
     read, rows = images.read, []
     monkeypatch.setattr(images, "read", lambda row: rows.append(row) or read(row))

@@ -245,7 +245,7 @@ def test_overrides_reach_their_configuration():
         match=r"'temprature' is not an option of a model with a vit .*did you mean 'temperature'",
     ):
         convert_state_dict(official("vit"), temprature=0.1)
-    with pytest.raises(ConversionError, match="pass num_attention_heads"):
+    with pytest.raises(ConversionError, match="pass --num_attention_heads"):
         convert_state_dict(official("vit"))
 
 

@@ -180,7 +180,7 @@ def test_fetch_downloads_converts_once_and_needs_no_server_after(server, home, t
     name = "official_vit-s-300ep"  # its file name carries no hash
     content = saved({"epoch": 300, "state_dict": {f"module.{k}": v for k, v in official("vit").items()}}, tmp_path)
     published(server, name, content)
-    with pytest.raises(ConversionError, match="pass num_attention_heads"):
+    with pytest.raises(ConversionError, match="pass --num_attention_heads"):
         fetch(name, mirror=server.url)  # a tiny model is none of MoCo v3's
     assert not (home / "models" / name).exists()
     with_tiny_heads(monkeypatch)
