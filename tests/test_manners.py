@@ -23,6 +23,7 @@ def place(tmp_path, monkeypatch):
 
 
 DATA = ["--dataset_name", "photos/cats"]
+# What else a command needs besides its model.
 MODEL_COMMANDS = {
     "knn": DATA,
     "linear-probe": [*DATA, "--output_dir", "out"],
@@ -104,3 +105,14 @@ def test_a_mistyped_data_set(arguments, capsys):
 def test_other_paths(arguments, message, capsys, place):
     (place / "photos" / "1.png").write_bytes(b"")
     assert message in error_of(arguments, capsys)
+
+
+@pytest.mark.parametrize("command", ["knn", "linear-probe", "finetune", "evaluate"])
+def test_an_output_folder_that_is_a_file(command, capsys, place):
+    (place / "runs" / "first" / "config.json").write_text("{}")
+    arguments = [command, "runs/first", *DATA, "--output_dir", "runs/first.pth"]
+    assert "--output_dir 'runs/first.pth' is a file: pass a folder" in error_of(arguments, capsys)
+
+
+def test_a_data_set_without_its_option(capsys):
+    assert error_of(["knn", "runs/first", "photos"], capsys).endswith("; did you mean --dataset_name photos?")

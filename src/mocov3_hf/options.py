@@ -149,9 +149,11 @@ def values_of_arguments(command: Command, arguments: Iterable[str]) -> dict[str,
         given.append((name, values if is_list(kind) else values[0]))
     if loose:
         if command.positional is None:
-            raise UsageError(f"unexpected argument {loose[0]!r}: options begin with two dashes")
+            raise UsageError(f"unexpected argument {loose[0]!r}: {all_options(command)}")
         if not is_list(types[command.positional]) and len(loose) > 1:
-            raise UsageError(f"unexpected argument {loose[1]!r}: {command.name} takes one {command.positional}")
+            takes_data = "dataset_name" in types and command.positional != "dataset_name"
+            hint = f"; did you mean --dataset_name {loose[1]}?" if takes_data else ""
+            raise UsageError(f"unexpected argument {loose[1]!r}: {command.name} takes one {command.positional}{hint}")
         given.append((command.positional, loose if len(loose) > 1 else loose[0]))
     return _converted(command, given, "command line", "--", False)
 

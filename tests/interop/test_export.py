@@ -1,6 +1,7 @@
 """Exports: every format reproduces the model, loads with the other library alone, and is refused where it differs."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers import (
     ViTModel,
     pipeline,
 )
+from transformers.utils import logging
 
 from mocov3_hf import MoCoV3Config, MoCoV3Model, MoCoV3ViTConfig
 from mocov3_hf.interop import convert_checkpoint, convert_state_dict
@@ -231,11 +233,20 @@ def test_command_reports_what_cannot_be_exported(folders, body, tmp_path, capsys
 
 
 def test_command_prints_the_error_and_the_use(folders, body, tmp_path, capsys):
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     main(["--model", str(folders / "cls"), "--format", body, "--output_dir", str(tmp_path / "out")])
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
     printed = capsys.readouterr().out
     assert "max error of logits " in printed
     assert f"{NATIVE[body][1].__name__}.from_pretrained('{tmp_path / 'out'}')" in printed
     assert Path(tmp_path / "out" / "preprocessor_config.json").is_file()
+
+
+def test_a_missing_package_is_a_mistake(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(SystemExit, match="2"):
+        main([str(folders / "pre"), "--format", "onnx", "--output_dir", str(tmp_path / "out")])
+    assert capsys.readouterr().err == 'error: --format onnx needs onnxscript: pip install "mocov3_hf[export]"\n'
 
 
 def test_existing_folder_is_kept_unless_told(folders, body, tmp_path, capsys):

@@ -120,11 +120,19 @@ def evaluation_settings(options: EvaluationOptions) -> dict[str, Any]:
 def results_folder(options: EvaluationOptions) -> str:
     """The folder for `results.json`; UsageError for a model on the Hub without `--output_dir`."""
     if options.output_dir is not None:
-        return os.path.expanduser(options.output_dir)
+        return folder_to_write(options.output_dir)
     folder = resolve_model(options.model)
     if not os.path.isdir(folder):
         missing = describe_missing(options.model, "model folder")
         raise UsageError(f"{missing}; for a model on the Hub pass --output_dir for {RESULTS}")
+    return folder
+
+
+def folder_to_write(output_dir: str) -> str:
+    """`--output_dir` with `~` expanded; UsageError for a file, before hours of work."""
+    folder = os.path.expanduser(output_dir)
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise UsageError(f"--output_dir {folder!r} is a file: pass a folder")
     return folder
 
 

@@ -25,6 +25,7 @@ from ..run_folder import CONFIG, TRAINER_STATE, list_checkpoints
 from .common import (
     describe_splits,
     evaluation_settings,
+    folder_to_write,
     open_splits,
     print_metrics,
 )
@@ -113,7 +114,7 @@ def check_options(options: SupervisedOptions) -> str:
         check_tracker(options.report_to, INTEGRATION_TO_CALLBACK, get_available_reporting_integrations())
     if options.output_dir is None:
         raise UsageError("--output_dir is missing: the classifier needs a folder of its own")
-    folder, model = os.path.expanduser(options.output_dir), resolve_model(options.model)
+    folder, model = folder_to_write(options.output_dir), resolve_model(options.model)
     if os.path.isdir(folder) and os.path.isdir(model) and os.path.samefile(folder, model):
         raise UsageError(f"--output_dir {folder!r} is the folder of the model, which would be lost: pass another")
     may_hold_one = options.overwrite_output_dir or options.resume_from_checkpoint is not None

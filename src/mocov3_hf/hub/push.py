@@ -281,9 +281,11 @@ class ModelOptions:
 class HubOptions:
     """Hub"""
 
-    hub_model_id: str = option(help="Repository; created if missing.", metavar="USER/NAME")
+    hub_model_id: str = option(help="Repository to push to, created if it does not exist.", metavar="USER/NAME")
     hub_private_repo: bool = option(False, "Make a new repository private.", old=("private",))
-    hub_revision: str | None = option(None, "Branch; created if missing.", old=("revision",), metavar="BRANCH")
+    hub_revision: str | None = option(
+        None, "Branch, created if it does not exist.", old=("revision",), metavar="BRANCH"
+    )
     license: str | None = option(None, "License of the weights for the card, such as apache-2.0.")
     commit_message: str | None = option(None, "Message of the commit.", old=("message",))
 
