@@ -55,6 +55,7 @@ def error_of(arguments, capsys):
         ("runs/frist", "; did you mean 'runs/first'?"),
         ("./runs/frist", "; did you mean 'runs/first'?"),
         ("runs/first/checkpoint/10", " (there is no folder 'runs/first/checkpoint')"),
+        ("a/b/c", " (there is no folder 'a')"),
         ("no such", ""),
     ],
 )

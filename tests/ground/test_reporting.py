@@ -1,4 +1,4 @@
-"""How commands speak: warnings in one line, optional packages, choices in words."""
+"""How commands speak: warnings in one line, optional packages."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ import warnings
 import pytest
 from huggingface_hub.utils import logging as hub_logging
 
-from mocov3_hf import hints, reporting, requirements
+from mocov3_hf import reporting, requirements
 from mocov3_hf.evaluation.knn import usable_k
 
 
@@ -66,11 +66,6 @@ def test_trackers(monkeypatch):
         requirements.MissingPackageError, match=r'needs tensorboard: pip install "mocov3_hf\[trackers\]"'
     ):
         requirements.check_tracker("tensorboard", known, ())
-
-
-@pytest.mark.parametrize(("names", "words"), [("A", "A"), ("AB", "A or B"), ("ABC", "A, B or C")])
-def test_choices_in_words(names, words):
-    assert hints.either(names) == words
 
 
 def test_retries_of_the_hub_client_are_not_printed():
