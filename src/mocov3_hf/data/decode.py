@@ -191,7 +191,6 @@ def _decode(data: bytes, choose_shrink, max_pixels: int) -> tuple[torch.Tensor, 
         if name == "JPEG":
             check_scans(data, image.size)
             return _decode_jpeg(data, image, choose_shrink)
-        image.load()
         return _upright(_pixels(image), _orientation(image))
 
 
@@ -207,15 +206,19 @@ def _decode_jpeg(data: bytes, image: Image.Image, choose_shrink) -> tuple[torch.
         image.draft("RGB", (image.width // shrink, image.height // shrink))
         pixels = _pixels(image)
     elif _HAS_OPERATORS and image.mode in ("L", "RGB"):  # PIL converts CMYK differently
-        # A copy, because torch warns about memory that cannot be written.
-        pixels = torch.ops.image.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB, False)
+        try:
+            # A copy, because torch warns about memory that cannot be written.
+            pixels = torch.ops.image.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB, False)
+        except RuntimeError:  # of damaged images, PIL accepts some more
+            pixels = _pixels(image)
     else:
         pixels = _pixels(image)
     return _upright(pixels, orientation)[0], height, width
 
 
 def _pixels(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    image.load()
+    return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB"))).permute(2, 0, 1)
 
 
 def _orientation(image: Image.Image) -> int:

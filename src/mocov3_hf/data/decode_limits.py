@@ -2,7 +2,8 @@
 
 A file of a few kilobytes can declare gigabytes of pixels, metadata that refer to the same bytes thousands of times,
 or thousands of passes over the image. What is checked here is what PIL and the libraries below it do not check, in
-the oldest supported release. Decoding then takes at most about 12 bytes of memory per allowed pixel, plus the file.
+the oldest supported release. Decoding then takes at most about 18 bytes of memory per allowed pixel, 2 GiB for
+JPEG 2000, and some seconds.
 """
 
 import re
@@ -66,10 +67,14 @@ def check_scans(data: bytes, size: tuple[int, int]) -> None:
         data: The encoded image, which PIL has opened.
         size: Width and height.
     """
-    place, components = _first_scan(data)
-    if place is None or data[place + 4 : place + 5] == bytes([components]):
-        return  # all components in one scan, the usual case
-    scans = data.count(b"\xff\xda", place)
+    stop, components, is_progressive = 0, b"", False
+    for marker, start, end in _segments(data):
+        stop = end
+        if _is_frame(marker):
+            components, is_progressive = data[start + 5 : start + 6], marker & 3 == 2
+        elif marker == 0xDA and not is_progressive and data[start : start + 1] == components:
+            return  # all components in one scan, the usual case
+    scans = data.count(b"\xff\xda", stop)
     if scans > _MAX_SCANS or scans * size[0] * size[1] > _MAX_SCANNED:
         raise LimitError(f"is {size[0]}x{size[1]} pixels in {scans} scans, more than any real JPEG has")
 
@@ -116,17 +121,6 @@ def _segments(data: bytes):
 
 def _is_frame(marker: int) -> bool:
     return 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
-
-
-def _first_scan(data: bytes) -> tuple[int | None, int]:
-    """Place of the marker of the first scan header, None if there is none, and the number of components."""
-    components = 0
-    for marker, start, _ in _segments(data):
-        if _is_frame(marker):
-            components = data[start + 5] if start + 5 < len(data) else 0
-        elif marker == 0xDA:
-            return start - 4, components
-    return None, components
 
 
 def _check_exif(exif: bytes) -> None:
