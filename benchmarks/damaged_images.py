@@ -145,8 +145,13 @@ def damaged(index: int, seed: int, found: dict[str, bytes]) -> tuple[str, str, b
     data = bytearray(found[name])
     kinds = [flip, truncate, header, splice]
     # Half of the edits know the format, because most others are caught by a checksum.
-    own = {b"\x89PNG": [png_edit, png_rows, png_insert], b"\xff\xd8\xff\xe0": [jpeg_edit, jpeg_scan, jpeg_insert],
-           b"\xff\xd8\xff\xe1": [jpeg_edit, jpeg_scan, jpeg_insert], b"II*\0": [tiff_edit], b"MM\0*": [tiff_edit]}  # fmt: skip
+    own = {
+        b"\x89PNG": [png_edit, png_rows, png_insert],
+        b"\xff\xd8\xff\xe0": [jpeg_edit, jpeg_scan, jpeg_insert],
+        b"\xff\xd8\xff\xe1": [jpeg_edit, jpeg_scan, jpeg_insert],
+        b"II*\0": [tiff_edit],
+        b"MM\0*": [tiff_edit],
+    }
     special = own.get(bytes(data[:4]))
     damage = draw.choice(special) if special and draw.random() < 0.5 else draw.choice(kinds)
     data = damage(data, draw)

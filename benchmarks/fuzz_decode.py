@@ -113,7 +113,7 @@ class Children:
         self._start()
 
     def _start(self) -> None:
-        command = [sys.executable, "-P", __file__, "--child", "--seed", str(self.seed)]
+        command = [sys.executable, __file__, "--child", "--seed", str(self.seed)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
