@@ -10,7 +10,8 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -111,14 +112,8 @@ def decode_shrunk(
     Raises:
         BadImageError: The reason in one line.
     """
-    path = None
-    if isinstance(data, (str, os.PathLike)):
-        path = os.fsdecode(data)
-        data = read_image_file(path)
-    elif data is None:
-        raise BadImageError("has neither bytes nor a path")
-    elif not isinstance(data, bytes):
-        raise BadImageError(f"is neither bytes nor a path, but {type(data).__name__}")
+    path = os.fsdecode(data) if isinstance(data, (str, os.PathLike)) else None
+    data = encoded_bytes(data)
     try:
         return _decode(data, choose_shrink, max_pixels)
     except LimitError as error:
@@ -135,12 +130,25 @@ def decode_shrunk(
         raise BadImageError(f"cannot be decoded: {_reason(error)}", path) from error
 
 
-def read_image_file(path: str) -> bytes:
-    """Read a file that should be an image.
+def encoded_bytes(data: bytes | str | os.PathLike | None) -> bytes:
+    """The encoded image, read if `data` is a path.
 
     Raises:
-        BadImageError: It does not exist, is a folder, device, socket or pipe, which is never opened, or is too large.
+        BadImageError: There is none; or the file does not exist, is too large, or is a folder, device, socket or pipe,
+            which are never opened.
     """
+    if isinstance(data, (str, os.PathLike)):
+        data = _read_file(os.fsdecode(data))
+    elif data is None:
+        raise BadImageError("has neither bytes nor a path")
+    elif not isinstance(data, bytes):
+        raise BadImageError(f"is neither bytes nor a path, but {type(data).__name__}")
+    if not data:
+        raise BadImageError("is empty (0 bytes)")
+    return data
+
+
+def _read_file(path: str) -> bytes:
     if len(path) > _LONGEST_PATH:
         raise BadImageError(f"is a text of {len(path)} characters, neither bytes nor a path: {printable(path, 40)}")
     try:
@@ -149,13 +157,16 @@ def read_image_file(path: str) -> bytes:
         with open(path, "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
             _check_file(status, path)
-            return file.read(status.st_size)
+            data = file.read(status.st_size)
     except OSError as error:
         raise BadImageError(f"cannot be read: {error.strerror or error}", path) from error
     except ValueError as error:  # a NUL in the name
         if isinstance(error, BadImageError):
             raise
         raise BadImageError(f"cannot be read: {error}", path) from error
+    if not data:
+        raise BadImageError("is empty (0 bytes)", path)
+    return data
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -177,9 +188,15 @@ def format_of(data: bytes) -> str | None:
     return next((name for name, signatures in FORMATS.items() if start.startswith(signatures)), None)
 
 
-def _decode(data: bytes, choose_shrink, max_pixels: int) -> tuple[torch.Tensor, int, int]:
-    if not data:
-        raise LimitError("is empty (0 bytes)")
+@contextmanager
+def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """
+    Open an encoded image with PIL if its format and limits allow it. Warnings are ignored until it is closed.
+
+    Raises:
+        LimitError: Another format, or too large in some way.
+        Exception: Whatever PIL raises for a damaged header.
+    """
     name = format_of(data)
     if name is None:
         raise LimitError(f"cannot be decoded: it is not {', '.join(FORMATS)}, it begins with {data[:12]!r}")
@@ -190,8 +207,15 @@ def _decode(data: bytes, choose_shrink, max_pixels: int) -> tuple[torch.Tensor, 
         check_size(*image.size, max_pixels)
         if name == "JPEG":
             check_scans(data, image.size)
+        yield image
+
+
+def _decode(data: bytes, choose_shrink, max_pixels: int) -> tuple[torch.Tensor, int, int]:
+    with opened(data, max_pixels) as image:
+        if image.format in ("JPEG", "MPO"):
             return _decode_jpeg(data, image, choose_shrink)
-        return _upright(_pixels(image), _orientation(image))
+        pixels = _orient(_pixels(image), _orientation(image))
+        return pixels, pixels.shape[1], pixels.shape[2]
 
 
 def _decode_jpeg(data: bytes, image: Image.Image, choose_shrink) -> tuple[torch.Tensor, int, int]:
@@ -213,7 +237,7 @@ def _decode_jpeg(data: bytes, image: Image.Image, choose_shrink) -> tuple[torch.
             pixels = _pixels(image)
     else:
         pixels = _pixels(image)
-    return _upright(pixels, orientation)[0], height, width
+    return _orient(pixels, orientation), height, width
 
 
 def _pixels(image: Image.Image) -> torch.Tensor:
@@ -225,17 +249,12 @@ def _orientation(image: Image.Image) -> int:
     return image.getexif().get(_ORIENTATION, 1)
 
 
-def _upright(image: torch.Tensor, orientation: int) -> tuple[torch.Tensor, int, int]:
-    """Undo the Exif orientation (1..8) of a (C, H, W) image, as `ImageOps.exif_transpose` does.
-
-    Returns:
-        The image, its height and its width.
-    """
+def _orient(image: torch.Tensor, orientation: int) -> torch.Tensor:
+    """Undo the Exif orientation (1..8) of a (C, H, W) image, as `ImageOps.exif_transpose` does."""
     if orientation in (5, 6, 7, 8):
         image = image.transpose(1, 2)
     flips = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation)
-    image = image.flip(flips) if flips else image
-    return image, image.shape[1], image.shape[2]
+    return image.flip(flips) if flips else image
 
 
 def _reason(error: Exception) -> str:
