@@ -47,10 +47,10 @@ def by_pil(data: bytes, formats) -> tuple[np.ndarray | str, bool]:
             with Image.open(io.BytesIO(data), formats=formats) as image:
                 if image.width * image.height > MAX_PIXELS:
                     return "too large", False
+                image.load()  # once: after an error, PIL returns what it has decoded
                 try:
                     return np.asarray(ImageOps.exif_transpose(image).convert("RGB")), False
                 except Exception:
-                    image.load()
                     turned = image.transpose(turns[image.getexif()[0x0112]])
                     return np.asarray(turned.convert("RGB")), True
         except Exception as error:

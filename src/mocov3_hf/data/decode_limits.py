@@ -242,14 +242,22 @@ def _check_bmp(data: bytes, _, start: int = 14) -> None:
 def _check_icon(data: bytes, max_pixels: int) -> None:
     if len(data) > _MAX_ICON:
         raise LimitError(f"has {len(data)} bytes, more than the {_MAX_ICON} allowed for icons")
-    for index in range(min(int.from_bytes(data[4:6], "little"), (len(data) - 6) // 16)):
-        (place,) = struct.unpack_from("<I", data, 6 + 16 * index + 12)
-        if data[place : place + 8] == b"\x89PNG\r\n\x1a\n":
-            check_size(*struct.unpack(">II", data[place + 16 : place + 24].ljust(8, b"\1")), max_pixels)
-        elif place + 12 <= len(data):
-            width, height = struct.unpack_from("<ii", data, place + 4)
-            check_size(abs(width) or 1, abs(height) // 2 or 1, max_pixels)
-            _check_bmp(data, max_pixels, place)
+    number = min(int.from_bytes(data[4:6], "little"), (len(data) - 6) // 16)
+    entries = [struct.unpack_from("<BBBxxxHII", data, 6 + 16 * index) for index in range(number)]
+    if not entries:
+        return
+
+    def order(entry: tuple) -> tuple[int, int]:
+        width, height, colors, bits, *_ = entry
+        return -(width or 256) * (height or 256), bits or (colors - 1).bit_length() if colors else bits or 256
+
+    place = min(entries, key=order)[-1]  # PIL reads the largest one, of several the one with the fewest colors
+    if data[place : place + 8] == b"\x89PNG\r\n\x1a\n":
+        check_size(*struct.unpack(">II", data[place + 16 : place + 24].ljust(8, b"\1")), max_pixels)
+    elif place + 12 <= len(data):
+        width, height = struct.unpack_from("<ii", data, place + 4)
+        check_size(abs(width) or 1, abs(height) // 2 or 1, max_pixels)
+        _check_bmp(data, max_pixels, place)
 
 
 def _check_ppm(data: bytes, _) -> None:
