@@ -127,7 +127,7 @@ def decode_shrunk(
         raise BadImageError("does not fit in memory", path) from error
     # For a damaged file PIL raises OSError, SyntaxError, ValueError, struct.error, ...; torchvision RuntimeError.
     except Exception as error:
-        raise BadImageError(f"cannot be decoded: {_reason(error)}", path) from error
+        raise BadImageError(f"cannot be decoded: {decoder_message(error)}", path) from error
 
 
 def encoded_bytes(data: bytes | str | os.PathLike | None) -> bytes:
@@ -257,8 +257,8 @@ def _orient(image: torch.Tensor, orientation: int) -> torch.Tensor:
     return image.flip(flips) if flips else image
 
 
-def _reason(error: Exception) -> str:
-    """Type and message of a decoder's exception."""
+def decoder_message(error: Exception) -> str:
+    """Type and message of a decoder's exception, in one short line."""
     text = re.sub(r"<_io\.\w+[^>]*>", "the data", str(error))
     if isinstance(error, UnidentifiedImageError):
         text = "its header is damaged"
