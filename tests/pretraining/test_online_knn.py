@@ -1,6 +1,8 @@
 """kNN accuracy during training: correct, the same on any number of processes, and without side effects."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -80,3 +82,39 @@ def test_mistakes(tmp_path, arguments, capsys, options, message):
         main([*arguments, *options, "--output_dir", str(tmp_path)])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.rstrip().splitlines()[-1]
+
+
+@pytest.fixture
+def damaged(labeled, tmp_path):
+    """The labeled pictures with one that is cut short in each split."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(labeled, folder)
+    for path in (folder / "train" / "bright" / "3.png", folder / "test" / "dark" / "0.png"):
+        path.write_bytes(path.read_bytes()[:200])
+    return folder
+
+
+def test_bad_images_are_left_out(tmp_path, arguments, labeled, damaged, capsys):
+    """The accuracy is that of splits without them."""
+    without = tmp_path / "without"
+    shutil.copytree(damaged, without)
+    for path in (without / "train" / "bright" / "3.png", without / "test" / "dark" / "0.png"):
+        path.unlink()
+    arguments = [*arguments, "--max_bad_fraction", "0.1"]
+    main([*arguments, "--knn_dataset_name", str(damaged), "--output_dir", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert "warning: 1 of the 16 images of the kNN training split cannot be decoded" in error
+    assert re.search(r"for example the image in row 3, which cannot be decoded: .*bright/3\.png\)", error)
+    assert error.count("are left out") == 2
+    main([*arguments, "--knn_dataset_name", str(without), "--output_dir", str(tmp_path / "run without")])
+    assert read(tmp_path / "run") == read(tmp_path / "run without")
+
+
+def test_a_bad_image_ends_a_run_that_stops_at_them(tmp_path, arguments, damaged, capsys):
+    more = ["--knn_dataset_name", str(damaged), "--on_bad_image", "error", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, *more])
+    assert stop.value.code == 1
+    line = capsys.readouterr().err.rstrip().splitlines()[-1]
+    assert line.startswith("error: 1 of the 7 images of the kNN test split cannot be decoded, for example")
+    assert line.endswith("pass --on_bad_image skip")

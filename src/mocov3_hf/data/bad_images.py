@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .decode import BadImageError, decode_shrunk
+from .decode import BadImageError, decode_shrunk, printable
 
 
 # After this many unusable images in a row, the storage is not available.
@@ -15,10 +15,14 @@ MAX_NEIGHBOURS = 64
 
 @dataclass(frozen=True)
 class BadImage:
-    """The id of an image that could not be used, and the reason."""
+    """The id of an image that could not be used, the reason, and its file, if it has one."""
 
     sample_id: int
     reason: str
+    path: str | None = None
+
+    def __str__(self) -> str:
+        return f"image {self.sample_id} {self.reason}" + ("" if self.path is None else f" ({printable(self.path)})")
 
 
 class TooManyBadImagesError(RuntimeError):
@@ -30,7 +34,7 @@ class TooManyBadImagesError(RuntimeError):
 
 
 class BadImageLog:
-    """Counts bad images by id and appends them to a file, one JSON object `{"id": ..., "reason": ...}` per line.
+    """Counts bad images by id and appends them to a file, one JSON object per line: `{"id", "path", "reason"}`.
 
     Each id counts once. Ids already in the file count too, so that several processes can share it and a resumed run
     continues the count.
@@ -71,7 +75,8 @@ class BadImageLog:
         self._read_new_lines()
         new = {image.sample_id: image for image in new if image.sample_id not in self._ids}
         if new and self.file is not None:
-            lines = "".join(json.dumps({"id": i, "reason": image.reason}) + "\n" for i, image in new.items())
+            listed = [{"id": i, "path": image.path, "reason": image.reason} for i, image in new.items()]
+            lines = "".join(json.dumps(line) + "\n" for line in listed)
             self.file.parent.mkdir(parents=True, exist_ok=True)
             # A single write in append mode, so that lines of several processes do not interleave.
             with open(self.file, "ab", buffering=0) as file:
@@ -80,13 +85,11 @@ class BadImageLog:
         where = f" See {self.file}." if self.file is not None else ""
         last = bad[-1]
         if self.action == "error":
-            raise TooManyBadImagesError(
-                f"image {last.sample_id} {last.reason}. Remove it from the data set, or pass --on_bad_image skip."
-            )
+            raise TooManyBadImagesError(f"{last}. Remove it from the data set, or pass --on_bad_image skip.")
         if len(self._ids) > self.max_fraction * self.num_samples:
             raise TooManyBadImagesError(
                 f"{len(self._ids)} of {self.num_samples} images are bad, more than the allowed fraction of "
-                f"{self.max_fraction:g} (last: image {last.sample_id} {last.reason}).{where} Repair the data set, or "
+                f"{self.max_fraction:g} (last: {last}).{where} Repair the data set, or "
                 f"raise --max_bad_fraction."
             )
 
@@ -124,11 +127,10 @@ def decode_first_usable(candidates, choose_shrink, bad: list[BadImage]) -> tuple
         try:
             return decode_shrunk(read(), choose_shrink)
         except BadImageError as error:
-            bad.append(BadImage(sample_id, str(error)))
+            bad.append(BadImage(sample_id, error.reason, error.path))
         tried += 1
         if tried == MAX_NEIGHBOURS:
             break
     raise TooManyBadImagesError(
-        f"{tried} images in a row are unusable (last: image {bad[-1].sample_id} {bad[-1].reason}): check that the "
-        f"storage is available"
+        f"{tried} images in a row are unusable (last: {bad[-1]}): check that the storage is available"
     )

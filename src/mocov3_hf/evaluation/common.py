@@ -19,6 +19,7 @@ from ..reporting import UsageError
 from ..results import RESULTS, append_result
 from .feature_cache import data_fingerprint
 from .features import joined_processes
+from .usable_images import without_bad_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,9 @@ class DataOptions:
     test_split: str = option("test", "Split to test on.")
     image_column: str | None = option(None, "Column of images. Found if there is only one.")
     label_column: str | None = option(None, "Column of labels. Found if there is only one.")
+    bad_images: Literal["stop", "skip"] = option(
+        "stop", "What to do with images that cannot be decoded. skip leaves them out of the metrics and names them."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +166,11 @@ def open_splits(options: EvaluationOptions) -> tuple[LabeledImages, LabeledImage
 
 
 def open_split(options: EvaluationOptions, split: str, class_names: list[str] | None = None) -> LabeledImages:
-    """One split, its classes numbered as in `class_names` if given. Raises as `open_labeled`."""
-    return open_labeled(
+    """
+    One split, its classes numbered as in `class_names` if given, without the images that `--bad_images skip` leaves
+    out. Raises as `open_labeled`.
+    """
+    images = open_labeled(
         options.dataset_name,
         options.dataset_config_name,
         split,
@@ -172,6 +179,14 @@ def open_split(options: EvaluationOptions, split: str, class_names: list[str] | 
         class_names=class_names,
         revision=options.dataset_revision,
     )
+    return usable(options, images, split)
+
+
+def usable(options: EvaluationOptions, images: LabeledImages, split: str) -> LabeledImages:
+    """A split without the images that `--bad_images skip` leaves out."""
+    if options.bad_images == "stop":
+        return images
+    return without_bad_images(images, split, options.dataloader_num_workers)
 
 
 def describe_splits(options: EvaluationOptions, train: LabeledImages, test: LabeledImages) -> dict[str, Any]:

@@ -340,7 +340,7 @@ class _Stretch(Dataset):
         try:
             return self.transform(self.images.decode(row)), None
         except BadImageError as error:
-            return None, f"image in row {row} {error}: repair or remove it, evaluation covers every image"
+            return None, f"image in row {row} {error}: repair or remove it, or pass --bad_images skip"
 
 
 def _collate(samples: list) -> tuple[torch.Tensor | None, str | None]:

@@ -48,7 +48,9 @@ class TrainingImages(Dataset):
         try:
             image = self.images.decode(row)
         except BadImageError as error:
-            raise ValueError(f"image in row {row} of the training split {error}: repair or remove it") from error
+            raise ValueError(
+                f"image in row {row} of the training split {error}: repair or remove it, or pass --bad_images skip"
+            ) from error
         before = torch.get_rng_state()
         # `torch.manual_seed` would also queue a call for every device, for every image.
         torch.default_generator.manual_seed((self.seed * _SEED_STRIDE + self.epoch * _EPOCH_STRIDE + row) % 2**63)

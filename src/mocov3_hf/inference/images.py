@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..data.decode import BadImageError, decode_rgb
+from ..data.decode import SUFFIXES, BadImageError, decode_rgb, decoder_message
 
 
 # A path, encoded bytes, or an image in memory.
 ImageInput = str | os.PathLike | bytes | Image.Image | torch.Tensor
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def decode(image: ImageInput) -> torch.Tensor:
             return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB"))).permute(2, 0, 1)
         # PIL reads lazily, and raises OSError, SyntaxError, ValueError, ... on damaged files.
         except Exception as error:
-            raise BadImageError(f"cannot be decoded: {type(error).__name__}: {error}") from error
+            raise BadImageError(f"cannot be decoded: {decoder_message(error)}") from error
     if isinstance(image, torch.Tensor):
         if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
             raise ValueError(

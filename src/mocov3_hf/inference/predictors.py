@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..data.decode import printable
 from ..data.workers import default_workers
 from ..loading import load_classifier, load_encoder, load_processor, pooled_features, size_options
 from .acceleration import BATCH_SIZES, OTHER_BATCH_SIZE, choose_dtype, prepare_for_inference, uses_channels_last
@@ -115,9 +116,9 @@ class Predictor:
     def _report(self, image: PreparedImage) -> None:
         if self.bad_images == "stop":
             raise ValueError(
-                f"{image.name} {image.error}: repair it, or skip it with --bad_images skip"
+                f"{printable(image.name)} {image.error.reason}: repair it, or skip it with --bad_images skip"
             ) from image.error
-        logger.warning(f"skipped: {image.name} {image.error}")
+        logger.warning(f"skipped: {printable(image.name)} {image.error.reason}")
 
 
 class ImageClassifier(Predictor):

@@ -4,6 +4,7 @@ Legend: n images, B batch, H W image, h w grid of patches or last feature map, L
 """
 
 import math
+import sys
 from collections import Counter
 from dataclasses import dataclass
 
@@ -64,7 +65,9 @@ class Samples:
         try:
             return decode_rgb(self.source.read(row))
         except BadImageError as error:
-            raise ValueError(f"image in row {row} of {self.description} {error}: repair or remove it") from error
+            raise ValueError(
+                f"image in row {row} of {self.description} {error}: repair or remove it, or pass --bad_images skip"
+            ) from error
 
 
 def open_samples(
@@ -76,6 +79,7 @@ def open_samples(
     *,
     num_images: int = 500,
     seed: int = 0,
+    bad_images: str = "stop",
 ) -> Samples:
     """
     Sample a split, balanced over its classes.
@@ -84,6 +88,7 @@ def open_samples(
         dataset_name, config_name, split, image_column: as for `data.labeled.open_labeled`.
         label_column: None to detect it; images without one are unlabeled.
         num_images: size of the sample; a smaller split is taken whole.
+        bad_images: "skip" takes other images for those that cannot be decoded, and names them on stderr.
 
     Raises:
         ValueError: as `open_labeled`, if a label column was given or found; fewer than 2 images.
@@ -98,15 +103,34 @@ def open_samples(
         column, why = None, f"The images have no labels: {error}."
     if column is None:
         source = MapSource(dataset, image_column)
-        samples = Samples(source, choose_rows(len(source), None, num_images, seed), None, None, why, description)
+        rows = usable_rows(source, choose_rows(len(source), None, len(source), seed), num_images, bad_images)
+        samples = Samples(source, rows, None, None, why, description)
     else:
         images = open_labeled(dataset_name, config_name, split, image_column, column)
-        rows = choose_rows(len(images), images.labels, num_images, seed)
+        rows = choose_rows(len(images), images.labels, len(images), seed)
+        rows = usable_rows(images.source, rows, num_images, bad_images)
         names = images.class_names or [str(number) for number in range(images.num_classes)]
         samples = Samples(images.source, rows, images.labels[rows], list(names), "", description)
     if len(samples) < 2:
         raise ValueError(f"{description} has {len(samples)} image, a report compares at least 2")
     return samples
+
+
+def usable_rows(source: MapSource, rows: np.ndarray, num_images: int, bad_images: str) -> np.ndarray:
+    """The first `num_images` rows, (n,) int64; with "skip" of those that can be decoded."""
+    if bad_images == "stop":
+        return rows[:num_images]
+    found: list[int] = []
+    for row in rows.tolist():
+        if len(found) == num_images:
+            break
+        try:
+            decode_rgb(source.read(row))
+        except BadImageError as error:
+            print(f"skipped: image in row {row} {error}", file=sys.stderr)
+        else:
+            found.append(row)
+    return np.asarray(found, dtype=np.int64)
 
 
 def choose_rows(num_rows: int, labels: np.ndarray | None, num_images: int, seed: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..options import Command, option, parse
 from ..reporting import UsageError, reporting
@@ -34,6 +35,7 @@ class ImageOptions:
     image_column: str | None = option(None, "Column of images. Found if there is only one.")
     label_column: str | None = option(None, "Column of labels. Found if there is only one.")
     num_images: int = option(500, "Number of images, balanced over the classes.", at_least=2)
+    bad_images: Literal["stop", "skip"] = option("stop", "What to do with images that cannot be decoded.")
     batch_size: int = option(32, "Images per forward pass.", at_least=1)
     seed: int = option(0, "Seed of the sample and of the t-SNE map.", at_least=0, at_most=2**32 - 1)
 
@@ -91,6 +93,7 @@ def look(folder: RunFolder, options: ImageOptions) -> tuple | None:
         options.label_column,
         num_images=options.num_images,
         seed=options.seed,
+        bad_images=options.bad_images,
     )
     viewer = Viewer(folder)
     return viewer, samples, viewer.look(samples, options.batch_size)
