@@ -184,6 +184,7 @@ def test_two_processes_change_no_bit(two_processes, images, encoder, transform):
         assert torch.equal(jobs[0]["labels"], torch.from_numpy(images.labels))
 
 
+@pytest.mark.slow
 def test_a_process_without_a_batch_takes_part(two_processes, image_folder, encoder, transform):
     test = open_labeled(str(image_folder), split="test")
     expected = extract_features(encoder, test, transform, batch_size=64, progress=False)

@@ -124,6 +124,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "workers", "place", "times", "sent"), CASES)
 def test_a_signal_to_the_group(tmp_path, slow, options, expected, number, workers, place, times, sent):
     arguments = [*options, "--dataloader_num_workers", str(workers), "--output_dir", str(tmp_path)]
@@ -174,6 +175,7 @@ def workers_of(process_id):
     return [child for child in parent.children() if child.cmdline() == parent.cmdline()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "times"), [("step", 1), ("knn", 2)])
 def test_a_killed_worker_ends_the_run_in_one_line(tmp_path, slow, options, expected, place, times):
     arguments = [*options, "--dataloader_num_workers", "2", "--output_dir", str(tmp_path)]
