@@ -17,7 +17,7 @@ from mocov3_hf.evaluation.features import data_fingerprint, extract_features, la
 from mocov3_hf.loading import base_encoder, load_encoder, load_processor
 from mocov3_hf.processing import ProcessorTransform, build_image_processor
 from tests.factories import VIT, pretraining_model, write_images
-from tests.launch import torchrun
+from tests.fork_server import ranks
 
 
 WORKER = Path(__file__).parent / "features_worker.py"
@@ -169,7 +169,7 @@ def two_processes(image_folder, damaged_folder, model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     jobs = [(image_folder, "train", 4), (image_folder, "test", 64), (damaged_folder, "train", 4)]
     arguments = [str(part) for job in jobs for part in job]
-    torchrun(2, WORKER, str(model_folder), str(folder / "out"), *arguments)
+    ranks(2, WORKER, str(model_folder), str(folder / "out"), *arguments)
     found = [torch.load(folder / f"out-{rank}.pt", weights_only=True) for rank in range(2)]
     assert [result["num_processes"] for result in found] == [2, 2]
     return [result["jobs"] for result in found]
