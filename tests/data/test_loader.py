@@ -309,6 +309,7 @@ def in_memory(cls):
     return source
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_reported_with_its_cause():
     with pytest.raises(LostWorkerError, match=r"worker died \(worker \d+: killed \(signal 9\), probably out of mem"):
         load(in_memory(KillingSource), steps_per_epoch=2, num_workers=1)

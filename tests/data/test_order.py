@@ -80,6 +80,7 @@ def test_every_sample_once_whatever_the_layout_and_the_world(layout, epoch):
     assert all(0 <= row < sizes[shard] for shard, row in seen)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(layouts(), st.integers(0, 3))
 def test_the_streamed_order_is_what_its_definition_says(layout, epoch):

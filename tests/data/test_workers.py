@@ -34,7 +34,7 @@ def workers():
     return [psutil.Process(child.pid) for child in multiprocessing.active_children()]
 
 
-@pytest.mark.parametrize("context", ["fork", "forkserver"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_signals_to_workers_are_ignored(context):
     batches = iterate(DataLoader(Numbers(40), batch_size=None, num_workers=2, multiprocessing_context=context))
     found = [int(next(batches))]
@@ -98,6 +98,7 @@ sys.stdin.readline()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["exit", "kill"])
 def test_no_worker_survives_its_parent(end):
     """Workers that are stuck in an image: multiprocessing waits for them at exit, and a killed parent cannot."""

@@ -13,6 +13,10 @@ from mocov3_hf.evaluation.feature_cache import data_fingerprint
 from tests.factories import COLORS
 
 
+# `datasets` before 5.2 leaves a file that it has read to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file .*csv:ResourceWarning")
+
+
 def write(path, rows, header=("file_name", "label")):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:

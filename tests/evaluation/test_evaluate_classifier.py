@@ -22,7 +22,8 @@ from mocov3_hf.evaluation.linear import fit_linear_classifier
 from mocov3_hf.loading import load_encoder, load_processor
 from mocov3_hf.processing import ProcessorTransform
 from mocov3_hf.results import read_results
-from tests.launch import python, torchrun
+from tests.fork_server import ranks
+from tests.launch import python
 
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "evaluate.py"
@@ -119,7 +120,7 @@ def test_numbers_are_taken_where_there_are_no_names(classifier_folder, image_fol
 def test_one_process_and_several_give_the_same_file(classifier_folder, image_folder, tmp_path, processes):
     """21 images in batches of 4 are six batches, the last of a single image: three or two for each process."""
     main(command(classifier_folder, image_folder, "--output_dir", tmp_path / "one"))
-    torchrun(processes, SCRIPT, *command(classifier_folder, image_folder, "--output_dir", tmp_path / "more"))
+    ranks(processes, SCRIPT, *command(classifier_folder, image_folder, "--output_dir", tmp_path / "more"))
     (one,), (more,) = read_results(tmp_path / "one"), read_results(tmp_path / "more")
     assert (one["hardware"]["num_processes"], more["hardware"]["num_processes"]) == (1, processes)
     assert one["metrics"] == more["metrics"], "to the last bit of the loss"

@@ -19,7 +19,7 @@ from mocov3_hf.evaluation.features import extract_features, labeled_features, se
 from mocov3_hf.loading import base_encoder, load_encoder, load_processor
 from mocov3_hf.processing import ProcessorTransform, build_image_processor
 from tests.factories import VIT, pretraining_model, write_images
-from tests.launch import torchrun
+from tests.fork_server import ranks
 
 
 WORKER = Path(__file__).parent / "features_worker.py"
@@ -171,7 +171,7 @@ def two_processes(image_folder, damaged_folder, model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     jobs = [(image_folder, "train", 4), (image_folder, "test", 64), (damaged_folder, "train", 4)]
     arguments = [str(part) for job in jobs for part in job]
-    torchrun(2, WORKER, str(model_folder), str(folder / "out"), *arguments)
+    ranks(2, WORKER, str(model_folder), str(folder / "out"), *arguments)
     found = [torch.load(folder / f"out-{rank}.pt", weights_only=True) for rank in range(2)]
     assert [result["num_processes"] for result in found] == [2, 2]
     return [result["jobs"] for result in found]
@@ -186,6 +186,7 @@ def test_two_processes_change_no_bit(two_processes, images, encoder, transform):
         assert torch.equal(jobs[0]["labels"], torch.from_numpy(images.labels))
 
 
+@pytest.mark.slow
 def test_a_process_without_a_batch_takes_part(two_processes, image_folder, encoder, transform):
     test = open_labeled(str(image_folder), split="test")
     expected = extract_features(encoder, test, transform, batch_size=64, progress=False)

@@ -13,7 +13,7 @@ from mocov3_hf.evaluation.finetune import main
 from mocov3_hf.evaluation.trainer import check_settings, load_average, save_average
 from mocov3_hf.results import read_results
 from tests.evaluation.finetuning import ALL, NAMES, SCRIPT, command, same
-from tests.launch import torchrun
+from tests.fork_server import ranks
 
 
 def log_of(folder):
@@ -35,7 +35,7 @@ def test_interrupted_and_resumed_it_is_bit_identical(model_folder, image_folder,
         if num_processes == 1:
             main(argv)
         else:
-            torchrun(num_processes, SCRIPT, *argv)
+            ranks(num_processes, SCRIPT, *argv)
 
     run(tmp_path / "whole")
     continue_from(tmp_path / "whole", 2, tmp_path / "resumed")
@@ -74,7 +74,7 @@ def test_one_process_and_two_train_the_same_classifier(model_folder, image_folde
         path.unlink()
     options = ["--rand_augment_num_ops", 2, "--random_erasing_probability", 0.25, "--ema_decay", 0.8]
     main(command(model_folder, images, tmp_path / "1", *options))
-    torchrun(2, SCRIPT, *command(model_folder, images, tmp_path / "2", *options))
+    ranks(2, SCRIPT, *command(model_folder, images, tmp_path / "2", *options))
     (one,), (two,) = read_results(tmp_path / "1"), read_results(tmp_path / "2")
     assert two["hardware"]["num_processes"] == 2
     assert one["settings"] == two["settings"]

@@ -112,6 +112,7 @@ def test_module_is_the_command():
     assert result.stderr.strip().endswith("commands are " + ", ".join(mocov3_cli.COMMANDS))
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_early_gets_no_traceback():
     command = f"{sys.executable} -m mocov3_hf zoo | head -n 1"
     result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)

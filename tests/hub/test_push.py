@@ -299,6 +299,7 @@ print("the run has ended")
 """
 
 
+@pytest.mark.slow
 def test_hub_that_hangs_does_not_keep_the_process_alive(run_folder, hub):
     hub.stall.set()
     command = [sys.executable, "-c", HANGING, str(run_folder), hub.url, TOKEN]

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch import python, torchrun
+from tests.fork_server import ranks
+from tests.launch import python
 
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
@@ -27,7 +28,7 @@ def alone(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_processes_together_equal_one(alone, tmp_path, num_processes):
-    torchrun(num_processes, WORKER, str(tmp_path / "results"), *SEVERAL[num_processes])
+    ranks(num_processes, WORKER, str(tmp_path / "results"), *SEVERAL[num_processes])
     results = torch.load(tmp_path / "results", weights_only=True)
     assert list(results) == SEVERAL[num_processes]
     for case, result in results.items():

@@ -219,6 +219,7 @@ def test_speed_is_no_argument_of_the_forward_pass():
         nn.Module.__call__(MoCoV3ViTModel(model.config.backbone_config).embeddings, views[0], pooled_query_only=True)
 
 
+@pytest.mark.slow
 def test_whole_model_compiles_without_graph_breaks():
     model, views = build().double(), draw_views().double()
     model.update_momentum_encoder(0.9)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from mocov3_hf import MoCoV3Backbone, MoCoV3Config, MoCoV3ForPreTraining, MoCoV3ViTConfig, MoCoV3ViTModel
@@ -35,6 +36,7 @@ torch.save(results, f"{folder}/results.pt")
 """
 
 
+@pytest.mark.slow
 def test_backbone_and_bare_vit_load_without_the_package(tmp_path):
     config = MoCoV3Config(
         backbone_config={"model_type": "mocov3_vit", **BACKBONE}, projection_dim=8, head_hidden_size=16

@@ -124,6 +124,7 @@ def test_the_command_to_resume(typed, expected, monkeypatch):
     assert resume_command(words) == expected
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_import_pretraining():
     code = "import sys, mocov3_hf; print(mocov3_hf.pretrain.__name__)"
     code += "; print([name for name in sys.modules if name.startswith('mocov3_hf.pretraining.')])"

@@ -12,7 +12,7 @@ from mocov3_hf.pretraining.gradient_cache import cached_backward, check_chunkabl
 from mocov3_hf.pretraining.loop import main
 from mocov3_hf.pretraining.step import train_step
 from tests.factories import NANO_VIT
-from tests.launch import torchrun
+from tests.fork_server import ranks
 
 
 def build(**backbone):
@@ -62,7 +62,7 @@ def test_chunks_give_the_plain_step(chunk_size):
 @pytest.mark.slow
 def test_two_processes_with_chunks(tmp_path):
     worker = Path(__file__).parent / "gradient_cache_worker.py"
-    torchrun(2, worker, str(tmp_path / "results"))
+    ranks(2, worker, str(tmp_path / "results"))
     results = torch.load(tmp_path / "results", weights_only=True)
     torch.testing.assert_close(results["cached"], results["plain"], rtol=1e-9, atol=1e-12)
 

@@ -24,7 +24,7 @@ from mocov3_hf.pretraining.instability import (
 )
 from mocov3_hf.pretraining.loop import main
 from mocov3_hf.pretraining.step import train_step
-from tests.launch import torchrun
+from tests.fork_server import ranks
 from tests.pretraining.test_gradient_cache import build
 from tests.pretraining.test_run import read_metrics
 
@@ -87,7 +87,7 @@ def test_the_guard_changes_no_healthy_step(optimizer_name, monkeypatch):
 
 @pytest.mark.slow
 def test_one_process_with_a_nan_makes_all_skip(tmp_path):
-    torchrun(2, Path(__file__), str(tmp_path))
+    ranks(2, Path(__file__), str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first["skipped"] == second["skipped"] == [False, True, False, False]
     torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)

@@ -13,7 +13,8 @@ from mocov3_hf import MoCoV3Model
 from mocov3_hf.data.labeled import open_labeled
 from mocov3_hf.metrics.knn import knn_accuracy
 from mocov3_hf.pretraining.loop import main
-from tests.launch import ROOT, torchrun
+from tests.fork_server import ranks
+from tests.launch import ROOT
 
 
 KNN = ["--knn_steps", "2", "--knn_k", "3"]
@@ -59,7 +60,7 @@ def test_evaluation_has_no_side_effects(tmp_path, arguments, fresh):
 @pytest.mark.slow
 def test_two_processes_and_resuming_give_the_same_curve(tmp_path, arguments, fresh):
     main([*arguments, "--output_dir", str(tmp_path / "one")])
-    torchrun(2, ROOT / "scripts" / "pretrain.py", *arguments, "--output_dir", str(tmp_path / "two"))
+    ranks(2, ROOT / "scripts" / "pretrain.py", *arguments, "--output_dir", str(tmp_path / "two"))
     assert read(tmp_path / "two") == read(tmp_path / "one")
     fresh()
     with (tmp_path / "one" / "knn.jsonl").open("a") as file:

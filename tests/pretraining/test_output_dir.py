@@ -61,6 +61,7 @@ def test_a_second_run_ends_in_one_line(tmp_path, tiny, capsys, other_run):
     assert not (tmp_path / "recipe.yaml").exists()
 
 
+@pytest.mark.slow
 def test_all_processes_end_when_the_folder_is_in_use(tmp_path, tiny, other_run):
     write_lock(tmp_path, pid=other_run, started=started(other_run))
     script = ROOT / "scripts" / "pretrain.py"

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from mocov3_hf import run_folder, storage
 from mocov3_hf.pretraining import checkpoint, loop
 from mocov3_hf.pretraining.loop import main
-from tests.launch import ROOT, torchrun
+from tests.fork_server import ranks
+from tests.launch import ROOT
 from tests.pretraining.test_run import read_metrics, without_times
 
 
@@ -177,12 +178,12 @@ def test_sigkill_on_two_processes_continued_by_one(tmp_path, tiny, uninterrupted
 def test_two_resumed_processes_are_bit_identical(tmp_path, tiny):
     arguments = [*tiny, *LENGTH, *KINDS["adamw_bf16_dropout"]]
     script = ROOT / "scripts" / "pretrain.py"
-    torchrun(2, script, *arguments, "--output_dir", str(tmp_path / "straight"))
+    ranks(2, script, *arguments, "--output_dir", str(tmp_path / "straight"))
     (tmp_path / "cut").mkdir()
     shutil.copytree(tmp_path / "straight" / "checkpoint-4", tmp_path / "cut" / "checkpoint-4")
     lines = (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "cut" / "metrics.jsonl").write_text("".join(lines[:2]) + '{"step": 9')  # the last one half written
-    torchrun(2, script, *arguments, "--output_dir", str(tmp_path / "cut"), "--resume_from_checkpoint", "auto")
+    ranks(2, script, *arguments, "--output_dir", str(tmp_path / "cut"), "--resume_from_checkpoint", "auto")
     assert_same_run(tmp_path / "cut", tmp_path / "straight")
 
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from mocov3_hf import run_folder
+from tests.fork_server import Forked, ranks
 from tests.launch import search_path
 from tests.pretraining.test_resume import assert_same_run
 
@@ -29,11 +30,11 @@ def slow(target, name, seconds, mark):
         time.sleep(seconds)
         return original(*args, **kwargs)
     setattr(target, name, wrapper)
-place = os.environ["SLOW_PLACE"]
-slow(loop, "train_step", 0.2, "step")
-if place == "start": slow(loop, "build_model", 2, place)
-if place == "save": slow(checkpoint, "write_manifest", 2, place)
-if place == "knn": slow(online_knn.OnlineKNN, "features", 2, place)
+place = os.environ.get("SLOW_PLACE")
+if place: slow(loop, "train_step", 0.2, "step")
+if place == "start": slow(loop, "build_model", 1, place)
+if place == "save": slow(checkpoint, "write_manifest", 1, place)
+if place == "knn": slow(online_knn.OnlineKNN, "features", 1, place)
 sys.argv[0] = "mocov3"
 loop.main(sys.argv[1:])
 """
@@ -94,10 +95,7 @@ def expected(tmp_path_factory, slow, options):
     def run(num_processes):
         if num_processes not in runs:
             runs[num_processes] = folder = tmp_path_factory.mktemp("straight")
-            command = [*(TORCHRUN if num_processes > 1 else []), slow, *options, "--output_dir", str(folder)]
-            process = launch(command, "")
-            output = process.communicate(timeout=300)[0]
-            assert process.returncode == 0, output
+            ranks(num_processes, slow, *options, "--output_dir", str(folder))
         return runs[num_processes]
 
     return run
@@ -124,23 +122,24 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "workers", "place", "times", "sent"), CASES)
 def test_a_signal_to_the_group(tmp_path, slow, options, expected, number, workers, place, times, sent):
     arguments = [*options, "--dataloader_num_workers", str(workers), "--output_dir", str(tmp_path)]
-    process = launch([slow, *arguments], place)
+    process = Forked([slow, *arguments], SLOW_PLACE=place)
     text = read_to(process, place, times)
     for _ in range(sent):
         time.sleep(0.1)
         os.killpg(process.pid, number)
-    text += process.communicate(timeout=120)[0]
+    text += process.communicate()[0]
     assert process.returncode == 0, text
     assert members(process.pid) == []
     finished = text.count("MARK step")
     assert newest_step(tmp_path) == finished, text
     assert f"stopped by {number.name} {'before training' if finished == 0 else f'after step {finished}'}" in text
     assert "Traceback" not in text
-    resumed = launch([slow, *arguments, "--resume_from_checkpoint", "auto"], "")
-    text = resumed.communicate(timeout=120)[0]
+    resumed = Forked([slow, *arguments, "--resume_from_checkpoint", "auto"])
+    text = resumed.communicate()[0]
     assert resumed.returncode == 0, text
     assert_same_run(tmp_path, expected(1))
     assert (tmp_path / "knn.jsonl").read_text() == (expected(1) / "knn.jsonl").read_text()
@@ -162,9 +161,7 @@ def test_a_signal_to_torchrun(tmp_path, slow, options, expected, place, times):
     (step,) = re.findall(r"stopped by SIGTERM after step (\d+)", text)
     assert int(step) == finished
     assert "DataLoader worker" not in text
-    resumed = launch([*TORCHRUN, slow, *arguments, "--resume_from_checkpoint", "auto"], "")
-    text = resumed.communicate(timeout=120)[0]
-    assert resumed.returncode == 0, text
+    ranks(2, slow, *arguments, "--resume_from_checkpoint", "auto")
     assert_same_run(tmp_path, expected(2))
 
 
@@ -174,10 +171,11 @@ def workers_of(process_id):
     return [child for child in parent.children() if child.cmdline() == parent.cmdline()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "times"), [("step", 1), ("knn", 2)])
 def test_a_killed_worker_ends_the_run_in_one_line(tmp_path, slow, options, expected, place, times):
     arguments = [*options, "--dataloader_num_workers", "2", "--output_dir", str(tmp_path)]
-    process = launch([slow, *arguments], place)
+    process = Forked([slow, *arguments], SLOW_PLACE=place)
     text = read_to(process, place, times)
     before = workers_of(process.pid)
     if place == "knn":  # the newest are those that kNN starts now
@@ -187,7 +185,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(tmp_path, slow, options, expec
     else:
         victim = before[0]
     victim.kill()
-    text += process.communicate(timeout=120)[0]
+    text += process.communicate()[0]
     if place == "knn" and process.returncode == 0:
         pytest.skip("the worker had done its work")
     assert process.returncode == 1, text
@@ -197,8 +195,8 @@ def test_a_killed_worker_ends_the_run_in_one_line(tmp_path, slow, options, expec
     assert f"checkpoint-{finished} is complete; to resume: " in line
     assert "Traceback" not in text
     assert newest_step(tmp_path) == finished
-    resumed = launch([slow, *arguments, "--resume_from_checkpoint", "auto"], "")
-    text = resumed.communicate(timeout=120)[0]
+    resumed = Forked([slow, *arguments, "--resume_from_checkpoint", "auto"])
+    text = resumed.communicate()[0]
     assert resumed.returncode == 0, text
     assert_same_run(tmp_path, expected(1))
 
@@ -221,8 +219,6 @@ def test_a_killed_worker_of_one_of_two_processes(tmp_path, slow, options, expect
     assert f"a data-loading worker died (worker {worker.pid}: killed (signal 9)" in line
     finished = text.count("MARK step") // 2
     assert newest_step(tmp_path) == finished, text
-    resumed = launch([*TORCHRUN, slow, *arguments, "--resume_from_checkpoint", "auto"], "")
-    text = resumed.communicate(timeout=120)[0]
-    assert resumed.returncode == 0, text
+    ranks(2, slow, *arguments, "--resume_from_checkpoint", "auto")
     assert_same_run(tmp_path, expected(2))
     shutil.rmtree(tmp_path)

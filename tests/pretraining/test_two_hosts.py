@@ -6,6 +6,7 @@ from benchmarks.hosts import why_not
 from benchmarks.two_hosts import measure
 
 
+@pytest.mark.slow
 def test_two_hosts_train_as_one_and_resume_after_a_cut(tmp_path):
     reason = why_not()
     if reason is not None:
