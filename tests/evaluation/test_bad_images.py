@@ -11,7 +11,7 @@ from mocov3_hf.evaluation import evaluate, finetune, knn, linear_probe
 from mocov3_hf.evaluation.usable_images import without_bad_images
 from mocov3_hf.inference import files
 from mocov3_hf.report.images import open_samples
-from mocov3_hf.run_folder import read_results
+from mocov3_hf.results import read_results
 from tests.factories import save_classifier
 
 
