@@ -15,6 +15,7 @@ import datasets
 import pyarrow.parquet as pq
 
 from .decode import BadImageError
+from .references import read_reference
 from .remote import RemoteFile, is_remote, read_file
 
 
@@ -88,8 +89,8 @@ def encoded_image(value) -> bytes | str | None:
     """The image in a cell of an undecoded column: its bytes, or else its path, or else None."""
     if isinstance(value, dict):
         data = value.get("bytes")
-        return data if data is not None else value.get("path")
-    return value
+        value = data if data is not None else value.get("path")
+    return read_reference(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class ParquetShard:
     row_group: int
     num_rows: int
     image_column: str
+    num_bytes: int = 0  # of the row group
 
     def load(self) -> ArrowRows:
         with _open_parquet(self.url) as file:
@@ -212,8 +214,12 @@ def index_tar(path: str, image_column: str) -> tuple[tuple[int, int], ...]:
 def parquet_shards(url: str, image_column: str) -> list[ParquetShard]:
     """The row groups of a parquet file, from its footer."""
     with _open_parquet(url) as file:
-        groups = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
-    return [ParquetShard(url, index, num_rows, image_column) for index, num_rows in enumerate(groups) if num_rows]
+        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+    return [
+        ParquetShard(url, index, group.num_rows, image_column, group.total_byte_size)
+        for index, group in enumerate(groups)
+        if group.num_rows
+    ]
 
 
 def _open_parquet(url: str) -> pq.ParquetFile:
@@ -255,10 +261,14 @@ def _tar_shards(url: str, image_column: str) -> list:
     return [TarShard(url, members[start : start + ROWS_PER_SHARD]) for start in _shard_starts(len(members))]
 
 
-def table_shards(source) -> list[TableShard]:
-    """The shards of a `MapSource`."""
-    size = len(source)
-    return [TableShard(source, start, min(start + ROWS_PER_SHARD, size)) for start in _shard_starts(size)]
+def table_shards(source, edges: tuple[int, ...] = ()) -> list[TableShard]:
+    """The shards of a `MapSource`. None contains both rows before and after an edge."""
+    bounds = [*zip((0, *edges), (*edges, len(source)), strict=True)]
+    return [
+        TableShard(source, start, min(start + ROWS_PER_SHARD, stop))
+        for first, stop in bounds
+        for start in range(first, stop, ROWS_PER_SHARD)
+    ]
 
 
 def _shard_starts(length: int) -> range:

@@ -53,6 +53,10 @@ class RunState:
     skipped_batches: int = 0  # by rollbacks: the data are that far ahead of the steps
     num_rollbacks: int = 0
     scaler: dict | None = None  # of the gradient scaler, with fp16
+    # Which images the run is trained on, None in checkpoints of 0.1, and how often they changed (--allow_data_change).
+    num_samples: int | None = None
+    data_fingerprint: str | None = None
+    data_changes: int = 0
     version: str = __version__
     torch_version: str = torch.__version__
 

@@ -15,7 +15,8 @@ from ..data.bad_images import TooManyBadImagesError
 from ..data.workers import LostWorkerError
 from ..hub import BackgroundPusher
 from ..reporting import RunError, UsageError, is_first_process, reporting
-from ..run_folder import KNN, RECIPE, CheckpointError, list_checkpoints
+from ..run_folder import BAD_IMAGES, DATA, KNN, RECIPE, CheckpointError, list_checkpoints
+from ..storage import write_json
 from .build import (
     build_accelerator,
     build_loader,
@@ -28,7 +29,8 @@ from .build import (
     num_workers,
 )
 from .checkpoint import RunState, load_checkpoint, read_state, save_checkpoint
-from .dry_run import describe
+from .data_change import describe_change, identify, plan_to_resume
+from .dry_run import describe, describe_as_json
 from .folder_lock import FolderLock
 from .gradient_cache import check_chunkable
 from .hardware import choose_settings, compile_augmentation, set_up
@@ -80,9 +82,11 @@ def run_recipe(recipe: Recipe, resume_command: str, is_command: bool = False) ->
         UsageError, ValueError: options that cannot work, found before training.
         RunError, OSError: a failure of the run.
     """
+    if recipe.run.json and not recipe.run.dry_run:
+        raise UsageError("--json prints the plan of a run: pass it with --dry_run")
     if recipe.run.dry_run:
         if is_first_process():
-            print(describe(recipe))
+            print(describe_as_json(recipe) if recipe.run.json else describe(recipe))
         return Path(recipe.run.output_dir or ".")
     check_output_dir(recipe.run.output_dir or "")
     run = None
@@ -125,7 +129,10 @@ class Run:
         check_model(recipe)
         source = build_source(recipe)
         self.plan = make_plan(recipe, source.num_samples, self.accelerator.num_processes)
-        found = find_common_checkpoint(recipe, self.plan, lock)
+        self.data = identify(source, self.accelerator.is_main_process)
+        found = find_common_checkpoint(recipe, self.plan, lock, self.data)
+        if source.account is not None:
+            self.accelerator.print("\n".join(source.account.lines()), file=sys.stderr)
 
         model = build_model(recipe)
         self.temperature = model.config.temperature
@@ -146,11 +153,16 @@ class Run:
         # Steps done; batches that rollbacks have skipped besides; rollbacks done, and the last one's target.
         self.step = self.skipped_batches = self.num_rollbacks = 0
         self.rolled_back_to: int | None = None
+        self.data_changes, self.data_change = 0, None
         if found is not None:
             self.resume(*found)
         if self.accelerator.is_main_process:
             prepare_folder(self.output_dir, is_new=self.step == 0)
             recipe.save(self.output_dir / RECIPE)
+            if self.data_change is not None:  # the numbers of the images are others now
+                (self.output_dir / BAD_IMAGES).unlink(missing_ok=True)
+            if source.account is not None:
+                write_json(self.output_dir / DATA, source.account.to_dict())
         self.accelerator.wait_for_everyone()
 
         self.loader = build_loader(recipe, source, self.plan, self.accelerator)
@@ -174,6 +186,8 @@ class Run:
             log.resume(self.log_state, self.step, self.num_rollbacks)
             if self.accelerator.is_main_process:
                 truncate_lines(self.output_dir / KNN, steps_done=self.step)
+            if self.data_change is not None:
+                log.record_event(self.step, "data_change", reason=self.data_change)
         elif self.recipe.monitoring.on_instability == "rollback":
             self.save(log)
         if self.step == self.plan.total_steps:
@@ -321,6 +335,11 @@ class Run:
     def resume(self, folder: Path, state: RunState) -> None:
         """Continue from a checkpoint."""
         self.load(folder)
+        self.plan = plan_to_resume(self.recipe, self.plan, state, self.data)
+        self.data_change = describe_change(state, self.data)
+        self.data_changes = state.data_changes + (self.data_change is not None)
+        if self.data_change is not None:
+            self.accelerator.print(f"warning: {self.data_change}; continuing with these images", file=sys.stderr)
         self.step, self.log_state = state.step, state.log
         self.skipped_batches, self.num_rollbacks = state.skipped_batches, state.num_rollbacks
         self.accelerator.print(f"resuming from {folder} after step {state.step}", file=sys.stderr)
@@ -351,6 +370,9 @@ class Run:
             skipped_batches=self.skipped_batches,
             num_rollbacks=self.num_rollbacks,
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+            num_samples=self.data.num_samples,
+            data_fingerprint=self.data.fingerprint,
+            data_changes=self.data_changes,
         )
         failure = taken_over = None
         if self.accelerator.is_main_process:

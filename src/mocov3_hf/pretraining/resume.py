@@ -29,6 +29,7 @@ from ..run_folder import (
 )
 from ..storage import read_lines, remove_leftovers, rewrite_lines
 from .checkpoint import RunState, read_state
+from .data_change import DataIdentity, check_same_data, is_same_data, keeps_total_steps
 from .folder_lock import FolderLock
 from .plan import Plan
 from .recipe import Recipe, load_recipe
@@ -37,6 +38,7 @@ from .recipe import Recipe, load_recipe
 # Options that may change when a run resumes: weights, data and metrics do not depend on them, or only once the run has
 # become unstable.
 FREE_OPTIONS = (
+    "allow_data_change",
     "allow_recipe_change",
     "communication_timeout",
     "dataloader_num_workers",
@@ -44,6 +46,7 @@ FREE_OPTIONS = (
     "hub_model_id",
     "hub_private_repo",
     "hub_revision",
+    "json",
     "knn_dataset_name",
     "knn_k",
     "knn_steps",
@@ -69,7 +72,9 @@ FREE_OPTIONS = (
 )
 
 
-def find_common_checkpoint(recipe: Recipe, plan: Plan, lock: FolderLock) -> tuple[Path, RunState] | None:
+def find_common_checkpoint(
+    recipe: Recipe, plan: Plan, lock: FolderLock, data: DataIdentity
+) -> tuple[Path, RunState] | None:
     """
     `find_checkpoint` on all processes, with one result. The first of them locks the folder before.
 
@@ -81,7 +86,7 @@ def find_common_checkpoint(recipe: Recipe, plan: Plan, lock: FolderLock) -> tupl
     try:
         if is_first_process():
             lock.acquire()
-        found = find_checkpoint(recipe, plan)
+        found = find_checkpoint(recipe, plan, data)
     except (ValueError, OSError) as error:
         refusal = str(error)
     seen = "no checkpoint" if found is None else found[0].name
@@ -103,12 +108,13 @@ def find_common_checkpoint(recipe: Recipe, plan: Plan, lock: FolderLock) -> tupl
     return found
 
 
-def find_checkpoint(recipe: Recipe, plan: Plan) -> tuple[Path, RunState] | None:
+def find_checkpoint(recipe: Recipe, plan: Plan, data: DataIdentity) -> tuple[Path, RunState] | None:
     """
     The checkpoint to resume from, None for a new run.
 
     Raises:
-        UsageError: a folder with a run that is neither resumed nor overwritten, or a run of another recipe.
+        UsageError: a folder with a run that is neither resumed nor overwritten, or a run of another recipe or of other
+            images.
         CheckpointError: the named checkpoint is damaged, or all of them are.
     """
     asked, output_dir = recipe.run.resume_from_checkpoint, Path(recipe.run.output_dir)
@@ -138,7 +144,7 @@ def find_checkpoint(recipe: Recipe, plan: Plan) -> tuple[Path, RunState] | None:
             raise UsageError(f"--resume_from_checkpoint {asked} is not a folder: pass a checkpoint folder, or auto")
         check_manifest(folder)
         state = read_state(folder)
-    check_same_run(recipe, plan, folder, state)
+    check_same_run(recipe, plan, folder, state, data)
     return folder, state
 
 
@@ -153,20 +159,30 @@ def newest_whole_checkpoint(output_dir: Path) -> tuple[Path, RunState] | None:
     return None
 
 
-def check_same_run(recipe: Recipe, plan: Plan, folder: Path, state: RunState) -> None:
+def check_same_run(recipe: Recipe, plan: Plan, folder: Path, state: RunState, data: DataIdentity) -> None:
     """
     Raises:
-        UsageError: options that differ from the checkpoint's, with both values.
+        UsageError: options or images that differ from the checkpoint's.
     """
     if recipe.run.allow_recipe_change:
+        check_same_data(recipe, folder, state, data)
         return
     saved, current = load_recipe(folder / RECIPE).to_dict(), recipe.to_dict()
+    # A data set may have moved.
+    free = (
+        (*FREE_OPTIONS, "dataset_name") if is_same_data(state, data) or recipe.run.allow_data_change else FREE_OPTIONS
+    )
     differing = [
         f"{name} ({saved[name]!r} there, {current[name]!r} now)"
         for name in current
-        if name not in FREE_OPTIONS and saved[name] != current[name]
+        if name not in free and saved[name] != current[name]
     ]
-    for name in ("global_batch_size", "steps_per_epoch", "total_steps"):
+    if not differing:
+        check_same_data(recipe, folder, state, data)
+    names = ["global_batch_size", "steps_per_epoch", "total_steps"]
+    if keeps_total_steps(recipe, state, data):  # which depend on the number of images
+        names = names[:1]
+    for name in names:
         if getattr(state, name) != getattr(plan, name):
             differing.append(f"{name.replace('_', ' ')} ({getattr(state, name)} there, {getattr(plan, name)} now)")
     if differing:
