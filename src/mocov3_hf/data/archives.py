@@ -147,8 +147,10 @@ def _tar_members(path: bytes, archive: str) -> Iterator[tuple]:
             if member.isdir():
                 continue
             name = member.name.encode(errors="surrogateescape")
-            if member.offset_data + member.size > size:
-                raise tarfile.ReadError(f"{member.name!r} ends after the end of the file")
+            if member.size < 0 or member.offset_data + member.size > size:
+                raise tarfile.ReadError(
+                    f"{member.name!r} has {member.size} bytes, more than the file or less than none"
+                )
             start, length = member.offset_data, member.size
             reference = member_reference(archive, "t", start, length, length, name) if member.isreg() else None
             if member.issparse():

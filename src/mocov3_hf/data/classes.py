@@ -83,14 +83,15 @@ def _renumbered(train: LabeledImages, test: LabeledImages, train_split: str, tes
             )
         return LabeledImages(test.source, test.labels, train.class_names, test.account)
     numbers = {name: number for number, name in enumerate(known)}
-    occurring = np.unique(test.labels).tolist()
-    unknown = {_name(test, label): int((test.labels == label).sum()) for label in occurring}
+    occurring = np.unique(test.labels)
+    unknown = {_name(test, label): int((test.labels == label).sum()) for label in occurring.tolist()}
     unknown = {name: count for name, count in unknown.items() if name not in numbers}
     if unknown:
         raise ValueError(_refusal(unknown, known, train_split, test_split))
-    table = np.full(max(occurring) + 1, -1, dtype=np.int64)
-    table[occurring] = [numbers[_name(test, label)] for label in occurring]
-    return LabeledImages(test.source, table[test.labels], train.class_names, test.account)
+    table = np.array([numbers[_name(test, label)] for label in occurring.tolist()], dtype=np.int64)
+    # Not indexed by the labels themselves, which may be large.
+    labels = table[np.searchsorted(occurring, test.labels)]
+    return LabeledImages(test.source, labels, train.class_names, test.account)
 
 
 def _name(images: LabeledImages, label: int) -> str:

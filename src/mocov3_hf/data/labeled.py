@@ -200,6 +200,12 @@ def _labels(dataset, column, wanted) -> tuple[np.ndarray, list[str] | None]:
     if is_text:
         names = sorted(set(values)) if wanted is None else list(wanted)
         return _renumber(values, names, column), names
+    too_large = next((row for row, value in enumerate(values) if value > np.iinfo(np.int64).max), None)
+    if too_large is not None:
+        raise ValueError(
+            f"label {values[too_large]} in row {too_large} of column {column!r} does not fit into 64 bits with a sign:"
+            " number the classes from 0"
+        )
     labels = np.asarray(values, dtype=np.int64)
     if labels.min() < 0:
         raise ValueError(

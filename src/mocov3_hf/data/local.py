@@ -82,12 +82,17 @@ def open_local(
     path = Path(os.path.expanduser(dataset_name))
     if not path.exists():
         raise ValueError(describe_missing(dataset_name, fix="pass a folder that exists, or a Hub id"))
+    if not path.is_dir() and not path.is_file():
+        raise ValueError(f"{dataset_name!r} is a device, pipe or socket: pass the folder that holds the data")
     files = find_csv_files(str(path), split)
     if files and (path.is_file() or labeled or names_images(files, image_column)):
         return _open_csv(dataset_name, files, split, image_column)
     if path.is_file():
         return _open_file(dataset_name, path, split, image_column)
-    found = scan(path)
+    try:
+        found = scan(path)
+    except OSError as error:
+        raise ValueError(f"folder {dataset_name!r} cannot be read: {error.strerror or error}") from error
     if found.parquet:
         parquet = _parquet_of(dataset_name, found)
         if parquet is not None:
@@ -102,8 +107,11 @@ def open_local(
 def _reasons(tally: Tally) -> str:
     if not tally.counts:
         return ": it is empty"
-    listed = sorted(tally.counts.items(), key=lambda item: -item[1])[:3]
-    return f", only {', '.join(f'{number:,} of the kind: {reason}' for reason, number in listed)}"
+    listed = []
+    for reason, number in sorted(tally.counts.items(), key=lambda item: -item[1])[:3]:
+        example = tally.examples.get(reason)
+        listed.append(f"{number:,} of the kind: {reason}{f', such as {example}' if example else ''}")
+    return f", only {'; '.join(listed)}"
 
 
 def _may_be_of_datasets(found: Scan) -> bool:

@@ -201,9 +201,13 @@ def index_tar(path: str, image_column: str) -> tuple[tuple[int, int], ...]:
         path: Uncompressed tar.
         image_column: Extension of the images, by webdataset's convention: everything after the first dot of the name.
     """
-    found = []
+    found, length = [], os.path.getsize(path)
     with tarfile.open(path, "r:") as archive:
         for member in archive:
+            if member.size < 0 or member.offset_data + member.size > length:
+                raise tarfile.ReadError(
+                    f"{member.name!r} has {member.size} bytes, more than the file or less than none"
+                )
             name = os.path.basename(member.name)
             if member.isfile() and "." in name[1:] and name.split(".", 1)[1] == image_column:
                 found.append((member.offset_data, member.size))
@@ -214,6 +218,8 @@ def index_tar(path: str, image_column: str) -> tuple[tuple[int, int], ...]:
 def parquet_shards(url: str, image_column: str) -> list[ParquetShard]:
     """The row groups of a parquet file, from its footer."""
     with _open_parquet(url) as file:
+        if image_column not in file.schema_arrow.names:
+            raise ValueError(f"{url!r} has no column {image_column!r}; columns: {', '.join(file.schema_arrow.names)}")
         groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
     return [
         ParquetShard(url, index, group.num_rows, image_column, group.total_byte_size)
@@ -257,7 +263,10 @@ def builder_shards(builder: datasets.DatasetBuilder, parts: list[str], image_col
 def _tar_shards(url: str, image_column: str) -> list:
     if is_remote(url):
         return [RemoteTarShard(url, image_column)]
-    members = index_tar(url, image_column)
+    try:
+        members = index_tar(url, image_column)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(f"{url!r} cannot be read as a tar: {error}") from error
     return [TarShard(url, members[start : start + ROWS_PER_SHARD]) for start in _shard_starts(len(members))]
 
 

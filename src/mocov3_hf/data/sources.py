@@ -4,6 +4,7 @@ Local folders are read by `scan.py`; what comes out is always a data set of `dat
 as bytes or paths. Labels are ignored; for labels see `labeled.py`.
 """
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,9 +17,11 @@ import torch
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from ..hints import describe_missing
-from ..reporting import quiet_hub
+from ..reporting import RunError, quiet_hub
 from ..storage import is_local
 from .account import Account
+from .damaged_files import check_saved, damaged_parquet, num_parquet_rows, one_line
+from .decode import printable
 from .local import LocalParquet, LocalTable, open_local, parquet_builder, split_aliases
 from .shards import builder_shards, encoded_image, table_shards, undecoded
 
@@ -79,6 +82,8 @@ def _open(
     dataset_name, config_name, split, streaming, revision, data_files, image_column=None, labeled=False
 ) -> _Opened:
     name, kind, tally = os.path.expanduser(os.fspath(dataset_name)), "data set of the Hub", None
+    if not name.strip():
+        raise ValueError("the name of the data set is empty: pass a folder, a file or a Hub id as --dataset_name")
     builder = None
     if data_files is None and is_local(name):
         kind = "data set of datasets"
@@ -120,8 +125,20 @@ def _prepare(builder: datasets.DatasetBuilder, name: str) -> None:
     """Raises ValueError where a file of a data set is damaged."""
     try:
         builder.download_and_prepare()
-    except DatasetGenerationError as error:
-        raise ValueError(f"{name!r} cannot be read: {_first_line(error.__cause__ or error)}") from error
+    # `datasets` wraps most errors in DatasetGenerationError; others are those of Arrow and of damaged metadata.
+    except (DatasetGenerationError, OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            cache = datasets.config.HF_DATASETS_CACHE
+            raise RunError(f"{name!r} cannot be prepared in {str(cache)!r}: {cause.strerror}") from error
+        files = [file for part in (builder.config.data_files or {}).values() for file in part]
+        found = None
+        if builder.name == "parquet":
+            if num_parquet_rows(files) == 0:
+                raise ValueError(f"{name!r} is empty: its parquet files have no rows") from error
+            found = damaged_parquet(files)
+        file, reason = found or (name, one_line(cause))
+        raise ValueError(f"{file!r} cannot be read: {reason}") from error
 
 
 def _has_configurations(path: Path) -> bool:
@@ -151,6 +168,7 @@ def _names_of_files(split: str, known: list[str]) -> str:
 
 def load_builder(dataset_name: str, config_name: str | None = None, revision: str | None = None, data_files=None):
     """Call `datasets.load_dataset_builder`, and raise its various errors as one-line ValueErrors."""
+    shown = repr(printable(dataset_name))
     try:
         with quiet_hub():
             return datasets.load_dataset_builder(dataset_name, config_name, revision=revision, data_files=data_files)
@@ -160,11 +178,16 @@ def load_builder(dataset_name: str, config_name: str | None = None, revision: st
             "your access if it is gated, and the network"
         ) from error
     except FileNotFoundError as error:  # EmptyDatasetError, DataFilesNotFoundError
-        raise ValueError(
-            f"no images, parquet files or tars found in {dataset_name!r}: {_first_line(error)}"
-        ) from error
+        raise ValueError(f"no images, parquet files or tars found in {shown}: {_first_line(error)}") from error
     except ValueError as error:  # unknown configuration, different formats of splits, ...
-        raise ValueError(f"{dataset_name!r} cannot be opened: {_first_line(error)}") from error
+        raise ValueError(f"{shown} cannot be opened: {_first_line(error)}") from error
+    except RuntimeError as error:
+        # A data set of the Hub with a loading script, which `datasets` 4 and later do not run, or a failed download.
+        raise ValueError(f"{shown} cannot be opened: {_first_line(error)}") from error
+    except OSError as error:  # HTTP errors of the Hub, a disk that is full, ...
+        raise ValueError(
+            f"{shown} cannot be opened: {_first_line(error)}: check the network, and HF_HUB_OFFLINE"
+        ) from error
 
 
 def check_split(builder, split: str, dataset_name: str) -> list[str]:
@@ -366,10 +389,15 @@ def _load_saved(name: str, split: str) -> datasets.Dataset | None:
     path = Path(name)
     if not (path / "dataset_dict.json").exists() and not (path / "state.json").exists():
         return None
+    check_saved(path)
     try:
         saved = datasets.load_from_disk(name)
     except IndexError as error:  # raised by `datasets` for a table without rows
         raise ValueError(f"split {split!r} of {name!r} is empty") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{name!r} was saved by datasets, but cannot be opened: {type(error).__name__}: {one_line(error)}"
+        ) from error
     if isinstance(saved, datasets.DatasetDict):
         parts = [part.strip() for part in split.split("+")]
         for part in parts:

@@ -10,11 +10,19 @@ from functools import partial
 
 import torch
 
+from ..reporting import RunError
 from .draws import STREAM_SHARD_ROWS, permutation
 from .order import StreamOrder, Window
 
 
 _LOADING_THREADS = 4
+
+
+class DamagedShardError(RunError):
+    """A part of a streamed data set could not be loaded. Only the process that needs it knows."""
+
+    def __init__(self, message: str):
+        super().__init__(message, from_any_process=True)
 
 
 class StreamReader:
@@ -95,8 +103,8 @@ class StreamReader:
         try:
             return self.source.shards[shard].load()
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise RuntimeError(
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise DamagedShardError(
                 f"shard {shard} of the stream, {self.source.shards[shard]}, could not be loaded: {reason}"
             ) from error
 

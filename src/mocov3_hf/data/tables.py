@@ -54,8 +54,11 @@ def names_images(files: list[Path], image_column: str | None = None) -> bool:
     for file in files:
         header = _header(file)
         found = [name for name in header if name == image_column or (image_column is None and name in PATH_NAMES)]
-        with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
-            row = next(iter(csv.DictReader(lines, delimiter=_delimiter(file), skipinitialspace=True)), None)
+        try:
+            with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
+                row = next(iter(csv.DictReader(lines, delimiter=_delimiter(file), skipinitialspace=True)), None)
+        except csv.Error:  # such as a field of more than 128 KiB
+            return False
         if len(found) != 1 or row is None or not os.path.isfile(file.parent / os.path.expanduser(row[found[0]] or "")):
             return False
     return True
@@ -109,7 +112,9 @@ def _read_csv(file: Path, image_column: str | None) -> datasets.Dataset:
         if len(table) == 0:
             raise ValueError("it has no rows")
         return datasets.Dataset.from_pandas(table, preserve_index=False)
-    except (ValueError, OSError, pa.ArrowException) as error:
+    except (ValueError, OSError, OverflowError, pa.ArrowException) as error:
+        if isinstance(error, OverflowError):
+            error = ValueError("a number does not fit into 64 bits")
         raise ValueError(f"{str(file)!r} is not a CSV table with a header and rows: {_one_line(error)}") from error
 
 
