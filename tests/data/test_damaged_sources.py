@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mocov3_hf.data.bad_images import TooManyBadImagesError
 from mocov3_hf.data.classes import open_labeled_splits
 from mocov3_hf.data.decode import BadImageError, decode_rgb
 from mocov3_hf.data.labeled import open_labeled
@@ -242,6 +243,29 @@ def test_paths_to_devices_and_elsewhere_are_bad_images(parquet, tmp_path, jpegs,
     assert (read, len(bad)) == (8, 7)
     assert [f"({path})" in reason for path, reason in zip(paths, bad[:6], strict=True)] == [True] * 6
     assert sum("it is a device, pipe or socket" in reason for reason in bad) == 3
+
+
+@BOTH
+def test_a_bad_image_is_listed_with_its_place(parquet, tar, jpegs, tmp_path, streaming):
+    """Images that are not files have a place, too."""
+    data = bytearray(tar.read_bytes())
+    data[header_of(data, 3) + 512 : header_of(data, 3) + 520] = b"no image"
+    tar.write_bytes(data)
+    cells = [{"bytes": data if row != 2 else b"no image", "path": f"{row}.jpg"} for row, data in enumerate(jpegs)]
+    (tmp_path / "parquet").mkdir()
+    table = parquet(cells=cells).rename(tmp_path / "parquet" / "train.parquet")
+    places = {tar: f"{tar}/3.jpg", table: f"{table}, row 2 of row group 0" if streaming else "2.jpg"}
+    for number, (path, place) in enumerate(places.items()):
+        source, file = open_source(str(path.parent), streaming=streaming), tmp_path / f"{number}.jsonl"
+        loader = TwoViewLoader(
+            source, two_views(image_size=16), global_batch_size=2, max_bad_fraction=1, bad_images_file=file
+        )
+        list(loader.epoch(0))
+        (line,) = map(json.loads, file.read_text().splitlines())
+        assert line["path"] == place
+        assert line["reason"].startswith("cannot be decoded: it is not JPEG")
+        with pytest.raises(TooManyBadImagesError, match=f"image {line['id']} cannot be decoded"):
+            list(TwoViewLoader(source, two_views(image_size=16), global_batch_size=2, on_bad_image="error").epoch(0))
 
 
 @pytest.fixture

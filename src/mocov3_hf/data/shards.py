@@ -103,6 +103,9 @@ class ParquetShard:
     image_column: str
     num_bytes: int = 0  # of the row group
 
+    def describe(self, row: int) -> str:
+        return f"{self.url}, row {row} of row group {self.row_group}"
+
     def load(self) -> ArrowRows:
         with _open_parquet(self.url) as file:
             table = file.read_row_group(self.row_group, columns=[self.image_column])
@@ -119,6 +122,9 @@ class PathShard:
     def num_rows(self) -> int:
         return len(self.paths)
 
+    def describe(self, row: int) -> str:
+        return self.paths[row]
+
     def load(self):
         return RemotePathRows(self.paths) if is_remote(self.paths[0]) else ListedRows(self.paths)
 
@@ -134,6 +140,9 @@ class TarShard:
     def num_rows(self) -> int:
         return len(self.members)
 
+    def describe(self, row: int) -> str:
+        return f"{self.path}, at byte {self.members[row][0]}"
+
     def load(self) -> TarRows:
         return TarRows(self.path, self.members)
 
@@ -145,6 +154,9 @@ class RemoteTarShard:
     url: str
     image_column: str
     num_rows: None = None
+
+    def describe(self, row: int) -> str:
+        return f"{self.url}, image {row}"
 
     def load(self) -> TarRows:
         handle, path = tempfile.mkstemp(suffix=".tar")
@@ -164,6 +176,9 @@ class TableShard:
     @property
     def num_rows(self) -> int:
         return self.stop - self.start
+
+    def describe(self, row: int) -> str | None:
+        return self.source.describe(self.start + row)
 
     def load(self):
         return _TableRows(self)
@@ -187,6 +202,9 @@ class IterableShard:
     dataset: datasets.IterableDataset = field(repr=False)
     image_column: str
     num_rows: None = None
+
+    def describe(self, row: int) -> None:
+        """The format does not say."""
 
     def load(self) -> ListedRows:
         # In batches: a worker would split plain iteration among all workers a second time.

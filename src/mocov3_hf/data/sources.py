@@ -6,9 +6,8 @@ as bytes or paths. Labels are ignored; for labels see `labeled.py`.
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -20,9 +19,11 @@ from ..hints import describe_missing
 from ..reporting import RunError, quiet_hub
 from ..storage import is_local
 from .account import Account
+from .bad_images import ImageReader
 from .damaged_files import check_saved, damaged_parquet, num_parquet_rows, one_line
 from .decode import printable
 from .local import LocalParquet, LocalTable, open_local, parquet_builder, split_aliases
+from .references import shown
 from .shards import builder_shards, encoded_image, table_shards, undecoded
 
 
@@ -274,6 +275,12 @@ class MapSource:
         """Bytes or path of an image, or None if the row has neither."""
         return encoded_image(self.column()[int(sample_id)].as_py())
 
+    def describe(self, sample_id: int) -> str | None:
+        """The file or the member of an archive that an image is, or the name that its row gives it; else None."""
+        value = self.column()[int(sample_id)].as_py()
+        value = value.get("path") if isinstance(value, dict) else value
+        return shown(value) if isinstance(value, str) else None
+
     def column(self) -> pa.ChunkedArray:
         """The images as they are in the table."""
         if self._column is None:
@@ -295,12 +302,12 @@ class MapBatch:
     def __init__(self, source: MapSource, sample_ids: torch.Tensor):
         self._source, self.sample_ids = source, sample_ids
 
-    def candidates(self, row: int) -> Iterator[tuple[int, Callable]]:
-        """(sample id, function that reads it) of a row, then of its replacements, the next rows of the data set."""
+    def candidates(self, row: int) -> Iterator[tuple[int, ImageReader]]:
+        """(sample id, what reads it) of a row, then of its replacements, the next rows of the data set."""
         sample_id, size = int(self.sample_ids[row]), len(self._source)
         for distance in range(size):
             tried = (sample_id + distance) % size
-            yield tried, partial(self._source.read, tried)
+            yield tried, ImageReader(self._source.read, tried)
 
 
 class StreamSource:

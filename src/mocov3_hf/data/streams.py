@@ -4,13 +4,13 @@ A process, and each of its workers, loads only the shards of the lanes of its ro
 these lanes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 
 import torch
 
 from ..reporting import RunError
+from .bad_images import ImageReader
 from .draws import STREAM_SHARD_ROWS, permutation
 from .order import StreamOrder, Window
 
@@ -126,6 +126,10 @@ class StreamReader:
         """The sample id of a row."""
         return self._first_ids[shard] + row
 
+    def describe(self, shard: int, row: int) -> str | None:
+        """Where a row is, for messages, or None."""
+        return self.source.shards[shard].describe(row)
+
     def read(self, shard: int, row: int) -> bytes | str | None:
         """The encoded image of a row of a loaded shard."""
         return self._loading[shard].result().read(row)
@@ -143,9 +147,9 @@ class StreamBatch:
         ids = [reader.sample_id(*reader.place(epoch, window, slot)) for window, slot in slots]
         self.sample_ids = torch.tensor(ids, dtype=torch.int64)
 
-    def candidates(self, row: int) -> Iterator[tuple[int, Callable]]:
-        """(sample id, function that reads it) of a row, then of its replacements, the next rows of its window."""
+    def candidates(self, row: int) -> Iterator[tuple[int, ImageReader]]:
+        """(sample id, what reads it) of a row, then of its replacements, the next rows of its window."""
         window, slot = self._slots[row]
         for distance in range(len(window)):
             shard, row_in_shard = self._reader.place(self._epoch, window, (slot + distance) % len(window))
-            yield self._reader.sample_id(shard, row_in_shard), partial(self._reader.read, shard, row_in_shard)
+            yield self._reader.sample_id(shard, row_in_shard), ImageReader(self._reader.read, shard, row_in_shard)
