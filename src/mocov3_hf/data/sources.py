@@ -27,6 +27,10 @@ from .references import shown
 from .shards import builder_shards, encoded_image, table_shards, undecoded
 
 
+# Of a path, and of a name in it.
+_LONGEST_NAME, _LONGEST_PART = 4096, 255
+
+
 def open_dataset(
     dataset_name: str,
     config_name: str | None = None,
@@ -85,6 +89,8 @@ def _open(
     name, kind, tally = os.path.expanduser(os.fspath(dataset_name)), "data set of the Hub", None
     if not name.strip():
         raise ValueError("the name of the data set is empty: pass a folder, a file or a Hub id as --dataset_name")
+    if len(name) > _LONGEST_NAME or max(map(len, map(os.fsencode, name.split("/")))) > _LONGEST_PART:
+        raise ValueError(f"{printable(name, 60)!r} with {len(name)} characters is too long for a path or a Hub id")
     builder = None
     if data_files is None and is_local(name):
         kind = "data set of datasets"
