@@ -200,6 +200,8 @@ def _zip_members(path: bytes, archive: str, members: Members) -> Iterator[tuple]
                 continue
             # zipfile decodes names without the UTF-8 flag as code page 437: back to the bytes.
             name = info.filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437", errors="surrogateescape")
+            if info.create_system == 0 and b"/" not in name:  # written on Windows against the rules
+                name = name.replace(b"\\", b"/")
             methods = {zipfile.ZIP_STORED: "z", zipfile.ZIP_DEFLATED: "d"}
             if info.flag_bits & _ENCRYPTED or info.compress_type not in methods:
                 why = "encrypted" if info.flag_bits & _ENCRYPTED else "compressed by a method other than deflate"

@@ -87,7 +87,10 @@ def open_local(
         return _open_csv(dataset_name, files, split, image_column)
     if path.is_file():
         return _open_file(dataset_name, path, split, image_column)
-    found = scan(path)
+    try:
+        found = scan(path)
+    except OSError as error:
+        raise ValueError(f"folder {dataset_name!r} cannot be read: {error.strerror}") from error
     if found.parquet:
         parquet = _parquet_of(dataset_name, found)
         if parquet is not None:

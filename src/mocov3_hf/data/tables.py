@@ -55,7 +55,10 @@ def names_images(files: list[Path], image_column: str | None = None) -> bool:
         header = _header(file)
         found = [name for name in header if name == image_column or (image_column is None and name in PATH_NAMES)]
         with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
-            row = next(iter(csv.DictReader(lines, delimiter=_delimiter(file), skipinitialspace=True)), None)
+            try:
+                row = next(iter(csv.DictReader(lines, delimiter=_delimiter(file), skipinitialspace=True)), None)
+            except csv.Error:
+                return False
         if len(found) != 1 or row is None or not os.path.isfile(file.parent / os.path.expanduser(row[found[0]] or "")):
             return False
     return True
