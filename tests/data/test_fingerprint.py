@@ -4,10 +4,12 @@ import os
 import shutil
 
 import datasets
+import numpy as np
 import pytest
 
 from mocov3_hf.data import fingerprint as module
-from mocov3_hf.data.fingerprint import fingerprint
+from mocov3_hf.data.fingerprint import fingerprint, labeled_fingerprint
+from mocov3_hf.data.labeled import LabeledImages, open_labeled
 from mocov3_hf.data.sources import open_source
 from tests.data.test_folders import tar_of, zip_of
 
@@ -81,6 +83,15 @@ def test_content_of_a_sample_and_sizes_of_all(tmp_path, jpeg_folder, monkeypatch
     assert of(folder) == first
     files[3].write_bytes(files[3].read_bytes() + b"\0")
     assert of(folder) != first
+
+
+def test_labels_and_chosen_rows_count(tmp_path, jpeg_folder):
+    images = open_labeled(str(jpeg_folder(6)), split="train")
+    first = labeled_fingerprint(images)
+    assert labeled_fingerprint(open_labeled(str(jpeg_folder(6)), split="train")) == first
+    others = [images.select(np.arange(5)), images.select(np.arange(1, 6)), images.select(np.arange(6)[::-1])]
+    relabeled = LabeledImages(images.source, 1 - images.labels, images.class_names)
+    assert len({first, *map(labeled_fingerprint, [*others, relabeled])}) == 5
 
 
 def test_missing_files_and_pixels_in_tables():

@@ -293,6 +293,25 @@ def test_zips(tmp_path, pictures, method):
     assert classes(path) == (["cat", "dog"], [0] * 5 + [1] * 3)
 
 
+def test_a_large_archive_is_indexed_until_it_changes(tmp_path, pictures, monkeypatch):
+    from mocov3_hf.data import archives
+
+    monkeypatch.setattr(archives, "INDEX_FROM_BYTES", 0)
+    members = {f"{n}.jpg": pictures[n] for n in range(4)} | {f"{n}.cls": b"1" for n in range(4)}
+    members |= {"\u00e9/x.txt": b"x"}
+    path = tar_of(tmp_path / "a.tar", members)
+    assert used(path) == pictures[:4]
+    first = open_source(str(path)).account
+    monkeypatch.setattr(archives, "list_members", lambda *_: pytest.fail("listed again"))
+    assert used(path) == pictures[:4]
+    assert open_source(str(path)).account == first
+    assert open_labeled(str(path), split="train", label_column="cls").account == first
+    monkeypatch.undo()
+    monkeypatch.setattr(archives, "INDEX_FROM_BYTES", 0)
+    tar_of(path, members | {"4.jpg": pictures[4]})
+    assert used(path) == pictures[:5]
+
+
 def test_splits_in_archives(tmp_path, pictures):
     inside = {f"root/{'train' if n < 5 else 'test'}/{'ab'[n % 2]}/{n}.jpg": pictures[n] for n in range(8)}
     path = zip_of(tmp_path / "all.zip", inside)

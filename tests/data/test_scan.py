@@ -1,6 +1,7 @@
 """A scan finds every image and accounts for every other file, whatever the folder looks like."""
 
 import os
+import pickle
 import socket
 import stat
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from mocov3_hf.data import scan_index
 from mocov3_hf.data.file_kinds import HIDDEN, has_image_magic
+from mocov3_hf.data.labeled import open_labeled
 from mocov3_hf.data.references import path_of, read_reference, reference_of, shown
 from mocov3_hf.data.remote import read_file
 from mocov3_hf.data.scan import scan_folder
@@ -228,6 +230,19 @@ def test_a_folder_that_has_just_changed_is_not_indexed(tmp_path, monkeypatch):
     monkeypatch.setattr(scan_index, "INDEX_FROM", 1)
     scan_index.scan(tmp_path / "data")
     assert not scan_index.index_path(os.fsencode(tmp_path / "data")).exists()
+
+
+def test_a_large_table_is_shared_by_workers(jpeg_folder, monkeypatch):
+    folder = str(jpeg_folder(6))
+    small = open_source(folder)
+    monkeypatch.setattr(scan_index, "MAPPED_FROM", 1)
+    for _ in range(2):
+        mapped = open_source(folder)
+        assert mapped._dataset.cache_files
+        assert mapped.column().to_pylist() == small.column().to_pylist()
+        again = pickle.loads(pickle.dumps(mapped))
+        assert [again.read(row) for row in range(6)] == [small.read(row) for row in range(6)]
+    assert open_labeled(folder, split="train").labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path, monkeypatch):

@@ -1,13 +1,14 @@
 """The images in tars and zips: listed from the headers, read in place, never unpacked."""
 
 import contextlib
+import json
 import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from ..storage import write_text
 from .account import Tally
 from .file_kinds import (
     ARCHIVES,
@@ -20,12 +21,14 @@ from .file_kinds import (
     is_worth_a_look,
     reason_of,
 )
-from .references import member_reference, path_of, reference_of, shown
+from .references import member_reference, reference_of, shown
+from .scan_index import index_path
 
 
 # Members beside an image `x.jpg` that hold its label, `x.cls`, by webdataset's convention.
 LABEL_EXTENSIONS = (b"cls", b"label", b"labels", b"class", b"target", b"txt", b"text")
 _LABEL_BYTES = 1000
+INDEX_FROM_BYTES = 16 << 20  # a smaller archive is listed in milliseconds
 _DIRECTORY_FLAG, _ENCRYPTED = 0x10, 0x1
 
 
@@ -45,6 +48,32 @@ class Members:
     references: list[str] = field(default_factory=list)
     labels: dict[str, list[str | None]] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
+
+
+def indexed_members(path: bytes, image_column: str | None = None) -> Members:
+    """`list_members`, of a large archive from an index in the cache if it has not changed since. Raises the same."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        if status.st_size >= INDEX_FROM_BYTES:
+            return _indexed(path, status, image_column)
+    return list_members(path, image_column)
+
+
+def _indexed(path: bytes, status: os.stat_result, image_column: str | None) -> Members:
+    stamp = [status.st_size, status.st_mtime_ns, status.st_ino, image_column]
+    file = index_path(b"members " + path).with_suffix(".json")
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if known["stamp"] == stamp:
+            names = [name.encode("latin-1") for name in known["names"]]
+            return Members(names, known["references"], known["labels"], Tally(known["counts"], known["examples"]))
+    found = list_members(path, image_column)
+    names = [name.decode("latin-1") for name in found.names]
+    known = {"stamp": stamp, "names": names, "references": found.references, "labels": found.labels}
+    known |= {"counts": found.tally.counts, "examples": found.tally.examples}
+    with contextlib.suppress(OSError):  # a cache that cannot be written: the next run lists again
+        write_text(file, json.dumps(known))
+    return found
 
 
 def list_members(path: bytes, image_column: str | None = None) -> Members:
@@ -173,6 +202,8 @@ def _zip_members(path: bytes, archive: str, members: Members) -> Iterator[tuple]
                 continue
             # zipfile decodes names without the UTF-8 flag as code page 437: back to the bytes.
             name = info.filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437", errors="surrogateescape")
+            if info.create_system == 0 and b"/" not in name:  # written on Windows against the rules
+                name = name.replace(b"\\", b"/")
             methods = {zipfile.ZIP_STORED: "z", zipfile.ZIP_DEFLATED: "d"}
             if info.flag_bits & _ENCRYPTED or info.compress_type not in methods:
                 why = "encrypted" if info.flag_bits & _ENCRYPTED else "compressed by a method other than deflate"
@@ -202,8 +233,3 @@ def without_wrapper(names: list[bytes], stop: frozenset[bytes] | set[bytes]) -> 
     while number < most and len({part[number] for part in parts}) == 1 and parts[0][number].lower() not in stop:
         number += 1
     return [name.split(b"/", number)[number] for name in names] if number > 0 else names
-
-
-def archive_stem(path: bytes) -> str:
-    """Name of an archive without its extension."""
-    return Path(path_of(reference_of(path))).stem

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .labeled import LabeledImages, SelectedRows
 from .references import path_of
 from .remote import is_remote
 from .shards import ParquetShard, TableShard
@@ -43,6 +44,19 @@ def fingerprint(source: MapSource | StreamSource) -> str:
         _add_files(digest, column)
     for row in _spread(len(source), SAMPLED_IMAGES):
         digest.update(_sample(source, row))
+    return digest.hexdigest()[:32]
+
+
+def labeled_fingerprint(images: LabeledImages) -> str:
+    """32 hexadecimal digits of the images and the labels of a split."""
+    digest, source = hashlib.sha256(), images.source
+    if isinstance(source, SelectedRows):
+        digest.update(source.rows.tobytes())
+        source = source.source
+    if isinstance(source, MapSource):
+        digest.update(fingerprint(source).encode())
+    digest.update(f"{len(images)} {images.class_names}".encode(errors="backslashreplace"))
+    digest.update(np.asarray(images.labels, dtype=np.int64).tobytes())
     return digest.hexdigest()[:32]
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+from tqdm.auto import tqdm
 
 from .account import Account, Tally
-from .archives import list_members, without_wrapper
+from .archives import indexed_members, without_wrapper
 from .file_kinds import METADATA_NAMES, extension_of, reason_of
 from .references import reference_of, shown
 from .scan import SPLIT_NAMES, Scan, split_of
@@ -296,12 +297,12 @@ def _with_archives(files: ImageFiles, archives: list[bytes], image_column: str |
     places, references, owners = [], [], []
     labels: dict[str, list[str | None]] = {}
     entries = sorted([(path, None) for path in files.places] + [(path, n) for n, path in enumerate(archives)])
-    for path, number in entries:
+    for path, number in tqdm(entries, desc="listing archives", delay=2.0, leave=False, disable=len(archives) < 2):
         if number is None:
             new, found = [path], [reference_of(os.path.join(files.root, path))]
             columns: dict[str, list[str | None]] = {}
         else:
-            members = list_members(os.path.join(files.root, path), image_column)
+            members = indexed_members(os.path.join(files.root, path), image_column)
             files.tally.merge(members.tally)
             folder = path.rpartition(b"/")[0]
             inside = without_wrapper(members.names, SPLIT_NAMES.keys())

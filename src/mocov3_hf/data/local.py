@@ -30,7 +30,7 @@ from .image_files import (
 )
 from .references import reference_of, shown
 from .scan import SPLIT_NAMES, Scan, split_of
-from .scan_index import scan
+from .scan_index import memory_mapped, scan
 from .tables import PATH_NAMES, find_csv_files, is_table, names_images, read_csv_splits
 
 
@@ -159,7 +159,7 @@ def _open_images(files: ImageFiles, split: str, labeled: bool = False) -> LocalT
         edges = tuple((np.flatnonzero(np.diff(files.archive_of[rows])) + 1).tolist())
     sizes = {name: len(others) for name, others in splits.items()} if len(splits) > 1 else {}
     account = account_of(files, split, len(dataset), tally, sizes, None if names is None else len(names))
-    return LocalTable(dataset, None, account, edges)
+    return LocalTable(memory_mapped(dataset), None, account, edges)
 
 
 def _note_empty_classes(files: ImageFiles, splits: list[str], names: set[str]) -> None:

@@ -20,6 +20,7 @@ from .scan import Scan, scan_folder, stamp_of
 
 
 INDEX_FROM = 20_000  # images; a smaller folder is read faster than one can tell
+MAPPED_FROM = 200_000  # rows; a smaller table is sent to a data-loading worker in no time
 _VERSION = 1
 # A folder that changed right before the scan could change again without a visible difference in its times.
 _SETTLED_NS = 2_000_000_000
@@ -81,6 +82,25 @@ def write_index(path: Path, scan: Scan) -> None:
             file.write_table(table)
     except OSError:
         return  # the next run scans again
+
+
+def memory_mapped(dataset: datasets.Dataset) -> datasets.Dataset:
+    """
+    The same table, if it is large from a file in the cache, so that data-loading workers that are not forked share it
+    instead of receiving a copy each.
+    """
+    if len(dataset) < MAPPED_FROM:
+        return dataset
+    path = index_path(f"table {dataset._fingerprint}".encode())
+    table = dataset.data.table
+    try:
+        if not path.is_file():
+            with atomic_file(path) as aside, pa.ipc.new_stream(str(aside), table.schema) as file:
+                file.write_table(table)
+        mapped = datasets.Dataset.from_file(str(path), info=dataset.info)
+    except (OSError, pa.ArrowException):
+        return dataset
+    return mapped if len(mapped) == len(dataset) else dataset
 
 
 def _starts(images: list) -> range:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from ..data.fingerprint import labeled_fingerprint
 from ..data.labeled import LabeledImages, stratified_split
 from ..hints import describe_missing
 from ..hub.push import push_folder
@@ -32,7 +33,7 @@ from .common import (
 from .evaluate import warn_of_one_answer
 from .features import joined_processes, process_state
 from .supervised_options import SupervisedOptions
-from .trainer import ClassifierTrainer, check_finite, reload_strictly, training_arguments
+from .trainer import DATA_SETTINGS, ClassifierTrainer, check_finite, reload_strictly, training_arguments
 
 
 # Options without influence on the metrics.
@@ -48,6 +49,7 @@ NOT_SETTINGS = (
     "hub_private_repo",
     "resume_from_checkpoint",
     "overwrite_output_dir",
+    "allow_data_change",
 )
 # Options that may change when a run is resumed: they have no influence on its weights.
 FREE = (
@@ -228,6 +230,7 @@ def build_trainer(
         _check_metric(options.metric_for_best_model, splits, trainer_options.get("ema_decay", 0) > 0)
     kept = {name: value for name, value in asdict(options).items() if name not in FREE}
     batch = training["batch_size"] * training["gradient_accumulation_steps"] * process_state().num_processes
+    kept |= dict(zip(DATA_SETTINGS, (len(splits.train), labeled_fingerprint(splits.whole_train)), strict=True))
     kept |= {"seed": options.seed, "learning_rate": training["learning_rate"], "train_batch_size": batch}
     trainer = ClassifierTrainer(
         classifier,
@@ -237,6 +240,7 @@ def build_trainer(
         transform,
         options.of_pass(),
         settings=kept,
+        free_settings=DATA_SETTINGS if options.allow_data_change else (),
         **trainer_options,
     )
     if options.early_stopping_patience is not None:

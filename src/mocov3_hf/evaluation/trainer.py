@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from .training_images import TrainingImages, collate
 
 
 AVERAGE, SETTINGS = "average.safetensors", "settings.json"
+# The settings that say which images a run is trained on: their number and their fingerprint.
+DATA_SETTINGS = ("num_train_images", "train_fingerprint")
 # Keys in the log that summarize the whole run.
 _NO_STEP = ("train_runtime", "train_loss")
 # Odd, and larger than any number of processes and of parts of a step: all seeds differ.
@@ -57,6 +59,7 @@ class ClassifierTrainer(Trainer):
             disables it. It starts as a copy; BatchNorm statistics are those of the model. `evaluate` then evaluates
             both, the EMA with the suffix `_ema`.
         settings: What must not change when a run is resumed, as JSON holds it.
+        free_settings: Names of those that may.
         options: Other arguments of `Trainer`, such as `optimizers`.
 
     Attributes:
@@ -75,10 +78,11 @@ class ClassifierTrainer(Trainer):
         mixing: Callable | None = None,
         ema_decay: float = 0.0,
         settings: Mapping[str, Any] | None = None,
+        free_settings: Sequence[str] = (),
         **options: Any,
     ):
         self.test_images, self.test_transform = test_images, test_transform
-        self.settings = dict(settings or {})
+        self.settings, self.free_settings = dict(settings or {}), tuple(free_settings)
         self.test_options, self.frozen, self.mixing = dict(test_options or {}), frozen, mixing
         super().__init__(
             model,
@@ -169,7 +173,8 @@ class ClassifierTrainer(Trainer):
                 save_average(self.average, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_settings(self.settings, resume_from_checkpoint)
+        compared = {name: value for name, value in self.settings.items() if name not in self.free_settings}
+        check_settings(compared, resume_from_checkpoint)
         reload_strictly(self.model, resume_from_checkpoint)
         if self.average is not None:
             load_average(self.average, resume_from_checkpoint)
@@ -301,7 +306,17 @@ def check_settings(settings: Mapping[str, Any], folder: str | os.PathLike) -> No
         ) from error
     if "ema_momentum" in saved:  # of earlier versions
         saved["ema_decay"] = decay_of_momentum(saved["ema_momentum"])
+    # Checkpoints of earlier versions do not know their data.
+    for name in DATA_SETTINGS:
+        saved.setdefault(name, settings.get(name))
     changed = [name for name in settings if settings[name] != saved.get(name)]
+    if changed and set(changed) <= set(DATA_SETTINGS):
+        number, before = settings[DATA_SETTINGS[0]], saved[DATA_SETTINGS[0]]
+        what = f"of {before} images, there are {number} now" if number != before else f"of other {number} images"
+        raise ValueError(
+            f"{os.fspath(folder)!r} was trained on a training split {what}: restore the data set, or pass a new"
+            " --output_dir or --allow_data_change"
+        )
     if changed:
         named = ", ".join(f"{name} ({saved.get(name)}, now {settings[name]})" for name in changed[:3])
         raise ValueError(
