@@ -6,12 +6,16 @@ import tarfile
 import zipfile
 
 import datasets
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from mocov3_hf.data.labeled import open_labeled
+from mocov3_hf.data.decode import BadImageError
+from mocov3_hf.data.labeled import LabeledImages, open_labeled
 from mocov3_hf.data.shards import encoded_image
 from mocov3_hf.data.sources import open_source
+from mocov3_hf.data.streams import StreamReader
 
 
 @pytest.fixture
@@ -387,16 +391,32 @@ def test_damaged_and_encrypted_zips(tmp_path, pictures):
     assert open_source(str(path)).account.skipped == {"encrypted, in a zip file": 1}
 
 
-def test_an_archive_that_changes_is_a_bad_image(tmp_path, pictures):
-    from mocov3_hf.data.decode import BadImageError
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_bad_member_of_an_archive_is_named(tmp_path, pictures, streaming):
+    from mocov3_hf.data.bad_images import decode_first_usable
 
+    path = tar_of(tmp_path / "a.tar", {"0.jpg": b"no image", "cat/1.jpg": pictures[1]})
+    source = open_source(str(path), streaming=streaming)
+    if streaming:
+        batch = StreamReader(source, source.shard_sizes(), 0, 2, 8, 1).open_batch(0, 0, range(2))
+    else:
+        batch = source.open_batch(torch.arange(2))
+    row, bad = batch.sample_ids.tolist().index(0), []
+    decode_first_usable(batch.candidates(row), None, bad)
+    assert bad[0].path == f"{path}/0.jpg"
+    images = LabeledImages(open_source(str(path)), np.array([0, 1]), None)
+    with pytest.raises(BadImageError, match=r"\(.*a.tar/0.jpg\)"):
+        images.decode(0)
+
+
+def test_an_archive_that_changes_is_a_bad_image(tmp_path, pictures):
     path = zip_of(tmp_path / "a.zip", {"0.png": pictures[0]})
     source = open_source(str(path))
     path.write_bytes(b"PK\x03\x04" + bytes(20))
     with pytest.raises(BadImageError, match="damaged or has changed"):
         source.read(0)
     path.unlink()
-    with pytest.raises(BadImageError, match=r"cannot be read: .*a.zip/0.png"):
+    with pytest.raises(BadImageError, match=r"cannot be read: No such file or directory \(.*a.zip/0.png\)"):
         source.read(0)
 
 

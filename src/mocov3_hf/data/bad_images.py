@@ -127,7 +127,8 @@ def decode_first_usable(candidates, choose_shrink, bad: list[BadImage]) -> tuple
         try:
             return decode_shrunk(read(), choose_shrink)
         except BadImageError as error:
-            bad.append(BadImage(sample_id, error.reason, error.path))
+            name = getattr(read, "name", None)  # of a member of an archive, for example
+            bad.append(BadImage(sample_id, error.reason, error.path or (None if name is None else name())))
         tried += 1
         if tried == MAX_NEIGHBOURS:
             break

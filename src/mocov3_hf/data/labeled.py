@@ -10,7 +10,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from ..storage import is_local
 from .account import Account
-from .decode import decode_rgb
+from .decode import BadImageError, decode_rgb
 from .image_files import NAMED_BUT_MISSING, NO_CLASS
 from .photometric import IMAGENET_MEAN, IMAGENET_STD
 from .scan import SPLIT_NAMES
@@ -34,6 +34,10 @@ class SelectedRows:
     def read(self, index: int) -> bytes | str | None:
         """Encoded bytes or path of an image."""
         return self.source.read(int(self.rows[index]))
+
+    def name(self, index: int) -> str | None:
+        """Where an image is, for messages."""
+        return self.source.name(int(self.rows[index]))
 
 
 class LabeledImages:
@@ -69,7 +73,13 @@ class LabeledImages:
 
     def decode(self, index: int) -> torch.Tensor:
         """uint8 (3, H, W) RGB. Raises `BadImageError` if the image cannot be used."""
-        return decode_rgb(self.read(index))
+        try:
+            return decode_rgb(self.read(index))
+        except BadImageError as error:
+            name = getattr(self.source, "name", None)
+            if error.path is None and name is not None:
+                error.path = name(index)
+            raise
 
 
 def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

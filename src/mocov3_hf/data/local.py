@@ -306,6 +306,16 @@ def _holds_images(schema: pa.Schema) -> bool:
     return any(is_image(field.type) for field in schema)
 
 
+def has_configurations(path: Path) -> bool:
+    """Whether a folder is a copy of a data set of the Hub whose README.md says which files are which split."""
+    try:
+        text = (path / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    header = text.split("\n---", 1)[0] if text.startswith("---") else ""
+    return "\nconfigs:" in header and "data_files" in header
+
+
 def _parquet_splits(found: Scan) -> dict[str, list[str]]:
     """By top-level folders, else by a word in the name of every file, else one split."""
     names: list[str | None] = [

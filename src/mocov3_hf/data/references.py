@@ -73,8 +73,12 @@ def read_reference(reference: str) -> str | bytes:
     method, offset, size, length, _ = reference.partition(_MEMBER)[2].split(":", 4)
     try:
         return _read_member(path_of(reference), method, int(offset), int(size), int(length))
-    except (OSError, zlib.error) as error:
-        raise BadImageError(f"cannot be read: {error} ({shown(reference)})") from error
+    except BadImageError as error:
+        raise BadImageError(error.reason, shown(reference)) from error
+    except OSError as error:
+        raise BadImageError(f"cannot be read: {error.strerror or error}", shown(reference)) from error
+    except zlib.error as error:
+        raise BadImageError(f"cannot be decompressed: {error}", shown(reference)) from error
 
 
 def _read_member(path: str, method: str, offset: int, size: int, length: int) -> bytes:

@@ -85,6 +85,21 @@ class TarRows:
         os.close(self._file)
 
 
+class NamedRead:
+    """Reads one image of a source, which also knows its name."""
+
+    def __init__(self, source, row: int):
+        self._source, self._row = source, row
+
+    def __call__(self) -> bytes | str | None:
+        return self._source.read(self._row)
+
+    def name(self) -> str | None:
+        """For messages; None if the source does not know."""
+        name = getattr(self._source, "name", None)
+        return None if name is None else name(self._row)
+
+
 def encoded_image(value) -> bytes | str | None:
     """The image in a cell of an undecoded column: its bytes, or else its path, or else None."""
     if isinstance(value, dict):
@@ -178,6 +193,9 @@ class _TableRows:
 
     def read(self, row: int):
         return self._shard.source.read(self._shard.start + row)
+
+    def name(self, row: int) -> str | None:
+        return self._shard.source.name(self._shard.start + row)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ as bytes or paths. Labels are ignored; for labels see `labeled.py`.
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -19,8 +18,9 @@ from ..hints import describe_missing
 from ..reporting import quiet_hub
 from ..storage import is_local
 from .account import Account
-from .local import LocalParquet, LocalTable, open_local, parquet_builder, split_aliases
-from .shards import builder_shards, encoded_image, table_shards, undecoded
+from .local import LocalParquet, LocalTable, has_configurations, open_local, parquet_builder, split_aliases
+from .references import shown
+from .shards import NamedRead, builder_shards, encoded_image, table_shards, undecoded
 
 
 def open_dataset(
@@ -86,7 +86,7 @@ def _open(
         if saved is not None:
             return _Opened(saved, Account(name, split, "data set saved by datasets", len(saved), len(saved)))
         local = None
-        if config_name is None and not _has_configurations(Path(name)):
+        if config_name is None and not has_configurations(Path(name)):
             local = open_local(name, split, image_column, labeled=labeled)
         if isinstance(local, LocalTable):
             column = local.image_column or _column_of_archive(local, image_column)
@@ -122,16 +122,6 @@ def _prepare(builder: datasets.DatasetBuilder, name: str) -> None:
         builder.download_and_prepare()
     except DatasetGenerationError as error:
         raise ValueError(f"{name!r} cannot be read: {_first_line(error.__cause__ or error)}") from error
-
-
-def _has_configurations(path: Path) -> bool:
-    """Whether a folder is a copy of a data set of the Hub whose README.md says which files are which split."""
-    try:
-        text = (path / "README.md").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    header = text.split("\n---", 1)[0] if text.startswith("---") else ""
-    return "\nconfigs:" in header and "data_files" in header
 
 
 def _column_of_archive(local: LocalTable, image_column: str | None) -> str | None:
@@ -251,6 +241,12 @@ class MapSource:
         """Bytes or path of an image, or None if the row has neither."""
         return encoded_image(self.column()[int(sample_id)].as_py())
 
+    def name(self, sample_id: int) -> str | None:
+        """Where an image is, for messages: its file or `archive.tar/member`; None if the table does not say."""
+        value = self.column()[int(sample_id)].as_py()
+        path = value.get("path") if isinstance(value, dict) else value
+        return shown(path) if isinstance(path, str) else None
+
     def column(self) -> pa.ChunkedArray:
         """The images as they are in the table."""
         if self._column is None:
@@ -277,7 +273,7 @@ class MapBatch:
         sample_id, size = int(self.sample_ids[row]), len(self._source)
         for distance in range(size):
             tried = (sample_id + distance) % size
-            yield tried, partial(self._source.read, tried)
+            yield tried, NamedRead(self._source, tried)
 
 
 class StreamSource:

@@ -6,12 +6,12 @@ these lanes.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 
 import torch
 
 from .draws import STREAM_SHARD_ROWS, permutation
 from .order import StreamOrder, Window
+from .shards import NamedRead
 
 
 _LOADING_THREADS = 4
@@ -120,7 +120,11 @@ class StreamReader:
 
     def read(self, shard: int, row: int) -> bytes | str | None:
         """The encoded image of a row of a loaded shard."""
-        return self._loading[shard].result().read(row)
+        return self.rows(shard).read(row)
+
+    def rows(self, shard: int):
+        """The rows of a loaded shard."""
+        return self._loading[shard].result()
 
 
 class StreamBatch:
@@ -140,4 +144,4 @@ class StreamBatch:
         window, slot = self._slots[row]
         for distance in range(len(window)):
             shard, row_in_shard = self._reader.place(self._epoch, window, (slot + distance) % len(window))
-            yield self._reader.sample_id(shard, row_in_shard), partial(self._reader.read, shard, row_in_shard)
+            yield self._reader.sample_id(shard, row_in_shard), NamedRead(self._reader.rows(shard), row_in_shard)
