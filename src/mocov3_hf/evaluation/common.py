@@ -194,7 +194,7 @@ def usable(options: EvaluationOptions, images: LabeledImages, split: str) -> Lab
     """A split without the images that `--bad_images skip` leaves out."""
     if options.bad_images == "stop":
         return images
-    return without_bad_images(images, split, options.dataloader_num_workers)
+    return without_bad_images(images, split, options.num_workers)
 
 
 def print_accounts(*splits: LabeledImages) -> None:
