@@ -212,6 +212,7 @@ def main() -> None:
     torch.set_num_threads(1)
     share = 10 if options.quick else 1
     results: dict = {
+        "repetitions": "a tenth" if options.quick else "all",
         "entering": {f"{length:.0e}": enter(length) for length in (10**6, 10**9)},
         "entering_a_stream_of_1e9": [enter_stream(100_000, 10_000), enter_stream(1000, 1_000_000)],
         "entering_before": {f"{length:.0e}": enter_sorted(length) for length in (10**6, 10**7)},
@@ -221,9 +222,8 @@ def main() -> None:
         },
         "place_of_a_sample_p": {
             f"{sample} of {length}": round(position_chi_square(feistel_at, length, sample, 20_000 // share), 4)
-            for length, samples in {1000: (0, 1, 500, 999), 1_281_167: (0, 1132, 640_000), 10**9: (7,)}.items()
+            for length, samples in {1000: (0, 1, 500, 999), 1_281_167: (0, 1132, 640_000)}.items()
             for sample in samples
-            if length < 10**9 or not options.quick
         },
         "all_orders_p": {
             length: round(all_orders_chi_square(feistel_permutation, length, 20_000 // share), 4)
