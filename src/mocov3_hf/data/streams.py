@@ -110,7 +110,7 @@ class StreamReader:
 
     def place(self, epoch: int, window: Window, slot: int) -> tuple[int, int]:
         """(shard, row in the shard) of a slot of a loaded window. Waits for the shard only if its size is unknown."""
-        shard, row = int(window.shards[slot]), int(window.rows[slot])
+        shard, row = window.place(slot)
         if self._sizes_known:
             return shard, row
         size = len(self._loading[shard].result())

@@ -16,11 +16,11 @@ from ..data.workers import default_workers
 from ..hints import describe_missing
 from ..loading import resolve_model
 from ..options import option
+from ..process_group import joined_processes
 from ..processing import ProcessorTransform
 from ..reporting import UsageError, is_first_process
 from ..results import RESULTS, append_result
 from .feature_cache import data_fingerprint
-from .features import joined_processes
 from .usable_images import without_bad_images
 
 

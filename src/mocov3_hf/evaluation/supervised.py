@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -18,6 +19,8 @@ from ..data.labeled import LabeledImages, stratified_split
 from ..hints import describe_missing
 from ..hub.push import push_folder
 from ..loading import resolve_model, weights_hash
+from ..option_values import resume_command
+from ..process_group import Stopped, StopRequest, joined_processes, process_state
 from ..processing import ProcessorTransform
 from ..reporting import RunError, UsageError, one_line
 from ..requirements import check_tracker
@@ -31,9 +34,8 @@ from .common import (
     print_metrics,
 )
 from .evaluate import warn_of_one_answer
-from .features import joined_processes, process_state
 from .supervised_options import SupervisedOptions
-from .trainer import DATA_SETTINGS, ClassifierTrainer, check_finite, reload_strictly, training_arguments
+from .trainer import DATA_SETTINGS, ClassifierTrainer, StopOnSignal, check_finite, reload_strictly, training_arguments
 
 
 # Options without influence on the metrics.
@@ -259,7 +261,8 @@ def run_training(
     options: SupervisedOptions, task: str, build_training: Callable[[Any, Splits, str, int], Training]
 ) -> dict[str, float]:
     """
-    Open, train, evaluate, save, record, push, on all processes of this run.
+    Open, train, evaluate, save, record, push, on all processes of this run. SIGTERM, SIGINT and SIGUSR1 end the
+    training with a checkpoint; nothing is evaluated then, and no metrics are returned.
 
     Args:
         options: Of the command.
@@ -272,12 +275,26 @@ def run_training(
     """
     folder = check_options(options)
     with joined_processes() as state:
-        splits = open_training_splits(options)
-        training = build_training(options, splits, folder, state.num_processes)
-        trainer = training.trainer
-        checkpoint = _checkpoint_of(options, folder)
-        started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            with StopRequest() as stop:
+                splits = open_training_splits(options)
+                training = build_training(options, splits, folder, state.num_processes)
+                trainer = training.trainer
+                checkpoint = _checkpoint_of(options, folder)
+                on_signal = StopOnSignal(trainer, stop)
+                trainer.add_callback(on_signal)
+                stop.start_training()
+                started = time.perf_counter()
+                trainer.train(resume_from_checkpoint=checkpoint)
+                stop.is_command = on_signal.stopped  # and the process is about to end
+            step = trainer.state.global_step if on_signal.stopped else None
+        except Stopped:
+            step = 0
+        if step is not None:
+            if state.is_main_process:
+                when = f"after step {step}" if step else "before training"
+                print(f"stopped by {stop.describe()} {when}; to resume:\n  {resume_command(sys.argv[1:])}")
+            return {}
         check_finite(trainer.model)
         if trainer.frozen is not None and weights_hash(trainer.frozen) != training.start:
             raise ValueError(

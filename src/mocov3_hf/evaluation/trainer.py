@@ -18,8 +18,10 @@ from torch.utils.data import RandomSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..data.labeled import LabeledImages
+from ..data.workers import ignore_stop_signals
 from ..loading import base_encoder, from_pretrained, size_options
 from ..optim.seeding import step_seed
+from ..process_group import StopRequest
 from ..reporting import RunError, is_first_process, one_line
 from ..run_folder import METRICS
 from ..storage import append_line, rewrite_lines, write_json
@@ -109,14 +111,23 @@ class ClassifierTrainer(Trainer):
         """As `Trainer`; errors end its progress bar, and are printed by every process but the first."""
         try:
             return super().train(*args, **options)
-        except (ValueError, RunError) as error:
+        except (ValueError, RuntimeError) as error:
+            if not isinstance(error, ValueError | RunError):
+                if "DataLoader worker" not in str(error):
+                    raise
+                error = RunError(f"a data-loading worker died, perhaps out of memory: {one_line(error)}")
             for callback in self.callback_handler.callbacks:
                 bar = getattr(callback, "training_bar", None)
                 if bar is not None:
                     bar.close()
             if not is_first_process():  # perhaps of an image that only this process decodes
                 print(f"error: {one_line(error)}", file=sys.stderr)
-            raise
+            raise error
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        ignore_stop_signals(getattr(loader, "base_dataloader", loader))  # accelerate's wrapper has the actual one
+        return loader
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
@@ -186,6 +197,22 @@ class ClassifierTrainer(Trainer):
 def seed_forward(seed: int, step: int, part: int, process_index: int) -> None:
     """Make the random numbers of one forward pass a function of seed, step, part of the step and process."""
     torch.manual_seed(step_seed(seed, step * _STEP_STRIDE + part * _PART_STRIDE + process_index))
+
+
+class StopOnSignal(TrainerCallback):
+    """
+    Save and stop after the step in which a signal reached one of the processes.
+
+    Attributes:
+        stopped: Whether the training ended in this way.
+    """
+
+    def __init__(self, trainer: Trainer, stop: StopRequest):
+        self.trainer, self.stop, self.stopped = trainer, stop, False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.stop.agreed(self.trainer.accelerator):
+            self.stopped = control.should_log = control.should_save = control.should_training_stop = True
 
 
 class _Epochs(TrainerCallback):

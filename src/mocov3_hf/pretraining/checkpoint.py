@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .._version import __version__
+from ..data.order import ORDER_VERSION
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from ..processing import build_image_processor
 from ..run_folder import (
@@ -57,6 +58,7 @@ class RunState:
     num_samples: int | None = None
     data_fingerprint: str | None = None
     data_changes: int = 0
+    order_version: int = ORDER_VERSION
     version: str = __version__
     torch_version: str = torch.__version__
 
@@ -114,7 +116,7 @@ def read_state(folder: Path) -> RunState:
     """
     content = read_state_file(folder)
     try:
-        return RunState(**content["run"])
+        return RunState(**{"order_version": 1} | content["run"])  # version 0.1 did not write it
     except TypeError as error:
         raise CheckpointError(f"{folder} is damaged: {STATE} has other fields ({error})") from error
 

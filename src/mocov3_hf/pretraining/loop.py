@@ -14,6 +14,8 @@ from transformers.utils.logging import disable_progress_bar
 from ..data.bad_images import TooManyBadImagesError
 from ..data.workers import LostWorkerError
 from ..hub import BackgroundPusher
+from ..option_values import resume_command
+from ..process_group import Stopped, StopRequest, announce_error, has_announced_error, release_unused, wait_for_others
 from ..reporting import RunError, UsageError, is_first_process, reporting
 from ..run_folder import BAD_IMAGES, DATA, KNN, RECIPE, CheckpointError, list_checkpoints
 from ..storage import write_json
@@ -38,14 +40,13 @@ from .instability import GradientWatch, Instability
 from .monitors import DivergedError, TrainingLog, summarize
 from .online_knn import OnlineKNN
 from .plan import batches, ema_decay_at, learning_rate_at, make_plan
-from .processes import LostProcessError, Stopped, StopRequest, limit_time_to_exit, raise_if_process_lost
+from .processes import LostProcessError, limit_time_to_exit, raise_if_process_lost
 from .recipe import Recipe, parse
 from .resume import (
     check_output_dir,
     checkpoint_before,
     find_common_checkpoint,
     prepare_folder,
-    resume_command,
     truncate_lines,
 )
 from .step import seed_step, train_step
@@ -63,6 +64,8 @@ def main(arguments: Iterable[str]) -> None:
             run_recipe(recipe, resume_command(sys.argv[1:]), is_command=True)
         except LostProcessError:
             limit_time_to_exit()
+            if has_announced_error():  # which the other process reports
+                sys.exit(1)
             raise
 
 
@@ -99,7 +102,12 @@ def run_recipe(recipe: Recipe, resume_command: str, is_command: bool = False) ->
             except Stopped:
                 print(f"stopped by {stop.describe()} before training; to resume:\n  {resume_command}")
     except TooManyBadImagesError as error:  # images can be out of reach of one process alone
+        announce_error()
         raise RunError(str(error), from_any_process=True) from error
+    except RunError as error:
+        if error.from_any_process:
+            announce_error()
+        raise
     except ValueError as error:
         if run is None or isinstance(error, UsageError):
             raise
@@ -110,6 +118,8 @@ def run_recipe(recipe: Recipe, resume_command: str, is_command: bool = False) ->
     except RuntimeError as error:
         raise_if_process_lost(error, recipe, None if run is None else run.step, resume_command)
         raise
+    run = None
+    release_unused()
     return Path(recipe.run.output_dir)
 
 
@@ -200,11 +210,13 @@ class Run:
                 try:
                     stopping = self.train_until_stopped(stop, log)
                 except LostWorkerError as error:
-                    # With other processes, this is a worker that the data itself killed.
-                    if self.accelerator.num_processes == 1:
-                        self.save_finished_steps(log)
+                    # Other processes are in the next step: this one saves.
+                    log.is_alone = self.accelerator.num_processes > 1
+                    self.save_finished_steps(log)
                     raise self.explain(error) from error
-        self.accelerator.end_training()
+        wait_for_others()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         if self.pusher is not None:
             self.pusher.finish()
         lost = self.lost_worker()
@@ -375,8 +387,10 @@ class Run:
             data_changes=self.data_changes,
         )
         failure = taken_over = None
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or log.is_alone:
             model = self.accelerator.unwrap_model(self.model)
+            # transformers would save in the first process only.
+            model.should_save_on_this_rank = lambda is_main_process: is_main_process
             limit = self.recipe.run.save_total_limit
             try:
                 self.lock.check()
@@ -385,7 +399,8 @@ class Run:
                 failure = f"the checkpoint of step {self.step} could not be written: {error}"
             except RunError as error:
                 taken_over = str(error)
-        failure, taken_over = broadcast_object_list([failure, taken_over])
+        if not log.is_alone:
+            failure, taken_over = broadcast_object_list([failure, taken_over])
         if taken_over is not None:
             raise RunError(taken_over)
         if failure is None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..option_values import NO, YES
-from ..reporting import UsageError, is_first_process, typed_command, warn
+from ..data.order import ORDER_VERSION
+from ..reporting import UsageError, is_first_process, warn
 from ..run_folder import (
     BAD_IMAGES,
     CONFIG,
@@ -162,8 +162,9 @@ def newest_whole_checkpoint(output_dir: Path) -> tuple[Path, RunState] | None:
 def check_same_run(recipe: Recipe, plan: Plan, folder: Path, state: RunState, data: DataIdentity) -> None:
     """
     Raises:
-        UsageError: options or images that differ from the checkpoint's.
+        UsageError: options or images that differ from the checkpoint's, with both values, or another order of images.
     """
+    check_order(recipe, folder, state)
     if recipe.run.allow_recipe_change:
         check_same_data(recipe, folder, state, data)
         return
@@ -190,6 +191,20 @@ def check_same_run(recipe: Recipe, plan: Plan, folder: Path, state: RunState, da
             f"{folder} belongs to another recipe: {', '.join(differing)}. Restore the options, or pass"
             " --allow_recipe_change to continue with the new ones"
         )
+
+
+def check_order(recipe: Recipe, folder: Path, state: RunState) -> None:
+    """
+    Raises:
+        UsageError: another rule for the order of images, unless changes are allowed.
+    """
+    if state.order_version == ORDER_VERSION:
+        return
+    what = f"{folder} was written by a mocov3_hf ({state.version}) that orders the images of an epoch differently"
+    change = "continues in the order of this version, so that some images of this epoch come twice or not at all"
+    if not recipe.run.allow_recipe_change:
+        raise UsageError(f"{what}: resume it with that version, or pass --allow_recipe_change, which {change}")
+    warn(f"{what}: the run {change}")
 
 
 def check_is_ours(output_dir: Path) -> None:
@@ -287,16 +302,3 @@ def truncate_lines(path: Path, *, steps_done: int | None = None, number: int | N
         message = f"{path} was damaged: {num_dropped} of {len(lines) + len(damaged)} lines were dropped"
         tqdm.write(f"warning: {message}", file=sys.stderr)  # above the progress bar, if there is one
     rewrite_lines(path, kept)
-
-
-def resume_command(typed: list[str]) -> str:
-    """The command that was typed, with the option to resume and without those that contradict it."""
-    kept, waiting = [], typed[::-1]
-    while waiting:
-        argument = waiting.pop()
-        name, equals, _ = argument.replace("-", "_").partition("=")
-        if name not in ("__resume_from_checkpoint", "__overwrite_output_dir"):
-            kept.append(argument)
-        elif not equals and waiting and (name == "__resume_from_checkpoint" or waiting[-1].lower() in YES + NO):
-            waiting.pop()  # its value
-    return typed_command([*kept, "--resume_from_checkpoint", "auto"])
