@@ -16,6 +16,7 @@ from ..data.workers import LostWorkerError
 from ..hub import BackgroundPusher
 from ..reporting import RunError, UsageError, is_first_process, reporting
 from ..run_folder import KNN, RECIPE, CheckpointError, list_checkpoints
+from ..storage import check_output_dir
 from .build import (
     build_accelerator,
     build_loader,
@@ -39,7 +40,6 @@ from .plan import batches, ema_decay_at, learning_rate_at, make_plan
 from .processes import LostProcessError, Stopped, StopRequest, limit_time_to_exit, raise_if_process_lost
 from .recipe import Recipe, parse
 from .resume import (
-    check_output_dir,
     checkpoint_before,
     find_common_checkpoint,
     prepare_folder,
