@@ -355,6 +355,11 @@ def rename(
             misshaped.append(f"{foreign} has {actual}, expected {expected}")
         elif state_dict[foreign].dtype not in (FLOATS if wanted[natives[0]].is_floating_point() else [torch.int64]):
             mistyped.append(f"{foreign} has {state_dict[foreign].dtype}, expected {wanted[natives[0]].dtype}")
+    usual = Counter(tensor.dtype for tensor in state_dict.values() if tensor.dtype in FLOATS).most_common(1)
+    for key in groups:
+        dtype = state_dict[key].dtype if key in state_dict else None
+        if dtype in FLOATS and dtype != usual[0][0]:
+            mistyped.append(f"{key} has {dtype}, the others {usual[0][0]}: save them all in one")
     problems = {
         "missing keys": missing,
         "unexpected keys": unexpected,
@@ -364,7 +369,7 @@ def rename(
     }
     if any(problems.values()):
         found = "; ".join(f"{kind}: {enumerate_keys(keys)}" for kind, keys in problems.items() if keys)
-        raise ConversionError(f"not a {layout.name} checkpoint of a {model_class.__name__}: {found}")
+        raise ConversionError(f"not a valid {layout.name} checkpoint of a {model_class.__name__}: {found}")
 
     native, sources = {}, {}
     for foreign, natives in groups.items():

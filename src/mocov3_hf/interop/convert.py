@@ -1,5 +1,6 @@
 """The command `mocov3 convert`: a checkpoint of another codebase becomes a verified model folder."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -312,13 +313,14 @@ def convert_source(source: SourceOptions, output: OutputOptions, content: Conten
     if output.labels is not None:
         options["labels"] = output.labels
     place = Path(source.source).expanduser()
-    if source.source in load_zoo() and not place.exists():
+    if source.source in load_zoo() and not os.path.exists(place):
         return convert_entry(source.source, output.output_dir, source.mirror, source.sha256, **options)
     if "://" in source.source:
         url, origin = at_mirror(source.source, source.mirror), {"url": source.source}
         return convert_url(url, downloads_folder(), output.output_dir, source.sha256, origin=origin, **options)
-    if source.sha256 is not None and place.is_file() and not sha256_of(place).startswith(checked_hash(source.sha256)):
+    expected = "" if source.sha256 is None else checked_hash(source.sha256)
+    if expected and os.path.isfile(place) and not sha256_of(place).startswith(expected):
         raise ConversionError(f"{place} has a wrong hash: its SHA-256 does not begin with {source.sha256}")
-    if not place.exists() and source.source == place.name and not place.suffix:
+    if not os.path.exists(place) and source.source == place.name and not place.suffix:
         find_entry(source.source)  # raises with the nearest names
     return convert_checkpoint(place, output.output_dir, **options)

@@ -80,7 +80,7 @@ def read_checkpoint(path: str | Path, entry: str | None = None) -> Checkpoint:
         with path.open("rb") as file:
             head = file.read(512)
     except OSError as error:
-        raise ConversionError(f"checkpoint {brief(path)} cannot be read: {error.strerror or error}") from error
+        raise ConversionError(f"checkpoint {brief(str(path))} cannot be read: {error.strerror or error}") from error
     try:
         if head.startswith(b"PK\x03\x04"):
             payload: Any = read_zip(path)
