@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+
 from .reporting import UsageError
 
 
