@@ -135,6 +135,10 @@ HOSTILE = (
     b"r\xff\xff\xff\x7f",  # a huge memo
     b"(" * 5000,
     b"]" * 20000,
+    b"}" * 250_000,
+    b"]" * 2_000_000,
+    b"X\x00\x00\x30\x00" + b"x" * 0x300000,
+    b"X\x03\x00\x30\x00" + b"x" * 0x300000 + "\u20ac".encode(),
     b"\x85" * 20000,  # nested tuples
     b"}" + b"\x85" * 20000 + b"Ns",
     b"\x8d\xff\xff\xff\xff\xff\xff\xff\x7f",

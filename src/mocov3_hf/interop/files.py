@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from ..hints import describe_missing
 from .layouts import ConversionError, brief, enumerate_keys
 from .pickled import KEYS, Call, checked_key
-from .torch_files import MAX_READ, MAX_SIZE, DamagedError, Payload, read_legacy, read_zip
+from .torch_files import MAX_SIZE, DamagedError, Payload, read_legacy, read_zip
 
 
 # Entries with the state dict: of the official code and mmpretrain, of DeiT; then those that hold only an EMA of it.
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema", "ema_state_dict")
 MAX_TENSORS = 10_000  # the largest model of the paper has 1,300 with its momentum encoder
+MAX_HEADER = 3 << 19  # of a safetensors file, in bytes: 10,000 tensors have 1.2 MB
 # What a file is that does not begin like a checkpoint, by its first bytes.
 SIGNATURES = {
     b"\x1f\x8b": "a gzip file: unpack it first",
@@ -116,7 +117,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            if not 2 <= size <= min(MAX_READ, path.stat().st_size - 8):
+            if not 2 <= size <= min(MAX_HEADER, path.stat().st_size - 8):
                 raise ValueError(f"its header has {size:,} bytes, of {path.stat().st_size:,} in the file")
             names = [name for name, _ in json.loads(file.read(size), object_pairs_hook=list)]
         if len(names) > MAX_TENSORS or len(set(names)) < len(names):
@@ -215,6 +216,8 @@ def read_labels(source: str | Path) -> list[str]:
 
         return list(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
     path = Path(source)
+    if path.exists() and not path.is_file():
+        raise ConversionError(f"labels cannot be read from {path}, which is not a file: pass a text or JSON file")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

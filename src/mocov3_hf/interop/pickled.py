@@ -12,7 +12,7 @@ from pickletools import genops
 from typing import Any, BinaryIO
 
 
-MAX_OPERATIONS = 1_000_000  # a ViT-L with its optimizer takes 100,000; a million are at most 100 MB of objects
+MAX_OPERATIONS = 300_000  # a ViT-L with its optimizer takes 50,000; these are at most 30 MB of objects
 LITERALS = re.compile(r"(SHORT_)?(BIN)?(INT[12]?|BYTES8?|STRING|UNICODE8?|FLOAT)|LONG[14]?|BYTEARRAY8")
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}

@@ -22,7 +22,7 @@ from .pickled import Call, Persistent, Pickle, read_pickle
 
 
 # The most that is read at once, other than tensors: a directory of 30,000 tensors in a zip archive has 3 MB.
-MAX_READ = 16 * BLOCK
+MAX_READ = 4 * BLOCK
 MAX_SIZE = 2**48  # of a dimension, a stride or an offset
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of files from before torch 1.6
 DTYPES = {
@@ -227,6 +227,14 @@ class Payload:
         self.path, self.value, self.storages = path, pickle.value, storages
         self.mapped: torch.UntypedStorage | None = None
 
+    def copied(self, extent: Extent) -> torch.UntypedStorage:
+        """Numbers that are not aligned in the file, read instead of mapped."""
+        content = torch.empty(extent.size, dtype=torch.uint8)
+        with self.path.open("rb") as file:
+            file.seek(extent.begin)
+            file.readinto(content.numpy())
+        return content.untyped_storage()
+
     def tensor(self, name: str, value: Any) -> Any:
         """The tensor that a record describes, mapped from the file; any other value as it is."""
         if not isinstance(value, Call):
@@ -253,7 +261,8 @@ class Payload:
             raise ValueError(f"{brief(name)} is larger than its storage")
         if self.mapped is None:
             self.mapped = torch.UntypedStorage.from_file(str(self.path), False, self.path.stat().st_size)
-        storage = self.mapped[extent.begin : extent.begin + extent.size]
         if extent.begin % dtype.itemsize:
-            storage = storage.clone()
+            storage = self.copied(extent)
+        else:
+            storage = self.mapped[extent.begin : extent.begin + extent.size]
         return torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
