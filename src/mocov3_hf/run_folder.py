@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from .hints import describe_missing
 from .results import RESULTS, read_results
-from .storage import read_lines, sha256_of, write_json
+from .storage import is_number, read_lines, sha256_of, write_json
 from .yaml_files import read_yaml
 
 
@@ -31,6 +31,7 @@ METRICS, EVENTS, KNN, BAD_IMAGES = "metrics.jsonl", "events.jsonl", "knn.jsonl",
 DATA = "data.json"
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
 TRAINER_STATE = "trainer_state.json"  # of transformers' Trainer
+LAST_STEP = 2**53  # steps beyond cannot be told apart as float64
 CHECKPOINT_PREFIX = "checkpoint-"
 
 # Keys of metrics.jsonl that had another name in earlier versions.
@@ -155,7 +156,8 @@ class RunFolder:
     @property
     def architecture(self) -> str | None:
         """Name of the class that was saved, from `config.json`."""
-        return (self.config.get("architectures") or [None])[0]
+        names = self.config.get("architectures")
+        return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
 
     @property
     def backbone(self) -> dict[str, Any]:
@@ -203,7 +205,7 @@ def read_run_folder(path: str | Path) -> RunFolder:
         )
     notes: list[str] = []
     config, recipe = read_object(path / CONFIG, notes), read_recipe(path / RECIPE, notes)
-    architecture = str((config.get("architectures") or [""])[0])
+    architecture = RunFolder(path, "encoder", config=config).architecture or ""
     kind = "encoder"
     if architecture.endswith("ForImageClassification"):
         kind = "classifier"
@@ -241,7 +243,7 @@ def read_run_folder(path: str | Path) -> RunFolder:
 
 def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
     """A JSON object; empty without the file, and with a note where it cannot be read."""
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -256,7 +258,7 @@ def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
 
 def read_recipe(path: Path, notes: list[str]) -> dict[str, Any]:
     """The options in a recipe file by their names of today; empty without the file, with a note if it is damaged."""
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
         content = read_yaml(path)
@@ -277,7 +279,10 @@ def read_noted_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         which = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
         total = len(lines) + len(damaged)
         notes.append(f"{len(damaged)} of {total} lines of {path.name} were left out, they are damaged: line {which}.")
-    return lines
+    possible = [line for line in lines if 0 <= line["step"] <= LAST_STEP]
+    if len(possible) < len(lines):
+        notes.append(f"{len(lines) - len(possible)} lines of {path.name} were left out, no run has their steps.")
+    return possible
 
 
 def _trainer_history(checkpoints: list[Path], notes: list[str]) -> list[dict[str, Any]]:
@@ -285,7 +290,7 @@ def _trainer_history(checkpoints: list[Path], notes: list[str]) -> list[dict[str
     for folder in checkpoints:
         history = read_object(folder / TRAINER_STATE, notes).get("log_history")
         if isinstance(history, list):
-            return [line for line in history if isinstance(line, dict) and "step" in line]
+            return [line for line in history if isinstance(line, dict) and is_number(line.get("step"))]
     return []
 
 

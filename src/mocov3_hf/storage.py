@@ -6,12 +6,15 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+
+from .reporting import UsageError
 
 
 BLOCK = 1 << 20
@@ -79,6 +82,29 @@ def is_occupied(path: str | Path, replace: bool = False) -> bool:
     """Whether a new folder cannot take a name: it is a file, or, unless `replace`, a folder with content."""
     path = Path(path)
     return path.exists() and (not path.is_dir() or (any(path.iterdir()) and not replace))
+
+
+def check_output_dir(output_dir: str) -> None:
+    """
+    Check before anything is built that a folder can be created and written; nothing is left behind.
+
+    Raises:
+        UsageError: it cannot, and why.
+    """
+    if not output_dir.strip():
+        raise UsageError("--output_dir is empty: pass a new folder")
+    existing = Path(os.path.abspath(output_dir))
+    try:
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            raise UsageError(f"--output_dir {output_dir} cannot be created: {existing} is a file; pass another folder")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--output_dir {output_dir} cannot be written ({error.strerror or error}): pass another folder"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -142,7 +142,8 @@ def hash_in_name(name: str) -> str | None:
 
 def download(url: str, folder: str | Path, sha256: str | None = None) -> Path:
     """
-    Download a file, verify its hash and return its path. A finished file is verified again, not downloaded again.
+    Download a file, verify its hash and return its path. A finished file is verified again, and downloaded again only
+    if its hash is wrong.
 
     An interrupted download resumes, also in a later run, as long as the server has the same version of the file.
 
@@ -152,53 +153,96 @@ def download(url: str, folder: str | Path, sha256: str | None = None) -> Path:
         sha256: Its SHA-256 or the beginning of it; read from the file name by default.
 
     Raises:
-        UsageError: A URL without a file name.
+        UsageError: A URL of another kind or without a file name, or something that is no SHA-256.
         RunError: No connection, no such file, or a wrong hash; a file with a wrong hash is deleted.
     """
-    name = unquote(urlsplit(url).path).rpartition("/")[2]
-    if not name:
-        raise UsageError(f"{url} does not end in a file name")
+    name = name_in_url(url)
+    expected = hash_in_name(name) or "" if sha256 is None else checked_hash(sha256)
     target = Path(folder) / name
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # No token: the server is not the Hub.
-            metadata = get_hf_file_metadata(url, token=False, retry_on_errors=True)
-            # The name holds the version, so that the beginning of another version is never continued.
-            version = hashlib.sha256(f"{metadata.etag} {metadata.size}".encode()).hexdigest()[:8]
-            partial = target.with_name(f".{name}.{version}{INCOMPLETE}")
-            with partial.open("wb" if metadata.size is None else "ab") as file:
-                http_get(url, file, resume_size=file.tell(), expected_size=metadata.size, displayed_filename=name)
-        except OfflineModeIsEnabled as error:
-            raise RunError(f"{url} cannot be downloaded: HF_HUB_OFFLINE is set") from error
-        except HfHubHTTPError as error:
-            status, reason = error.response.status_code, error.response.reason_phrase
-            raise RunError(f"{url} cannot be downloaded: the server answers {status} {reason}") from error
-        except (HTTPError, OSError) as error:
-            raise RunError(
-                f"{url} cannot be downloaded ({one_line(error)}): run the command again to resume the download"
-            ) from error
-        partial.rename(target)
-    expected = (sha256 or hash_in_name(name) or "").lower()
-    actual = sha256_of(target) if expected else ""
-    if not actual.startswith(expected):
+    for is_kept in (True, False) if target.is_file() else (False,):
+        if not is_kept:
+            download_to(target, url)
+        actual = sha256_of(target) if expected else ""
+        if actual.startswith(expected):
+            return target
         target.unlink()
+    raise RunError(
+        f"{url} has a wrong hash: its SHA-256 begins with {actual[: len(expected)]}, published is {expected}; the"
+        " file was deleted"
+    )
+
+
+def checked_hash(sha256: str) -> str:
+    """A SHA-256, or its beginning, in lower case; UsageError for anything else."""
+    if not re.fullmatch(r"[0-9a-fA-F]{1,64}", sha256):
+        raise UsageError(f"--sha256 {sha256!r} is not a SHA-256: pass up to 64 hexadecimal digits")
+    return sha256.lower()
+
+
+def name_in_url(url: str) -> str:
+    """The file name at the end of an `http(s)` URL; UsageError without one."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise UsageError(f"{url} cannot be downloaded: expected a URL that begins with https:// or http://")
+    name = unquote(parts.path.rpartition("/")[2])
+    if name in ("", ".", "..") or not name.isprintable() or re.search(r"[/\\]", name) or len(name.encode()) > 200:
+        raise UsageError(f"{url} does not end in a file name")
+    return name
+
+
+def download_to(target: Path, url: str) -> None:
+    """Download a file, continuing what is there of the same version; RunError as `download`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # No token: the server is not the Hub. The client follows redirects to http and https only.
+        metadata = get_hf_file_metadata(url, token=False, retry_on_errors=True)
+        # The name holds the version, so that the beginning of another version is never continued.
+        version = hashlib.sha256(f"{metadata.etag} {metadata.size}".encode()).hexdigest()[:8]
+        partial = target.with_name(f".{target.name}.{version}{INCOMPLETE}")
+        with partial.open("wb" if metadata.size is None else "ab") as file:
+            if file.tell() > (metadata.size or 0):  # more than there is: the server sent something else
+                file.seek(0)
+                file.truncate()
+            http_get(url, file, resume_size=file.tell(), expected_size=metadata.size, displayed_filename=target.name)
+    except OfflineModeIsEnabled as error:
+        raise RunError(f"{url} cannot be downloaded: HF_HUB_OFFLINE is set") from error
+    except HfHubHTTPError as error:
+        status, reason = error.response.status_code, error.response.reason_phrase
+        raise RunError(f"{url} cannot be downloaded: the server answers {status} {reason}") from error
+    except (HTTPError, OSError) as error:
         raise RunError(
-            f"{url} has a wrong hash: its SHA-256 begins with {actual[: len(expected)]}, published is {expected}; the"
-            " file was deleted"
-        )
-    return target
+            f"{url} cannot be downloaded ({one_line(error)}): run the command again to resume the download"
+        ) from error
+    partial.rename(target)
 
 
-def convert_entry(name: str, output_dir: str | Path, mirror: str | None = None, **options: Any) -> dict[str, Any]:
-    """Download a published model into the cache, convert it to `output_dir` and return the report."""
+def convert_url(url: str, folder: Path, output_dir: str | Path, sha256: str | None, **options: Any) -> dict[str, Any]:
+    """Download a file, convert it to `output_dir` and return the report. A kept file that is damaged is downloaded
+    again; one that arrives damaged is deleted."""
     # The only import uphill: fetching a model includes converting it.
     from .interop.convert import convert_checkpoint
+    from .interop.torch_files import DamagedError
 
+    is_kept = (folder / name_in_url(url)).is_file()
+    file = download(url, folder, sha256)
+    try:
+        return convert_checkpoint(file, output_dir, **options)
+    except DamagedError:
+        file.unlink()
+        if not is_kept:
+            raise
+    return convert_url(url, folder, output_dir, sha256, **options)
+
+
+def convert_entry(
+    name: str, output_dir: str | Path, mirror: str | None = None, sha256: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """Download a published model into the cache, convert it to `output_dir` and return the report."""
     entry = find_entry(name)
-    file = download(at_mirror(entry.url, mirror), downloads_folder(name), entry.sha256)
+    url, sha256 = at_mirror(entry.url, mirror), entry.sha256 if sha256 is None else sha256
     options = {"default_labels": entry.labels, "stage": entry.stage, "epochs": entry.epochs} | options
-    return convert_checkpoint(file, output_dir, origin={"name": name, "url": entry.url}, **options)
+    origin = {"name": name, "url": entry.url}
+    return convert_url(url, downloads_folder(name), output_dir, sha256, origin=origin, **options)
 
 
 def fetch(name: str, *, cache_dir: str | Path | None = None, mirror: str | None = None) -> str:

@@ -83,6 +83,23 @@ def mmpretrain_classification(body):
     return with_classifier(encoder, "head.layers.head" if body == "vit" else "head.fc", body)
 
 
+def solo_learn(body):
+    """The same weights as solo-learn names them, with the linear classifier that it trains on the side."""
+    head = {"vit": "head.", "resnet": "fc."}[body]
+    places = {
+        f"base_encoder.{head}": "projector.",
+        f"momentum_encoder.{head}": "momentum_projector.",
+        "base_encoder.": "backbone.",
+        "momentum_encoder.": "momentum_backbone.",
+        "predictor.": "predictor.",
+    }
+    renamed = {}
+    for key, value in official(body).items():
+        prefix = next(prefix for prefix in places if key.startswith(prefix))
+        renamed[places[prefix] + key.removeprefix(prefix)] = value
+    return with_classifier(renamed, "classifier", body)
+
+
 @pytest.fixture(params=["vit", "resnet"])
 def body(request):
     return request.param

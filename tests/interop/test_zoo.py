@@ -28,7 +28,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.break_after, self.requests, self.etag, self.failures = {}, [], [], '"one"', []
-        self.tokens = []
+        self.tokens, self.redirects = [], {}
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
@@ -50,6 +50,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.tokens.append(self.headers.get("Authorization"))
         if server.failures:
             return self.send_error(server.failures.pop(0))
+        if self.path in server.redirects:
+            self.send_response(302)
+            self.send_header("Location", server.redirects[self.path])
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         if self.path not in server.files:
             return self.send_error(404)
         content = server.files[self.path]
@@ -151,6 +156,51 @@ def test_wrong_hash_is_refused_and_deleted(server, tmp_path):
         download(f"{server.url}/plain.pth", tmp_path, sha256="0" * 64)  # a kept file is verified as well
 
 
+def test_what_was_downloaded_wrong_is_downloaded_again(server, tmp_path):
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    server.files["/model.pth"] = CONTENT
+    (tmp_path / "model.pth").write_bytes(b"<html>log in first</html>")
+    assert download(f"{server.url}/model.pth", tmp_path, sha256=digest).read_bytes() == CONTENT
+    (tmp_path / "model.pth").unlink()
+    server.files["/model.pth"], server.break_after = CONTENT[::-1], [3000, *[0] * 6]
+    with pytest.raises(RunError):
+        download(f"{server.url}/model.pth", tmp_path)
+    (partial,) = tmp_path.iterdir()
+    partial.write_bytes(bytes(2 * len(CONTENT)))  # more than the server has
+    server.break_after = []
+    assert download(f"{server.url}/model.pth", tmp_path).read_bytes() == CONTENT[::-1]
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/model.pth", "gopher://127.0.0.1/"])
+def test_redirects_lead_to_http_only(server, tmp_path, target):
+    server.redirects["/model.pth"] = target
+    with pytest.raises(RunError, match="cannot be downloaded"):
+        download(f"{server.url}/model.pth", tmp_path)
+    with pytest.raises(UsageError, match="expected a URL that begins with https:// or http://"):
+        download(target, tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.stat().st_size]
+    server.redirects["/model.pth"] = f"{server.url}/other.pth"
+    server.files["/other.pth"] = CONTENT
+    assert download(f"{server.url}/model.pth", tmp_path).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("name", ["", "..", "%2e%2e", "..%2f..%2fevil", "a%00b", "a%0ab", "x" * 300])
+def test_names_in_urls_stay_in_their_folder(server, tmp_path, name):
+    with pytest.raises(UsageError, match="does not end in a file name"):
+        download(f"{server.url}/{name}", tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_hash_must_be_one(server, tmp_path, capsys):
+    torch.save(official("vit"), tmp_path / "model.pth")
+    tail = ["--output_dir", str(tmp_path / "out"), "--sha256"]
+    for source in (f"{server.url}/model.pth", str(tmp_path / "model.pth"), "official_vit-s-300ep"):
+        for sha256 in ("", "xyz", "0" * 65):
+            fails([source, *tail, sha256], 2, f"--sha256 {sha256!r} is not a SHA-256", capsys)
+    fails([str(tmp_path / "model.pth"), *tail, "0" * 64], 2, "has a wrong hash", capsys)
+    assert server.requests == []
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.setattr(zoo_module, "HF_HOME", str(tmp_path / "home"))
@@ -192,6 +242,21 @@ def test_fetch_downloads_converts_once_and_needs_no_server_after(server, home, t
     assert fetch(name, mirror="http://127.0.0.1:9") == folder
     assert AutoModel.from_pretrained(folder)(torch.zeros(1, 3, 32, 32)).pooler_output.shape == (1, 32)
     assert fetch(name, mirror=server.url, cache_dir=tmp_path / "elsewhere") == str(tmp_path / "elsewhere" / name)
+
+
+def test_a_damaged_download_is_not_kept(server, home, tmp_path, monkeypatch):
+    name = "official_vit-s-300ep"
+    content = saved({"state_dict": official("vit")}, tmp_path)
+    place = content.index(official("vit")["predictor.0.weight"].numpy().tobytes()) + 50
+    damaged = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    with_tiny_heads(monkeypatch)
+    published(server, name, damaged)
+    with pytest.raises(ConversionError, match=r"the checksum of its record payload/data/\d+ is wrong"):
+        fetch(name, mirror=server.url)
+    assert not list((home / "downloads" / name).iterdir())
+    published(server, name, content)
+    (home / "downloads" / name / "vit-s-300ep.pth.tar").write_bytes(damaged)  # kept by an earlier run
+    assert fetch(name, mirror=server.url) == str(home / "models" / name)
 
 
 def test_two_at_once_download_once(server, home, tmp_path, monkeypatch):

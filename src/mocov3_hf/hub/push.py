@@ -26,6 +26,7 @@ from ..reporting import RunError, UsageError, one_line, reporting
 from ..results import RESULTS
 from ..run_folder import CONFIG, CONVERSION, EVENTS, KNN, METRICS, PROCESSOR, RECIPE, read_object, read_run_folder
 from ..storage import link_or_copy, process_is_alive
+from .privacy import hide_machine
 from .remote_code import AUTO_MAPS, add_code
 from .run_card import MARKER, run_card
 
@@ -140,12 +141,16 @@ def upload(
     message: str | None = None,
     api: HfApi | None = None,
 ) -> str:
-    """Add code and card to a staged folder, upload it and return the URL of the commit; errors as `push_folder`."""
+    """
+    Add code and card to a staged folder, take what names the machine out of it, upload it and return the URL of the
+    commit; errors as `push_folder`.
+    """
     api = api or HfApi()
     try:
         name = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         add_code(staged)
-        write_card(staged, name, license)
+        own_card = not write_card(staged, name, license)
+        hide_machine(staged, keep=(CARD,) if own_card else ())
         if revision is not None:
             api.create_branch(name, branch=revision, exist_ok=True)
         commit = api.upload_folder(
@@ -159,14 +164,16 @@ def upload(
     return commit.commit_url
 
 
-def write_card(staged: Path, repo_id: str, license: str | None) -> None:
-    """Write the model card; a user's own card stays."""
+def write_card(staged: Path, repo_id: str, license: str | None) -> bool:
+    """Write the model card; a user's own card stays. Returns whether it was written."""
     card = staged / CARD
-    if not card.exists() or MARKER in card.read_text(encoding="utf-8"):
-        run = read_run_folder(staged)
-        for note in run.notes:
-            logger.warning("push: %s", note)
-        card.write_text(run_card(run, repo_id, license), encoding="utf-8")
+    if card.exists() and MARKER not in card.read_text(encoding="utf-8"):
+        return False
+    run = read_run_folder(staged)
+    for note in run.notes:
+        logger.warning("push: %s", note)
+    card.write_text(run_card(run, repo_id, license), encoding="utf-8")
+    return True
 
 
 def explained(error: Exception, endpoint: str, repo_id: str) -> Exception:

@@ -24,45 +24,55 @@ HEADS_BY_WIDTH = {384: 12, 768: 12, 1024: 16}
 TEMPERATURES = {"vit": 0.2, "resnet": 1.0}  # the official pre-training commands
 
 
-def shape_of(shapes: Shapes, key: str) -> tuple[int, ...]:
+def shape_of(shapes: Shapes, key: str, dimensions: int) -> tuple[int, ...]:
     """
     Raises:
-        ConversionError: No tensor of this name.
+        ConversionError: No tensor of this name, or one with another number of dimensions.
     """
     if key not in shapes:
         raise ConversionError(f"missing keys: {key}, needed to infer the architecture")
+    if len(shapes[key]) != dimensions:
+        raise ConversionError(f"misshaped keys: {key} has {list(shapes[key])}, expected {dimensions} dimensions")
     return shapes[key]
 
 
 def count_indexed(shapes: Shapes, prefix: str) -> int:
-    """Number of modules `<prefix><number>.`, from the highest number."""
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
-    return max((int(match.group(1)) + 1 for key in shapes if (match := pattern.match(key))), default=0)
+    """
+    Number of modules `<prefix><number>.`, from the highest number.
+
+    Raises:
+        ConversionError: The numbers do not follow each other.
+    """
+    pattern = re.compile(re.escape(prefix) + r"([0-9]{1,9})\.")
+    numbers = {int(match.group(1)) for key in shapes if (match := pattern.match(key))}
+    count = max(numbers, default=-1) + 1
+    if count > len(numbers) + 1:  # the stages of a ResNet begin at 1
+        gap = next(number for number in range(1, count) if number not in numbers)
+        raise ConversionError(f"missing keys: {prefix}{gap}.*, although the file has {prefix}{count - 1}.*")
+    return count
 
 
 def infer_vit(shapes: Shapes, layout: Layout, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `MoCoV3ViTConfig`, without those in `overrides`."""
     block, _, _, fc1, _, _, patches = DIALECTS[layout.dialect]
     prefix = layout.base
-    width = shape_of(shapes, f"{prefix}cls_token")[-1]
+    width = shape_of(shapes, f"{prefix}cls_token", 3)[-1]
     values = {
         "hidden_size": width,
         "num_hidden_layers": count_indexed(shapes, f"{prefix}{block}."),
-        "intermediate_size": shape_of(shapes, f"{prefix}{block}.0.{fc1}.weight")[0],
+        "intermediate_size": shape_of(shapes, f"{prefix}{block}.0.{fc1}.weight", 2)[0],
         "qkv_bias": f"{prefix}{block}.0.attn.qkv.bias" in shapes,
     }
     if f"{prefix}{patches}.0.weight" in shapes:
         patch = (16, 16)
-        values |= {"stem": "conv", "num_channels": shapes[f"{prefix}{patches}.0.weight"][1]}
+        values |= {"stem": "conv", "num_channels": shape_of(shapes, f"{prefix}{patches}.0.weight", 4)[1]}
     else:
-        projection = shape_of(shapes, f"{prefix}{patches}.weight")
-        if len(projection) != 4:
-            raise ConversionError(f"misshaped keys: {prefix}{patches}.weight has {projection}, expected 4 dimensions")
+        projection = shape_of(shapes, f"{prefix}{patches}.weight", 4)
         patch = tuple(projection[2:])
         values |= {"stem": "patch", "num_channels": projection[1]}
     values["patch_size"] = patch[0] if patch[0] == patch[1] else patch
     if "image_size" not in overrides:
-        tokens = shape_of(shapes, f"{prefix}pos_embed")[1] - 1
+        tokens = shape_of(shapes, f"{prefix}pos_embed", 3)[1] - 1
         side = math.isqrt(tokens)
         if side * side != tokens or patch[0] != patch[1]:
             raise ConversionError(
@@ -87,11 +97,11 @@ def infer_resnet(shapes: Shapes, layout: Layout) -> dict[str, Any]:
     num_stages = count_indexed(shapes, f"{prefix}layer") - 1
     last = "conv3" if bottleneck else "conv2"
     return {
-        "num_channels": shape_of(shapes, f"{prefix}conv1.weight")[1],
-        "embedding_size": shape_of(shapes, f"{prefix}conv1.weight")[0],
+        "num_channels": shape_of(shapes, f"{prefix}conv1.weight", 4)[1],
+        "embedding_size": shape_of(shapes, f"{prefix}conv1.weight", 4)[0],
         "depths": [count_indexed(shapes, f"{prefix}layer{stage}.") for stage in range(1, num_stages + 1)],
         "hidden_sizes": [
-            shape_of(shapes, f"{prefix}layer{stage}.0.{last}.weight")[0] for stage in range(1, num_stages + 1)
+            shape_of(shapes, f"{prefix}layer{stage}.0.{last}.weight", 4)[0] for stage in range(1, num_stages + 1)
         ],
         "layer_type": "bottleneck" if bottleneck else "basic",
     }
@@ -110,7 +120,9 @@ def infer_heads(shapes: Shapes, layout: Layout, backbone: str) -> dict[str, Any]
         raise ConversionError(f"missing keys: {modules['predictor']}.*, the predictor")
     last = len(predictor) - 1
     norm = (
-        f"{modules['predictor']}.{3 * last + 1}" if layout.heads == "official" else f"{modules['predictor']}.bn{last}"
+        f"{modules['predictor']}.bn{last}"
+        if layout.heads == "mmpretrain"
+        else f"{modules['predictor']}.{3 * last + 1}"
     )
     return {
         "num_projector_layers": len(projector),
@@ -124,7 +136,7 @@ def infer_heads(shapes: Shapes, layout: Layout, backbone: str) -> dict[str, Any]
 
 def linear_widths(shapes: Shapes, module: str, style: str) -> list[int]:
     """Output widths of the linear layers of a head, in order."""
-    names = (f"{module}.{3 * i}.weight" if style == "official" else f"{module}.fc{i}.weight" for i in range(100))
+    names = (f"{module}.fc{i}.weight" if style == "mmpretrain" else f"{module}.{3 * i}.weight" for i in range(100))
     widths = []
     for name in names:
         if len(shapes.get(name, ())) != 2:

@@ -1,21 +1,27 @@
 """Exact conversion of state dicts of other codebases to this package's models and back, checked key by key."""
 
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, ResNetConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, PreTrainedModel, ResNetConfig
 
 from ..hints import either
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
-from .architecture import infer_heads, infer_resnet, infer_vit, is_sincos_table, split_overrides
+from ..reporting import one_line
+from .architecture import infer_heads, infer_resnet, infer_vit, is_sincos_table, shape_of, split_overrides
 from .layouts import (
     LAYOUTS,
     ConversionError,
     Layout,
+    brief,
+    enumerate_keys,
     foreign_keys,
     head_module_names,
     recognize_layout,
@@ -25,7 +31,10 @@ from .layouts import (
 
 
 STAGES = ("pretrained", "linear", "finetuned")
-LISTED_KEYS = 20  # an error message names this many keys of a kind and counts the rest
+MAX_NAME, MAX_CLASSES = 500, 100_000
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Wrappers around a whole model: DDP and EMA, PyTorch Lightning; the counters are those of EMA wrappers.
+WRAPPED, EMA_COUNTERS = ("module.", "model.", "ema_model."), ("n_averaged", "steps")
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ def convert_state_dict(
 
     Args:
         state_dict (`Mapping[str, torch.Tensor]`):
-            Tensors by name, with or without the prefix `module.` of DDP.
+            Tensors by name, with or without the prefixes of DDP, EMA, `torch.compile` and PyTorch Lightning.
         layout (`str`, *optional*):
             A name of `LAYOUTS`; recognized from the keys by default.
         stage (`str`, *optional*):
@@ -80,11 +89,12 @@ def convert_state_dict(
             `num_attention_heads`, `image_size`, `temperature`, `id2label`, ...
 
     Raises:
-        ConversionError: An unknown layout or override, or keys that are missing, unexpected or have a wrong shape.
+        ConversionError: An unknown layout or override; keys that are missing, unexpected or have a wrong shape;
+            tensors that are not ordinary ones, or have values that are not finite.
     """
     if stage is not None and stage not in STAGES:
         raise ConversionError(f"stage must be one of {STAGES}, got {stage!r}")
-    state_dict = strip_parallel_prefix(check_tensors(state_dict))
+    state_dict = strip_wrappers(check_tensors(state_dict))
     layout, backbone = find_layout(state_dict, layout)
     add_batch_counters(state_dict)
     shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
@@ -95,6 +105,8 @@ def convert_state_dict(
     classifier = next((name for name in layout.classifiers(backbone) if f"{name}.weight" in shapes), None)
     model_class = MoCoV3ForPreTraining if layout.heads else MoCoV3ForImageClassification if classifier else MoCoV3Model
 
+    if classifier is not None and shape_of(shapes, f"{classifier}.weight", 2)[0] > MAX_CLASSES:
+        raise ConversionError(f"{classifier}.weight has more than {MAX_CLASSES:,} classes")
     if backbone == "vit":
         values = infer_vit(shapes, layout, of_backbone) | of_backbone
         grid = [a // b for a, b in zip(to_pair(values["image_size"]), to_pair(values["patch_size"]), strict=True)]
@@ -102,16 +114,16 @@ def convert_state_dict(
         stage = stage or inferred_stage(layout, classifier, fixed)
         values.setdefault("position_embedding", "sincos2d" if fixed and stage != "finetuned" else "learned")
         values.setdefault("freeze_patch_projection", values["position_embedding"] == "sincos2d")
-        backbone_config = MoCoV3ViTConfig(**values)
+        backbone_config = build_config(MoCoV3ViTConfig, values)
         processor_size = max(to_pair(backbone_config.image_size))
     else:
         stage = stage or inferred_stage(layout, classifier, None)
-        backbone_config = ResNetConfig(**(infer_resnet(shapes, layout) | of_backbone))
+        backbone_config = build_config(ResNetConfig, infer_resnet(shapes, layout) | of_backbone)
 
     values = infer_heads(shapes, layout, backbone) | of_model
     if classifier is not None and "id2label" not in values:
         values.setdefault("num_labels", shapes[f"{classifier}.weight"][0])
-    config = MoCoV3Config(backbone_config=backbone_config, **values)
+    config = build_config(MoCoV3Config, values | {"backbone_config": backbone_config})
     native, sources = rename(state_dict, config, model_class, layout, classifier)
     return Converted(
         config=config,
@@ -121,8 +133,19 @@ def convert_state_dict(
         stage=stage,
         image_size=processor_size,
         sources=sources,
-        ignored=tuple(key for key in state_dict if key in layout.ignored),
+        ignored=tuple(key for key in state_dict if layout.ignores(key)),
     )
+
+
+def build_config(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:
+    """
+    Raises:
+        ConversionError: Values that no model has.
+    """
+    try:
+        return config_class(**values)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ConversionError(f"no model has these shapes: {brief(one_line(error), 300)}") from error
 
 
 def revert_state_dict(
@@ -157,19 +180,66 @@ def revert_state_dict(
 
 
 def check_tensors(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a state dict, each with its own memory.
+
+    Raises:
+        ConversionError: Anything else.
+    """
+    extents = []
     for key, value in state_dict.items():
+        if not isinstance(key, str) or len(key) > MAX_NAME:
+            kind = f"{len(key):,} characters" if isinstance(key, str) else type(key).__name__
+            raise ConversionError(f"the state dict has the key {brief(str(key))} ({kind}), expected names of tensors")
+        name = brief(key)
         if not isinstance(value, torch.Tensor):
             raise ConversionError(
-                f"the entry {key!r} is a {type(value).__name__}, expected a tensor: pass the state dict itself"
+                f"the entry {name!r} is a {type(value).__name__}, expected a tensor: pass the state dict itself"
             )
+        if value.layout != torch.strided or value.is_quantized or value.is_nested:
+            raise ConversionError(f"{name} is sparse, quantized or nested, expected an ordinary tensor")
+        if not value.numel():
+            raise ConversionError(f"{name} is empty: its shape is {list(value.shape)}")
+        if value.is_meta:
+            continue
+        steps = sorted((step, count) for step, count in zip(value.stride(), value.shape, strict=True) if count > 1)
+        span = 1
+        for step, count in steps:
+            if step < span:
+                raise ConversionError(f"{name} repeats its values in memory: save a .clone() of it")
+            span += step * (count - 1)
+        begin = value.data_ptr()
+        extents.append((begin, begin + span * value.itemsize, name))
+    extents.sort()
+    for (_, end, name), (begin, _, other) in itertools.pairwise(extents):
+        if begin < end:
+            raise ConversionError(f"{other} shares its memory with {name}: save a .clone() of each tensor")
     return dict(state_dict)
 
 
-def strip_parallel_prefix(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without the prefix `module.` of `DistributedDataParallel`."""
-    if state_dict and all(key.startswith("module.") for key in state_dict):
-        return {key.removeprefix("module."): value for key, value in state_dict.items()}
-    return state_dict
+def strip_wrappers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    The tensors under the names that they have in the model itself.
+
+    Raises:
+        ConversionError: Two tensors of one name.
+    """
+    named = {key: key.replace("_orig_mod.", "") for key in state_dict}  # of torch.compile, at any depth
+    counted = {key: name for key, name in named.items() if name not in EMA_COUNTERS}
+    while prefix := next((p for p in WRAPPED if counted and all(name.startswith(p) for name in counted.values())), ""):
+        named = counted = {key: name.removeprefix(prefix) for key, name in counted.items()}
+    stripped = {name: state_dict[key] for key, name in named.items()}
+    if len(stripped) < len(named):
+        twice = next(name for name, count in Counter(named.values()).items() if count > 1)
+        raise ConversionError(f"{brief(twice)} appears twice, with and without a prefix: keep one of the two models")
+    return stripped
+
+
+def is_finite(tensor: torch.Tensor | None) -> bool:
+    """Whether no value is NaN or infinite; True without values."""
+    if tensor is None or tensor.is_meta or tensor.dtype not in FLOATS:
+        return True
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def add_batch_counters(state_dict: dict[str, torch.Tensor]) -> None:
@@ -193,7 +263,7 @@ def named_layout(name: str) -> Layout:
 def find_layout(state_dict: dict[str, torch.Tensor], name: str | None) -> tuple[Layout, str]:
     recognized = recognize_layout(state_dict)
     if recognized is None:
-        sample = ", ".join(list(state_dict)[:4]) or "no tensors"
+        sample = ", ".join(map(brief, list(state_dict)[:4])) or "no tensors"
         own = ": this package's own names, which from_pretrained loads" if is_native(state_dict) else ""
         raise ConversionError(f"not one of the known layouts ({', '.join(LAYOUTS)}); the first keys: {sample}{own}")
     layout, backbone = recognized
@@ -273,7 +343,7 @@ def rename(
     names = module_names(config, layout, backbone_of(config), base, classifier)
     groups = foreign_keys(wanted, names)
     missing = [key for key in groups if key not in state_dict]
-    unexpected = [key for key in state_dict if key not in groups and key not in layout.ignored]
+    unexpected = [key for key in state_dict if key not in groups and not layout.ignores(key)]
     misshaped, mistyped = [], []
     for foreign, natives in groups.items():
         if foreign not in state_dict:
@@ -283,17 +353,23 @@ def rename(
             expected[0] *= len(natives)
         if expected != actual:
             misshaped.append(f"{foreign} has {actual}, expected {expected}")
-        elif state_dict[foreign].is_floating_point() != wanted[natives[0]].is_floating_point():
+        elif state_dict[foreign].dtype not in (FLOATS if wanted[natives[0]].is_floating_point() else [torch.int64]):
             mistyped.append(f"{foreign} has {state_dict[foreign].dtype}, expected {wanted[natives[0]].dtype}")
+    usual = Counter(tensor.dtype for tensor in state_dict.values() if tensor.dtype in FLOATS).most_common(1)
+    for key in groups:
+        dtype = state_dict[key].dtype if key in state_dict else None
+        if dtype in FLOATS and dtype != usual[0][0]:
+            mistyped.append(f"{key} has {dtype}, the others {usual[0][0]}: save them all in one")
     problems = {
         "missing keys": missing,
         "unexpected keys": unexpected,
         "misshaped keys": misshaped,
         "keys of a wrong type": mistyped,
+        "keys with values that are NaN or infinite": [key for key in groups if not is_finite(state_dict.get(key))],
     }
     if any(problems.values()):
         found = "; ".join(f"{kind}: {enumerate_keys(keys)}" for kind, keys in problems.items() if keys)
-        raise ConversionError(f"not a {layout.name} checkpoint of a {model_class.__name__}: {found}")
+        raise ConversionError(f"not a valid {layout.name} checkpoint of a {model_class.__name__}: {found}")
 
     native, sources = {}, {}
     for foreign, natives in groups.items():
@@ -303,8 +379,3 @@ def rename(
             native[key] = part
             sources[key] = foreign
     return {key: native[key] for key in wanted}, sources
-
-
-def enumerate_keys(keys: list[str]) -> str:
-    rest = len(keys) - LISTED_KEYS
-    return ", ".join(keys[:LISTED_KEYS]) + (f" and {rest} more" if rest > 0 else "")

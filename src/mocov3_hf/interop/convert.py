@@ -1,5 +1,6 @@
 """The command `mocov3 convert`: a checkpoint of another codebase becomes a verified model folder."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,9 @@ from ..options import Command, option, parse
 from ..processing import build_image_processor
 from ..reporting import RunError, UsageError, reporting, warn
 from ..run_folder import CONVERSION
-from ..storage import atomic_folder, is_occupied, sha256_of, write_json
-from ..zoo import at_mirror, convert_entry, download, downloads_folder, find_entry, list_zoo, load_zoo
-from .checkpoints import STAGES, Converted, convert_state_dict
+from ..storage import atomic_folder, check_output_dir, is_occupied, sha256_of, write_json
+from ..zoo import at_mirror, checked_hash, convert_entry, convert_url, downloads_folder, find_entry, list_zoo, load_zoo
+from .checkpoints import STAGES, Converted, convert_state_dict, is_finite
 from .files import read_checkpoint, read_labels
 from .layouts import LAYOUTS, ConversionError
 
@@ -66,6 +67,7 @@ def convert_checkpoint(
     """
     refuse_existing(output_dir, overwrite)
     checkpoint = read_checkpoint(file, entry)
+    digest = sha256_of(file)
     if stage is None and checkpoint.linear:
         stage = "linear"
     converted = convert_state_dict(checkpoint.state_dict, layout=layout, stage=stage, **overrides)
@@ -74,7 +76,7 @@ def convert_checkpoint(
         "source": {
             "file": Path(file).name,
             "bytes": Path(file).stat().st_size,
-            "sha256": sha256_of(file),
+            "sha256": digest,
             **(origin or {}),
             "entry": checkpoint.entry,
             "left_behind": checkpoint.others,
@@ -101,6 +103,7 @@ def convert_checkpoint(
 
 def refuse_existing(output_dir: str | Path, overwrite: bool) -> None:
     """UsageError where a new folder cannot be written; asked before any work is done."""
+    check_output_dir(str(output_dir))
     if is_occupied(output_dir, overwrite):
         raise UsageError(
             f"{str(output_dir)!r} exists and is not an empty folder: pass another --output_dir, or"
@@ -140,6 +143,11 @@ def build_processor(converted: Converted, state_dict: dict[str, torch.Tensor]) -
     for name in ("mean", "std"):
         values = state_dict.get(f"data_preprocessor.{name}")
         if values is not None:  # between 0 and 255
+            if values.numel() != len(processor.image_mean) or not is_finite(values):
+                raise ConversionError(
+                    f"data_preprocessor.{name} has {values.numel():,} values, expected {len(processor.image_mean)}"
+                    " finite ones"
+                )
             values = (values.flatten().double() / 255).tolist()
             if max(abs(a - b) for a, b in zip(values, getattr(processor, f"image_{name}"), strict=True)) > 1e-4:
                 setattr(processor, f"image_{name}", values)
@@ -246,7 +254,7 @@ class SourceOptions:
         " published model (mocov3 zoo lists them).",
         metavar="FILE|URL|NAME",
     )
-    sha256: str | None = option(None, "SHA-256 of the file behind a URL, or its beginning.", metavar="HEX")
+    sha256: str | None = option(None, "SHA-256 of the file, or its beginning.", metavar="HEX")
     mirror: str | None = option(None, "Server with the publisher's paths to download from.", metavar="URL")
 
 
@@ -305,11 +313,14 @@ def convert_source(source: SourceOptions, output: OutputOptions, content: Conten
     if output.labels is not None:
         options["labels"] = output.labels
     place = Path(source.source).expanduser()
-    if source.source in load_zoo() and not place.exists():
-        return convert_entry(source.source, output.output_dir, source.mirror, **options)
-    if source.source.startswith(("http://", "https://")):
-        file = download(at_mirror(source.source, source.mirror), downloads_folder(), source.sha256)
-        return convert_checkpoint(file, output.output_dir, origin={"url": source.source}, **options)
-    if not place.exists() and source.source == place.name and not place.suffix:
+    if source.source in load_zoo() and not os.path.exists(place):
+        return convert_entry(source.source, output.output_dir, source.mirror, source.sha256, **options)
+    if "://" in source.source:
+        url, origin = at_mirror(source.source, source.mirror), {"url": source.source}
+        return convert_url(url, downloads_folder(), output.output_dir, source.sha256, origin=origin, **options)
+    expected = "" if source.sha256 is None else checked_hash(source.sha256)
+    if expected and os.path.isfile(place) and not sha256_of(place).startswith(expected):
+        raise ConversionError(f"{place} has a wrong hash: its SHA-256 does not begin with {source.sha256}")
+    if not os.path.exists(place) and source.source == place.name and not place.suffix:
         find_entry(source.source)  # raises with the nearest names
     return convert_checkpoint(place, output.output_dir, **options)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 # Legend of dimensions: D width of the ViT.
 
+LISTED_KEYS = 20  # an error message names this many keys of a kind and counts the rest
+
 DIALECTS = {
     # Names of the parts of a ViT: block, first norm, second norm, MLP layers, final norm, patch projection.
     "timm": ("blocks", "norm1", "norm2", "mlp.fc1", "mlp.fc2", "norm", "patch_embed.proj"),
@@ -20,6 +22,19 @@ DIALECTS = {
 
 class ConversionError(ValueError):
     """A file, state dict or model that cannot be converted or exported; the message says why and what to do."""
+
+
+def brief(text: str, limit: int = 100) -> str:
+    """A name for a message, however long and whatever characters it has: one short line."""
+    end = "..." if len(text) > limit else ""
+    text = text[:limit]
+    return (text if text.isprintable() else repr(text)[1:-1]) + end
+
+
+def enumerate_keys(keys: list[str], limit: int = LISTED_KEYS) -> str:
+    """The first names of a list, and how many more there are."""
+    rest = len(keys) - limit
+    return ", ".join(map(brief, keys[:limit])) + (f" and {rest} more" if rest > 0 else "")
 
 
 @dataclass(frozen=True)
@@ -32,8 +47,8 @@ class Layout:
         dialect: A key of `DIALECTS`: the names of the parts of a ViT.
         base: Prefix of the encoder.
         momentum: Prefix of the momentum encoder; None where the file holds one encoder.
-        heads: Style of projector and predictor, `"official"` or `"mmpretrain"`; None without them.
-        ignored: Entries of the layout that no model needs.
+        heads: Style of projector and predictor: `"official"`, `"solo-learn"` or `"mmpretrain"`; None without them.
+        ignored: Entries of the layout that no model needs; those that end in a dot are prefixes.
     """
 
     name: str
@@ -43,6 +58,9 @@ class Layout:
     heads: str | None = None
     ignored: tuple[str, ...] = ()
 
+    def ignores(self, key: str) -> bool:
+        return any(key.startswith(name) if name.endswith(".") else key == name for name in self.ignored)
+
     def projectors(self, backbone: str) -> dict[str, str]:
         """Foreign module names of the heads by native ones, for a backbone `"vit"` or `"resnet"`."""
         if self.heads == "official":
@@ -51,6 +69,12 @@ class Layout:
                 "projector": f"{self.base}{head}",
                 "predictor": "predictor",
                 "momentum_encoder.projector": f"{self.momentum}{head}",
+            }
+        if self.heads == "solo-learn":
+            return {
+                "projector": "projector",
+                "predictor": "predictor",
+                "momentum_encoder.projector": "momentum_projector",
             }
         if self.heads == "mmpretrain":
             return {
@@ -66,6 +90,8 @@ class Layout:
             return ()
         if self.dialect == "mmpretrain":
             return ("head.layers.head", "head.fc") if backbone == "vit" else ("head.fc",)
+        if self.name == "solo_learn":
+            return ("classifier",)
         return ("head",) if backbone == "vit" else ("fc",)
 
 
@@ -87,6 +113,30 @@ LAYOUTS = {
             "backbone.",
             ignored=("data_preprocessor.mean", "data_preprocessor.std"),
         ),
+        # With the linear classifier that solo-learn trains on the side.
+        Layout(
+            "solo_learn_pretraining",
+            "timm",
+            "backbone.",
+            "momentum_backbone.",
+            "solo-learn",
+            ignored=("classifier.", "momentum_classifier."),
+        ),
+        Layout("solo_learn", "timm", "backbone."),
+        # Files with the momentum encoder only, whose encoder is converted.
+        Layout(
+            "official_momentum",
+            "timm",
+            "momentum_encoder.",
+            ignored=("momentum_encoder.head.", "momentum_encoder.fc."),
+        ),
+        Layout(
+            "mmpretrain_momentum",
+            "mmpretrain",
+            "momentum_encoder.module.0.",
+            ignored=("momentum_encoder.module.1.", "momentum_encoder.steps", "data_preprocessor."),
+        ),
+        Layout("solo_learn_momentum", "timm", "momentum_backbone.", ignored=("momentum_projector.",)),
         # The official linear probes and DeiT files, and backbones of timm and torchvision.
         Layout("timm", "timm"),
     )
@@ -96,13 +146,24 @@ LAYOUTS = {
 def recognize_layout(keys: Iterable[str]) -> tuple[Layout, str] | None:
     """The layout of a set of keys and its backbone, `"vit"` or `"resnet"`; None for an unknown layout."""
     keys = set(keys)
-    if any(key.startswith("base_encoder.") for key in keys):
-        layout = LAYOUTS["official_pretraining"]
-    elif any(key.startswith("backbone.") for key in keys):
-        pretraining = any(key.startswith(("neck.", "momentum_encoder.", "head.predictor.")) for key in keys)
-        layout = LAYOUTS["mmpretrain_pretraining" if pretraining else "mmpretrain_classification"]
+
+    def has(*prefixes: str) -> bool:
+        return any(key.startswith(prefixes) for key in keys)
+
+    if has("base_encoder."):
+        name = "official_pretraining"
+    elif has("momentum_backbone."):
+        name = "solo_learn_pretraining" if has("backbone.") else "solo_learn_momentum"
+    elif has("backbone."):
+        if has("neck.", "momentum_encoder.", "head.predictor."):
+            name = "mmpretrain_pretraining"
+        else:
+            name = "solo_learn" if has("backbone.blocks.", "classifier.") else "mmpretrain_classification"
+    elif has("momentum_encoder."):
+        name = "mmpretrain_momentum" if has("momentum_encoder.module.0.") else "official_momentum"
     else:
-        layout = LAYOUTS["timm"]
+        name = "timm"
+    layout = LAYOUTS[name]
     if f"{layout.base}cls_token" in keys or f"{layout.base}patch_embed.proj.weight" in keys:
         return layout, "vit"
     if f"{layout.base}conv1.weight" in keys:
@@ -157,8 +218,8 @@ def head_module_names(style: str, native: str, foreign: str, num_layers: int) ->
     """Foreign names by native ones of the layers of a projector or predictor."""
     names = {}
     for index in range(num_layers):
-        # official: a Sequential of linear, batch norm, ReLU
-        linear, norm = (3 * index, 3 * index + 1) if style == "official" else (f"fc{index}", f"bn{index}")
+        # official and solo-learn: a Sequential of linear, batch norm, ReLU
+        linear, norm = (f"fc{index}", f"bn{index}") if style == "mmpretrain" else (3 * index, 3 * index + 1)
         names[f"{native}.layers.{index}.dense"] = f"{foreign}.{linear}"
         names[f"{native}.layers.{index}.norm"] = f"{foreign}.{norm}"
     return names

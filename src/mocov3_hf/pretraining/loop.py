@@ -18,7 +18,7 @@ from ..option_values import resume_command
 from ..process_group import Stopped, StopRequest, announce_error, has_announced_error, release_unused, wait_for_others
 from ..reporting import RunError, UsageError, is_first_process, reporting
 from ..run_folder import BAD_IMAGES, DATA, KNN, RECIPE, CheckpointError, list_checkpoints
-from ..storage import write_json
+from ..storage import check_output_dir, write_json
 from .build import (
     build_accelerator,
     build_loader,
@@ -43,7 +43,6 @@ from .plan import batches, ema_decay_at, learning_rate_at, make_plan
 from .processes import LostProcessError, limit_time_to_exit, raise_if_process_lost
 from .recipe import Recipe, parse
 from .resume import (
-    check_output_dir,
     checkpoint_before,
     find_common_checkpoint,
     prepare_folder,

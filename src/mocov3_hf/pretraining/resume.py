@@ -1,11 +1,9 @@
 """Which checkpoint a run resumes or rolls back to, and whether it belongs to the same run on all processes."""
 
 import hashlib
-import os
 import platform
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -218,29 +216,6 @@ def check_is_ours(output_dir: Path) -> None:
             f"{output_dir} holds a model that is not of this run: pass another --output_dir, or --overwrite_output_dir"
             " to replace it"
         )
-
-
-def check_output_dir(output_dir: str) -> None:
-    """
-    Check before anything is built that a folder can be created and written; nothing is left behind.
-
-    Raises:
-        UsageError: it cannot, and why.
-    """
-    if not output_dir.strip():
-        raise UsageError("--output_dir is empty: pass a folder for weights and metrics")
-    existing = Path(os.path.abspath(output_dir))
-    try:
-        while not existing.exists():
-            existing = existing.parent
-        if not existing.is_dir():
-            raise UsageError(f"--output_dir {output_dir} cannot be created: {existing} is a file; pass another folder")
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"--output_dir {output_dir} cannot be written ({error.strerror or error}): pass another folder"
-        ) from error
 
 
 def checkpoint_before(output_dir: Path, step: int, suspect: int | None) -> Path:

@@ -1,7 +1,6 @@
 """Training curves: time series, rollbacks and instability events from the files of a run."""
 
 import math
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from ..run_folder import RunFolder
 
 
 Lines = list[dict[str, Any]]
+LARGEST = float(np.finfo(np.float32).max)
 
 # Kinds of events, and the counter of each in `metrics.jsonl`; divergences have none.
 COUNTERS = {"spike": "gradient_spikes", "skipped": "skipped_steps", "divergence": None, "rollback": "rollbacks"}
@@ -92,9 +92,9 @@ def series(lines: Lines, key: str | None) -> Series:
 
 
 def number(value: Any) -> float:
-    """A finite number unchanged, NaN for anything else."""
+    """A finite number that float32 can hold, as metrics are; NaN for anything else."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and abs(value) <= sys.float_info.max else math.nan
+    return float(value) if is_number and abs(value) <= LARGEST else math.nan
 
 
 def split_discarded(lines: Lines) -> tuple[Lines, Lines]:
@@ -117,7 +117,7 @@ def logged_events(lines: Lines) -> list[Event]:
     return [
         Event(line["event"], line["step"], number(line.get("grad_norm")), number(line.get("to_step")))
         for line in lines
-        if line.get("event") in COUNTERS
+        if isinstance(line.get("event"), str) and line["event"] in COUNTERS
     ]
 
 

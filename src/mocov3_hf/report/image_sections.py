@@ -4,6 +4,8 @@ Legend: n images, D width, h w grid of patches, H W image.
 """
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -27,6 +29,7 @@ from .parts import (
     Picture,
     Section,
     Text,
+    attempt,
     finish_chart,
     new_figure,
     save_sheet,
@@ -42,16 +45,23 @@ MAP_IMAGES, MIN_POINTS = 3, 10
 PERPLEXITY = 30
 
 
-def image_sections(viewer: Viewer, samples: Samples, seen: Seen, plots: Path, seed: int) -> list[Section]:
+def image_sections(
+    viewer: Viewer, samples: Samples, seen: Seen, plots: Path, seed: int, notes: list[str]
+) -> list[Section]:
     """All sections that need images. Writes the PNG files of charts and galleries to `plots`."""
-    sections = [
-        Section("attention", "Attention", attention_parts(viewer, samples, seen, plots)),
-        Section("components", "Patch features", component_parts(viewer, samples, seen, plots)),
-        Section("map", "t-SNE map", map_parts(samples, seen, plots, seed)),
-        Section("neighbors", "Nearest neighbors", neighbor_parts(samples, seen, plots)),
-    ]
+    build: dict[tuple[str, str], Callable[[], list]] = {
+        ("attention", "Attention"): partial(attention_parts, viewer, samples, seen, plots),
+        ("components", "Patch features"): partial(component_parts, viewer, samples, seen, plots),
+        ("map", "t-SNE map"): partial(map_parts, samples, seen, plots, seed),
+        ("neighbors", "Nearest neighbors"): partial(neighbor_parts, samples, seen, plots),
+    }
     if viewer.is_classifier:
-        sections.append(Section("confusion", "Confusion matrix", confusion_parts(viewer, samples, seen, plots)))
+        build["confusion", "Confusion matrix"] = partial(confusion_parts, viewer, samples, seen, plots)
+    sections = []
+    for (name, title), parts in build.items():
+        found = attempt(notes, f"the section {title!r}", parts, [])
+        if found:
+            sections.append(Section(name, title, found))
     return sections
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from .._version import __version__
 from ..run_folder import RunFolder
 from .image_sections import image_sections
-from .parts import CHART_STYLE, CSS_VARIABLES, SERIES, Section, Text
+from .parts import CHART_STYLE, CSS_VARIABLES, SERIES, Section, Text, attempt
 from .summary import facts, findings, lead, quoted, results_section
 from .training import training_section
 
@@ -26,9 +26,10 @@ def render_page(folder: RunFolder, looked: tuple | None, plots: Path, seed: int)
         plots: an existing folder.
         seed: of the t-SNE map.
     """
+    notes = folder.notes
     sections = [training_section(folder, plots), results_section(folder)]
     if looked is not None:
-        sections += image_sections(*looked, plots, seed)
+        sections += image_sections(*looked, plots, seed, notes)
     else:
         shown = "Attention maps, patch features, the t-SNE map and nearest neighbors"
         text = f"{shown}{', and the confusion matrix,' if folder.kind == 'classifier' else ''} need images:"
@@ -40,10 +41,10 @@ def render_page(folder: RunFolder, looked: tuple | None, plots: Path, seed: int)
     series = "".join(f"{CSS_VARIABLES[color]}:{color};" for color in SERIES)
     page = template.render(
         title=folder.path.resolve().name,
-        lead=lead(folder),
-        facts=facts(folder),
-        findings=findings(folder),
-        notes=folder.notes,
+        lead=attempt(notes, "the introduction", lambda: lead(folder), ""),
+        facts=attempt(notes, "the summary", lambda: facts(folder), []),
+        findings=attempt(notes, "the findings", lambda: findings(folder), []),
+        notes=notes,
         sections=sections,
         version=__version__,
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

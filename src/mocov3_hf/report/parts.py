@@ -4,9 +4,10 @@ import base64
 import io
 import itertools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import matplotlib
 import numpy as np
@@ -16,8 +17,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.utils import make_grid
 
+from ..reporting import one_line
 from ..storage import is_local
 
+
+Built = TypeVar("Built")
 
 # Default size of a chart in inches: readable at full width on a phone.
 CHART_SIZE = (4.4, 2.75)
@@ -148,6 +152,23 @@ class Section:
     name: str
     title: str
     parts: list[Text | Table | Charts | Gallery]
+
+
+def attempt(notes: list[str], what: str, build: Callable[[], Built], otherwise: Built) -> Built:
+    """
+    A part of a page; `otherwise`, with a note, where the folder holds something that the part cannot show. A folder
+    may hold anything, and no part of it may keep the others from being shown.
+    """
+    try:
+        return build()
+    except Exception as error:
+        notes.append(f"{what} was left out: {type(error).__name__}: {shorten(one_line(error), 200)}.")
+        return otherwise
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """A value where a file holds an object; empty for anything else."""
+    return value if isinstance(value, dict) else {}
 
 
 def new_figure(size: tuple[float, float] = CHART_SIZE) -> Figure:

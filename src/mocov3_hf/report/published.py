@@ -9,6 +9,8 @@ from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, build_ba
 from ..recipe_files import RECIPES
 from ..run_folder import RunFolder, read_recipe
 from ..zoo import VIT_SIZES, ZooEntry, load_zoo
+from .curves import number
+from .parts import mapping
 
 
 # Options of pre-training that shape the weights, with the values of recipes that do not name them.
@@ -30,6 +32,7 @@ BACKBONE_KEYS = (
     *("model_type", "stem", "hidden_size", "hidden_sizes", "depths", "layer_type", "num_hidden_layers"),
     *("num_attention_heads", "intermediate_size", "image_size", "patch_size"),
 )
+MOST_LAYERS = 10_000
 TASK_STAGES = {"linear": "linear", "linear_cached": "linear", "finetune": "finetuned"}
 
 
@@ -57,7 +60,7 @@ def reference_for(result: dict[str, Any], metric: str, references: list[Referenc
         stage = stages.pop() if len(stages) == 1 else None
     if stage is None or metric not in ("top1", f"{result['task']}_top1", "linear_top1", "finetune_top1"):
         return None
-    recipe = (result.get("settings") or {}).get("recipe")
+    recipe = mapping(result.get("settings")).get("recipe")
     matching = [reference for reference in references if reference.entry.stage == stage]
     named = [reference for reference in matching if reference.entry.name == recipe]
     return next(iter(named + [reference for reference in matching if reference.is_same_recipe]), None)
@@ -65,11 +68,12 @@ def reference_for(result: dict[str, Any], metric: str, references: list[Referenc
 
 def own_names(folder: RunFolder) -> set[str]:
     """Names in the zoo of the checkpoint that the folder was converted from and of the recipes that it was made by."""
-    names = {folder.conversion.get("source", {}).get("name")}
-    names |= {(result.get("settings") or {}).get("recipe") for result in folder.results}
+    found = [mapping(folder.conversion.get("source")).get("name")]
+    found += [mapping(result.get("settings")).get("recipe") for result in folder.results]
+    names = {name for name in found if isinstance(name, str)}
     if folder.recipe and folder.state.get("global_batch_size", 4096) == 4096:
         names |= {name for name, entry in load_zoo().items() if entry.stage == "pretrained" and follows(folder, name)}
-    return names - {None}
+    return names
 
 
 def follows(folder: RunFolder, name: str) -> bool:
@@ -93,6 +97,8 @@ def identity(backbone: Any) -> dict[str, Any] | None:
     """The `BACKBONE_KEYS` of a backbone configuration with defaults filled in; None if the configuration is not
     valid."""
     if not isinstance(backbone, dict):
+        return None
+    if not number(backbone.get("num_hidden_layers", 1)) <= MOST_LAYERS:  # some configurations list them
         return None
     try:
         config = build_backbone_config({key: value for key, value in backbone.items() if key in BACKBONE_KEYS})

@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..results import RESULTS, TASKS
 from ..run_folder import RunFolder
 from ..zoo import load_zoo
 from .curves import Series, loss_bounds, number, read_curves, series
-from .parts import Section, Table, Text, shown_name
+from .parts import Section, Table, Text, attempt, mapping, shorten, shown_name
 from .published import Reference, find_references, reference_for
 
 
@@ -38,7 +39,7 @@ def lead(folder: RunFolder) -> str:
         dataset = folder.recipe.get("dataset_name")
         return f"MoCo v3 pre-training of {backbone}{f' on {shown_name(dataset)}' if dataset else ''}."
     if folder.kind == "classifier":
-        classes = len(folder.config.get("id2label") or {}) or folder.config.get("num_labels")
+        classes = len(mapping(folder.config.get("id2label"))) or folder.config.get("num_labels")
         return f"Classifier{f' with {classes} classes' if classes else ''}, backbone {backbone}."
     return f"Encoder: {backbone}."
 
@@ -49,7 +50,7 @@ def describe_backbone(backbone: dict[str, Any]) -> str:
     sizes = [text.format(backbone[key]) for key, text in SIZES.items() if isinstance(backbone.get(key), int)]
     if isinstance(depths, list):
         sizes = [size for size in sizes if "patches" not in size] + [f"depths {'-'.join(map(str, depths))}"]
-    kind = backbone.get("model_type", "an unknown backbone")
+    kind = str(backbone.get("model_type", "an unknown backbone"))
     return f"{kind} ({', '.join(sizes)})" if sizes else kind
 
 
@@ -63,38 +64,41 @@ def facts(folder: RunFolder) -> list[tuple[str, str]]:
         ("Image size", size and " × ".join(map(str, size if isinstance(size, list | tuple) else (size, size)))),
         ("Parameters", describe_parameters(folder.parameters)),
     ]
-    source = folder.conversion.get("source", {})
+    source = mapping(folder.conversion.get("source"))
     found.append(("Converted from", source.get("name") or source.get("url") or source.get("file")))
     if folder.kind == "pretraining":
         found += run_facts(folder)
     if folder.results:
         last = folder.results[-1]
-        hardware = last.get("hardware") or {}
+        hardware = mapping(last.get("hardware"))
         device = f"{hardware.get('cpu', '')}, {hardware['cpu_count']} cores" if hardware.get("cpu_count") else None
         if hardware.get("gpu"):
             device = f"{hardware.get('gpu_count', 1)} × {hardware['gpu']}"
         found += [
             ("Evaluated", str(last.get("date") or "")[:10]),
-            ("Evaluated with", versions(last.get("versions") or {})),
+            ("Evaluated with", versions(mapping(last.get("versions")))),
             ("Evaluated on", device),
         ]
-    return [(name, str(value)) for name, value in found if value not in (None, "")]
+    return [(name, shorten(str(value), 300)) for name, value in found if value not in (None, "")]
 
 
 def run_facts(folder: RunFolder) -> list[tuple[str, Any]]:
     recipe, state, batch = folder.recipe, folder.state, folder.global_batch_size
-    steps = folder.metrics[-1]["step"] if folder.metrics else state.get("step")
-    total, per_epoch = number(state.get("total_steps") or recipe.get("max_steps")), state.get("steps_per_epoch")
+    steps = number(folder.metrics[-1]["step"] if folder.metrics else state.get("step"))
+    total, per_epoch = (
+        number(state.get("total_steps") or recipe.get("max_steps")),
+        number(state.get("steps_per_epoch")),
+    )
     length = None
-    if steps is not None:
+    if not math.isnan(steps):
         length = f"{steps:,.0f}{'' if math.isnan(total) else f' of {total:,.0f}'}"
-        length += f" ({steps / per_epoch:.4g} epochs)" if per_epoch else ""
-    processes = state.get("num_processes", 1)
+        length += f" ({steps / per_epoch:.4g} epochs)" if per_epoch > 0 else ""
+    processes = number(state.get("num_processes", 1))
     return [
         ("Dataset", shown_name(recipe["dataset_name"]) if recipe.get("dataset_name") else None),
         ("Images", describe_data(folder.data)),
         ("Steps", length),
-        ("Global batch size", batch and f"{batch:,}{f' on {processes} processes' if processes > 1 else ''}"),
+        ("Global batch size", batch and f"{batch:,}{f' on {processes:.0f} processes' if processes > 1 else ''}"),
         ("Optimizer", recipe.get("optimizer")),
         ("Peak learning rate", peak_learning_rate(recipe, batch)),
         ("Weight decay", recipe.get("weight_decay")),
@@ -154,10 +158,10 @@ def findings(folder: RunFolder) -> list[tuple[str, str]]:
     kept = curves.kept
     if folder.kind == "classifier":
         return accuracy_findings("Test accuracy", series(kept, "eval_top1").known)
+    found = accuracy_findings("kNN accuracy", series(kept, "knn_top1").known)
     if not folder.metrics:
-        return []
-    found = loss_findings(folder, series(kept, "loss").known)
-    found += accuracy_findings("kNN accuracy", series(kept, "knn_top1").known)
+        return found
+    found = loss_findings(folder, series(kept, "loss").known) + found
     counts = {kind: count for kind, count in curves.counts.items() if count}
     if counts:
         words = {"spike": "gradient spike", "skipped": "skipped step"}
@@ -178,9 +182,9 @@ def findings(folder: RunFolder) -> list[tuple[str, str]]:
     if len(stall) and np.median(stall) > LONG_STALL:
         text = f"Data loading stalls training for {100 * np.median(stall):.0f} % of the time"
         found.append(("look", f"{text}: raise --dataloader_num_workers."))
-    total, step = folder.state.get("total_steps"), folder.metrics[-1]["step"]
-    if total and step < total:
-        text = f"The run stopped at step {step:,} of {total:,}: --resume_from_checkpoint auto resumes it."
+    total, step = number(folder.state.get("total_steps")), folder.metrics[-1]["step"]
+    if step < total:
+        text = f"The run stopped at step {step:,} of {total:,.0f}: --resume_from_checkpoint auto resumes it."
         found.append(("look", text))
     return found
 
@@ -210,7 +214,7 @@ def accuracy_findings(name: str, accuracy: Series) -> list[tuple[str, str]]:
 
 def results_section(folder: RunFolder) -> Section:
     """Measured metrics and published accuracies."""
-    references = find_references(folder)
+    references = attempt(folder.notes, "the comparison with published results", lambda: find_references(folder), [])
     if folder.results:
         parts: list = [results_table(folder, references)]
     else:
@@ -231,19 +235,8 @@ def results_section(folder: RunFolder) -> Section:
 
 def results_table(folder: RunFolder, references: list[Reference]) -> Table:
     rows = []
-    for result in folder.results:
-        dataset = result.get("dataset") if isinstance(result.get("dataset"), dict) else {}
-        split = dataset.get("split") or dataset.get("test_split")
-        where = f"{shown_name(dataset.get('name', 'unknown'))}{f', {split}' if split else ''}"
-        for metric, value in result["metrics"].items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue  # metrics by class
-            is_share = "top" in metric or metric.endswith("mean_per_class")
-            measured = f"{100 * value:.2f} %" if is_share else f"{value:.4g}"
-            reference = reference_for(result, metric, references, folder.kind)
-            published = f"{reference.entry.top1:.2f} %" if reference else ""
-            task = TASKS.get(result.get("task"), ("", str(result.get("task"))))[1]
-            rows.append([metric, measured, published, task, where, str(result.get("date", ""))[:10]])
+    for index, result in enumerate(folder.results, start=1):
+        rows += attempt(folder.notes, f"result {index}", partial(result_rows, folder, result, references), [])
     columns = ["metric", "measured", "published, ImageNet-1k", "task", "dataset", "date"]
     caption = f"From {RESULTS}. docs/evaluation.md defines the metrics."
     if any(row[2] for row in rows):
@@ -253,6 +246,25 @@ def results_table(folder: RunFolder, references: list[Reference]) -> Table:
         )
         return Table(columns, rows, caption, numeric=(1, 2))
     return Table(columns[:2] + columns[3:], [row[:2] + row[3:] for row in rows], caption, numeric=(1,))
+
+
+def result_rows(folder: RunFolder, result: dict[str, Any], references: list[Reference]) -> list[list[str]]:
+    """The metrics of one evaluation."""
+    dataset = mapping(result.get("dataset"))
+    split = dataset.get("split") or dataset.get("test_split")
+    where = f"{shown_name(dataset.get('name', 'unknown'))}{f', {split}' if split else ''}"
+    task = TASKS.get(result.get("task"), ("", str(result.get("task"))))[1]
+    rows = []
+    for metric, value in result["metrics"].items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue  # metrics by class
+        is_share = "top" in metric or metric.endswith("mean_per_class")
+        measured = f"{100 * value:.2f} %" if is_share else f"{value:.4g}"
+        reference = reference_for(result, metric, references, folder.kind)
+        published = f"{reference.entry.top1:.2f} %" if reference else ""
+        row = (metric, measured, published, task, where, str(result.get("date", ""))[:10])
+        rows.append([shorten(cell, 100) for cell in row])
+    return rows
 
 
 def quoted(path: Path) -> str:

@@ -1,6 +1,8 @@
 """The section about training: learning curves of a pre-training run or a classifier."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,12 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from ..run_folder import METRICS, RECIPE, RunFolder
 from .curves import Curves, Lines, Series, loss_bounds, number, read_curves, series
-from .parts import BAD, MUTED, SERIES, Chart, Charts, Section, Text, finish_chart, new_figure
+from .parts import BAD, MUTED, SERIES, Chart, Charts, Section, Text, attempt, finish_chart, new_figure
 from .summary import quoted
 
 
 LABEL_UNIT = "offset points"
+MOST_BLOCKS = 200
 
 
 @dataclass(frozen=True)
@@ -136,10 +139,15 @@ CLASSIFIER_CHARTS = (
 
 def training_section(folder: RunFolder, plots: Path) -> Section:
     """Charts of all metrics that were logged, and the command for those that were not."""
-    curves, is_classifier = read_curves(folder), folder.kind == "classifier"
-    specs = CLASSIFIER_CHARTS if is_classifier else PRETRAINING_CHARTS
-    charts = [draw_chart(spec, folder, curves, plots) for spec in specs] + [draw_blocks(curves, plots)]
-    charts = [chart for chart in charts if chart is not None]
+    is_classifier, notes = folder.kind == "classifier", folder.notes
+    curves = attempt(notes, "the training curves", lambda: read_curves(folder), Curves([], [], [], {}))
+    draw: dict[str, Callable[[], Chart | None]] = {
+        spec.title: partial(draw_chart, spec, folder, curves, plots)
+        for spec in (CLASSIFIER_CHARTS if is_classifier else PRETRAINING_CHARTS)
+    }
+    draw["Gradient norm by block"] = partial(draw_blocks, curves, plots)
+    drawn = [attempt(notes, f"the chart {title!r}", build, None) for title, build in draw.items()]
+    charts = [chart for chart in drawn if chart is not None]
     pretrain = "mocov3 pretrain DATA --recipe quickstart --output_dir DIR"
     if folder.recipe:
         pretrain = f"mocov3 pretrain --recipe {quoted(folder.path / RECIPE)} --output_dir DIR"
@@ -230,6 +238,8 @@ def draw_blocks(curves: Curves, plots: Path) -> Chart | None:
     panels = {"": curves.kept, "discarded by a rollback": curves.discarded}
     panels = {title: [line for line in lines if isinstance(line.get(key), dict)] for title, lines in panels.items()}
     names = list(dict.fromkeys(name for lines in panels.values() for line in lines for name in line[key]))
+    if len(names) > MOST_BLOCKS:
+        raise ValueError(f"{len(names):,} blocks are too many to draw")
     norms = {title: block_norms(lines, names) for title, lines in panels.items() if lines}
     known = [values[np.isfinite(values)] for values in norms.values()]
     known = np.concatenate(known) if known else np.empty(0)

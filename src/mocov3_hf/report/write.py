@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..options import Command, option, parse
-from ..reporting import UsageError, reporting
+from ..reporting import UsageError, reporting, warn
 from ..requirements import require_packages
 from ..run_folder import CONFIG, RunFolder, read_run_folder
 from ..storage import write_text
@@ -52,7 +52,8 @@ COMMAND = Command(
 
 def write_report(chosen: FolderOptions, images: ImageOptions) -> Path:
     """
-    Write the report and return its path.
+    Write the report and return its path. What the folder holds and the report cannot show is left out, and named on
+    the page and on stderr.
 
     Raises:
         ValueError: not a run or model, unreadable images or weights, or a missing package.
@@ -69,7 +70,10 @@ def write_report(chosen: FolderOptions, images: ImageOptions) -> Path:
     looked = look(folder, images)
     plots = output.parent / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    write_text(output, render_page(folder, looked, plots, images.seed))
+    page = render_page(folder, looked, plots, images.seed)
+    write_text(output, page.encode("utf-8", errors="replace").decode("utf-8"))  # JSON can hold halves of characters
+    for note in folder.notes:
+        warn(note.removesuffix("."))
     return output
 
 
