@@ -1,5 +1,6 @@
 """One parser for recipes and command lines: what it accepts, converts and refuses."""
 
+import re
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +12,16 @@ from mocov3_hf.hub import push
 from mocov3_hf.inference import files
 from mocov3_hf.interop import export
 from mocov3_hf.option_help import help_text
-from mocov3_hf.options import OTHER_NAMES, Command, option, parse, values_of_arguments
+from mocov3_hf.options import (
+    OTHER_NAMES,
+    PATH_WORDS,
+    Command,
+    option,
+    parse,
+    values_of_arguments,
+    values_of_keywords,
+    values_of_recipe,
+)
 from mocov3_hf.pretraining import recipe
 from mocov3_hf.reporting import UsageError
 
@@ -284,3 +294,42 @@ def test_help_wins_over_mistakes(capsys):
             parse(command(), arguments)
         assert ended.value.code == 0
     assert "--rare" in capsys.readouterr().out
+
+
+def test_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/user")
+    pretraining = values_of_arguments(
+        recipe.COMMAND,
+        [
+            "~/data",
+            "--output_dir",
+            "~/runs/x",
+            "--model",
+            "~/m",
+            "--resume_from_checkpoint",
+            "~/c",
+            "--hub_revision",
+            "~",
+        ],
+    )
+    assert pretraining["dataset_name"] == "/home/user/data"
+    assert (pretraining["output_dir"], pretraining["model"]) == ("/home/user/runs/x", "/home/user/m")
+    assert (pretraining["resume_from_checkpoint"], pretraining["hub_revision"]) == ("/home/user/c", "~")
+    (tmp_path / "mine.yaml").write_text("dataset_name: ~/data\nknn_dataset_name: ~/labeled\n")
+    from_file = values_of_recipe(recipe.COMMAND, tmp_path / "mine.yaml")
+    assert from_file == {"dataset_name": "/home/user/data", "knn_dataset_name": "/home/user/labeled"}
+    images = values_of_arguments(files.CLASSIFY, ["~/a.jpg", "~/b", "--model", "~/m", "--output", "~/o"])
+    assert images["images"] == ["/home/user/a.jpg", "/home/user/b"]
+    assert (images["model"], images["output"]) == ("/home/user/m", "/home/user/o")
+    assert values_of_keywords(recipe.COMMAND, {"dataset_name": "~/data"}) == {"dataset_name": "/home/user/data"}
+
+
+def test_options_that_take_a_path_say_so():
+    """The placeholder of an option decides whether "~" is the home folder."""
+    for command in (recipe.COMMAND, knn.COMMAND, finetune.COMMAND, export.COMMAND, files.CLASSIFY, files.EXTRACT):
+        for name, item in command.fields().items():
+            if (
+                any(word in name for word in ("_dir", "dataset_name", "output", "from_checkpoint"))
+                and "overwrite" not in name
+            ):
+                assert PATH_WORDS & set(re.findall("[A-Z_]+", item.metadata["metavar"])), f"{command.name} --{name}"
