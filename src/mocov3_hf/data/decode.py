@@ -1,7 +1,8 @@
 """Decode images to uint8 RGB: the pixels of PIL's `ImageOps.exif_transpose(image).convert("RGB")`, but faster.
 
-PIL opens every image, so PIL decides what is an image. torchvision decodes the pixels of gray and RGB JPEGs; PIL
-decodes everything else. `benchmarks/fuzz_decode.py` compares the two on damaged files.
+PIL opens every image, so PIL decides what is an image; only a JPEG whose header is simple and right in every byte is
+not shown to PIL, to save time. torchvision decodes the pixels of gray and RGB JPEGs; PIL decodes everything else.
+`benchmarks/fuzz_decode.py` compares the two on damaged files.
 """
 
 import io
@@ -18,7 +19,15 @@ import torch
 import torchvision  # noqa: F401  (registers its operators)
 from PIL import Image, UnidentifiedImageError
 
-from .decode_limits import MAX_BYTES, MAX_PIXELS, LimitError, check_before_opening, check_scans, check_size
+from .decode_limits import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    LimitError,
+    check_before_opening,
+    check_scans,
+    check_size,
+    plain_jpeg_size,
+)
 
 
 # The formats that are read, by the bytes they begin with. PIL has more: some start other programs (EPS) or have no
@@ -211,6 +220,14 @@ def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
 
 
 def _decode(data: bytes, choose_shrink, max_pixels: int) -> tuple[torch.Tensor, int, int]:
+    size = plain_jpeg_size(data) if _HAS_OPERATORS else None
+    if size is not None and (choose_shrink is None or size[0] * size[1] < _LARGE):
+        check_size(*size, max_pixels)
+        try:
+            image = _decode_with_torchvision(data)
+            return image, image.shape[1], image.shape[2]
+        except RuntimeError:  # of damaged images, PIL accepts some more
+            pass
     with opened(data, max_pixels) as image:
         if image.format in ("JPEG", "MPO"):
             return _decode_jpeg(data, image, choose_shrink)
@@ -231,13 +248,17 @@ def _decode_jpeg(data: bytes, image: Image.Image, choose_shrink) -> tuple[torch.
         pixels = _pixels(image)
     elif _HAS_OPERATORS and image.mode in ("L", "RGB"):  # PIL converts CMYK differently
         try:
-            # A copy, because torch warns about memory that cannot be written.
-            pixels = torch.ops.image.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB, False)
-        except RuntimeError:  # of damaged images, PIL accepts some more
+            pixels = _decode_with_torchvision(data)
+        except RuntimeError:
             pixels = _pixels(image)
     else:
         pixels = _pixels(image)
     return _orient(pixels, orientation), height, width
+
+
+def _decode_with_torchvision(data: bytes) -> torch.Tensor:
+    # A copy, because torch warns about memory that cannot be written.
+    return torch.ops.image.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB, False)
 
 
 def _pixels(image: Image.Image) -> torch.Tensor:
