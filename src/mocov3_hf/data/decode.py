@@ -257,8 +257,9 @@ def _decode_jpeg(data: bytes, image: Image.Image, choose_shrink) -> tuple[torch.
 
 
 def _decode_with_torchvision(data: bytes) -> torch.Tensor:
-    # A copy, because torch warns about memory that cannot be written.
-    return torch.ops.image.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB, False)
+    with _QUIET:  # a warning about memory that cannot be written, which the decoder does not do
+        buffer = torch.frombuffer(data, dtype=torch.uint8)
+    return torch.ops.image.decode_jpeg(buffer, _RGB, False)
 
 
 def _pixels(image: Image.Image) -> torch.Tensor:
