@@ -111,9 +111,10 @@ class ClassifierTrainer(Trainer):
         """As `Trainer`; errors end its progress bar, and are printed by every process but the first."""
         try:
             return super().train(*args, **options)
-        except (ValueError, RuntimeError) as error:
+        # Of a worker that dies while it sends a batch, torch notices only the end of the connection.
+        except (ValueError, RuntimeError, ConnectionError, EOFError) as error:
             if not isinstance(error, ValueError | RunError):
-                if "DataLoader worker" not in str(error):
+                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                     raise
                 error = RunError(f"a data-loading worker died, perhaps out of memory: {one_line(error)}")
             for callback in self.callback_handler.callbacks:
