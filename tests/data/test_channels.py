@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from mocov3_hf.data import photometric
 from mocov3_hf.data.device_cache import DeviceCache
 from mocov3_hf.data.loader import TwoViewLoader
 from mocov3_hf.data.photometric import PhotometricStage
-from mocov3_hf.data.sources import MapSource
+from mocov3_hf.data.sources import MapSource, find_image_column, open_source
 from mocov3_hf.data.views import PARAMETER_NAMES, ViewSettings, crop_box, draw_view, make_views, two_views
 from mocov3_hf.processing import PixelFormat
 
@@ -163,7 +164,6 @@ def test_optional_operations_change_no_other_draw():
 
 
 def test_radiographs_in_a_folder_become_views(encode, tmp_path):
-    import datasets
 
     levels = RANDOM.integers(300, 4396, (4, 30, 40)).astype(np.uint16)
     images = [{"bytes": encode(Image.fromarray(image), "PNG"), "path": None} for image in levels]
@@ -173,3 +173,27 @@ def test_radiographs_in_a_folder_become_views(encode, tmp_path):
     values = batch["pixels"].double() / 65535
     assert 0.4 < values.mean() < 0.6  # neither white nor black
     assert values.std() > 0.1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_arrays_in_parquet(tmp_path, streaming, nested):
+    arrays = RANDOM.integers(0, 4096, (6, 4, 8, 9)).astype(np.uint16)
+    feature = datasets.Array3D((4, 8, 9), "uint16")
+    table = datasets.Dataset.from_dict({"bands": list(arrays)}, features=datasets.Features({"bands": feature}))
+    if nested:  # as written without `datasets`
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.table({"bands": pa.array(arrays.tolist())}), tmp_path / "train.parquet")
+    else:
+        table.to_parquet(tmp_path / "train.parquet")
+    source = open_source(str(tmp_path), streaming=streaming, image_column="bands")
+    (batch,) = TwoViewLoader(
+        source, two_views(image_size=8, crop_scale=(1, 1)), global_batch_size=6, pixel_format=PixelFormat(4, (0, 4095))
+    ).epoch(0)
+    assert batch["pixels"].shape == (2, 6, 4, 8, 8)
+    read = source.shards[0].load().read(3) if streaming else source.read(3)
+    np.testing.assert_array_equal(read, arrays[3])
+    if not nested:
+        assert find_image_column(table) == "bands"

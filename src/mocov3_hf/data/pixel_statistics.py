@@ -43,23 +43,22 @@ class PixelStatistics:
     notes: tuple[str, ...] = ()
 
 
-def sample_images(source, number: int = NUM_SAMPLED) -> Iterator[Encoded]:
+def sample_images(source, number: int = NUM_SAMPLED, skip_plain: bool = True) -> Iterator[Encoded]:
     """
     Encoded images spread over a data set.
 
     Args:
-        source: A `MapSource`, a `StreamSource`, or anything with a length and `read`. Of a stream, up to 8 shards are
-            loaded, and of remote tars only one, none if it holds 8-bit images by its suffix.
+        source: A `MapSource`, a `StreamSource`, or anything with a length and `read`. Of a stream, up to 4 shards are
+            loaded, and only one if its length is unknown: it is read as a whole.
         number: At most so many.
+        skip_plain: Whether to load no shard of remote tars that hold 8-bit images by their suffix.
     """
     readers: list[tuple[int, Callable]] = []
     if hasattr(source, "shards"):
         shards = source.shards
-        if isinstance(shards[0], RemoteTarShard):
-            if shards[0].image_column.lower() in _PLAIN_SUFFIXES:
-                return
-            shards = shards[:1]
-        for index in _spread(len(shards), 8):
+        if skip_plain and isinstance(shards[0], RemoteTarShard) and shards[0].image_column.lower() in _PLAIN_SUFFIXES:
+            return
+        for index in _spread(len(shards), 1 if shards[0].num_rows is None else 4):
             rows = shards[index].load()
             readers.append((len(rows), rows.read))
     else:
@@ -105,7 +104,7 @@ def estimate_pixels(
             the sample.
         MissingExtraError: As `decode_image`.
     """
-    images = Sample(source, num_sampled, input_data_format)
+    images = Sample(source, num_sampled, input_data_format, skip_plain=not estimate_mean)
     channels = images.choose_channels(num_channels, model_channels)
     notes = []
     if channels != 3:
@@ -115,6 +114,8 @@ def estimate_pixels(
         if pixel_range is not None:
             kinds = ", ".join(sorted({str(image.dtype).removeprefix("torch.") for image in images.deep}))
             notes.append(f"{kinds} values scaled from {shown_range(pixel_range)} to 0..1 (--pixel_range)")
+    elif pixel_range is not None and images.encoded and not images.deep:
+        raise ValueError("--pixel_range is for images with more than 8 bits, and these have 8: leave it out")
     pixel_format = PixelFormat(channels, checked_range(pixel_range, channels), nodata, input_data_format)
     if estimate_mean is None:
         estimate_mean = not pixel_format.is_rgb8
@@ -138,12 +139,12 @@ class Sample:
         channels: How many images have how many channels; plain 8-bit images, also grayscale ones, count as 3.
     """
 
-    def __init__(self, source, number: int, input_data_format: str | None = None):
+    def __init__(self, source, number: int, input_data_format: str | None = None, skip_plain: bool = True):
         self.encoded: list[Encoded] = []
         self.deep: list[torch.Tensor] = []
         self.channels: Counter[int] = Counter()
         last_error = None
-        for data in sample_images(source, number):
+        for data in sample_images(source, number, skip_plain):
             try:
                 image = unusual_image(data, input_data_format)
             except BadImageError as error:

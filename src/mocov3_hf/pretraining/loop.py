@@ -39,6 +39,7 @@ from .hardware import choose_settings, compile_augmentation, set_up
 from .instability import GradientWatch, Instability
 from .monitors import DivergedError, TrainingLog, summarize
 from .online_knn import OnlineKNN
+from .pixels import settle_pixels
 from .plan import batches, ema_decay_at, learning_rate_at, make_plan
 from .processes import LostProcessError, limit_time_to_exit, raise_if_process_lost
 from .recipe import Recipe, parse
@@ -132,12 +133,13 @@ class Run:
     """
 
     def __init__(self, recipe: Recipe, resume_command: str, lock: FolderLock):
-        self.recipe, self.resume_command, self.lock = recipe, resume_command, lock
+        self.resume_command, self.lock = resume_command, lock
         self.output_dir = Path(recipe.run.output_dir)
         disable_progress_bar()  # transformers' own, for every file of a checkpoint
         self.accelerator = build_accelerator(recipe)
         check_model(recipe)
         source = build_source(recipe)
+        self.recipe = recipe = self.settle_pixels(recipe, source)
         self.plan = make_plan(recipe, source.num_samples, self.accelerator.num_processes)
         self.data = identify(source, self.accelerator.is_main_process)
         found = find_common_checkpoint(recipe, self.plan, lock, self.data)
@@ -186,6 +188,13 @@ class Run:
             name = recipe.hub.hub_model_id or self.output_dir.resolve().name
             self.pusher = BackgroundPusher(name, private=recipe.hub.hub_private_repo, revision=recipe.hub.hub_revision)
 
+    def settle_pixels(self, recipe: Recipe, source) -> Recipe:
+        """The recipe with channels, range, mean and standard deviation of the images, those of the first process."""
+        recipe, notes = settle_pixels(recipe, source)
+        for note in notes:
+            self.accelerator.print(f"images: {note}", file=sys.stderr)
+        return broadcast_object_list([recipe])[0] if self.accelerator.num_processes > 1 else recipe
+
     def train(self, stop: StopRequest) -> None:
         """Train to the end, or until a signal; weights, metrics and the resolved recipe are in the output folder."""
         self.accelerator.init_trackers("mocov3", config=tracker_config(self.recipe))
@@ -226,6 +235,9 @@ class Run:
             self.accelerator.print(f"stopped by {stop.describe()} after step {self.step}; to resume:")
             self.accelerator.print(f"  {self.resume_command}")
         elif self.accelerator.is_main_process:
+            if self.loader.num_filled_images:
+                number = f"{self.loader.num_filled_images:,}"
+                print(f"pixels without data were filled with the mean of their channel in {number} decoded images")
             print(summarize(self.recipe, self.plan))
 
     def train_until_stopped(self, stop: StopRequest, log: TrainingLog) -> bool:
