@@ -9,7 +9,7 @@ import torch
 from transformers import BaseImageProcessor, BitImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
-from .model.image_processing_mocov3 import MoCoV3ImageProcessor
+from .model.image_processing_mocov3 import MoCoV3ImageProcessor, scale_pixels
 
 
 # Legend of dimensions: C channels, H W image.
@@ -158,14 +158,24 @@ def pixel_format_of(processor: BaseImageProcessor) -> PixelFormat:
     return PixelFormat()
 
 
-def for_pixels(processor: BaseImageProcessor, pixel_format: PixelFormat) -> BaseImageProcessor:
+def for_pixels(
+    processor: BaseImageProcessor,
+    pixel_format: PixelFormat,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+) -> BaseImageProcessor:
     """
     A processor with the sizes and normalization of another, for images of this format.
+
+    Args:
+        processor: As saved with a model.
+        pixel_format: Of the images.
+        image_mean, image_std: By channel; None for those of the processor.
 
     Raises:
         ValueError: Its mean has another number of channels.
     """
-    if pixel_format_of(processor) == pixel_format:
+    if pixel_format_of(processor) == pixel_format and image_mean is None and image_std is None:
         return processor
     settings = {
         name: value
@@ -174,14 +184,30 @@ def for_pixels(processor: BaseImageProcessor, pixel_format: PixelFormat) -> Base
         or name in ("image_mean", "image_std")
     }
     channels = pixel_format.num_channels
-    if settings.get("do_normalize", True) and len(settings.get("image_mean") or ()) != channels:
-        raise ValueError(
-            f"the image processor normalizes {len(settings.get('image_mean') or ())} channels, the images have"
-            f" {channels}"
-        )
+    for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+        if values is not None:
+            settings[name] = list(values)
+        if settings.get("do_normalize", True) and len(settings.get(name) or ()) != channels:
+            raise ValueError(
+                f"the image processor normalizes {len(settings.get(name) or ())} channels, the images have {channels}"
+            )
     return MoCoV3ImageProcessor(
         num_channels=channels, pixel_range=pixel_format.pixel_range, nodata=pixel_format.nodata, **settings
     )
+
+
+class Scaling:
+    """One image of any depth (C, H, W) to float32 in 0..1, filled where it has no data: the first step of training."""
+
+    def __init__(self, pixel_format: PixelFormat):
+        self.pixel_format = pixel_format
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        chosen = self.pixel_format
+        return scale_pixels(image, chosen.pixel_range, chosen.nodata, chosen.fill)[0]
+
+    def __repr__(self) -> str:
+        return f"Scaling({self.pixel_format})"
 
 
 class ProcessorTransform:
@@ -190,14 +216,13 @@ class ProcessorTransform:
 
     Args:
         processor: Its own size, crop, resampling, mean and standard deviation hold.
-
-    Attributes:
-        pixel_format: Of the images that it takes: uint8, or values of any depth if the format says so.
+        pixel_format: Of the images that it takes: uint8, or values of any depth if the format says so. None for that
+            of the processor.
     """
 
-    def __init__(self, processor: BaseImageProcessor):
+    def __init__(self, processor: BaseImageProcessor, pixel_format: PixelFormat | None = None):
         self.processor = processor
-        self.pixel_format = pixel_format_of(processor)
+        self.pixel_format = pixel_format or pixel_format_of(processor)
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         # Three rows of pixels could be taken for channels: the layout is passed.

@@ -268,7 +268,7 @@ class EvaluationTransform:
 
 @dataclass(frozen=True)
 class TrainingTransform:
-    """Random resized crop, flip, normalize: uint8 (3, H, W) to float32 (3, size, size).
+    """Random resized crop, flip, normalize: (C, H, W), uint8 or float32 in 0..1, to float32 (C, size, size).
 
     Uses torch's global random generator.
 
@@ -306,7 +306,8 @@ class TrainingTransform:
 def _normalize(image: torch.Tensor, mean, std) -> torch.Tensor:
     if mean is None or std is None:
         return image
-    return v2.functional.normalize(image.to(torch.float32) / 255, list(mean), list(std))
+    scaled = image.to(torch.float32) / 255 if image.dtype == torch.uint8 else image
+    return v2.functional.normalize(scaled, list(mean), list(std))
 
 
 class LabeledDataset(torch.utils.data.Dataset):
