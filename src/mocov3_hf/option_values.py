@@ -38,6 +38,9 @@ def convert(name: str, value: Any, kind: Any, bounds: Mapping[str, float | None]
         only = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
         if isinstance(only, str) and only.lower() in typing.get_args(words):
             return only.lower()
+        if isinstance(only, str) and not only.startswith("[") and _to_float(only) is None:
+            several = describe_type(plain_type(kind), several=True)
+            raise UsageError(f"{name} takes {' or '.join(typing.get_args(words))}, or {several}, got {shown(only)}")
     origin = typing.get_origin(kind)
     if origin is list:
         return _convert_list(name, value, typing.get_args(kind)[0], bounds)

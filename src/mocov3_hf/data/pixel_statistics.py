@@ -102,7 +102,7 @@ def estimate_pixels(
     Raises:
         ValueError: Images of different numbers of channels, or of another number than asked for; no usable image in
             the sample.
-        MissingExtraError: As `decode_image`.
+        MissingPackageError: As `decode_image`.
     """
     images = Sample(source, num_sampled, input_data_format, skip_plain=not estimate_mean)
     channels = images.choose_channels(num_channels, model_channels)

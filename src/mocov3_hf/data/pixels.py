@@ -27,14 +27,13 @@ from ..model.image_processing_mocov3 import (
     with_channels,
 )
 from ..processing import PixelFormat
-from ..reporting import RunError
+from ..requirements import MissingPackageError, require_packages
 from .decode import MAX_PIXELS, BadImageError, _check_size, _orient, _orientation, decode_shrunk, encoded_bytes
 
 
 RGB8 = PixelFormat()
 # What `read_image` takes besides the formats of PIL.
 ARRAY_SUFFIXES = (".npy",)
-EXTRA = "pip install 'mocov3_hf[multichannel]'"
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _NPY = b"\x93NUMPY"
@@ -45,14 +44,6 @@ _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _EXTRA_SAMPLES, _NODATA = 258, 262,
 _WHITE_IS_ZERO = 0
 
 Encoded = bytes | str | os.PathLike | np.ndarray
-
-
-class MissingExtraError(RunError):
-    """A format needs a package that is not installed."""
-
-    def __init__(self, message: str):
-        # torch re-raises a worker's exception with the whole traceback as its message. The original message is last.
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 class Decoded(NamedTuple):
@@ -87,7 +78,7 @@ def decode_image(
 
     Raises:
         BadImageError: The reason in one line.
-        MissingExtraError: A format that needs the extra packages.
+        MissingPackageError: A format that needs the extra packages.
     """
     values, height, width = _read(data, pixel_format, choose_shrink, max_pixels)
     if values.dtype == torch.uint8 and not pixel_format.is_deep and pixel_format.nodata is None:
@@ -125,7 +116,7 @@ def unusual_image(
     Of an array, the shorter one of its first and last axis are the channels. A transparent image has no alpha channel.
 
     Raises:
-        BadImageError, MissingExtraError: As `decode_image`; also for an array whose first and last axis are equal.
+        BadImageError, MissingPackageError: As `decode_image`; also for an array whose first and last axis are equal.
     """
     return _checked(lambda data: _deep_values(data, None, input_data_format, max_pixels), data)
 
@@ -156,7 +147,7 @@ def _checked(read: Callable, data: Encoded) -> Any:
         data = encoded_bytes(data)
     try:
         return read(data)
-    except (BadImageError, MissingExtraError):
+    except (BadImageError, MissingPackageError):
         raise
     except MemoryError as error:
         raise BadImageError("does not fit in memory") from error
@@ -319,9 +310,7 @@ def _without_nodata(values: torch.Tensor, declared: str | None) -> torch.Tensor:
 
 
 def _extra(name: str, what: str):
+    require_packages(what, "multichannel", {name: name})
     # Its messages about damaged files; the exception has the reason.
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingExtraError(f"{what} needs {name}, which is not installed: {EXTRA}") from error
+    return importlib.import_module(name)
