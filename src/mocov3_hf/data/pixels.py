@@ -10,7 +10,6 @@ import importlib
 import io
 import logging
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import torch
 from PIL import Image, TiffImagePlugin
 
 from ..model.image_processing_mocov3 import (
+    PixelError,
     as_tensor,
     channels_first,
     is_deep_mode,
@@ -28,16 +28,24 @@ from ..model.image_processing_mocov3 import (
 )
 from ..processing import PixelFormat
 from ..requirements import MissingPackageError, require_packages
-from .decode import MAX_PIXELS, BadImageError, _check_size, _orient, _orientation, decode_shrunk, encoded_bytes
+from .decode import (
+    BadImageError,
+    _orient,
+    _orientation,
+    decode_shrunk,
+    decoder_message,
+    encoded_bytes,
+    format_of,
+    opened,
+)
+from .decode_limits import MAX_BYTES, MAX_PIXELS, LimitError, check_before_opening
 
 
 RGB8 = PixelFormat()
 # What `read_image` takes besides the formats of PIL.
 ARRAY_SUFFIXES = (".npy",)
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 _NPY = b"\x93NUMPY"
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MOST_PAGES = 4096
 # Tags of TIFF files.
 _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _EXTRA_SAMPLES, _NODATA = 258, 262, 274, 277, 338, 42113
@@ -86,7 +94,8 @@ def decode_image(
     try:
         image, filled = scale_pixels(values, pixel_format.pixel_range, pixel_format.nodata, pixel_format.fill)
     except ValueError as error:
-        raise BadImageError(str(error).replace("pass pixel_range", "pass --pixel_range LOW HIGH")) from error
+        message = str(error).replace("pass pixel_range", "pass --pixel_range LOW HIGH")
+        raise BadImageError(message, _path_of(data)) from error
     if not pixel_format.is_deep:
         image = (image * 255).round_().to(torch.uint8)
     return Decoded(image, height, width, filled)
@@ -103,7 +112,13 @@ def read_image(data: Encoded, pixel_format: PixelFormat = RGB8, max_pixels: int 
     """
     if pixel_format.is_rgb8:
         return decode_image(data, pixel_format, None, max_pixels).image
-    return _read(data, pixel_format, None, max_pixels)[0]
+    values = _read(data, pixel_format, None, max_pixels)[0]
+    is_missing = ~torch.isfinite(values) if values.dtype.is_floating_point else torch.zeros(1, dtype=torch.bool)
+    if pixel_format.nodata is not None:
+        is_missing = is_missing | (values.to(torch.float64) == pixel_format.nodata)
+    if is_missing.all():
+        raise BadImageError("has no pixel with data", _path_of(data))
+    return values
 
 
 def unusual_image(
@@ -119,6 +134,24 @@ def unusual_image(
         BadImageError, MissingPackageError: As `decode_image`; also for an array whose first and last axis are equal.
     """
     return _checked(lambda data: _deep_values(data, None, input_data_format, max_pixels), data)
+
+
+def check_image(data: Encoded) -> None:
+    """
+    Decode an image with the channels that it has.
+
+    Raises:
+        BadImageError, MissingPackageError: It cannot be used.
+    """
+    values = unusual_image(data)
+    if values is None:
+        decode_shrunk(data, None)
+    elif values.dtype.is_floating_point and not torch.isfinite(values).any():
+        raise BadImageError("has no pixel with data", _path_of(data))
+
+
+def _path_of(data: Encoded) -> str | None:
+    return os.fsdecode(data) if isinstance(data, str | os.PathLike) else None
 
 
 def _read(
@@ -143,25 +176,27 @@ def _read(
 
 def _checked(read: Callable, data: Encoded) -> Any:
     """`read(data)`, with every error of a decoder as a `BadImageError`."""
+    path = _path_of(data)
     if not isinstance(data, np.ndarray):
         data = encoded_bytes(data)
     try:
         return read(data)
-    except (BadImageError, MissingPackageError):
+    except BadImageError as error:
+        raise BadImageError(error.reason, error.path or path) from error
+    except MissingPackageError:
         raise
     except MemoryError as error:
-        raise BadImageError("does not fit in memory") from error
-    except ValueError as error:
-        raise BadImageError((str(error).splitlines() or [""])[0][:200]) from error
-    # tifffile and imagecodecs have exceptions of their own for damaged files.
+        raise BadImageError("does not fit in memory", path) from error
+    except (LimitError, PixelError) as error:
+        raise BadImageError((str(error).splitlines() or [""])[0][:200], path) from error
+    # PIL, tifffile and imagecodecs have many exceptions for damaged files.
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise BadImageError(f"cannot be decoded: {type(error).__name__}: {reason}") from error
+        raise BadImageError(f"cannot be decoded: {decoder_message(error)}", path) from error
 
 
 def _converted(values: torch.Tensor, data: bytes | np.ndarray, wanted: int) -> torch.Tensor:
     if wanted == 4 and values.dtype == torch.uint8 and len(values) == 3 and isinstance(data, bytes):
-        with Image.open(io.BytesIO(data)) as image:
+        with opened(data) as image:
             array = pil_array(image, wanted)
         if array.ndim == 3 and array.shape[2] == 4:  # the alpha channel holds a band
             return torch.from_numpy(array).permute(2, 0, 1)
@@ -175,10 +210,13 @@ def _deep_values(
     if isinstance(data, np.ndarray):
         return _array_channels_first(data, wanted, axis, max_pixels)
     if data[:6] == _NPY:
+        if len(data) > MAX_BYTES:
+            raise LimitError(f"has {len(data)} bytes, more than the allowed {MAX_BYTES}")
         return _array_channels_first(_npy_array(data), wanted, axis, max_pixels)
-    if data[:8] == _PNG and len(data) > 32 and data[24] == 16:
+    name = format_of(data)
+    if name == "PNG" and len(data) > 32 and data[24] == 16:
         return _deep_png(data, wanted, max_pixels)
-    if data[:4] in _TIFF:
+    if name == "TIFF":
         return _tiff(data, wanted, max_pixels)
     return None
 
@@ -197,7 +235,7 @@ def _array_channels_first(array: np.ndarray, wanted: int | None, axis: str | Non
             wanted = min(array.shape[0], array.shape[2])
     try:
         return channels_first(as_tensor(array), wanted, axis)
-    except ValueError as error:
+    except PixelError as error:
         message = str(error).replace("input_data_format", "--input_data_format channels_first or channels_last")
         raise BadImageError(message) from error
 
@@ -219,43 +257,42 @@ def _npy_array(data: bytes) -> np.ndarray:
 
 
 def _deep_png(data: bytes, wanted: int | None, max_pixels: int) -> torch.Tensor:
-    _check_size(int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big"), max_pixels)
-    orientation = _orientation(data) if b"eXIf" in data else 1
-    if data[25] == 0:  # grayscale; PIL would truncate colors to 8 bits
-        with Image.open(io.BytesIO(data)) as image:
-            array = np.array(image).astype(np.uint16)[None]
-    else:
-        imagecodecs = _extra("imagecodecs", "16-bit color PNG")
-        array = np.moveaxis(np.atleast_3d(imagecodecs.png_decode(data)), 2, 0)
-        if len(array) in (2, 4) and wanted != len(array):
-            array = array[:-1]
+    with opened(data, max_pixels) as image:
+        orientation = _orientation(image)
+        if data[25] == 0:  # grayscale; PIL truncates colors to 8 bits
+            return _orient(as_tensor(np.array(image).astype(np.uint16)[None]), orientation)
+    imagecodecs = _extra("imagecodecs", "16-bit color PNG")
+    array = np.moveaxis(np.atleast_3d(imagecodecs.png_decode(data)), 2, 0)
+    if len(array) in (2, 4) and wanted != len(array):
+        array = array[:-1]
     return _orient(as_tensor(array), orientation)
 
 
 def _tiff(data: bytes, wanted: int | None, max_pixels: int) -> torch.Tensor | None:
     """PIL reads pages of one sample. Everything else that is not a plain 8-bit image is read with tifffile."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata, and PIL's own limit on the size
-        try:
-            tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if data[2:4] in (b"+\0", b"\0+") else 8])
-            file = io.BytesIO(data)
-            file.seek(tags.next)
-            tags.load(file)
-            image = Image.open(file) if tags.get(_SAMPLES, 1) <= 4 else None
-        except Exception:  # as many kinds as there are damaged and unusual files; tifffile names what is wrong
-            image = None
-        if image is None:
-            return _tiff_with_tifffile(data, wanted, max_pixels)
-        with image:
-            _check_size(*image.size, max_pixels)
-            is_8bit = max(tags.get(_BITS, (1,))) <= 8
-            if tags.get(_SAMPLES, 1) == 1 and (image.mode == "L" or is_deep_mode(image.mode)):
-                return _gray_pages(image, tags, wanted, max_pixels)
-            # A fourth sample that is not declared to be alpha is a band, unless RGB is asked for.
-            has_bands = 0 in tags.get(_EXTRA_SAMPLES, ())[:1] and wanted != 3
-            if is_8bit and not has_bands:
-                return None
-    return _tiff_with_tifffile(data, wanted, max_pixels)
+    check_before_opening("TIFF", data, max_pixels)
+    try:
+        tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if data[2:4] in (b"+\0", b"\0+") else 8])
+        file = io.BytesIO(data)
+        file.seek(tags.next)
+        tags.load(file)
+        is_readable = tags.get(_SAMPLES, 1) <= 4
+        if is_readable:
+            with opened(data, max_pixels):
+                pass
+    except LimitError:
+        raise
+    except Exception:  # as many kinds as there are damaged and unusual files; tifffile names what is wrong
+        is_readable = False
+    if not is_readable:
+        return _tiff_with_tifffile(data, wanted, max_pixels)
+    with opened(data, max_pixels) as image:
+        is_8bit = max(tags.get(_BITS, (1,))) <= 8
+        if tags.get(_SAMPLES, 1) == 1 and (image.mode == "L" or is_deep_mode(image.mode)):
+            return _gray_pages(image, tags, wanted, max_pixels)
+    # A fourth sample that is not declared to be alpha is a band, unless RGB is asked for.
+    has_bands = 0 in tags.get(_EXTRA_SAMPLES, ())[:1] and wanted != 3
+    return None if is_8bit and not has_bands else _tiff_with_tifffile(data, wanted, max_pixels)
 
 
 def _gray_pages(image: Image.Image, tags, wanted: int | None, max_pixels: int) -> torch.Tensor | None:

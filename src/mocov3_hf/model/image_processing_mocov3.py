@@ -99,6 +99,10 @@ class MoCoV3ImageProcessor(TorchvisionBackend):
         return scale_pixels(image.to(device) if device is not None else image, pixel_range, nodata, image_mean)[0]
 
 
+class PixelError(ValueError):
+    """An image that a processor cannot use: its type, its channels, or no pixel with data."""
+
+
 def pil_array(image: Image.Image, num_channels: int) -> np.ndarray:
     """A PIL image of any mode as an array `(height, width)` or `(height, width, channels)`, 8-bit or deeper."""
     image = ImageOps.exif_transpose(image)
@@ -118,12 +122,12 @@ def as_tensor(array: np.ndarray) -> torch.Tensor:
     An array as a tensor of the same type and shape; booleans become 0 and 255.
 
     Raises:
-        ValueError: the type is not a number.
+        PixelError: the type is not a number.
     """
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
     if array.dtype.kind not in "uif":
-        raise ValueError(f"holds {array.dtype} values, expected numbers")
+        raise PixelError(f"holds {array.dtype} values, expected numbers")
     if array.dtype.itemsize > 8:  # long double
         array = array.astype(np.float64)
     array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
@@ -140,23 +144,23 @@ def channels_first(image: torch.Tensor, num_channels: int, axis: str | None = No
         axis: `"channels_first"`, `"channels_last"`, or None to find the axis by its length.
 
     Raises:
-        ValueError: no axis has this length, or both do.
+        PixelError: no axis has this length, or both do.
     """
     if image.dim() == 2:
         return image[None]
     if image.dim() != 3:
-        raise ValueError(f"has the shape {tuple(image.shape)}, expected (channels, height, width)")
+        raise PixelError(f"has the shape {tuple(image.shape)}, expected (channels, height, width)")
     if axis is None:
         for accepted in (num_channels, {1: 3, 3: 1}.get(num_channels)):
             found = [place for place in (0, 2) if image.shape[place] == accepted]
             if len(found) == 2:
-                raise ValueError(
+                raise PixelError(
                     f"has the shape {tuple(image.shape)}, in which the first or the last axis may hold the channels:"
                     " pass input_data_format"
                 )
             if found:
                 return image if found == [0] else image.permute(2, 0, 1)
-        raise ValueError(f"has the shape {tuple(image.shape)}, expected an axis of {num_channels} channels")
+        raise PixelError(f"has the shape {tuple(image.shape)}, expected an axis of {num_channels} channels")
     return image.permute(2, 0, 1) if axis == "channels_last" else image
 
 
@@ -165,7 +169,7 @@ def with_channels(image: torch.Tensor, num_channels: int) -> torch.Tensor:
     An image `(channels, height, width)` with another number of channels: grayscale to RGB, or RGB to grayscale.
 
     Raises:
-        ValueError: there is no such conversion.
+        PixelError: there is no such conversion.
     """
     found = len(image)
     if found == num_channels:
@@ -177,7 +181,7 @@ def with_channels(image: torch.Tensor, num_channels: int) -> torch.Tensor:
         luma = ((red + green + blue) / 65536)[None]
         # PIL rounds half up.
         return luma.to(image.dtype) if image.dtype.is_floating_point else torch.floor(luma + 0.5).to(image.dtype)
-    raise ValueError(f"has {found} channels, expected {num_channels}")
+    raise PixelError(f"has {found} channels, expected {num_channels}")
 
 
 def scale_pixels(
@@ -199,7 +203,7 @@ def scale_pixels(
         float32 `(channels, height, width)`, and the number of values that were filled.
 
     Raises:
-        ValueError: no pixel has data, or values whose range is not known.
+        PixelError: no pixel has data, or values whose range is not known.
     """
     low, high = _limits(image, pixel_range)
     values = image.to(torch.float64 if image.dtype in WIDE else torch.float32)
@@ -212,7 +216,7 @@ def scale_pixels(
     if number == 0:
         return scaled, 0
     if number == missing.numel():
-        raise ValueError("has no pixel with data")
+        raise PixelError("has no pixel with data")
     known = (~missing).sum(dim=(1, 2))
     means = scaled.masked_fill(missing, 0).sum(dim=(1, 2), dtype=torch.float64) / known.clamp(min=1)
     empty = torch.full_like(means, 0.5) if fill is None else torch.tensor(fill, dtype=means.dtype, device=means.device)
@@ -233,7 +237,7 @@ def _limits(image: torch.Tensor, pixel_range: Any) -> tuple[torch.Tensor, torch.
         else:
             pixel_range = (0.0, 1.0)
     if pixel_range is None:
-        raise ValueError(
+        raise PixelError(
             f"holds {str(image.dtype).removeprefix('torch.')} values from {image.min().item():g} to"
             f" {image.max().item():g}, whose range is not known: pass pixel_range"
         )
@@ -241,6 +245,6 @@ def _limits(image: torch.Tensor, pixel_range: Any) -> tuple[torch.Tensor, torch.
         pixel_range, dtype=torch.float64 if image.dtype in WIDE else torch.float32, device=image.device
     )
     if limits.dim() == 2 and len(limits) not in (1, len(image)):
-        raise ValueError(f"has {len(image)} channels, but pixel_range has {len(limits)} pairs")
+        raise PixelError(f"has {len(image)} channels, but pixel_range has {len(limits)} pairs")
     limits = limits.reshape(-1, 2)
     return limits[:, 0, None, None], limits[:, 1, None, None]

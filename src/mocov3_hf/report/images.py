@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..data.decode import BadImageError
 from ..data.labeled import find_label_column, open_labeled
-from ..data.pixels import RGB8, read_image
+from ..data.pixels import RGB8, check_image, read_image
 from ..data.sources import MapSource, open_dataset
 from ..loading import load_classifier, load_encoder, load_processor, pooled_of
 from ..model.modeling_mocov3 import token_grid
@@ -126,7 +126,7 @@ def usable_rows(source: MapSource, rows: np.ndarray, num_images: int, bad_images
         if len(found) == num_images:
             break
         try:
-            decode_rgb(source.read(row))
+            check_image(source.read(row))
         except BadImageError as error:
             print(f"skipped: image in row {row} {error}", file=sys.stderr)
         else:
