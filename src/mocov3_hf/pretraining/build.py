@@ -18,7 +18,6 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from ..data.loader import TwoViewLoader
-from ..data.photometric import PhotometricStage
 from ..data.sources import open_source
 from ..data.views import ViewSettings, two_views
 from ..data.workers import default_workers
@@ -32,7 +31,7 @@ from ..process_group import leave_at_exit
 from ..reporting import UsageError, one_line
 from ..requirements import check_tracker
 from ..run_folder import BAD_IMAGES
-from .pixels import normalization, pixel_format
+from .pixels import pixel_format
 from .plan import Plan
 from .recipe import NO_ACCUMULATION, Recipe
 
@@ -340,16 +339,6 @@ def build_view_settings(recipe: Recipe) -> tuple[ViewSettings, ViewSettings]:
         replace(first, blur_probability=views.blur_probability_1, solarize_probability=views.solarize_probability_1),
         replace(second, blur_probability=views.blur_probability_2, solarize_probability=views.solarize_probability_2),
     )
-
-
-def build_photometric(recipe: Recipe, device: torch.device) -> PhotometricStage:
-    """The device half of the augmentation."""
-    views = recipe.views
-    is_blurred = views.blur_probability_1 > 0 or views.blur_probability_2 > 0
-    mean, std = normalization(recipe)
-    optional = (views.vertical_flip_probability, views.rotation_probability, views.channel_drop_probability)
-    blur_sigma = views.blur_sigma[1] if is_blurred else 0.0
-    return PhotometricStage(mean, std, blur_sigma, optional_operations=any(optional)).to(device)
 
 
 def build_loader(recipe: Recipe, source, plan: Plan, accelerator: Accelerator) -> TwoViewLoader:

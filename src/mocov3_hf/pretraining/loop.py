@@ -24,7 +24,6 @@ from .build import (
     build_loader,
     build_model,
     build_optimizer,
-    build_photometric,
     build_source,
     check_model,
     doubtful_choices,
@@ -39,7 +38,7 @@ from .hardware import choose_settings, compile_augmentation, set_up
 from .instability import GradientWatch, Instability
 from .monitors import DivergedError, TrainingLog, summarize
 from .online_knn import OnlineKNN
-from .pixels import settle_pixels
+from .pixels import build_photometric, settle_pixels_together
 from .plan import batches, ema_decay_at, learning_rate_at, make_plan
 from .processes import LostProcessError, limit_time_to_exit, raise_if_process_lost
 from .recipe import Recipe, parse
@@ -139,7 +138,7 @@ class Run:
         self.accelerator = build_accelerator(recipe)
         check_model(recipe)
         source = build_source(recipe)
-        self.recipe = recipe = self.settle_pixels(recipe, source)
+        self.recipe = recipe = settle_pixels_together(recipe, source, self.accelerator)
         self.plan = make_plan(recipe, source.num_samples, self.accelerator.num_processes)
         self.data = identify(source, self.accelerator.is_main_process)
         found = find_common_checkpoint(recipe, self.plan, lock, self.data)
@@ -187,13 +186,6 @@ class Run:
         if recipe.hub.push_to_hub and self.accelerator.is_main_process:
             name = recipe.hub.hub_model_id or self.output_dir.resolve().name
             self.pusher = BackgroundPusher(name, private=recipe.hub.hub_private_repo, revision=recipe.hub.hub_revision)
-
-    def settle_pixels(self, recipe: Recipe, source) -> Recipe:
-        """The recipe with channels, range, mean and standard deviation of the images, those of the first process."""
-        recipe, notes = settle_pixels(recipe, source)
-        for note in notes:
-            self.accelerator.print(f"images: {note}", file=sys.stderr)
-        return broadcast_object_list([recipe])[0] if self.accelerator.num_processes > 1 else recipe
 
     def train(self, stop: StopRequest) -> None:
         """Train to the end, or until a signal; weights, metrics and the resolved recipe are in the output folder."""

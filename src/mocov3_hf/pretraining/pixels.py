@@ -1,12 +1,17 @@
 """Channels, bit depth and normalization of the images of a run: from the recipe, or found in the data."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from transformers import BaseImageProcessor
 
 from ..data.labeled import EvaluationTransform
+from ..data.photometric import PhotometricStage
 from ..data.pixel_statistics import estimate_pixels
 from ..loading import load_config, num_channels_of
 from ..processing import PixelFormat, ProcessorTransform, build_image_processor, checked_range
@@ -67,6 +72,14 @@ def settle_pixels(recipe: Recipe, source) -> tuple[Recipe, tuple[str, ...]]:
     return recipe, found.notes
 
 
+def settle_pixels_together(recipe: Recipe, source, accelerator: Accelerator) -> Recipe:
+    """The recipe that `settle_pixels` returns on the first process, which prints what was found, on all of them."""
+    recipe, notes = settle_pixels(recipe, source)
+    for note in notes:
+        accelerator.print(f"images: {note}", file=sys.stderr)
+    return broadcast_object_list([recipe])[0] if accelerator.num_processes > 1 else recipe
+
+
 def with_settled_options(recipe: Recipe) -> Recipe:
     """With the settled options of the run that is resumed, where the recipe leaves them open."""
     asked = recipe.run.resume_from_checkpoint
@@ -105,6 +118,16 @@ def normalization(recipe: Recipe) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of a settled recipe, by channel, for pixels in 0..1."""
     processor = image_processor(recipe)
     return list(processor.image_mean), list(processor.image_std)
+
+
+def build_photometric(recipe: Recipe, device: torch.device) -> PhotometricStage:
+    """The device half of the augmentation."""
+    views = recipe.views
+    is_blurred = views.blur_probability_1 > 0 or views.blur_probability_2 > 0
+    mean, std = normalization(recipe)
+    optional = (views.vertical_flip_probability, views.rotation_probability, views.channel_drop_probability)
+    blur_sigma = views.blur_sigma[1] if is_blurred else 0.0
+    return PhotometricStage(mean, std, blur_sigma, optional_operations=any(optional)).to(device)
 
 
 def image_processor(recipe: Recipe) -> BaseImageProcessor:
