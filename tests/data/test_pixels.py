@@ -184,8 +184,36 @@ def test_damaged_files_are_bad_images(data):
         decode_image(data, PixelFormat(7, (0, 4095)))
 
 
+def test_mutated_files_are_decoded_or_refused(encode):
+    """A short form of many thousands: nothing but `BadImageError`, in one line, and no more memory than is allowed."""
+    imagecodecs = pytest.importorskip("imagecodecs")
+    options = {"planarconfig": "contig", "photometric": "minisblack"}
+    files = [tiff(BANDS, **options), tiff(BANDS, compression="lzw", **options), npy(BANDS)]
+    files += [tiff(BANDS.astype(np.float32), tile=(16, 16), compression="zlib", predictor=True, **options)]
+    files += [imagecodecs.png_encode(BANDS[..., :3].copy()), pages(BANDS.transpose(2, 0, 1), encode)]
+    draw = np.random.default_rng(1)
+    for number in range(180):
+        data = bytearray(files[number % len(files)])
+        for _ in range(draw.integers(1, 6)):
+            data[draw.integers(min(len(data), 400) if number % 2 else len(data))] = draw.integers(256)
+        reason = ""
+        try:
+            decode_image(bytes(data), PixelFormat(7, (0, 4095)))
+        except BadImageError as error:
+            reason = str(error)
+        assert "\n" not in reason
+
+
+def test_small_files_cannot_declare_many_pixels(encode):
+    data = bytearray(encode(Image.fromarray(RADIOGRAPH), "TIFF", compression="tiff_lzw"))
+    height = re.search(rb"\x01\x01[\x03\x04]\x00\x01\x00\x00\x00", data)  # tag 257, one value
+    data[height.start() : height.end() + 4] = struct.pack("<HHII", 257, 4, 1, 5 << 20)
+    with pytest.raises(BadImageError, match="too few for the shape"):
+        unusual_image(bytes(data))
+
+
 def test_too_large_arrays_are_refused():
-    with pytest.raises(BadImageError, match="more than the allowed 300"):
+    with pytest.raises(BadImageError, match="more than the allowed 100"):
         decode_image(np.zeros((7, 8, 8), np.uint8), PixelFormat(7), max_pixels=100)
 
 

@@ -137,8 +137,8 @@ def test_the_command_line_wins_and_mappings_are_merged(recipes):
         (["--backbone_config", '{"a": NaN}'], "numbers in a mapping must be finite"),
         (["--k", "1", "a"], "--k takes one integer, got 'a'"),
         (["--recipe", "quikstart"], "there is no option '--recipe'"),
-        (["d", "--pixel_range", "wide"], "pixel_range takes auto, or finite numbers, got 'wide'"),
-        (["d", "--pixel_range", "0", "wide"], "pixel_range takes one finite number, got 'wide'"),
+        (["--pixel_range", "wide"], "pixel_range takes auto, or finite numbers, got 'wide'"),
+        (["--pixel_range", "0", "wide"], "pixel_range takes one finite number, got 'wide'"),
     ],
 )
 def test_mistakes_of_the_command_line(arguments, message):

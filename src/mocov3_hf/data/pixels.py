@@ -47,6 +47,8 @@ ARRAY_SUFFIXES = (".npy",)
 
 _NPY = b"\x93NUMPY"
 _MOST_PAGES = 4096
+# Values that a file of any size may have, and values per byte of larger ones: more than LZW and Deflate can reach.
+_SMALL, _LARGEST_RATIO = 1 << 22, 2000
 # Tags of TIFF files.
 _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _EXTRA_SAMPLES, _NODATA = 258, 262, 274, 277, 338, 42113
 _WHITE_IS_ZERO = 0
@@ -221,10 +223,13 @@ def _deep_values(
     return None
 
 
-def _check_values(shape: tuple[int, ...], max_pixels: int) -> None:
-    """At most as many values as an RGB image of `max_pixels` pixels has."""
-    if min(shape) < 1 or int(np.prod(shape, dtype=object)) > 3 * max_pixels:
-        raise BadImageError(f"has the shape {shape}, with more than the allowed {3 * max_pixels} values or none")
+def _check_values(shape: tuple[int, ...], max_pixels: int, num_bytes: int | None = None) -> None:
+    """At most `max_pixels` values, and of compressed files not many more than their bytes can hold."""
+    values = int(np.prod(shape, dtype=object))
+    if min(shape) < 1 or values > max_pixels:
+        raise BadImageError(f"has the shape {shape}, with more than the allowed {max_pixels} values or none")
+    if num_bytes is not None and values > max(_SMALL, _LARGEST_RATIO * num_bytes):
+        raise BadImageError(f"has {num_bytes} bytes, too few for the shape {shape}")
 
 
 def _array_channels_first(array: np.ndarray, wanted: int | None, axis: str | None, max_pixels: int) -> torch.Tensor:
@@ -289,18 +294,18 @@ def _tiff(data: bytes, wanted: int | None, max_pixels: int) -> torch.Tensor | No
     with opened(data, max_pixels) as image:
         is_8bit = max(tags.get(_BITS, (1,))) <= 8
         if tags.get(_SAMPLES, 1) == 1 and (image.mode == "L" or is_deep_mode(image.mode)):
-            return _gray_pages(image, tags, wanted, max_pixels)
+            return _gray_pages(image, tags, wanted, max_pixels, len(data))
     # A fourth sample that is not declared to be alpha is a band, unless RGB is asked for.
     has_bands = 0 in tags.get(_EXTRA_SAMPLES, ())[:1] and wanted != 3
     return None if is_8bit and not has_bands else _tiff_with_tifffile(data, wanted, max_pixels)
 
 
-def _gray_pages(image: Image.Image, tags, wanted: int | None, max_pixels: int) -> torch.Tensor | None:
+def _gray_pages(image: Image.Image, tags, wanted: int | None, max_pixels: int, num_bytes: int) -> torch.Tensor | None:
     """Pages of equal size and type as channels."""
     number = getattr(image, "n_frames", 1)
     if image.mode == "L" and (number == 1 or (wanted in (1, 3) and number != wanted)) and _NODATA not in tags:
         return None  # a plain image, or a document of which the first page counts
-    _check_values((min(number, _MOST_PAGES), image.height, image.width), max_pixels)
+    _check_values((min(number, _MOST_PAGES), image.height, image.width), max_pixels, num_bytes)
     pages, size, mode = [], image.size, image.mode
     for index in range(min(number, _MOST_PAGES)):
         image.seek(index)
@@ -320,7 +325,7 @@ def _tiff_with_tifffile(data: bytes, wanted: int | None, max_pixels: int) -> tor
         page, axes = series.keyframe, series.axes
         if "Y" not in axes or "X" not in axes:
             raise BadImageError(f"has axes {axes}, expected an image")
-        _check_values(series.shape, max_pixels)
+        _check_values(series.shape, max_pixels, len(data))
         array = series.asarray(maxworkers=1)
         tags = {tag: page.tags[tag].value for tag in (_ORIENTATION, _NODATA) if tag in page.tags}
         photometric, extra_samples = int(page.photometric), tuple(map(int, page.extrasamples))
