@@ -1,6 +1,8 @@
 """Images of any bit depth and number of channels: decoding, scaling, pixels without data, and statistics."""
 
 import io
+import re
+import struct
 
 import numpy as np
 import pytest
