@@ -1,5 +1,6 @@
 """Images of any bit depth and number of channels: decoding, scaling, pixels without data, and statistics."""
 
+import importlib.util
 import io
 import re
 import struct
@@ -13,6 +14,7 @@ from mocov3_hf.data.decode import BadImageError, decode_rgb
 from mocov3_hf.data.pixel_statistics import estimate_pixels, mean_and_std
 from mocov3_hf.data.pixels import decode_image, read_image, unusual_image
 from mocov3_hf.processing import PixelFormat
+from mocov3_hf.requirements import MissingPackageError
 
 
 RANDOM = np.random.default_rng(0)
@@ -217,6 +219,15 @@ def test_small_files_cannot_declare_many_pixels(encode):
 def test_too_large_arrays_are_refused():
     with pytest.raises(BadImageError, match="more than the allowed 100"):
         decode_image(np.zeros((7, 8, 8), np.uint8), PixelFormat(7), max_pixels=100)
+
+
+@pytest.mark.parametrize("missing", ["tifffile", "imagecodecs"])
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, missing):
+    data = tiff(BANDS, planarconfig="contig", photometric="minisblack", compression="lzw")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name))
+    with pytest.raises(MissingPackageError, match=rf'needs {missing}: pip install "mocov3_hf\[multichannel\]"'):
+        estimate_pixels(Listed([data]))
 
 
 # Statistics
