@@ -48,8 +48,21 @@ OPTIONS = {
     "logging_steps": 50,
     "save_steps": 1000,
 }
-# The illumination of the bands varies more than that of photographs, and no band alone shows a digit.
-CHANGES = {"bands": {"brightness": 0.8, "contrast": 0.8, "grayscale_probability": 0.5}}
+CHANGES = {
+    # The illumination varies more than that of photographs, and no band alone shows a digit.
+    "bands": {"brightness": 0.8, "contrast": 0.8, "grayscale_probability": 0.5},
+    # Reflectances are absolute: a cloud is not a brighter meadow. Satellites have no upper side.
+    "sentinel2": {
+        "brightness": 0.1,
+        "contrast": 0.1,
+        "grayscale_probability": 0.0,
+        "solarize_probability_2": 0.0,
+        "flip_probability": 0.5,
+        "vertical_flip_probability": 0.5,
+        "rotation_probability": 0.75,
+        "train_batch_size": 64,
+    },
+}
 TILE, STRIDE, SPECTRAL = 16, 6, 13
 
 
