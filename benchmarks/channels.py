@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--scenes", type=Path, help="folder of the Sentinel-2 scenes; without it they are left out")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--num_epochs", type=int, default=40)
+    parser.add_argument("--num_epochs", type=int, default=24)
     parser.add_argument("--only", help="radiographs, bands or sentinel2")
     chosen = parser.parse_args()
     kinds = {"radiographs": (write_radiographs, 1), "bands": (write_bands, 5)}
