@@ -49,9 +49,10 @@ from step import (
 from torch.profiler import ProfilerActivity, profile
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
-from mocov3_hf.pretraining.build import build_loader, build_photometric, build_source
+from mocov3_hf.pretraining.build import build_loader, build_source
 from mocov3_hf.pretraining.estimate import multiply_adds
 from mocov3_hf.pretraining.hardware import HardwareSettings, choose_algorithms, compile_augmentation
+from mocov3_hf.pretraining.pixels import build_photometric
 from mocov3_hf.pretraining.plan import make_plan
 from mocov3_hf.pretraining.recipe import load_recipe
 

@@ -1,7 +1,8 @@
 """
 MoCo v3 self-supervised pre-training for any vision backbone, native to Hugging Face transformers.
 
-Importing the package registers its models, so that `AutoModel.from_pretrained` and `pipeline` know them.
+Importing the package registers its models and image processor, so that `AutoModel.from_pretrained` and `pipeline` know
+them.
 """
 
 import sys
@@ -15,6 +16,7 @@ if sys.argv[:1] == ["-m"]:  # `python -m mocov3_hf`, which imports this package 
 from transformers import (
     AutoBackbone,
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForPreTraining,
@@ -27,6 +29,7 @@ from .model import (
     MoCoV3ForImageClassification,
     MoCoV3ForPreTraining,
     MoCoV3ForPreTrainingOutput,
+    MoCoV3ImageProcessor,
     MoCoV3Model,
     MoCoV3PreTrainedModel,
     MoCoV3ViTConfig,
@@ -43,6 +46,7 @@ AutoModel.register(MoCoV3Config, MoCoV3Model, exist_ok=True)
 AutoModelForPreTraining.register(MoCoV3Config, MoCoV3ForPreTraining, exist_ok=True)
 AutoModelForImageClassification.register(MoCoV3Config, MoCoV3ForImageClassification, exist_ok=True)
 AutoBackbone.register(MoCoV3Config, MoCoV3Backbone, exist_ok=True)
+AutoImageProcessor.register(MoCoV3Config, fast_image_processor_class=MoCoV3ImageProcessor, exist_ok=True)
 
 __all__ = [
     "MoCoV3Backbone",
@@ -50,6 +54,7 @@ __all__ = [
     "MoCoV3ForImageClassification",
     "MoCoV3ForPreTraining",
     "MoCoV3ForPreTrainingOutput",
+    "MoCoV3ImageProcessor",
     "MoCoV3Model",
     "MoCoV3PreTrainedModel",
     "MoCoV3ViTConfig",

@@ -5,6 +5,7 @@ exception: a ViT that was saved without its pooling layer is loaded without it, 
 Without a saved image processor, the default of MoCo v3's evaluation at the model's image size is used, with a warning.
 """
 
+import copy
 import hashlib
 import inspect
 import json
@@ -275,6 +276,45 @@ def num_channels_of(config: PreTrainedConfig) -> int:
     parts = (config, getattr(config, "backbone_config", None))
     found = (getattr(part, "num_channels", None) for part in parts)
     return next((channels for channels in found if isinstance(channels, int)), 3)
+
+
+def with_input_channels(model: PreTrainedModel, num_channels: int) -> PreTrainedModel:
+    """
+    A model for images with another number of channels, with the weights of a given one.
+
+    The weights of every layer that takes the image are summed over the channels for one channel; otherwise they are
+    repeated, and scaled so that the sum over the channels stays the same (as timm's `adapt_input_conv`).
+
+    Raises:
+        ValueError: An architecture whose configuration has no `num_channels`, or whose layers do not follow it.
+    """
+    found = num_channels_of(model.config)
+    if found == num_channels:
+        return model
+    config = copy.deepcopy(model.config)
+    holder = getattr(config, "backbone_config", None) or config
+    if not isinstance(getattr(holder, "num_channels", None), int):
+        raise ValueError(f"the configuration of a {holder.model_type!r} model has no num_channels to change")
+    holder.num_channels = num_channels
+    adapted_model = type(model)(config)
+    state = dict(model.state_dict())
+    for name, expected in adapted_model.state_dict().items():
+        weight = state[name]
+        if weight.shape != expected.shape:
+            if weight.shape[1] != found or expected.shape[1] != num_channels:
+                raise ValueError(f"{name} has the shape {tuple(weight.shape)}, expected {tuple(expected.shape)}")
+            state[name] = adapt_input_weight(weight, num_channels)
+    adapted_model.load_state_dict(state)
+    return adapted_model.to(model.dtype).train(model.training)
+
+
+def adapt_input_weight(weight: torch.Tensor, num_channels: int) -> torch.Tensor:
+    """The weights (D, C, h, w) of a first layer for another number of channels, see `with_input_channels`."""
+    if num_channels == 1:
+        return weight.float().sum(dim=1, keepdim=True).to(weight.dtype)
+    found = weight.shape[1]
+    repeated = weight.float().repeat(1, -(-num_channels // found), 1, 1)[:, :num_channels]
+    return (repeated * (found / num_channels)).to(weight.dtype)
 
 
 def base_encoder(model: nn.Module) -> PreTrainedModel:

@@ -29,11 +29,18 @@ def convert(name: str, value: Any, kind: Any, bounds: Mapping[str, float | None]
     Raises:
         UsageError: another type, or a number outside its bounds.
     """
-    optional = type(None) in typing.get_args(kind) and typing.get_origin(kind) in (typing.Union, types.UnionType)
-    if optional:
-        if value is None or (isinstance(value, str) and value.lower() == "null"):
-            return None
-        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    parts = alternatives(kind)
+    if type(None) in parts and (value is None or (isinstance(value, str) and value.lower() == "null")):
+        return None
+    words = next((part for part in parts if typing.get_origin(part) is Literal), None)
+    kind = next(part for part in parts if part is not type(None))
+    if words is not None and words is not kind:  # such as `list[float] | Literal["auto"]`
+        only = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+        if isinstance(only, str) and only.lower() in typing.get_args(words):
+            return only.lower()
+        if isinstance(only, str) and not only.startswith("[") and _to_float(only) is None:
+            several = describe_type(plain_type(kind), several=True)
+            raise UsageError(f"{name} takes {' or '.join(typing.get_args(words))}, or {several}, got {shown(only)}")
     origin = typing.get_origin(kind)
     if origin is list:
         return _convert_list(name, value, typing.get_args(kind)[0], bounds)
@@ -188,6 +195,11 @@ def describe_type(kind: Any, several: bool = False) -> str:
     if typing.get_origin(kind) is list:
         return f"a list of {describe_type(typing.get_args(kind)[0], several=True)}"
     return words[kind][several]
+
+
+def alternatives(kind: Any) -> tuple:
+    """The parts of a union, or the type itself."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
 
 
 def plain_type(kind: Any) -> Any:

@@ -16,7 +16,7 @@ from mocov3_hf.data.decode import decode_rgb
 from mocov3_hf.data.loader import TwoViewLoader
 from mocov3_hf.data.shards import ListedRows
 from mocov3_hf.data.sources import MapSource, StreamSource
-from mocov3_hf.data.views import crop_boxes, draw_view, two_views
+from mocov3_hf.data.views import NUM_PARAMETERS, crop_boxes, draw_view, two_views
 from mocov3_hf.data.workers import LostWorkerError
 
 
@@ -107,7 +107,7 @@ def test_batches_hold_what_they_promise(images, kind):
         assert set(batch) == {"pixels", "parameters", "sample_ids"}
         assert batch["pixels"].shape == (2, 12, 3, 24, 24)
         assert batch["pixels"].dtype == torch.uint8
-        assert batch["parameters"].shape == (2, 12, 9)
+        assert batch["parameters"].shape == (2, 12, NUM_PARAMETERS)
         assert batch["parameters"].dtype == torch.float32
         assert batch["sample_ids"].shape == (12,)
         assert batch["sample_ids"].dtype == torch.int64

@@ -335,9 +335,8 @@ def test_images_that_cannot_be_decoded_are_named(model_folder, image_folder, tmp
     images = shutil.copytree(image_folder, tmp_path / "images")
     (images / "train" / "ant" / "003.png").write_bytes(b"no image")
     line = fails(main, command(model_folder, images, tmp_path / "output", "--dataloader_num_workers", workers))
-    assert re.fullmatch(
-        "error: image in row 3 of the training split .*: repair or remove it, or pass --bad_images skip", line
-    )
+    advice = "repair or remove it, or pass --bad_images skip"
+    assert re.fullmatch(f"error: image in row 3 of the training split .*: {advice}", line)
 
 
 @pytest.mark.slow

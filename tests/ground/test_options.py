@@ -43,6 +43,7 @@ class Rest:
     crop_scale: list[float] = option([0.08, 1.0], "Area.", above=0, at_most=1)
     backbone_config: dict = option({}, "Backbone.")
     learning_rate: float | None = option(None, "Peak learning rate, 10 % of it.", above=0, old=["lr"])
+    pixel_range: list[float] | Literal["auto"] | None = option(None, "Range.", metavar="auto|LOW HIGH")
     image_size: int = option(224, "Side.", at_least=1)
     ema_decay: float = option(0.5, "EMA.", old={"ema_momentum": lambda value: 1 - value})
     rare: int = option(7, "Rarely needed.", advanced=True)
@@ -81,6 +82,8 @@ def of_recipe(recipes, text, *arguments):
         (["--k", "[4, 5]"], "k", [4, 5]),
         (["--crop_scale", "0.2", "1"], "crop_scale", [0.2, 1.0]),
         (["--image_size", "1e2"], "image_size", 100),
+        (["--pixel_range", "Auto"], "pixel_range", "auto"),
+        (["--pixel_range", "-1e3", "4095"], "pixel_range", [-1000.0, 4095.0]),
         (["--learning_rate", "1e-6"], "learning_rate", 1e-6),
         (["--learning_rate", "null"], "learning_rate", None),
         (["--lr", "0.1"], "learning_rate", 0.1),
@@ -144,6 +147,8 @@ def test_the_command_line_wins_and_mappings_are_merged(recipes):
         (["--backbone_config", '{"a": NaN}'], "numbers in a mapping must be finite"),
         (["--k", "1", "a"], "--k takes one integer, got 'a'"),
         (["--recipe", "quikstart"], "there is no option '--recipe'"),
+        (["--pixel_range", "wide"], "pixel_range takes auto, or finite numbers, got 'wide'"),
+        (["--pixel_range", "0", "wide"], "pixel_range takes one finite number, got 'wide'"),
     ],
 )
 def test_mistakes_of_the_command_line(arguments, message):

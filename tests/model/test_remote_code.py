@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mocov3_hf import MoCoV3Backbone, MoCoV3Config, MoCoV3ForPreTraining, MoCoV3ViTConfig, MoCoV3ViTModel
-from mocov3_hf.hub.remote_code import AUTO_MAPS, CODE_FOLDER, add_code
+from mocov3_hf.hub.remote_code import AUTO_MAPS, CODE_FOLDER, PROCESSOR_MAP, add_code
+from mocov3_hf.processing import PixelFormat, build_image_processor
 
 
 BACKBONE = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -16,7 +17,7 @@ LOAD = """
 import sys
 
 import torch
-from transformers import AutoBackbone, AutoConfig, AutoModel
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel
 
 folder, vit_folder = sys.argv[1:3]
 trust = {"trust_remote_code": True}
@@ -27,8 +28,12 @@ with torch.no_grad():
     backbone_class = type(AutoBackbone.from_config(config, **trust))
     backbone = backbone_class.from_pretrained(folder, config=config).eval()
     vit = AutoModel.from_pretrained(vit_folder, **trust).eval()
+    processor = AutoImageProcessor.from_pretrained(folder, **trust)
     results = {"maps": list(backbone(images).feature_maps), "tokens": vit(images).last_hidden_state}
 assert type(backbone).__name__ == "MoCoV3Backbone"
+assert type(processor).__name__ == "MoCoV3ImageProcessor"
+assert processor.pixel_range == [0, 4095]
+assert processor(images[0] * 1000, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
 assert type(vit).__name__ == "MoCoV3ViTModel"
 assert type(vit.config).__name__ == "MoCoV3ViTConfig"
 assert not [name for name in sys.modules if name.split(".")[0] == "mocov3_hf"]
@@ -43,6 +48,7 @@ def test_backbone_and_bare_vit_load_without_the_package(tmp_path):
     )
     vit = MoCoV3ViTModel(MoCoV3ViTConfig(**BACKBONE)).eval()
     MoCoV3ForPreTraining(config).save_pretrained(tmp_path / "whole")
+    build_image_processor(32, pixel_format=PixelFormat(3, (0, 4095))).save_pretrained(tmp_path / "whole")
     vit.save_pretrained(tmp_path / "vit")
     for name in ("whole", "vit"):
         add_code(tmp_path / name)
@@ -65,6 +71,6 @@ def test_auto_maps_name_what_the_files_contain(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
         add_code(tmp_path)
         assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == auto_map
-        for reference in auto_map.values():
+        for reference in (*auto_map.values(), *PROCESSOR_MAP.values()):
             file, name = reference.split(".")
             assert f"\nclass {name}(" in (CODE_FOLDER / f"{file}.py").read_text()

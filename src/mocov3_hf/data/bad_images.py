@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from .decode import BadImageError, decode_shrunk, printable
+from ..processing import PixelFormat
+from .decode import BadImageError, printable
+from .pixels import RGB8, Decoded, decode_image
 
 
 # After this many unusable images in a row, the storage is not available.
@@ -119,16 +119,13 @@ class ImageReader(partial):
         return self.func.__self__.describe(*self.args)
 
 
-def decode_first_usable(candidates, choose_shrink, bad: list[BadImage]) -> tuple[torch.Tensor, int, int]:
+def decode_first_usable(candidates, choose_shrink, bad: list[BadImage], pixel_format: PixelFormat = RGB8) -> Decoded:
     """Decode the first usable image of some candidates.
 
     Args:
         candidates: Pairs (sample id, `ImageReader` of the encoded image).
-        choose_shrink: See `decode_shrunk`.
+        choose_shrink, pixel_format: See `decode_image`.
         bad: Receives the unusable images.
-
-    Returns:
-        The result of `decode_shrunk`.
 
     Raises:
         TooManyBadImagesError: None of the first `MAX_NEIGHBOURS` candidates is usable.
@@ -136,7 +133,7 @@ def decode_first_usable(candidates, choose_shrink, bad: list[BadImage]) -> tuple
     tried = 0
     for sample_id, read in candidates:
         try:
-            return decode_shrunk(read(), choose_shrink)
+            return decode_image(read(), pixel_format, choose_shrink)
         except BadImageError as error:
             bad.append(BadImage(sample_id, error.reason, error.path or read.describe()))
         tried += 1

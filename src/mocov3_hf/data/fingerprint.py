@@ -127,6 +127,8 @@ def _sample(source: MapSource, row: int) -> bytes:
             return _sample_of_file(data)
     except (OSError, ValueError):  # a bad image is reported when it is decoded
         data = b""
+    if isinstance(data, np.ndarray):
+        data = data.tobytes()
     return hashlib.sha256(data if isinstance(data, bytes) else repr(data).encode()).digest()
 
 

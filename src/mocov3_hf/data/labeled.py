@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
+from ..processing import PixelFormat
 from ..storage import is_local
 from .account import Account
-from .decode import BadImageError, decode_rgb
+from .decode import BadImageError
 from .image_files import NAMED_BUT_MISSING, NO_CLASS
 from .photometric import IMAGENET_MEAN, IMAGENET_STD
+from .pixels import RGB8, read_image
 from .scan import SPLIT_NAMES
 from .shards import encoded_image
 from .sources import MapSource, open_table
@@ -71,10 +73,15 @@ class LabeledImages:
         """Encoded bytes or path of an image."""
         return self.source.read(index)
 
-    def decode(self, index: int) -> torch.Tensor:
-        """uint8 (3, H, W) RGB. Raises `BadImageError` if the image cannot be used."""
+    def decode(self, index: int, pixel_format: PixelFormat = RGB8) -> torch.Tensor:
+        """
+        An image for an image processor of this format, (C, H, W): uint8, or the values of the file for other formats.
+
+        Raises:
+            BadImageError: The image cannot be used.
+        """
         try:
-            return decode_rgb(self.read(index))
+            return read_image(self.read(index), pixel_format)
         except BadImageError as error:
             raise BadImageError(error.reason, error.path or self.source.describe(index)) from error
 
@@ -261,7 +268,7 @@ class EvaluationTransform:
 
 @dataclass(frozen=True)
 class TrainingTransform:
-    """Random resized crop, flip, normalize: uint8 (3, H, W) to float32 (3, size, size).
+    """Random resized crop, flip, normalize: (C, H, W), uint8 or float32 in 0..1, to float32 (C, size, size).
 
     Uses torch's global random generator.
 
@@ -299,7 +306,8 @@ class TrainingTransform:
 def _normalize(image: torch.Tensor, mean, std) -> torch.Tensor:
     if mean is None or std is None:
         return image
-    return v2.functional.normalize(image.to(torch.float32) / 255, list(mean), list(std))
+    scaled = image.to(torch.float32) / 255 if image.dtype == torch.uint8 else image
+    return v2.functional.normalize(scaled, list(mean), list(std))
 
 
 class LabeledDataset(torch.utils.data.Dataset):
@@ -307,7 +315,8 @@ class LabeledDataset(torch.utils.data.Dataset):
 
     Args:
         images: Returned by `open_labeled`.
-        transform: uint8 (3, H, W) to a tensor; None for `EvaluationTransform()`.
+        transform: Image (C, H, W) to a tensor, with a `pixel_format` if it takes others than 8-bit RGB; None for
+            `EvaluationTransform()`.
     """
 
     def __init__(self, images: LabeledImages, transform=None):
@@ -317,4 +326,5 @@ class LabeledDataset(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(self.images.decode(index)), int(self.images.labels[index])
+        image = self.images.decode(index, getattr(self.transform, "pixel_format", RGB8))
+        return self.transform(image), int(self.images.labels[index])

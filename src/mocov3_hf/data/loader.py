@@ -1,4 +1,4 @@
-"""The data loader of pre-training: pairs of uint8 views and their parameters, for one process of possibly many.
+"""The data loader of pre-training: pairs of views and their parameters, for one process of possibly many.
 
 Every batch is a pure function of (seed, epoch, step). It does not depend on prefetching, pinned memory, the number of
 workers or the number of processes. Do not `prepare` the loader with accelerate: it is already split by process.
@@ -11,10 +11,12 @@ from itertools import islice
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..processing import PixelFormat
 from .bad_images import BadImageLog
 from .device_cache import DeviceCache
 from .draws import Permutation
 from .order import default_lanes, rows_of_process, sample_order, samples_of_step, split_rows, steps_in_epoch
+from .pixels import RGB8
 from .sources import MapSource, StreamSource
 from .streams import StreamReader
 from .views import ViewSettings, make_views
@@ -39,7 +41,11 @@ class TwoViewLoader:
             `DeviceCache`.
         prefetch_factor: Batches that each worker prepares in advance.
         multiprocessing_context: Start method of workers ("fork", "forkserver", "spawn"); None for Python's default.
+        pixel_format: Of the images; 8-bit RGB without it.
         window, lanes: Of a stream, see `StreamOrder`. `lanes` defaults to the largest divisor of the batch up to 16.
+
+    Attributes:
+        num_filled_images: Images so far in which values without data were filled, counted whenever they are decoded.
 
     Raises:
         ValueError: Sizes do not fit together.
@@ -63,6 +69,7 @@ class TwoViewLoader:
         cache_on_device: torch.device | str | None = None,
         prefetch_factor: int = 2,
         multiprocessing_context: str | None = None,
+        pixel_format: PixelFormat = RGB8,
         window: int = 8,
         lanes: int | None = None,
     ):
@@ -79,10 +86,12 @@ class TwoViewLoader:
         self._parts = [self._rows]
         self.lost_worker: LostWorkerError | None = None
         self._is_alone = num_processes == 1
+        self.num_filled_images = 0
         self._cache = None
         if cache_on_device is not None:
-            self._cache = DeviceCache(source, cache_on_device)
+            self._cache = DeviceCache(source, cache_on_device, pixel_format=pixel_format)
             self._bad.add(self._cache.bad)
+            self.num_filled_images = self._cache.num_filled
             return
         if self._is_stream:
             sizes = source.shard_sizes(self.steps_per_epoch * global_batch_size)
@@ -91,9 +100,9 @@ class TwoViewLoader:
             # Each worker prepares its part of every batch, so that it reads only the shards of its own lanes.
             self._parts = split_rows(self._rows, num_workers)
             num_workers = min(num_workers, len(self._parts))
-            batches = _StreamBatches(reader, settings, seed)
+            batches = _StreamBatches(reader, settings, seed, pixel_format)
         else:
-            batches = _MapBatches(source, settings, seed)
+            batches = _MapBatches(source, settings, seed, pixel_format)
         self._requests = _Requests()
         self._loader = DataLoader(
             batches,
@@ -115,8 +124,8 @@ class TwoViewLoader:
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[dict]:
         """Yield the batches of steps start_step .. steps_per_epoch - 1 of an epoch.
 
-        A batch is {"pixels": uint8 (2, B, 3, S, S), "parameters": float32 (2, B, K), "sample_ids": int64 (B,)} with
-        B = global_batch_size / num_processes. Iterate over one epoch at a time.
+        A batch is {"pixels": uint8 (2, B, C, S, S), or uint16 for deep images, "parameters": float32 (2, B, K),
+        "sample_ids": int64 (B,)} with B = global_batch_size / num_processes. Iterate over one epoch at a time.
 
         Raises:
             TooManyBadImagesError: See `BadImageLog`; or many images in a row are unusable.
@@ -131,6 +140,7 @@ class TwoViewLoader:
         parts = []
         for part in self._load(epoch, start_step):
             self._bad.add(part.pop("bad"))
+            self.num_filled_images += part.pop("num_filled")
             parts.append(part)
             if len(parts) == len(self._parts):
                 yield parts[0] if len(parts) == 1 else self._joined(parts)
@@ -179,7 +189,7 @@ class TwoViewLoader:
         pixels = [part["pixels"].permute(0, 1, 3, 4, 2) for part in parts]
         shape = list(pixels[0].shape)
         shape[1] = sum(part.shape[1] for part in pixels)
-        joined = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
+        joined = torch.empty(shape, dtype=pixels[0].dtype, pin_memory=self._pin_memory)
         torch.cat(pixels, dim=1, out=joined)
         return {
             "pixels": joined.permute(0, 1, 4, 2, 3),
@@ -229,23 +239,25 @@ def _stream_requests(epoch: int, steps: range, parts: list[range]):
 class _MapBatches(Dataset):
     """Batches of a `MapSource` by (epoch, sample ids), in a worker."""
 
-    def __init__(self, source: MapSource, settings, seed: int):
-        self.source, self.settings, self.seed = source, settings, seed
+    def __init__(self, source: MapSource, settings, seed: int, pixel_format: PixelFormat):
+        self.source, self.settings, self.seed, self.pixel_format = source, settings, seed, pixel_format
 
     def __getitem__(self, request: tuple) -> dict:
         epoch, sample_ids = request
-        return make_views(self.source.open_batch(torch.tensor(sample_ids)), self.settings, self.seed, epoch)
+        batch = self.source.open_batch(torch.tensor(sample_ids))
+        return make_views(batch, self.settings, self.seed, epoch, self.pixel_format)
 
 
 class _StreamBatches(Dataset):
     """Parts of batches of a `StreamSource` by (epoch, step, rows), in a worker."""
 
-    def __init__(self, reader: StreamReader, settings, seed: int):
-        self.reader, self.settings, self.seed = reader, settings, seed
+    def __init__(self, reader: StreamReader, settings, seed: int, pixel_format: PixelFormat):
+        self.reader, self.settings, self.seed, self.pixel_format = reader, settings, seed, pixel_format
 
     def __getitem__(self, request: tuple) -> dict:
         epoch, step, rows = request
-        return make_views(self.reader.open_batch(epoch, step, rows), self.settings, self.seed, epoch)
+        batch = self.reader.open_batch(epoch, step, rows)
+        return make_views(batch, self.settings, self.seed, epoch, self.pixel_format)
 
 
 class _Requests:

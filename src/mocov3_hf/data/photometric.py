@@ -1,4 +1,4 @@
-"""The device stage of the augmentation, in batches: jitter, grayscale, blur, solarize, flip, normalize.
+"""The device stage of the augmentation, in batches: jitter, grayscale, blur, solarize, flips, normalize.
 
 Plain tensor code with one set of parameters per sample. It uses masks instead of branches and has no data-dependent
 shapes, so that `torch.compile` fuses it into few kernels. On a CPU without compilation, samples are processed one by
@@ -6,7 +6,10 @@ one and only the operations that apply are computed. The results are equal up to
 
 All computation is in float32, independent of the returned dtype.
 
-Shapes: B batch size, S image size, K number of parameters (`views.PARAMETER_NAMES`).
+Images with another number of channels than 3 are augmented as in torchgeo's MoCo v3: neither hue nor saturation, and
+grayscale is the mean of all channels.
+
+Shapes: B batch size, C channels, S image size, K number of parameters (`views.PARAMETER_NAMES`).
 """
 
 import math
@@ -24,22 +27,30 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in PIL
 _PASSES = 3
+_LARGEST = {torch.uint8: 255, torch.uint16: 65535}
 
 
 class PhotometricStage(nn.Module):
-    """uint8 views and their parameters to normalized images. Without trainable parameters or saved state.
+    """Views and their parameters to normalized images. Without trainable parameters or saved state.
 
     Args:
-        mean, std: Of the channels, for pixels in [0, 1].
+        mean, std: Of the C channels, for pixels in [0, 1].
         max_blur_sigma: Largest standard deviation in pixels among the parameters, from `ViewSettings`; 0 for no blur.
             It fixes the width of the kernel: for a larger one, the blur is wrong.
+        optional_operations: Whether to apply vertical flips, rotations and channel drop.
     """
 
-    def __init__(self, mean=IMAGENET_MEAN, std=IMAGENET_STD, max_blur_sigma: float = 2.0):
+    def __init__(
+        self,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        max_blur_sigma: float = 2.0,
+        optional_operations: bool = False,
+    ):
         super().__init__()
-        self.max_blur_sigma = float(max_blur_sigma)
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        self.max_blur_sigma, self.optional_operations = float(max_blur_sigma), optional_operations
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         slots, hue_first = zip(*(_slots(order) for order in JITTER_ORDERS), strict=True)
         self.register_buffer("slots", torch.tensor(slots), persistent=False)
         self.register_buffer("hue_first", torch.tensor(hue_first), persistent=False)
@@ -51,12 +62,12 @@ class PhotometricStage(nn.Module):
         """Apply all operations.
 
         Args:
-            pixels: uint8 (B, 3, S, S).
+            pixels: uint8 or uint16 (B, C, S, S).
             parameters: float32 (B, K).
             dtype: Of the result.
 
         Returns:
-            (B, 3, S, S) in `dtype`, normalized.
+            (B, C, S, S) in `dtype`, normalized.
         """
         if pixels.device.type == "cpu" and not torch.compiler.is_compiling():
             images = [self._one(*sample) for sample in zip(pixels, parameters.tolist(), strict=True)]
@@ -68,13 +79,25 @@ class PhotometricStage(nn.Module):
         values = dict(
             zip(PARAMETER_NAMES, parameters.to(torch.float32)[:, :, None, None, None].unbind(1), strict=True)
         )
-        image = self._jitter(pixels.to(torch.float32) / 255, values)
+        image = self._jitter(pixels.to(torch.float32) / _LARGEST[pixels.dtype], values)
         image = torch.where(values["grayscale"] > 0.5, grayscale(image), image)
         if self.max_blur_sigma > 0:
             image = gaussian_blur(image, parameters[:, PARAMETER_NAMES.index("blur_sigma")], self.max_blur_sigma)
         image = solarize(image, values["solarize_threshold"])
         image = torch.where(values["flip"] > 0.5, image.flip(-1), image)
+        if self.optional_operations:
+            image = torch.where(values["vertical_flip"] > 0.5, image.flip(-2), image)
+            for turns in (1, 2, 3):
+                image = torch.where(values["rotation"] == turns, image.rot90(turns, (-2, -1)), image)
+            image = torch.where(self._is_dropped(values["dropped_channel"]), self.mean, image)
         return ((image - self.mean) / self.std).to(dtype)
+
+    def _is_dropped(self, dropped_channel: torch.Tensor) -> torch.Tensor:
+        """bool (B, C, 1, 1) of parameters (B, 1, 1, 1)."""
+        number = len(self.mean)
+        channel = torch.floor(dropped_channel * number).clamp(max=number - 1)
+        places = torch.arange(number, device=dropped_channel.device)[:, None, None]
+        return (places == channel) & (dropped_channel > 0)
 
     def _jitter(self, image: torch.Tensor, values: dict) -> torch.Tensor:
         """Apply each sample's four operations in its own order, without branches.
@@ -82,35 +105,39 @@ class PhotometricStage(nn.Module):
         Contrast needs a mean over the image and hue is expensive. They divide the order into slots. Brightness and
         saturation are applied in every slot, with factor 1 (no change) where they do not belong.
         """
-        order = values["order"].flatten().long()
+        order, is_rgb = values["order"].flatten().long(), image.shape[1] == 3
         slots, hue_first = self.slots[order], self.hue_first[order].view(-1, 1, 1, 1)
 
         def slot(image: torch.Tensor, index: int) -> torch.Tensor:
             bright_early, saturate, bright_late = slots[:, index, :, None, None, None].unbind(1)
             image = adjust_brightness(image, torch.where(bright_early, values["brightness"], 1.0))
-            image = adjust_saturation(image, torch.where(saturate, values["saturation"], 1.0))
+            if is_rgb:
+                image = adjust_saturation(image, torch.where(saturate, values["saturation"], 1.0))
             return adjust_brightness(image, torch.where(bright_late, values["brightness"], 1.0))
 
         image = slot(image, 0)
-        image = torch.where(hue_first, adjust_hue(image, values["hue"]), image)
+        if is_rgb:
+            image = torch.where(hue_first, adjust_hue(image, values["hue"]), image)
         image = slot(image, 1)
         image = adjust_contrast(image, values["contrast"])
         image = slot(image, 2)
-        image = torch.where(hue_first, image, adjust_hue(image, values["hue"]))
+        if is_rgb:
+            image = torch.where(hue_first, image, adjust_hue(image, values["hue"]))
         return slot(image, 3)
 
     def _one(self, pixels: torch.Tensor, parameters: list[float]) -> torch.Tensor:
-        """One sample (3, S, S), with only the operations that change it."""
+        """One sample (C, S, S), with only the operations that change it."""
         values = dict(zip(PARAMETER_NAMES, parameters, strict=True))
-        image = pixels.contiguous()[None].to(torch.float32).div_(255)
+        image = pixels.contiguous()[None].to(torch.float32).div_(_LARGEST[pixels.dtype])
         changes = {
             _BRIGHTNESS: (values["brightness"], 1, adjust_brightness),
             _CONTRAST: (values["contrast"], 1, adjust_contrast),
-            _SATURATION: (values["saturation"], 1, adjust_saturation),
-            _HUE: (values["hue"], 0, adjust_hue),
         }
+        if image.shape[1] == 3:
+            changes[_SATURATION] = (values["saturation"], 1, adjust_saturation)
+            changes[_HUE] = (values["hue"], 0, adjust_hue)
         for operation in JITTER_ORDERS[int(values["order"])]:
-            amount, neutral, adjust = changes[operation]
+            amount, neutral, adjust = changes.get(operation, (1, 1, None))
             if amount != neutral:
                 image = adjust(image, amount)
         if values["grayscale"] > 0.5:
@@ -121,6 +148,13 @@ class PhotometricStage(nn.Module):
             image = solarize(image, values["solarize_threshold"])
         if values["flip"] > 0.5:
             image = image.flip(-1)
+        if self.optional_operations:
+            if values["vertical_flip"] > 0.5:
+                image = image.flip(-2)
+            image = image.rot90(int(values["rotation"]), (-2, -1))
+            image = torch.where(
+                self._is_dropped(torch.full((1, 1, 1, 1), values["dropped_channel"])), self.mean, image
+            )
         return (image[0] - self.mean).div_(self.std)
 
 
@@ -146,24 +180,26 @@ def _slots(order: tuple[int, ...]) -> tuple[list[list[bool]], bool]:
 
 
 def grayscale(image: torch.Tensor) -> torch.Tensor:
-    """Luma (B, 1, S, S) of RGB (B, 3, S, S)."""
+    """(B, 1, S, S): luma of RGB (B, 3, S, S), or else the mean of all channels (B, C, S, S)."""
+    if image.shape[1] != 3:
+        return image.mean(dim=1, keepdim=True)
     red, green, blue = image.unbind(1)
     return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue)[:, None]
 
 
 def adjust_brightness(image: torch.Tensor, factor) -> torch.Tensor:
-    """Multiply (B, 3, S, S) in [0, 1] by a factor, a number or (B, 1, 1, 1)."""
+    """Multiply (B, C, S, S) in [0, 1] by a factor, a number or (B, 1, 1, 1)."""
     return (image * factor).clamp(0, 1)
 
 
 def adjust_contrast(image: torch.Tensor, factor) -> torch.Tensor:
-    """Blend (B, 3, S, S) in [0, 1] with the mean of its grayscale: factor 0 returns the mean, 1 the image."""
+    """Blend (B, C, S, S) in [0, 1] with the mean of its grayscale: factor 0 returns the mean, 1 the image."""
     mean = grayscale(image).mean(dim=(-3, -2, -1), keepdim=True)
     return (image * factor + mean * (1 - factor)).clamp(0, 1)
 
 
 def adjust_saturation(image: torch.Tensor, factor) -> torch.Tensor:
-    """Blend (B, 3, S, S) in [0, 1] with its grayscale: factor 0 returns the grayscale, 1 the image."""
+    """Blend (B, C, S, S) in [0, 1] with its grayscale: factor 0 returns the grayscale, 1 the image."""
     return (image * factor + grayscale(image) * (1 - factor)).clamp(0, 1)
 
 
@@ -185,7 +221,7 @@ def adjust_hue(image: torch.Tensor, shift) -> torch.Tensor:
 
 
 def solarize(image: torch.Tensor, threshold) -> torch.Tensor:
-    """Invert pixels of (B, 3, S, S) in [0, 1] at or above a threshold (level 0..255), a number or (B, 1, 1, 1)."""
+    """Invert pixels of (B, C, S, S) in [0, 1] at or above a threshold (level 0..255), a number or (B, 1, 1, 1)."""
     return torch.where(image >= threshold / 255, 1 - image, image)
 
 
@@ -195,7 +231,7 @@ def gaussian_blur(image: torch.Tensor, sigma: torch.Tensor, max_sigma: float) ->
     In the interior, the three filters are one convolution. They run one by one only near the edges.
 
     Args:
-        image: (B, 3, S, S).
+        image: (B, C, S, S).
         sigma: (B,), standard deviations in pixels; 0 is no blur.
         max_sigma: Upper bound of sigma.
     """
@@ -244,7 +280,7 @@ def _convolved(*kernels: torch.Tensor) -> torch.Tensor:
 
 
 def _correlate(image: torch.Tensor, kernel: torch.Tensor, dim: int) -> torch.Tensor:
-    """Filter each sample (3, S, S) with its own kernel (T,) along a dimension, without padding."""
+    """Filter each sample (C, S, S) with its own kernel (T,) along a dimension, without padding."""
     return (_convolve if image.device.type == "cpu" else _shift_and_add)(image, kernel, dim)
 
 

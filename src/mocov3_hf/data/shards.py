@@ -12,6 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .decode import BadImageError
@@ -38,7 +41,7 @@ class ListedRows:
 
 
 class ArrowRows:
-    """Rows of an Arrow column (bytes, path or struct of both), converted to Python objects one at a time."""
+    """Rows of an Arrow column (bytes, path, struct of both, or array), converted one at a time."""
 
     def __init__(self, column):
         self._column = column
@@ -47,7 +50,7 @@ class ArrowRows:
         return len(self._column)
 
     def read(self, row: int) -> bytes | str | None:
-        return encoded_image(self._column[row].as_py())
+        return cell(self._column[row])
 
 
 class RemotePathRows:
@@ -85,8 +88,28 @@ class TarRows:
         os.close(self._file)
 
 
-def encoded_image(value) -> bytes | str | None:
-    """The image in a cell of an undecoded column: its bytes, or else its path, or else None."""
+def cell(scalar: pa.Scalar) -> bytes | str | np.ndarray | None:
+    """The image in a cell of an Arrow column: its bytes, or else its path, an array, or else None."""
+    storage = scalar.value if isinstance(scalar, pa.ExtensionScalar) else scalar
+    if not isinstance(storage, pa.ListScalar):
+        return encoded_image(scalar.as_py())
+    values = storage.values
+    if values is None:
+        return None
+    shape = [len(values)]
+    while isinstance(values, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
+        lengths = pc.unique(pc.list_value_length(values)).to_pylist()
+        if len(lengths) != 1 or lengths[0] is None:
+            raise BadImageError("is a nested list with rows of different lengths, expected an array")
+        shape.append(lengths[0])
+        values = values.flatten()
+    return values.to_numpy(zero_copy_only=False).reshape(shape)
+
+
+def encoded_image(value) -> bytes | str | np.ndarray | None:
+    """The image in a cell of an undecoded column: its bytes, or else its path, an array, or else None."""
+    if isinstance(value, list):
+        return np.asarray(value)
     if isinstance(value, dict):
         data = value.get("bytes")
         value = data if data is not None else value.get("path")

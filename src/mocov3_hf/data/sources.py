@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import torch
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -24,7 +25,7 @@ from .damaged_files import check_saved, damaged_parquet, num_parquet_rows, one_l
 from .decode import printable
 from .local import LocalParquet, LocalTable, open_local, parquet_builder, split_aliases
 from .references import shown
-from .shards import builder_shards, encoded_image, table_shards, undecoded
+from .shards import builder_shards, cell, table_shards, undecoded
 
 
 # Of a path, and of a name in it.
@@ -227,18 +228,23 @@ def find_image_column(dataset, image_column: str | None = None) -> str:
             raise ValueError(f"image column {image_column!r} does not exist; columns: {columns}")
         if not _may_hold_images(features[image_column]):
             raise ValueError(
-                f"column {image_column!r} must hold images, encoded bytes or paths, got {features[image_column]}; "
-                f"columns: {columns}"
+                f"column {image_column!r} must hold images, encoded bytes, paths or arrays, got "
+                f"{features[image_column]}; columns: {columns}"
             )
         return image_column
     found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if not found:  # parquet without the metadata of `datasets`
         found = [name for name, feature in features.items() if _is_encoded(feature)]
     if not found:
+        found = [name for name, feature in features.items() if isinstance(feature, _ARRAYS)]
+    if not found:
         raise ValueError(f"no image column found: name it with --image_column; columns: {columns}")
     if len(found) > 1:
         raise ValueError(f"several image columns ({', '.join(found)}): choose one with --image_column")
     return found[0]
+
+
+_ARRAYS = (datasets.Array2D, datasets.Array3D)
 
 
 def _is_encoded(feature) -> bool:
@@ -249,7 +255,8 @@ def _is_encoded(feature) -> bool:
 
 def _may_hold_images(feature) -> bool:
     is_path = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
-    return isinstance(feature, datasets.Image) or _is_encoded(feature) or is_path
+    is_array = isinstance(feature, (*_ARRAYS, datasets.List, datasets.LargeList))
+    return isinstance(feature, datasets.Image) or _is_encoded(feature) or is_path or is_array
 
 
 class MapSource:
@@ -277,9 +284,9 @@ class MapSource:
         # Workers open the files again. Pickling the column would send all its data.
         return {**self.__dict__, "_column": None}
 
-    def read(self, sample_id: int) -> bytes | str | None:
-        """Bytes or path of an image, or None if the row has neither."""
-        return encoded_image(self.column()[int(sample_id)].as_py())
+    def read(self, sample_id: int) -> bytes | str | np.ndarray | None:
+        """Bytes or path of an image, or an array, or None if the row has none."""
+        return cell(self.column()[int(sample_id)])
 
     def describe(self, sample_id: int) -> str | None:
         """The file or the member of an archive that an image is, or the name that its row gives it; else None."""

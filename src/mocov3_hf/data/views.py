@@ -1,9 +1,9 @@
-"""The CPU stage of the augmentation: draw the parameters of both views, decode, crop and resize to uint8.
+"""The CPU stage of the augmentation: draw the parameters of both views, decode, crop and resize to uint8 or uint16.
 
 The two views are BYOL's asymmetric pair, as MoCo v3 uses it. The photometric operations (jitter, grayscale, blur,
-solarize), the flip and the normalization run later, in batches on the device: see `photometric.py`.
+solarize), flips and the normalization run later, in batches on the device: see `photometric.py`.
 
-Shapes: B batch size, S image size of a view, K number of parameters of a view.
+Shapes: B batch size, C channels, S image size of a view, K number of parameters of a view.
 """
 
 import itertools
@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import get_worker_info
 
+from ..processing import PixelFormat
 from .bad_images import BadImage, decode_first_usable
 from .draws import uniforms
+from .pixels import RGB8
 
 
 # Columns of a view's parameters, float32 (B, K).
@@ -28,6 +30,9 @@ PARAMETER_NAMES = (
     "blur_sigma",  # standard deviation in pixels; 0 is no blur
     "solarize_threshold",  # invert levels 0..255 at or above it; NO_SOLARIZE is no change
     "flip",  # 1 or 0
+    "vertical_flip",  # 1 or 0
+    "rotation",  # 0..3 quarter turns, counterclockwise
+    "dropped_channel",  # the channel to drop, as a fraction 0..1 of their number; 0 is no change
 )
 NUM_PARAMETERS = len(PARAMETER_NAMES)
 NO_SOLARIZE = 256.0
@@ -50,7 +55,9 @@ class ViewSettings:
         brightness, contrast, saturation: Half-width of the factor's range around 1.
         hue: Largest shift in turns, at most 0.5.
         blur_sigma: Range of the standard deviation in pixels.
-        solarize_threshold: Level, 0..255.
+        solarize_threshold: Level, 0..255 also for deep images.
+        rotation_probability: Of a rotation by 90, 180 or 270 degrees.
+        channel_drop_probability: Of replacing one channel, drawn at random, by its mean over the data set.
 
     Raises:
         ValueError: A value is out of range.
@@ -70,6 +77,9 @@ class ViewSettings:
     solarize_probability: float = 0.0
     solarize_threshold: int = 128
     flip_probability: float = 0.5
+    vertical_flip_probability: float = 0.0
+    rotation_probability: float = 0.0
+    channel_drop_probability: float = 0.0
 
     def __post_init__(self):
         for name in ("crop_scale", "crop_ratio", "blur_sigma"):
@@ -82,10 +92,9 @@ class ViewSettings:
             raise ValueError(f"crop_scale is a fraction of the image area, at most 1, got {self.crop_scale}")
         if self.image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {self.image_size}")
-        for name in ("jitter", "grayscale", "blur", "solarize", "flip"):
-            probability = getattr(self, f"{name}_probability")
-            if not 0 <= probability <= 1:
-                raise ValueError(f"{name}_probability must be in [0, 1], got {probability}")
+        for name, value in vars(self).items():
+            if name.endswith("_probability") and not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}")
         for name in ("brightness", "contrast", "saturation"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -152,6 +161,14 @@ def draw_view(settings: ViewSettings, seed: int, epoch: int, sample_ids: torch.T
             u[9] < settings.solarize_probability, float(settings.solarize_threshold), NO_SOLARIZE
         ),
         "flip": u[10] < settings.flip_probability,
+        "vertical_flip": u[11] < settings.vertical_flip_probability,
+        # The position of the number below the probability is uniform again.
+        "rotation": torch.where(
+            u[12] < settings.rotation_probability,
+            1 + torch.floor(3 * u[12] / max(settings.rotation_probability, 1e-9)).clamp(max=2),
+            0.0,
+        ),
+        "dropped_channel": torch.where(u[13] < settings.channel_drop_probability, u[14], 0.0),
     }
     return ViewDraws(
         parameters=torch.stack([columns[name].to(torch.float32) for name in PARAMETER_NAMES], dim=1),
@@ -228,17 +245,28 @@ def crop_and_resize(image: torch.Tensor, box: tuple, out: torch.Tensor) -> None:
     """Crop and resize, bilinear with antialiasing.
 
     Args:
-        image: uint8 (3, H, W).
+        image: uint8 (C, H, W), or float32 in 0..1.
         box: Top, left, height, width.
-        out: uint8 (3, S, S), written in place. Fastest if both have memory layout (H, W, 3).
+        out: uint8 (C, S, S), or uint16 for float32, written in place. Fastest if both have memory layout (H, W, C).
     """
     top, left, height, width = box
     crop = image[None, :, top : top + height, left : left + width]
-    # F.interpolate(..., antialias=True) calls this, but would copy the result.
-    torch.ops.aten._upsample_bilinear2d_aa.out(crop, list(out.shape[-2:]), False, None, None, out=out[None])
+    size = list(out.shape[-2:])
+    if image.dtype == torch.uint8:
+        # F.interpolate(..., antialias=True) calls this, but would copy the result.
+        torch.ops.aten._upsample_bilinear2d_aa.out(crop, size, False, None, None, out=out[None])
+    else:
+        resized = torch.ops.aten._upsample_bilinear2d_aa(crop, size, False, None, None)[0]
+        out.copy_(resized.clamp_(0, 1).mul_(65535).round_())
 
 
-def make_views(batch, settings: tuple[ViewSettings, ViewSettings], seed: int, epoch: int) -> dict:
+def make_views(
+    batch,
+    settings: tuple[ViewSettings, ViewSettings],
+    seed: int,
+    epoch: int,
+    pixel_format: PixelFormat = RGB8,
+) -> dict:
     """Both views of a batch: decode each image once, crop and resize both views into one block of memory.
 
     A bad image is replaced by the first usable one of its candidates. The parameters are still those of the original
@@ -248,13 +276,15 @@ def make_views(batch, settings: tuple[ViewSettings, ViewSettings], seed: int, ep
         batch: A `MapBatch` or `StreamBatch`.
         settings: Settings of view 1 and view 2.
         seed, epoch: Of the parameters.
+        pixel_format: Of the images.
 
     Returns:
-        A dictionary: pixels uint8 (2, B, 3, S, S) with memory layout (2, B, S, S, 3), parameters float32 (2, B, K),
-        sample_ids int64 (B,) of the original samples, and bad, a list of `BadImage`.
+        A dictionary: pixels uint8, or uint16 for deep images, (2, B, C, S, S) with memory layout (2, B, S, S, C),
+        parameters float32 (2, B, K), sample_ids int64 (B,) of the original samples, bad, a list of `BadImage`, and
+        num_filled, the number of images with values that had no data and were filled.
     """
-    size, num_rows = settings[0].image_size, len(batch.sample_ids)
-    pixels = _empty_pixels(num_rows, size)
+    size, num_rows, num_filled = settings[0].image_size, len(batch.sample_ids), 0
+    pixels = _empty_pixels(num_rows, size, pixel_format)
     draws = [draw_view(settings[view], seed, epoch, batch.sample_ids, view) for view in range(2)]
     crops = [
         list(zip(draw.crop_area.tolist(), draw.crop_ratio.tolist(), draw.crop_place.tolist(), strict=True))
@@ -266,9 +296,13 @@ def make_views(batch, settings: tuple[ViewSettings, ViewSettings], seed: int, ep
         def boxes(height: int, width: int, row: int = row) -> list[tuple]:
             return [crop_box(*crops[view][row], height, width, settings[view]) for view in range(2)]
 
-        image, height, width = decode_first_usable(
-            batch.candidates(row), lambda height, width, boxes=boxes: shrink_factor(boxes(height, width), size), bad
+        image, height, width, filled = decode_first_usable(
+            batch.candidates(row),
+            lambda height, width, boxes=boxes: shrink_factor(boxes(height, width), size),
+            bad,
+            pixel_format,
         )
+        num_filled += filled > 0
         for view, box in enumerate(boxes(height, width)):
             crop_and_resize(image, _scaled(box, height, width, image), pixels[view, row])
     return {
@@ -276,6 +310,7 @@ def make_views(batch, settings: tuple[ViewSettings, ViewSettings], seed: int, ep
         "parameters": torch.stack([draw.parameters for draw in draws]),
         "sample_ids": batch.sample_ids,
         "bad": bad,
+        "num_filled": num_filled,
     }
 
 
@@ -289,13 +324,13 @@ def _scaled(box: tuple, height: int, width: int, image: torch.Tensor) -> tuple:
     return top, left, bottom - top, right - left
 
 
-def _empty_pixels(num_rows: int, size: int) -> torch.Tensor:
-    """uint8 (2, B, 3, S, S) with memory layout (2, B, S, S, 3), which decoding and resizing handle fastest."""
-    shape = (2, num_rows, size, size, 3)
+def _empty_pixels(num_rows: int, size: int, pixel_format: PixelFormat) -> torch.Tensor:
+    """(2, B, C, S, S) with memory layout (2, B, S, S, C), which decoding and resizing handle fastest."""
+    shape, dtype = (2, num_rows, size, size, pixel_format.num_channels), pixel_format.dtype
     if get_worker_info() is None:
-        block = torch.empty(shape, dtype=torch.uint8)
+        block = torch.empty(shape, dtype=dtype)
     else:
         # Allocate in shared memory, as torch's default collate function does, so that sending it needs no copy.
-        storage = torch.UntypedStorage._new_shared(2 * num_rows * size * size * 3, device="cpu")
-        block = torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+        storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize, device="cpu")
+        block = torch.empty(0, dtype=dtype).set_(storage, 0, shape)
     return block.permute(0, 1, 4, 2, 3)

@@ -12,9 +12,8 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import broadcast_object_list
 
-from ..loading import load_encoder, load_processor, weights_hash
+from ..loading import load_encoder, weights_hash
 from ..options import option
-from ..processing import ProcessorTransform
 from .common import (
     EvaluationOptions,
     TrainSplitOptions,
@@ -26,6 +25,7 @@ from .common import (
 from .features import Features, labeled_features, select_features
 from .knn import collapse_metrics
 from .linear import fit_linear_classifier
+from .pixels import open_transform
 from .sweep import LEARNING_RATES, WEIGHT_DECAYS, ChosenLinear, checked_grid, choose_linear_classifier
 
 
@@ -242,7 +242,7 @@ def run(options: CachedLinearOptions) -> dict[str, float]:
         splits = open_splits(options)
         _check_tasks(options, torch.as_tensor(splits[0].labels))
         encoder = load_encoder(options.model).to(state.device)
-        transform = ProcessorTransform(load_processor(options.model, encoder.config, image_size=options.image_size))
+        transform = open_transform(options, encoder.config, splits[0])
         started = time.perf_counter()
         train, test = (
             labeled_features(

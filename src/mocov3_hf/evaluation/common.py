@@ -32,6 +32,15 @@ class ModelOptions:
     image_size: int | None = option(
         None, "Side of the images in pixels. Defaults to that of the saved image processor.", at_least=1
     )
+    pixel_range: list[float] | Literal["auto"] | None = option(
+        None,
+        "Values of images with more than 8 bits that become 0 and 1. Defaults to that of the saved image processor;"
+        " auto, the default for models of 8-bit images, is percentiles 0.5 and 99.5 of a sample.",
+        metavar="auto|LOW HIGH",
+    )
+    input_data_format: Literal["channels_first", "channels_last"] | None = option(
+        None, "Axis of the channels of arrays, where the number of channels does not decide."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

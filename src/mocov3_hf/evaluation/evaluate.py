@@ -13,13 +13,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..data.classes import alike
 from ..data.labeled import LabeledImages
-from ..loading import base_encoder, load_classifier, load_processor, size_options, weights_hash
+from ..loading import base_encoder, load_classifier, size_options, weights_hash
 from ..metrics import accuracy_metrics
 from ..options import Command, option, parse
-from ..processing import ProcessorTransform
 from ..reporting import reporting
 from .common import EvaluationOptions, describe_split, evaluation_processes, open_split, record_and_print
 from .features import rows_of_split
+from .pixels import open_transform
 
 
 # Legend: B batch, C channels, H W image, K classes.
@@ -171,7 +171,7 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
         images = open_split(options, options.test_split)
         dataset = describe_split(options, images)
         images, matched, class_names = match_classes(images, classifier.config, options.match_classes)
-        transform = ProcessorTransform(load_processor(options.model, classifier.config, image_size=options.image_size))
+        transform = open_transform(options, classifier.config, images)
         started = time.perf_counter()
         metrics = evaluate_classifier(
             classifier,

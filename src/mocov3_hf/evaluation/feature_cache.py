@@ -6,6 +6,7 @@ import os
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -39,6 +40,8 @@ def data_fingerprint(images: LabeledImages) -> str:
         if isinstance(data, (str, os.PathLike)):
             # A missing file is reported by the pass over the images, which names the row.
             data = Path(data).read_bytes() if os.path.isfile(data) else os.fspath(data).encode()
+        elif isinstance(data, np.ndarray):
+            data = data.tobytes()
         digest.update(hashlib.sha256(data or b"").digest())
     return digest.hexdigest()[:32]
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..data.decode import BadImageError
 from ..data.labeled import LabeledImages
+from ..data.pixels import RGB8
 from ..data.workers import LostWorkerError, iterate
 from ..loading import base_encoder, load_processor, pooled_features, size_options, weights_hash
 from ..process_group import process_state
@@ -214,7 +215,8 @@ def rows_of_split(
         model: A vision model of transformers, not wrapped; its modes are restored afterwards.
         forward: From model and images (B, C, H, W) to rows (B, D) float32.
         images: The labeled split.
-        transform: From uint8 (C, H, W) to float32 (C, size, size).
+        transform: From images of its `pixel_format` (C, H, W), 8-bit RGB without one, to float32
+            (C, size, size).
         batch_size: Images per batch and process.
         num_workers: Processes that decode images, per process; 0 decodes in the process itself.
         mixed_precision: "no", "bf16" or "fp16": of the forward pass. Rows are always float32.
@@ -308,6 +310,7 @@ class _Stretch(Dataset):
 
     def __init__(self, images: LabeledImages, transform, begin: int, end: int):
         self.images, self.transform, self.begin, self.end = images, transform, begin, end
+        self.pixel_format = getattr(transform, "pixel_format", RGB8)
 
     def __len__(self) -> int:
         return self.end - self.begin
@@ -315,7 +318,7 @@ class _Stretch(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor | None, str | None]:
         row = self.begin + index
         try:
-            return self.transform(self.images.decode(row)), None
+            return self.transform(self.images.decode(row, self.pixel_format)), None
         except BadImageError as error:
             return None, f"image in row {row} {error}: repair or remove it, or pass --bad_images skip"
 

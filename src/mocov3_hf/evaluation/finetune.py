@@ -8,15 +8,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..loading import enable_gradient_checkpointing, load_processor, weights_hash
+from ..loading import enable_gradient_checkpointing, weights_hash, with_input_channels
 from ..model.batchnorm_mocov3 import use_global_statistics
 from ..optim.param_groups import is_decayed
 from ..options import Command, option, parse
-from ..processing import ProcessorTransform
 from ..recipe_files import RECIPES
 from ..reporting import UsageError, reporting
 from .augmentation import RandAugmentOptions, batch_mixing
 from .classifier import load_with_new_head, unfrozen, with_fresh_backbone
+from .pixels import channels_of_images, open_transform
 from .supervised import Splits, Training, build_trainer, common_options, run_training
 from .supervised_options import SupervisedOptions
 from .trainer import ClassifierTrainer, decay_of_momentum
@@ -30,6 +30,10 @@ class NetworkOptions:
     from_scratch: bool = option(False, "Train the same network from new weights, for comparison.")
     drop_path_rate: float | None = option(
         None, "Stochastic depth of the last block. Defaults to that of the configuration.", at_least=0, below=1
+    )
+    adapt_input_channels: bool = option(
+        False,
+        "Adapt the first layer to the channels of the images: sum its weights for one channel, else repeat them.",
     )
     interpolation: Literal["bilinear", "bicubic"] | None = option(
         None, "Interpolation of resizing. Defaults to that of the saved image processor."
@@ -250,7 +254,7 @@ def build_finetune_trainer(
         transform,
         options,
         output_dir,
-        TrainingImages(splits.train, _train_transform(transform, options), options.seed),
+        TrainingImages(splits.train, _train_transform(transform, options), options.seed, transform.pixel_format),
         training,
         mixing=batch_mixing(options.mixup_alpha, options.cutmix_alpha, len(splits.class_names())),
         ema_decay=options.ema_decay,
@@ -275,6 +279,8 @@ def _train_transform(transform, options: FinetuneOptions):
 def build_training(options: FinetuneOptions, splits: Splits, folder: str, num_processes: int) -> Training:
     """Load the model with a new head, all weights trainable. Raises ValueError for a user's mistake."""
     classifier = load_with_new_head(options.model, splits.class_names(), seed=options.seed)
+    if options.adapt_input_channels:
+        classifier = with_input_channels(classifier, channels_of_images(options, splits.whole_train))
     start = None if options.from_scratch else weights_hash(classifier.base_model)
     if options.from_scratch:
         classifier = with_fresh_backbone(classifier, options.seed)
@@ -283,10 +289,7 @@ def build_training(options: FinetuneOptions, splits: Splits, folder: str, num_pr
         if not classifier.supports_gradient_checkpointing:
             raise UsageError(f"{options.model!r} has no gradient checkpointing: leave out --gradient_checkpointing")
         enable_gradient_checkpointing(classifier)
-    processor = load_processor(
-        options.model, classifier.config, image_size=options.image_size, interpolation=options.interpolation
-    )
-    transform = ProcessorTransform(processor)
+    transform = open_transform(options, classifier.config, splits.whole_train, options.interpolation)
     trainer = build_finetune_trainer(classifier, splits, transform, options, folder, num_processes)
     return Training(trainer, transform, start)
 

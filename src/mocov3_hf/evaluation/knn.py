@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from ..data.labeled import LabeledImages
-from ..loading import base_encoder, load_encoder, load_processor, weights_hash
+from ..loading import base_encoder, load_encoder, weights_hash
 from ..metrics import collapse_summary, knn_predict
 from ..options import Command, option, parse
-from ..processing import ProcessorTransform
 from ..reporting import reporting
 from .common import (
     EvaluationOptions,
@@ -24,6 +23,7 @@ from .common import (
     record_and_print,
 )
 from .features import Features, labeled_features
+from .pixels import open_transform
 
 
 # Test features for the collapse metrics, spread over the split.
@@ -167,7 +167,7 @@ def run(options: KNNOptions) -> dict[str, float]:
     with evaluation_processes(options) as state:
         train, test = open_splits(options)
         encoder = load_encoder(options.model).to(state.device)
-        transform = ProcessorTransform(load_processor(options.model, encoder.config, image_size=options.image_size))
+        transform = open_transform(options, encoder.config, train)
         started = time.perf_counter()
         metrics = evaluate_knn(
             encoder,

@@ -7,15 +7,15 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from ..loading import load_processor, weights_hash
+from ..loading import weights_hash
 from ..options import Command, build, given_values, option
-from ..processing import ProcessorTransform
 from ..recipe_files import RECIPES
 from ..reporting import UsageError, reporting
 from ..results import RESULTS
 from . import cached_linear
 from .cached_linear import CachedLinearOptions, CachedOptions
 from .classifier import head_parameters, load_with_new_head
+from .pixels import open_transform
 from .supervised import Splits, Training, build_trainer, common_options, run_training
 from .supervised_options import SupervisedOptions
 from .sweep import INITIAL_STD
@@ -100,7 +100,7 @@ def build_linear_trainer(
         transform,
         options,
         output_dir,
-        TrainingImages(splits.train, augmented, options.seed),
+        TrainingImages(splits.train, augmented, options.seed, transform.pixel_format),
         training,
         frozen=backbone,
         optimizers=(optimizer, None),
@@ -110,8 +110,8 @@ def build_linear_trainer(
 def build_training(options: LinearProbeOptions, splits: Splits, folder: str, num_processes: int) -> Training:
     """Load the model with a new head. Raises ValueError for a user's mistake."""
     classifier = load_with_new_head(options.model, splits.class_names(), std=INITIAL_STD, seed=options.seed)
-    processor = load_processor(options.model, classifier.config, image_size=options.image_size)
-    transform, start = ProcessorTransform(processor), weights_hash(classifier.base_model)
+    transform = open_transform(options, classifier.config, splits.whole_train)
+    start = weights_hash(classifier.base_model)
     trainer = build_linear_trainer(classifier, splits, transform, options, folder, num_processes)
     return Training(trainer, transform, start)
 

@@ -332,6 +332,7 @@ def check_settings(settings: Mapping[str, Any], folder: str | os.PathLike) -> No
         raise ValueError(
             f"the options of the run of {os.fspath(folder)!r} cannot be read ({SETTINGS}): {error}"
         ) from error
+    saved.setdefault("adapt_input_channels", False)  # earlier versions did not have it
     if "ema_momentum" in saved:  # of earlier versions
         saved["ema_decay"] = decay_of_momentum(saved["ema_momentum"])
     # Checkpoints of earlier versions do not know their data.

@@ -9,7 +9,8 @@ from torchvision.transforms import v2
 
 from ..data.decode import BadImageError
 from ..data.labeled import LabeledImages, TrainingTransform
-from ..processing import ProcessorTransform
+from ..data.pixels import RGB8
+from ..processing import PixelFormat, ProcessorTransform, Scaling
 from .augmentation import RandAugmentOptions, random_erasing
 
 
@@ -30,15 +31,23 @@ class TrainingImages(Dataset):
 
     Args:
         images: The split.
-        transform: From uint8 (C, H, W) to float32; draws from torch's default generator.
+        transform: From an image (C, H, W) to float32; draws from torch's default generator.
         seed: Of the augmentation.
+        pixel_format: Of the images that `transform` takes; None for its own, or else 8-bit RGB.
 
     Attributes:
         epoch: Set by `ClassifierTrainer` at the start of each epoch.
     """
 
-    def __init__(self, images: LabeledImages, transform: Callable[[torch.Tensor], torch.Tensor], seed: int = 0):
+    def __init__(
+        self,
+        images: LabeledImages,
+        transform: Callable[[torch.Tensor], torch.Tensor],
+        seed: int = 0,
+        pixel_format: PixelFormat | None = None,
+    ):
         self.images, self.transform, self.seed, self.epoch = images, transform, seed, 0
+        self.pixel_format = pixel_format or getattr(transform, "pixel_format", RGB8)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -46,7 +55,7 @@ class TrainingImages(Dataset):
     def __getitem__(self, row: int) -> dict[str, Any]:
         """ValueError with the row of an image that cannot be decoded."""
         try:
-            image = self.images.decode(row)
+            image = self.images.decode(row, self.pixel_format)
         except BadImageError as error:
             raise ValueError(
                 f"image in row {row} of the training split {error}: repair or remove it, or pass --bad_images skip"
@@ -84,10 +93,12 @@ def training_transform(
         erasing_probability: Of random erasing, the last step.
 
     Returns:
-        From uint8 (C, H, W) to float32 (C, size, size). All random numbers come from torch's default generator.
+        From images of the processor's format (C, H, W) to float32 (C, size, size). All random numbers come from
+        torch's default generator.
 
     Raises:
-        ValueError: The processor has no size, or its interpolation is neither bilinear nor bicubic.
+        ValueError: The processor has no size, its interpolation is neither bilinear nor bicubic, or RandAugment for
+            other images than 8-bit RGB.
     """
     settings = transform.processor.to_dict()
     size = (settings.get("crop_size") if settings.get("do_center_crop") else None) or settings.get("size") or {}
@@ -100,9 +111,15 @@ def training_transform(
             " training needs a size and bilinear (2) or bicubic (3): pass --augment false"
         )
     normalizes = settings.get("do_normalize", True)
-    mean = tuple(settings["image_mean"]) if normalizes else (0.0, 0.0, 0.0)
-    std = tuple(settings["image_std"]) if normalizes else (1.0, 1.0, 1.0)
+    channels = transform.pixel_format.num_channels
+    mean = tuple(settings["image_mean"]) if normalizes else (0.0,) * channels
+    std = tuple(settings["image_std"]) if normalizes else (1.0,) * channels
     crop = {"size": side, "scale": tuple(scale), "interpolation": interpolation}
+    if not transform.pixel_format.is_rgb8:
+        if rand_augment is not None:
+            raise ValueError("RandAugment works on 8-bit RGB images only: pass --rand_augment_num_ops 0")
+        steps = [Scaling(transform.pixel_format), TrainingTransform(**crop, mean=mean, std=std)]
+        return v2.Compose([*steps, *([random_erasing(erasing_probability)] if erasing_probability > 0 else [])])
     if rand_augment is None and erasing_probability == 0:
         return TrainingTransform(**crop, mean=mean, std=std)
     steps = [TrainingTransform(**crop, mean=None, std=None)]

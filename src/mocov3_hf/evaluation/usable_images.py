@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data.decode import BadImageError
 from ..data.labeled import LabeledImages
+from ..data.pixels import check_image
 from ..data.workers import LostWorkerError, iterate
 from ..process_group import process_state
 from ..reporting import RunError, is_first_process
@@ -28,7 +29,7 @@ class _Reasons(Dataset):
 
     def __getitem__(self, index: int) -> str | None:
         try:
-            self.images.decode(self.rows[index])
+            check_image(self.images.read(self.rows[index]))
         except BadImageError as error:
             return str(error)
         return None

@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 from ..hints import either
+from ..model.image_processing_mocov3 import MoCoV3ImageProcessor
+from ..run_folder import PROCESSOR
 
 
 CODE_FOLDER = Path(__file__).parent.parent / "model"
@@ -22,11 +24,13 @@ AUTO_MAPS = {
         "AutoModel": "modeling_mocov3_vit.MoCoV3ViTModel",
     },
 }
+PROCESSOR_MAP = {"AutoImageProcessor": "image_processing_mocov3.MoCoV3ImageProcessor"}
 
 
 def add_code(folder: str | Path) -> None:
     """
-    Copy the code of the models into a saved model folder and add the `auto_map` to its configuration.
+    Copy the code of the models into a saved model folder and add the `auto_map` to its configuration, and to that of
+    its image processor if it is one of this package.
 
     Args:
         folder (`str` or `Path`):
@@ -48,3 +52,8 @@ def add_code(folder: str | Path) -> None:
             shutil.copyfile(source, Path(folder) / source.name)
     config["auto_map"] = auto_map
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    processor_path = Path(folder) / PROCESSOR
+    processor = json.loads(processor_path.read_text(encoding="utf-8")) if processor_path.is_file() else {}
+    if processor.get("image_processor_type") == MoCoV3ImageProcessor.__name__:
+        processor["auto_map"] = PROCESSOR_MAP
+        processor_path.write_text(json.dumps(processor, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -7,8 +7,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..model.image_processing_mocov3 import MoCoV3ImageProcessor
 from ..results import TASKS
-from ..run_folder import RunFolder
+from ..run_folder import PROCESSOR, RunFolder, read_object
 from ..storage import is_local
 from ..zoo import load_zoo
 
@@ -140,6 +141,9 @@ def introduction(run: RunFolder) -> str:
 
 
 def usage(run: RunFolder, repo_id: str) -> str:
+    processor = read_object(run.path / PROCESSOR, [])
+    if processor.get("image_processor_type") == MoCoV3ImageProcessor.__name__:
+        return usage_with_arrays(run, repo_id, processor["num_channels"])
     if run.kind == "classifier":
         return (
             "from transformers import pipeline\n\n"
@@ -150,6 +154,23 @@ def usage(run: RunFolder, repo_id: str) -> str:
         "from transformers import pipeline\n\n"
         f'extract = pipeline("image-feature-extraction", model="{repo_id}", pool=True, trust_remote_code=True)\n'
         'features = extract("image.jpg")\n\n'
+        "# With mocov3_hf installed, `import mocov3_hf` replaces trust_remote_code."
+    )
+
+
+def usage_with_arrays(run: RunFolder, repo_id: str, num_channels: int) -> str:
+    """For images that PIL does not hold, and that the pipelines would convert to 8-bit RGB."""
+    model_class, result = "AutoModel", "features = model(**inputs).pooler_output"
+    if run.kind == "classifier":
+        model_class, result = "AutoModelForImageClassification", "scores = model(**inputs).logits.softmax(-1)"
+    return (
+        f"import numpy as np\nimport torch\nfrom transformers import AutoImageProcessor, {model_class}\n\n"
+        f'options = {{"pretrained_model_name_or_path": "{repo_id}", "trust_remote_code": True}}\n'
+        "processor = AutoImageProcessor.from_pretrained(**options)\n"
+        f"model = {model_class}.from_pretrained(**options).eval()\n"
+        f'image = np.load("image.npy")  # ({num_channels}, height, width), as stored: the processor scales it\n'
+        'inputs = processor(image, input_data_format="channels_first", return_tensors="pt")\n'
+        f"with torch.no_grad():\n    {result}\n\n"
         "# With mocov3_hf installed, `import mocov3_hf` replaces trust_remote_code."
     )
 

@@ -44,6 +44,11 @@ class PredictorOptions:
     batch_size: int | None = option(
         None, "Images per forward pass. Defaults to 8 on a CPU and 128 elsewhere.", at_least=1
     )
+    pixel_range: list[float] | None = option(
+        None,
+        "Values of images with more than 8 bits that become 0 and 1. Defaults to that of the saved image processor.",
+        metavar="LOW HIGH",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Precision. auto is bfloat16 where the device has instructions for it, else float32."
     )
@@ -178,6 +183,7 @@ def build(predictor: type, which: ImageOptions, how: PredictorOptions):
         device=how.device,
         num_workers=how.dataloader_num_workers,
         bad_images=which.bad_images,
+        pixel_range=how.pixel_range,
     )
 
 

@@ -1,7 +1,8 @@
 """`ImageClassifier` and `FeatureExtractor`: transformers' pipelines in batches, with the same results."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers.utils import logging
 from ..data.decode import printable
 from ..data.workers import default_workers
 from ..loading import load_classifier, load_encoder, load_processor, pooled_features, size_options
+from ..processing import for_pixels, pixel_format_of
 from .acceleration import BATCH_SIZES, OTHER_BATCH_SIZE, choose_dtype, prepare_for_inference, uses_channels_last
 from .images import ImageInput, PreparedImage, find_images, prepared_images
 from .preprocessing import Preprocessing
@@ -40,6 +42,8 @@ class Predictor:
         device: None for the accelerator of this machine, or its CPU.
         num_workers: Threads that decode beside the model, 0 for none; None for one per core, at most 8.
         bad_images: "stop" raises at an image that cannot be decoded, "skip" logs it and continues.
+        pixel_range: Values of images with more than 8 bits that become 0 and 1, `(low, high)` or a pair per channel;
+            None for that of the saved image processor. An 8-bit processor scales 16-bit images by their type.
 
     Raises:
         ValueError: As `load_classifier`, or an invalid argument.
@@ -54,6 +58,7 @@ class Predictor:
         device: str | torch.device | None = None,
         num_workers: int | None = None,
         bad_images: str = "stop",
+        pixel_range: Sequence | None = None,
     ):
         if bad_images not in BAD_IMAGES:
             raise ValueError(f"bad_images must be one of {', '.join(BAD_IMAGES)}, got {bad_images!r}")
@@ -67,7 +72,10 @@ class Predictor:
         self.num_workers = min(default_workers(), MOST_THREADS) if num_workers is None else num_workers
         self.bad_images = bad_images
         self.model = self.load(model)
-        self.preprocessing = Preprocessing(load_processor(model, self.model.config))
+        processor = load_processor(model, self.model.config)
+        if pixel_range is not None:
+            processor = for_pixels(processor, replace(pixel_format_of(processor), pixel_range=pixel_range))
+        self.preprocessing = Preprocessing(processor)
         done = prepare_for_inference(self.model, self.dtype, self.device)
         self.channels_last = uses_channels_last(self.model)
         logger.info(f"{self.dtype} on {self.device}, batch_size={self.batch_size}, {', '.join(done) or 'plain model'}")
@@ -96,7 +104,11 @@ class Predictor:
             ValueError: An image that cannot be used, by name.
         """
         prepared = prepared_images(
-            as_images(images), self.preprocessing.prepare, self.num_workers, ahead=2 * self.batch_size
+            as_images(images),
+            self.preprocessing.prepare,
+            self.num_workers,
+            2 * self.batch_size,
+            self.preprocessing.pixel_format,
         )
         while batch := list(islice(prepared, self.batch_size)):
             for image in batch:
@@ -149,7 +161,7 @@ class ImageClassifier(Predictor):
         Labels and scores, best first: one list for one image, a list of lists for several images or a folder.
 
         Args:
-            images: One image (path, encoded bytes, PIL image, uint8 tensor (3, H, W)), a folder, or an iterable.
+            images: One image (path, encoded bytes, PIL image, array, tensor), a folder, or an iterable.
             top_k, function_to_apply: As in the pipeline.
 
         Returns:
@@ -259,7 +271,8 @@ def is_one_image(images) -> bool:
     """Whether an input is one image, not a folder or an iterable."""
     if isinstance(images, (str, os.PathLike)):
         return not os.path.isdir(images)
-    return isinstance(images, (bytes, Image.Image)) or (isinstance(images, torch.Tensor) and images.dim() == 3)
+    is_array = isinstance(images, torch.Tensor | np.ndarray) and images.ndim in (2, 3)
+    return isinstance(images, (bytes, Image.Image)) or is_array
 
 
 def as_images(images: str | os.PathLike | Iterable[ImageInput]) -> Iterable[ImageInput]:

@@ -6,6 +6,10 @@ import torch
 from transformers import BaseImageProcessor
 from transformers.utils import logging
 
+from ..data.decode import BadImageError
+from ..loading import first_line
+from ..processing import pixel_format_of
+
 
 logger = logging.get_logger(__name__)
 
@@ -25,26 +29,40 @@ class Preprocessing:
 
     Args:
         processor: As `AutoImageProcessor` loads it.
+
+    Attributes:
+        pixel_format: Of the images that `prepare` takes.
     """
 
     def __init__(self, processor: BaseImageProcessor):
-        self.processor = processor
-        self.is_batched = self._reproduces()
-        if not self.is_batched:
+        self.processor, self.pixel_format = processor, pixel_format_of(processor)
+        # The processor of other formats has the same methods, but scales and fills each image before it resizes.
+        self.is_batched = self.pixel_format.is_rgb8 and self._reproduces()
+        if self.pixel_format.is_rgb8 and not self.is_batched:
             logger.warning(
                 f"{type(processor).__name__} does more than resize, crop and normalize with torchvision: it is called"
                 " for each image, which is slower"
             )
 
     def prepare(self, image: torch.Tensor) -> torch.Tensor:
-        """uint8 (3, H, W) RGB, in any memory layout, to uint8 (3, h, w); float32 where `is_batched` is False."""
+        """
+        An image (C, H, W), in any memory layout, to uint8 (C, h, w); float32 where `is_batched` is False.
+
+        Raises:
+            BadImageError: No pixel has data.
+        """
         if self.is_batched:
             return self._crop(image)
-        return self._process(image)
+        try:
+            return self._process(image)
+        except ValueError as error:
+            if self.pixel_format.is_rgb8:
+                raise
+            raise BadImageError(first_line(error)) from error
 
     def finish(self, images: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
         """
-        The images that `prepare` returned, as float32 (B, 3, h, w) on a device.
+        The images that `prepare` returned, as float32 (B, C, h, w) on a device.
 
         Raises:
             ValueError: Images of different sizes.

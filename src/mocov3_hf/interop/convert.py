@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from .._version import __version__
 from ..hub.remote_code import add_code
 from ..loading import progress_bars
 from ..options import Command, option, parse
-from ..processing import build_image_processor
+from ..processing import PixelFormat, build_image_processor
 from ..reporting import RunError, UsageError, reporting, warn
 from ..run_folder import CONVERSION
 from ..storage import atomic_folder, check_output_dir, is_occupied, sha256_of, write_json
@@ -36,6 +36,9 @@ def convert_checkpoint(
     overwrite: bool = False,
     with_code: bool = False,
     origin: dict[str, str] | None = None,
+    pixel_range: list[float] | None = None,
+    image_mean: list[float] | None = None,
+    image_std: list[float] | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
     """
@@ -57,6 +60,11 @@ def convert_checkpoint(
             Whether to add the model's code, for `trust_remote_code` without this package.
         origin (`dict[str, str]`, *optional*):
             More about the source for the report, such as its URL.
+        pixel_range (`list[float]`, *optional*):
+            For the image processor, of images with more than 8 bits: `[low, high]`, or such a pair for each channel,
+            one after another.
+        image_mean (`list[float]`, *optional*), image_std (`list[float]`, *optional*):
+            For the image processor, by channel, for pixels in 0..1.
         overrides:
             Of `convert_state_dict`.
 
@@ -71,6 +79,7 @@ def convert_checkpoint(
     if stage is None and checkpoint.linear:
         stage = "linear"
     converted = convert_state_dict(checkpoint.state_dict, layout=layout, stage=stage, **overrides)
+    processor = build_processor(converted, checkpoint.state_dict, pixel_range, image_mean, image_std)
     label_source = set_labels(converted, labels, checkpoint.labels, default_labels)
     report = {
         "source": {
@@ -93,7 +102,7 @@ def convert_checkpoint(
     }
     with atomic_folder(output_dir, replace=overwrite) as folder:
         converted.build_model().save_pretrained(folder)
-        build_processor(converted, checkpoint.state_dict).save_pretrained(folder)
+        processor.save_pretrained(folder)
         verify_folder(folder, converted.model_class, converted.state_dict)
         if with_code:
             add_code(folder)
@@ -135,14 +144,25 @@ def set_labels(
     return source
 
 
-def build_processor(converted: Converted, state_dict: dict[str, torch.Tensor]) -> BitImageProcessor:
+def build_processor(
+    converted: Converted,
+    state_dict: dict[str, torch.Tensor],
+    pixel_range: list[float] | None = None,
+    image_mean: list[float] | None = None,
+    image_std: list[float] | None = None,
+) -> BaseImageProcessor:
     """The image processor of evaluation, with the checkpoint's own mean and standard deviation if it has them."""
     processor = build_image_processor(
-        converted.image_size, resample="bicubic" if converted.stage == "finetuned" else "bilinear"
+        converted.image_size,
+        resample="bicubic" if converted.stage == "finetuned" else "bilinear",
+        pixel_format=PixelFormat(converted.config.num_channels or 3, pixel_range),
+        image_mean=image_mean,
+        image_std=image_std,
     )
     for name in ("mean", "std"):
         values = state_dict.get(f"data_preprocessor.{name}")
-        if values is not None:  # between 0 and 255
+        # Between 0 and 255.
+        if values is not None and {"mean": image_mean, "std": image_std}[name] is None:
             if values.numel() != len(processor.image_mean) or not is_finite(values):
                 raise ConversionError(
                     f"data_preprocessor.{name} has {values.numel():,} values, expected {len(processor.image_mean)}"
@@ -280,6 +300,11 @@ class ContentOptions:
     epochs: int | None = option(None, "Number of epochs that the model was trained for.", at_least=0)
     num_attention_heads: int | None = option(None, "Attention heads (ViT-S and ViT-B: 12, ViT-L: 16).", at_least=1)
     image_size: int | None = option(None, "Side of the images in pixels.", at_least=1)
+    pixel_range: list[float] | None = option(
+        None, "Values of images with more than 8 bits that become 0 and 1, or a pair per channel.", metavar="LOW HIGH"
+    )
+    image_mean: list[float] | None = option(None, "Mean of each channel. Defaults to ImageNet's, or 0.5.")
+    image_std: list[float] | None = option(None, "Standard deviation of each channel. Defaults to ImageNet's, or 0.5.")
     temperature: float | None = option(None, "Temperature of InfoNCE; 0.2 for ViT, 1.0 for ResNet.", above=0)
 
 

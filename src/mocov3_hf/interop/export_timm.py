@@ -9,6 +9,7 @@ from transformers import BaseImageProcessor, PreTrainedConfig
 
 from ..model.configuration_mocov3 import to_pair
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
+from ..processing import pixel_format_of
 from ..storage import write_json
 from .checkpoints import backbone_of, revert_state_dict
 from .export_native import require_backbone
@@ -106,6 +107,8 @@ def write_timm(
     if classes:
         config["label_names"] = [model.config.id2label[index] for index in range(classes)]
     write_json(folder / "config.json", config)
+    if not pixel_format_of(processor).is_rgb8:
+        processor.save_pretrained(folder)  # timm has no settings for the range and the gaps of such images
 
     path = folder / "model.safetensors"
     loaded = timm.create_model(name, num_classes=classes, checkpoint_path=str(path), **arguments).eval()

@@ -1,6 +1,7 @@
-"""Configurations and models of MoCo v3: the files that a Hub repository contains as remote code."""
+"""Configurations, models and image processor of MoCo v3: the files that a Hub repository contains as remote code."""
 
 from .configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig
+from .image_processing_mocov3 import MoCoV3ImageProcessor
 from .modeling_mocov3 import MoCoV3Backbone, MoCoV3ForImageClassification, MoCoV3Model, MoCoV3PreTrainedModel
 from .modeling_mocov3_pretraining import MoCoV3ForPreTraining, MoCoV3ForPreTrainingOutput
 from .modeling_mocov3_vit import MoCoV3ViTModel, MoCoV3ViTPreTrainedModel
@@ -12,6 +13,7 @@ __all__ = [
     "MoCoV3ForImageClassification",
     "MoCoV3ForPreTraining",
     "MoCoV3ForPreTrainingOutput",
+    "MoCoV3ImageProcessor",
     "MoCoV3Model",
     "MoCoV3PreTrainedModel",
     "MoCoV3ViTConfig",

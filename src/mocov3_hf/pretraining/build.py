@@ -18,11 +18,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from ..data.loader import TwoViewLoader
-from ..data.photometric import PhotometricStage
 from ..data.sources import open_source
 from ..data.views import ViewSettings, two_views
 from ..data.workers import default_workers
-from ..loading import load_config, resolve_model
+from ..loading import load_config, resolve_model, with_input_channels
 from ..model.batchnorm_mocov3 import GlobalBatchNorm
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
@@ -32,6 +31,7 @@ from ..process_group import leave_at_exit
 from ..reporting import UsageError, one_line
 from ..requirements import check_tracker
 from ..run_folder import BAD_IMAGES
+from .pixels import pixel_format
 from .plan import Plan
 from .recipe import NO_ACCUMULATION, Recipe
 
@@ -165,6 +165,15 @@ def build_config(recipe: Recipe) -> MoCoV3Config:
             f"backbone_config has image_size {shown(values['image_size'])} and the views {image_size}: leave the"
             " former out"
         )
+    channels = recipe.data.num_channels
+    if channels not in (None, 3) or (channels == 3 and "num_channels" in values):
+        if not hasattr(config_class, "num_channels"):
+            raise UsageError(f"a {model_type!r} backbone has no num_channels, and the images have {channels}")
+        if values.setdefault("num_channels", channels) != channels:
+            raise UsageError(
+                f"backbone_config has num_channels {shown(values['num_channels'])} and the images {channels}: leave"
+                " the former out"
+            )
     options = recipe.model
     try:
         return MoCoV3Config(
@@ -264,7 +273,10 @@ def build_model(recipe: Recipe) -> MoCoV3ForPreTraining:
     torch.manual_seed(recipe.run.seed)
     if recipe.model.model is None:
         return MoCoV3ForPreTraining(build_config(recipe))
-    return MoCoV3ForPreTraining.from_pretrained(resolve_model(recipe.model.model))
+    model = MoCoV3ForPreTraining.from_pretrained(resolve_model(recipe.model.model))
+    if recipe.model.adapt_input_channels:
+        model = with_input_channels(model, recipe.data.num_channels or 3)
+    return model
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
@@ -319,18 +331,14 @@ def build_view_settings(recipe: Recipe) -> tuple[ViewSettings, ViewSettings]:
         grayscale_probability=views.grayscale_probability,
         blur_sigma=tuple(views.blur_sigma),
         flip_probability=views.flip_probability,
+        vertical_flip_probability=views.vertical_flip_probability,
+        rotation_probability=views.rotation_probability,
+        channel_drop_probability=views.channel_drop_probability,
     )
     return (
         replace(first, blur_probability=views.blur_probability_1, solarize_probability=views.solarize_probability_1),
         replace(second, blur_probability=views.blur_probability_2, solarize_probability=views.solarize_probability_2),
     )
-
-
-def build_photometric(recipe: Recipe, device: torch.device) -> PhotometricStage:
-    """The device half of the augmentation."""
-    views = recipe.views
-    is_blurred = views.blur_probability_1 > 0 or views.blur_probability_2 > 0
-    return PhotometricStage(max_blur_sigma=views.blur_sigma[1] if is_blurred else 0.0).to(device)
 
 
 def build_loader(recipe: Recipe, source, plan: Plan, accelerator: Accelerator) -> TwoViewLoader:
@@ -349,6 +357,7 @@ def build_loader(recipe: Recipe, source, plan: Plan, accelerator: Accelerator) -
         bad_images_file=Path(recipe.run.output_dir) / BAD_IMAGES,
         cache_on_device=accelerator.device if recipe.data.cache_images_on_device else None,
         pin_memory=accelerator.device.type == "cuda",
+        pixel_format=pixel_format(recipe),
     )
 
 

@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from .._version import __version__
 from ..data.order import ORDER_VERSION
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
-from ..processing import build_image_processor
 from ..run_folder import (
     CHECKPOINT_PREFIX,
     CONFIG,
@@ -35,6 +34,7 @@ from ..run_folder import (
     write_manifest,
 )
 from ..storage import atomic_file, atomic_folder, delete_folder, write_json
+from .pixels import image_processor
 from .recipe import Recipe
 
 
@@ -83,7 +83,7 @@ def save_checkpoint(
     tensors, settings = named_optimizer_state(model, optimizer)
     with atomic_folder(folder, replace=True) as aside:
         model.save_pretrained(aside)
-        build_image_processor(recipe.views.image_size).save_pretrained(aside)
+        image_processor(recipe).save_pretrained(aside)
         save_file(tensors, aside / OPTIMIZER)
         write_json(aside / STATE, {"run": asdict(state), "optimizer": settings})
         recipe.save(aside / RECIPE)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import yaml
 
 from ..data.account import Account
+from ..data.sources import MapSource, StreamSource
 from ..reporting import UsageError
 from .build import build_config, build_source, check_buildable, doubtful_choices
 from .estimate import Estimate, describe_exchanges, estimate, exchanges
 from .hardware import choose_settings, this_device
+from .pixels import settle_pixels
 from .plan import Plan, make_plan
 from .recipe import Recipe
 
@@ -25,12 +27,14 @@ class PlannedRun:
 
     Attributes:
         data: What was found, None where the images are not on this machine.
+        notes: What the images are like, one clause each; empty for 8-bit RGB.
         doubts: Choices that are known to fail or that differ from the method.
     """
 
     recipe: Recipe
     num_images: int | None
     data: Account | None
+    notes: tuple[str, ...]
     num_processes: int
     num_channels: int
     plan: Plan
@@ -48,8 +52,12 @@ def plan_run(recipe: Recipe) -> PlannedRun:
         UsageError: a recipe that is not valid, or one without data and their number.
     """
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    num_images, account = count_images(recipe)
+    source = open_images(recipe)
+    num_images = recipe.data.num_train_images if source is None else source.num_samples
     plan = make_plan(recipe, num_images, num_processes)
+    notes: tuple[str, ...] = ()
+    if source is not None:
+        recipe, notes = settle_pixels(recipe, source)
     config = build_config(recipe)
     model = check_buildable(config)
     device = this_device()
@@ -67,7 +75,8 @@ def plan_run(recipe: Recipe) -> PlannedRun:
     return PlannedRun(
         recipe=recipe,
         num_images=num_images,
-        data=account,
+        data=None if source is None else source.account,
+        notes=notes,
         num_processes=num_processes,
         num_channels=getattr(config, "num_channels", None) or 3,
         plan=plan,
@@ -87,8 +96,9 @@ def describe(recipe: Recipe) -> str:
     """
     run = plan_run(recipe)
     lines = [
-        yaml.safe_dump(recipe.to_dict(), sort_keys=False),
+        yaml.safe_dump(run.recipe.to_dict(), sort_keys=False),
         *(run.data.lines() if run.data is not None else ()),
+        *(f"images: {note}" for note in run.notes),
         *plan_lines(run.plan, run.costs, run.num_processes, run.communication),
         run.settings,
         *(f"warning: {doubt}" for doubt in run.doubts),
@@ -127,21 +137,21 @@ def describe_as_json(recipe: Recipe) -> str:
             "memory_bytes": costs.memory_bytes,
             "warnings": run.doubts,
             "data": None if run.data is None else run.data.to_dict(),
-            "recipe": recipe.to_dict(),
+            "images": list(run.notes),
+            "recipe": run.recipe.to_dict(),
         },
         indent=2,
     )
 
 
-def count_images(recipe: Recipe) -> tuple[int | None, Account | None]:
-    """Length of the data set and what was found: counted if it is on this machine, else as the recipe says."""
+def open_images(recipe: Recipe) -> MapSource | StreamSource | None:
+    """The data set if it is on this machine or its length is not in the recipe, else None."""
     name, number = recipe.data.dataset_name, recipe.data.num_train_images
     if name is not None and (number is None or os.path.exists(os.path.expanduser(name))):
-        source = build_source(recipe)
-        return source.num_samples, source.account
+        return build_source(recipe)
     if number is None and recipe.data.steps_per_epoch is None:
         raise UsageError("the number of images is unknown: pass --dataset_name or --num_train_images")
-    return number, None
+    return None
 
 
 def plan_lines(plan: Plan, costs: Estimate, num_processes: int, communication: str) -> list[str]:

@@ -63,7 +63,8 @@ def estimate(
         set_up_model(model, replace(settings, torch_compile=False))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")  # shapes only, but the operators of a real device
-        views = [torch.zeros(batch_size, 3, image_size, image_size) for _ in range(NUM_VIEWS)]
+        channels = config.num_channels or 3
+        views = [torch.zeros(batch_size, channels, image_size, image_size) for _ in range(NUM_VIEWS)]
         if chunk_size is None:
             activation_bytes = saved_bytes(lambda: model(*views), model, mixed_precision)
         else:

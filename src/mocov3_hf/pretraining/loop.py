@@ -24,7 +24,6 @@ from .build import (
     build_loader,
     build_model,
     build_optimizer,
-    build_photometric,
     build_source,
     check_model,
     doubtful_choices,
@@ -39,6 +38,7 @@ from .hardware import choose_settings, compile_augmentation, set_up
 from .instability import GradientWatch, Instability
 from .monitors import DivergedError, TrainingLog, summarize
 from .online_knn import OnlineKNN
+from .pixels import build_photometric, settle_pixels_together
 from .plan import batches, ema_decay_at, learning_rate_at, make_plan
 from .processes import LostProcessError, limit_time_to_exit, raise_if_process_lost
 from .recipe import Recipe, parse
@@ -131,12 +131,13 @@ class Run:
     """
 
     def __init__(self, recipe: Recipe, resume_command: str, lock: FolderLock):
-        self.recipe, self.resume_command, self.lock = recipe, resume_command, lock
+        self.resume_command, self.lock = resume_command, lock
         self.output_dir = Path(recipe.run.output_dir)
         disable_progress_bar()  # transformers' own, for every file of a checkpoint
         self.accelerator = build_accelerator(recipe)
         check_model(recipe)
         source = build_source(recipe)
+        self.recipe = recipe = settle_pixels_together(recipe, source, self.accelerator)
         self.plan = make_plan(recipe, source.num_samples, self.accelerator.num_processes)
         self.data = identify(source, self.accelerator.is_main_process)
         found = find_common_checkpoint(recipe, self.plan, lock, self.data)
@@ -225,6 +226,9 @@ class Run:
             self.accelerator.print(f"stopped by {stop.describe()} after step {self.step}; to resume:")
             self.accelerator.print(f"  {self.resume_command}")
         elif self.accelerator.is_main_process:
+            if self.loader.num_filled_images:
+                number = f"{self.loader.num_filled_images:,}"
+                print(f"pixels without data were filled with the mean of their channel in {number} decoded images")
             print(summarize(self.recipe, self.plan))
 
     def train_until_stopped(self, stop: StopRequest, log: TrainingLog) -> bool:

@@ -1,7 +1,7 @@
 """kNN accuracy during training: the curve in which the paper (§4) sees the dips of unstable runs."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -11,13 +11,15 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ..data.bad_images import TooManyBadImagesError
 from ..data.classes import open_labeled_splits
 from ..data.decode import BadImageError
-from ..data.labeled import EvaluationTransform, LabeledImages
+from ..data.labeled import LabeledImages
+from ..data.pixels import RGB8
 from ..data.workers import LostWorkerError, iterate
 from ..metrics.knn import knn_accuracy
 from ..model.modeling_mocov3 import MoCoV3Model
 from ..reporting import UsageError, warn
 from ..run_folder import KNN
 from ..storage import append_line
+from .pixels import evaluation_transform
 from .recipe import Recipe
 
 
@@ -48,7 +50,7 @@ class OnlineKNN:
             raise UsageError(f"--knn_k {self.k} is more than the {len(self.train)} images of the training split")
         self.lost_worker: LostWorkerError | None = None
         self.skips_bad_images, self.reported = data.on_bad_image == "skip", {"test": 0, "training": 0}
-        self.transform = EvaluationTransform(recipe.views.image_size)
+        self.transform = evaluation_transform(recipe)
         self.path = Path(recipe.run.output_dir) / KNN
 
     def measure(self, encoder: MoCoV3Model, steps_done: int, epoch: float) -> float:
@@ -105,7 +107,7 @@ class OnlineKNN:
 
     def load(self, images: LabeledImages, rows: range) -> Iterator[tuple[torch.Tensor, list[str | None]]]:
         """
-        Pixel values `(B', 3, H, W)` of the rows that can be decoded, and B times the reason why one cannot, or None.
+        Pixel values `(B', C, H, W)` of the rows that can be decoded, and B times the reason why one cannot, or None.
 
         If a worker of one of several processes is lost, the process decodes the rest and keeps the error in
         `lost_worker`: the others wait for its features.
@@ -131,15 +133,16 @@ class OnlineKNN:
 class _ImagesOrReasons(Dataset):
     """(pixels, None), or (None, why the image cannot be decoded)."""
 
-    def __init__(self, images: LabeledImages, transform: EvaluationTransform):
+    def __init__(self, images: LabeledImages, transform: Callable[[torch.Tensor], torch.Tensor]):
         self.images, self.transform = images, transform
+        self.pixel_format = getattr(transform, "pixel_format", RGB8)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor | None, str | None]:
         try:
-            return self.transform(self.images.decode(row)), None
+            return self.transform(self.images.decode(row, self.pixel_format)), None
         except BadImageError as error:
             return None, f"image in row {row}, which {error}"
 

@@ -38,6 +38,34 @@ class DataOptions:
     cache_images_on_device: bool = option(
         False, "keep all decoded images on the device and crop them there: for small data sets", advanced=True
     )
+    num_channels: int | None = option(
+        None,
+        "channels of the images; defaults to those of the data, for grayscale and RGB images to those of the model",
+        at_least=1,
+        at_most=10_000,
+    )
+    pixel_range: list[float] | Literal["auto"] = option(
+        "auto",
+        "values of images with more than 8 bits that become 0 and 1, for all channels or a pair for each; auto: from a"
+        " sample, percentiles 0.5 and 99.5; 8-bit images are always scaled from 0..255",
+        metavar="auto|LOW HIGH",
+    )
+    nodata: float | None = option(
+        None, "value of pixels without data, besides NaN, infinities and what GeoTIFFs declare", advanced=True
+    )
+    input_data_format: Literal["channels_first", "channels_last"] | None = option(
+        None, "axis of the channels of arrays, where the number of channels does not decide", advanced=True
+    )
+    image_mean: list[float] | Literal["auto"] | None = option(
+        None,
+        "mean of each channel for pixels in 0..1, or auto to estimate it from a sample; defaults to ImageNet's for"
+        " 8-bit RGB, else to auto",
+        metavar="auto|VALUE ...",
+        advanced=True,
+    )
+    image_std: list[float] | Literal["auto"] | None = option(
+        None, "standard deviation of each channel, as image_mean", metavar="auto|VALUE ...", advanced=True
+    )
 
 
 @dataclass(frozen=True)
@@ -52,6 +80,15 @@ class ViewOptions:
         [3 / 4, 4 / 3], "smallest and largest aspect ratio of the random crop", above=0, advanced=True
     )
     flip_probability: float = option(0.5, "probability of the horizontal flip", at_least=0, at_most=1)
+    vertical_flip_probability: float = option(
+        0.0, "probability of the vertical flip, for images without an upper side", at_least=0, at_most=1, advanced=True
+    )
+    rotation_probability: float = option(
+        0.0, "probability of a rotation by 90, 180 or 270 degrees", at_least=0, at_most=1, advanced=True
+    )
+    channel_drop_probability: float = option(
+        0.0, "probability of replacing one channel by its mean over the data set", at_least=0, at_most=1, advanced=True
+    )
     jitter_probability: float = option(0.8, "probability of color jitter", at_least=0, at_most=1, advanced=True)
     brightness: float = option(0.4, "strength of the brightness jitter", at_least=0, advanced=True)
     contrast: float = option(0.4, "strength of the contrast jitter", at_least=0, advanced=True)
@@ -88,6 +125,12 @@ class ModelOptions:
         "weights to start from: folder, Hub id or published name; its configuration replaces the recipe's",
         old=("model_name_or_path",),
         metavar="FOLDER|NAME",
+    )
+    adapt_input_channels: bool = option(
+        False,
+        "start from --model with another number of channels: sum the weights of its first layer for one channel, else"
+        " repeat them",
+        advanced=True,
     )
     backbone_config: dict = option(
         {"model_type": "mocov3_vit"},

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..data.decode import BadImageError, decode_rgb
+from ..data.decode import BadImageError
 from ..data.labeled import find_label_column, open_labeled
+from ..data.pixels import RGB8, check_image, read_image
 from ..data.sources import MapSource, open_dataset
 from ..loading import load_classifier, load_encoder, load_processor, pooled_of
 from ..model.modeling_mocov3 import token_grid
-from ..processing import ProcessorTransform
+from ..processing import PixelFormat, ProcessorTransform
 from ..run_folder import RunFolder
 from .parts import shown_name
 
@@ -54,16 +55,16 @@ class Samples:
         """Class of an image of the sample, or its row in the split without labels."""
         return f"row {self.rows[index]}" if self.labels is None else self.class_names[self.labels[index]]
 
-    def decode(self, index: int) -> torch.Tensor:
+    def decode(self, index: int, pixel_format: PixelFormat = RGB8) -> torch.Tensor:
         """
-        An image of the sample, uint8 (3, H, W).
+        An image of the sample for an image processor of this format, (C, H, W).
 
         Raises:
             ValueError: it cannot be decoded.
         """
         row = int(self.rows[index])
         try:
-            return decode_rgb(self.source.read(row))
+            return read_image(self.source.read(row), pixel_format)
         except BadImageError as error:
             raise ValueError(
                 f"image in row {row} of {self.description} {error}: repair or remove it, or pass --bad_images skip"
@@ -125,7 +126,7 @@ def usable_rows(source: MapSource, rows: np.ndarray, num_images: int, bad_images
         if len(found) == num_images:
             break
         try:
-            decode_rgb(source.read(row))
+            check_image(source.read(row))
         except BadImageError as error:
             print(f"skipped: image in row {row} {error}", file=sys.stderr)
         else:
@@ -173,11 +174,15 @@ class Viewer:
     """
     Runs the model of a folder on images.
 
+    Args:
+        folder: of a run or a model.
+        display_channels: one or three channels to show, from 0; None for the first three, or the first of fewer.
+
     Raises:
-        ValueError: weights that cannot be loaded or are incomplete.
+        ValueError: weights that cannot be loaded or are incomplete; channels that the images do not have.
     """
 
-    def __init__(self, folder: RunFolder):
+    def __init__(self, folder: RunFolder, display_channels: list[int] | None = None):
         self.is_classifier = folder.kind == "classifier"
         load = load_classifier if self.is_classifier else load_encoder
         # Only eager attention returns its weights.
@@ -185,19 +190,31 @@ class Viewer:
         self.encoder = self.model.base_model
         self.backbone = getattr(self.encoder, "backbone", self.encoder)
         self.processor = load_processor(folder.path, self.model.config)
+        self.transform = ProcessorTransform(self.processor)
+        number = self.transform.pixel_format.num_channels
+        self.shown = display_channels or list(range(3 if number >= 3 else 1))
+        if len(self.shown) not in (1, 3) or max(self.shown) >= number:
+            raise ValueError(
+                f"--display_channels takes one or three channels from 0 to {number - 1}, got"
+                f" {' '.join(map(str, self.shown))}"
+            )
 
     def preprocess(self, samples: Samples, indices: range) -> torch.Tensor:
-        """Some images of a sample as `pixel_values`, (B, 3, H, W) float32."""
-        transform = ProcessorTransform(self.processor)
-        return torch.stack([transform(samples.decode(index)) for index in indices])
+        """Some images of a sample as `pixel_values`, (B, C, H, W) float32."""
+        pixel_format = self.transform.pixel_format
+        return torch.stack([self.transform(samples.decode(index, pixel_format)) for index in indices])
 
     def view(self, pixel_values: torch.Tensor) -> np.ndarray:
-        """Undo the normalization of (3, H, W): uint8 (H, W, 3), at most `VIEW_SIZE` on the longer side."""
+        """
+        The shown channels of (C, H, W) without the normalization: uint8 (H, W, 3), at most `VIEW_SIZE` on the longer
+        side.
+        """
         if getattr(self.processor, "do_normalize", False):
             mean, std = (
                 torch.tensor(values).view(-1, 1, 1) for values in (self.processor.image_mean, self.processor.image_std)
             )
             pixel_values = pixel_values * std + mean
+        pixel_values = pixel_values[self.shown].expand(3, -1, -1)
         scale = VIEW_SIZE / max(pixel_values.shape[-2:])
         if scale < 1:
             size = [max(1, round(side * scale)) for side in pixel_values.shape[-2:]]

@@ -34,6 +34,11 @@ class ImageOptions:
     test_split: str = option("test", "Split of the data set.", old=["split"])
     image_column: str | None = option(None, "Column of images. Found if there is only one.")
     label_column: str | None = option(None, "Column of labels. Found if there is only one.")
+    display_channels: list[int] | None = option(
+        None,
+        "One or three channels to show, numbered from 0, such as 3 2 1. Defaults to the first three, or the first.",
+        at_least=0,
+    )
     num_images: int = option(500, "Number of images, balanced over the classes.", at_least=2)
     bad_images: Literal["stop", "skip"] = option("stop", "What to do with images that cannot be decoded.")
     batch_size: int = option(32, "Images per forward pass.", at_least=1)
@@ -99,7 +104,7 @@ def look(folder: RunFolder, options: ImageOptions) -> tuple | None:
         seed=options.seed,
         bad_images=options.bad_images,
     )
-    viewer = Viewer(folder)
+    viewer = Viewer(folder, options.display_channels)
     return viewer, samples, viewer.look(samples, options.batch_size)
 
 
