@@ -28,6 +28,7 @@ from .yaml_files import read_yaml
 CONFIG, PROCESSOR, RECIPE, CONVERSION = "config.json", "preprocessor_config.json", "recipe.yaml", "conversion.json"
 METRICS, EVENTS, KNN, BAD_IMAGES = "metrics.jsonl", "events.jsonl", "knn.jsonl", "bad_images.jsonl"
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
+TRACKERS, WEIGHTS = "trackers.json", "model.safetensors"
 TRAINER_STATE = "trainer_state.json"  # of transformers' Trainer
 CHECKPOINT_PREFIX = "checkpoint-"
 
@@ -96,7 +97,7 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{checkpoint} is not complete: its {MANIFEST} cannot be read ({error})") from error
     is_valid = (
         isinstance(manifest, dict)
-        and {"model.safetensors", OPTIMIZER, STATE, RECIPE, CONFIG} <= manifest.keys()
+        and {WEIGHTS, OPTIMIZER, STATE, RECIPE, CONFIG} <= manifest.keys()
         and all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in manifest.values())
         and all(name and Path(name).name == name for name in manifest)
     )

@@ -88,8 +88,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
 def test_damaged_lines_are_left_out_and_numbered(tmp_path, tail, damaged):
     path = tmp_path / "metrics.jsonl"
     lines = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": float("nan")}]
-    for line in lines:
-        storage.append_line(path, line)
+    storage.append_lines(path, lines)
     with open(path, "ab") as file:
         file.write(tail)
     found, numbers = storage.read_lines(path)

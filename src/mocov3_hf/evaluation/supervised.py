@@ -288,6 +288,7 @@ def run_training(
             chosen = trainer.model
             if trainer.average is not None and options.save_weights == "ema":
                 chosen = trainer.average
+            print_metrics(options, task, metrics)  # first, as the disk may be full
             append_result(
                 folder,
                 task=task,
@@ -302,7 +303,6 @@ def run_training(
                 seed=options.seed,
                 seconds=seconds,
             )
-            print_metrics(options, task, metrics)
             print(f"classifier saved and recorded in {Path(folder) / RESULTS}")
             if options.push_to_hub:
                 _push(folder, options)

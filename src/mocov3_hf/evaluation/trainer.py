@@ -22,7 +22,7 @@ from ..loading import base_encoder, from_pretrained, size_options
 from ..optim.seeding import step_seed
 from ..reporting import RunError, is_first_process, one_line
 from ..run_folder import METRICS
-from ..storage import append_line, rewrite_lines, write_json
+from ..storage import RecordFile, rewrite_lines, write_json
 from .evaluate import evaluate_classifier
 from .training_images import TrainingImages, collate
 
@@ -210,7 +210,7 @@ class _MetricsFile(TrainerCallback):
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.records = path, RecordFile(path)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -220,7 +220,10 @@ class _MetricsFile(TrainerCallback):
         if state.is_world_process_zero and self.path.parent.is_dir():
             line = metrics_of({**(logs or {}), "step": state.global_step})
             if line:
-                append_line(self.path, line)
+                self.records.append(line)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.records.close()
 
 
 def metrics_of(logs: Mapping[str, float]) -> dict[str, float]:
