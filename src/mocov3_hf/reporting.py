@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn, TextIO
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 
@@ -142,7 +143,7 @@ def warnings_in_one_line() -> Iterator[None]:
 def reporting() -> Iterator[None]:
     """
     End the process with one line on stderr instead of a traceback: exit code 2 for a user's mistake (`ValueError`), 1
-    for a failure at run time (`RunError`, `OSError`).
+    for a failure at run time (`RunError`, `OSError`, and what safetensors raises for a full disk).
     """
     try:
         with warnings_in_one_line():
@@ -154,7 +155,7 @@ def reporting() -> Iterator[None]:
         sys.exit(0)
     except ValueError as error:
         fail(one_line(error), 2)
-    except (RunError, OSError) as error:
+    except (RunError, OSError, SafetensorError) as error:
         fail(one_line(error), 1, getattr(error, "from_any_process", False))
 
 

@@ -12,12 +12,14 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 
-from .reporting import warn
+from .reporting import RunError, one_line, warn
 
 
 BLOCK = 1 << 20
 INCOMPLETE, DELETED = ".incomplete", ".deleted"
+TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream")  # in the errors of torch.save
 
 
 def is_local(name: str | os.PathLike) -> bool:
@@ -53,6 +55,23 @@ def flush(path: str | Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """
+    Around the writing of `what` by a library, each of which has its own error for a full disk.
+
+    Raises:
+        RunError: it could not be written, and why.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITER):
+            raise
+        reason = "torch.save failed, probably on a full disk" if isinstance(error, RuntimeError) else one_line(error)
+        raise RunError(f"{what} could not be written: {reason}") from error
+
+
 def aside_of(path: Path) -> Path:
     """Where a file or folder is prepared before it takes its name; left behind only by a killed process."""
     return path.with_name(f".{path.name}{INCOMPLETE}")
@@ -73,6 +92,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         flush(aside)
         os.replace(aside, path)
         flush(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # writing to an open file does not name it
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
@@ -119,6 +141,9 @@ def atomic_folder(path: str | Path, *, replace: bool = False, durable: bool = Tr
         os.rename(aside, path)
         flush(path.parent)
         shutil.rmtree(displaced, ignore_errors=True)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -1,5 +1,6 @@
 """Files and folders are written whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
@@ -7,8 +8,10 @@ import resource
 import signal
 
 import pytest
+from safetensors import SafetensorError
 
 from mocov3_hf import storage
+from mocov3_hf.reporting import RunError
 
 
 def test_atomic_file_replaces_in_one_step_or_not_at_all(tmp_path):
@@ -170,3 +173,27 @@ def test_cutting_off_lines_needs_no_space(tmp_path, monkeypatch):
     storage.rewrite_lines(path, lines)
     storage.rewrite_lines(path, lines[:3])
     assert storage.read_lines(path) == (lines[:3], [])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (SafetensorError("Error while serializing"), "Error while serializing"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "torch.save failed"),
+    ],
+)
+def test_the_errors_of_libraries_that_write(error, said):
+    with pytest.raises(RunError, match=rf"the model could not be written: .*{said}"), storage.writing("the model"):
+        raise error
+    with pytest.raises(RuntimeError, match=r"^another$"), storage.writing("the model"):
+        raise RuntimeError("another")
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    def refuse():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for write in (storage.atomic_file, storage.atomic_folder):
+        with pytest.raises(OSError, match=r"No space left on device: '.*/name'"), write(tmp_path / "name"):
+            refuse()

@@ -22,6 +22,7 @@ from ..reporting import RunError, UsageError, one_line
 from ..requirements import check_tracker
 from ..results import RESULTS, append_result
 from ..run_folder import CONFIG, TRAINER_STATE, list_checkpoints
+from ..storage import writing
 from .common import (
     describe_splits,
     evaluation_settings,
@@ -325,8 +326,9 @@ def newest_checkpoint(folder: str | os.PathLike) -> str | None:
 
 def _save(classifier: PreTrainedModel, transform: ProcessorTransform, folder: str) -> str:
     """Save a classifier, read it again, and return the hash of its weights."""
-    classifier.save_pretrained(folder)
-    transform.processor.save_pretrained(folder)
+    with writing(f"the classifier in {folder}"):
+        classifier.save_pretrained(folder)
+        transform.processor.save_pretrained(folder)
     evaluated = weights_hash(classifier)
     reload_strictly(classifier, folder)
     if weights_hash(classifier) != evaluated:

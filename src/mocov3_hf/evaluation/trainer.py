@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,8 +22,8 @@ from ..data.labeled import LabeledImages
 from ..loading import base_encoder, from_pretrained, size_options
 from ..optim.seeding import step_seed
 from ..reporting import RunError, is_first_process, one_line
-from ..run_folder import METRICS
-from ..storage import RecordFile, rewrite_lines, write_json
+from ..run_folder import CHECKPOINT_PREFIX, METRICS
+from ..storage import RecordFile, rewrite_lines, write_json, writing
 from .evaluate import evaluate_classifier
 from .training_images import TrainingImages, collate
 
@@ -160,6 +161,16 @@ class ClassifierTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        folder = Path(self.args.output_dir) / f"{CHECKPOINT_PREFIX}{self.state.global_step}"
+        try:
+            with writing(str(folder)):
+                super()._save_checkpoint(*args, **options)
+        except RunError:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # incomplete
+            raise
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
