@@ -42,7 +42,7 @@ def describe(recipe: Recipe) -> str:
     lines = [
         yaml.safe_dump(recipe.to_dict(), sort_keys=False),
         *plan_lines(plan, costs, num_processes, describe_exchanges(exchanged, num_processes)),
-        f"settings for {device.type}: {settings.describe()}",
+        f"settings for {device.type}: mixed_precision {recipe.hardware.mixed_precision}, {settings.describe()}",
         *(f"warning: {doubt}" for doubt in doubtful_choices(recipe, plan, model, num_processes)),
     ]
     return "\n".join(lines)

@@ -133,7 +133,8 @@ class Run:
             self.accelerator.print(f"warning: {doubt}", file=sys.stderr)
         settings = choose_settings(recipe, model, self.accelerator.device)
         set_up(model, settings)
-        self.accelerator.print(f"settings for {self.accelerator.device.type}: {settings.describe()}", file=sys.stderr)
+        chosen = f"mixed_precision {recipe.hardware.mixed_precision}, {settings.describe()}"
+        self.accelerator.print(f"settings for {self.accelerator.device.type}: {chosen}", file=sys.stderr)
         if recipe.hardware.gradient_cache_chunk_size is not None:
             check_chunkable(model)
         optimizer = build_optimizer(recipe, model, self.plan)
