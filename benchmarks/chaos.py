@@ -61,11 +61,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write; the table is written beside it as .md")
     options = parser.parse_args()
     started = time.monotonic()
-    folder = Path(tempfile.mkdtemp(prefix="chaos_"))  # TemporaryDirectory would delete it when a forked process ends
-    try:
-        trials, left_out = do_all(options, folder)
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="chaos_") as folder:
+        trials, left_out = do_all(options, Path(folder))
     broken = [trial for trial in trials if trial["problems"]]
     report = {
         "command": f"python -m benchmarks.chaos --faults {options.faults}",

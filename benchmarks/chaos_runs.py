@@ -1,8 +1,8 @@
 """Pre-training runs for chaos.py, forked from a process that has imported everything: a start costs no import."""
 
-import atexit
 import contextlib
 import json
+import multiprocessing.util
 import os
 import re
 import signal
@@ -101,7 +101,7 @@ class Launch:
             traceback.print_exc()
         finally:
             with contextlib.suppress(BaseException):
-                atexit._run_exitfuncs()
+                multiprocessing.util._exit_function()  # the only exit function that is not of the parent
             os._exit(code)
 
     @property
