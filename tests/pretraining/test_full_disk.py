@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -13,6 +14,7 @@ from mocov3_hf import run_folder, storage
 from mocov3_hf.data.bad_images import BadImage, BadImageLog
 from mocov3_hf.pretraining import loop
 from mocov3_hf.pretraining.loop import main
+from tests.launch import search_path
 from tests.pretraining.test_resume import Killed, assert_same_run, kill_at
 
 
@@ -137,6 +139,16 @@ def test_a_start_on_a_full_disk(small_disk, arguments, capsys):
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert "No space left on device" in line
     assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_log_on_a_full_disk_does_not_change_the_exit_code(tmp_path, tiny):
+    command = [sys.executable, "-m", "mocov3_hf", "pretrain", *tiny, "--output_dir", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path()}
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, stdout=full, stderr=full, env=environment, timeout=300).returncode == 0
+    assert run_folder.is_whole(tmp_path / "checkpoint-4")
 
 
 OPERATIONS = [
