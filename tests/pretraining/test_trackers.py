@@ -170,3 +170,7 @@ def test_tensorboard_shows_each_step_once(tmp_path, tiny, monkeypatch, fresh):
     main([*arguments, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "auto"])
     accumulator = EventAccumulator(str(tmp_path / "mocov3")).Reload()
     assert [event.step for event in accumulator.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    fresh()
+    main([*arguments, "--output_dir", str(tmp_path), "--overwrite_output_dir", "--max_steps", "3"])
+    accumulator = EventAccumulator(str(tmp_path / "mocov3")).Reload()
+    assert [event.step for event in accumulator.Scalars("loss")] == [1, 2, 3]

@@ -170,20 +170,21 @@ class Run:
 
     def train(self, stop: StopRequest) -> None:
         """Train to the end, or until a signal; weights, metrics and the resolved recipe are in the output folder."""
-        trackers = Trackers(self.accelerator, self.recipe, self.output_dir, self.step)
-        log = TrainingLog(
-            self.accelerator, trackers, self.plan, self.temperature, self.output_dir, self.watch, start_step=self.step
-        )
-        if self.step > 0:
-            log.resume(self.log_state, self.step, self.num_rollbacks)
-        elif self.recipe.monitoring.on_instability == "rollback":
-            self.save(log)
-        if self.step == self.plan.total_steps:
-            self.accelerator.print(f"all {self.step} steps are done: nothing left to do")
-        self.model.train()
-        stop.start_training()
-        stopping = stop.agreed(self.accelerator)
-        with closing(self.loader), trackers, closing(log):
+        accelerator, folder, step = self.accelerator, self.output_dir, self.step
+        with (
+            closing(self.loader),
+            Trackers(accelerator, self.recipe, folder, step) as trackers,
+            closing(TrainingLog(accelerator, trackers, self.plan, self.temperature, folder, self.watch, step)) as log,
+        ):
+            if self.step > 0:
+                log.resume(self.log_state, self.step, self.num_rollbacks)
+            elif self.recipe.monitoring.on_instability == "rollback":
+                self.save(log)
+            if self.step == self.plan.total_steps:
+                accelerator.print(f"all {self.step} steps are done: nothing left to do")
+            self.model.train()
+            stop.start_training()
+            stopping = stop.agreed(accelerator)
             while self.step < self.plan.total_steps and not stopping:
                 try:
                     stopping = self.train_until_stopped(stop, log)

@@ -62,8 +62,8 @@ class Trackers:
         name = recipe.run.run_name or output_dir.resolve().name
         token = secrets.token_hex(4)
         options = {
-            # Hides events after the checkpoint that were written before the interruption.
-            "tensorboard": {"purge_step": steps_done + 1 if steps_done > 0 else None},
+            # Hides what was written after the checkpoint, or by an earlier run in this folder.
+            "tensorboard": {"purge_step": steps_done + 1},
             "wandb": {"id": known.get("wandb", token), "name": name, "resume": "allow"},
             "trackio": {
                 "name": known.get("trackio", recipe.run.run_name or f"{name}-{token}"),
