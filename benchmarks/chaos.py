@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import transformers.modeling_utils
 
 from mocov3_hf.pretraining import checkpoint, loop
@@ -70,6 +71,7 @@ def main() -> None:
         "lost": len(broken),
         "left_out": left_out,
         "seconds": round(time.monotonic() - started),
+        "cpu_seconds": round(sum(os.times()[:4])),
         "table": list(summary(trials)),
         "broken": broken,
         "versions": package_versions(),
@@ -136,15 +138,9 @@ def make_plan(faults: int, folder: Path, data: Path, steps: int) -> tuple[list[t
     return plan, left_out
 
 
-def moment(trial: Trial, draw: random.Random) -> float:
-    """A random time of a run, start-up included."""
-    return draw.uniform(0.0, 0.9 * trial.reference.seconds)
-
-
 def kill_all(trial: Trial, draw: random.Random) -> str:
     launch = trial.start()
-    time.sleep(moment(trial, draw))
-    before = trial.newest_step()
+    before = trial.wait_for_moment(launch, draw)
     launch.kill()
     is_in_save = any(trial.folder.glob(".*.incomplete")) or any(trial.folder.glob(".*.deleted"))
     trial.expect_nothing_lost(before)
@@ -156,8 +152,7 @@ def stop(trial: Trial, draw: random.Random, number: signal.Signals) -> str:
     launch = trial.start()
     while "settings for" not in launch.text() and launch.is_running():
         time.sleep(0.01)  # before it handles signals, it ends like any program
-    time.sleep(draw.uniform(0, 0.7 * trial.reference.seconds))
-    before = trial.newest_step()
+    before = trial.wait_for_moment(launch, draw)
     launch.signal(number)
     trial.expect_end(launch, {0}, errors=0)
     stopped = [line for line in launch.text().splitlines() if line.startswith(f"stopped by {number.name}")]
@@ -174,12 +169,11 @@ def read_lines_of_reference(trial: Trial) -> list[dict]:
 
 def kill_worker(trial: Trial, draw: random.Random) -> str:
     launch = trial.start()
-    time.sleep(moment(trial, draw))
-    while not (workers := launch.members()) and launch.is_running():
-        time.sleep(0.01)
-    before = trial.newest_step()
+    while not launch.members() and launch.is_running():
+        time.sleep(0.05)
+    before, workers = trial.wait_for_moment(launch, draw), launch.members()
     if workers:
-        with contextlib.suppress(Exception):  # it has ended
+        with contextlib.suppress(psutil.NoSuchProcess):
             draw.choice(workers).kill()
     codes = trial.expect_end(launch, {0, 1})
     if 1 in codes:
@@ -191,8 +185,7 @@ def kill_worker(trial: Trial, draw: random.Random) -> str:
 
 def kill_rank(trial: Trial, draw: random.Random) -> str:
     launch = trial.start()
-    time.sleep(moment(trial, draw))
-    before = trial.newest_step()
+    before = trial.wait_for_moment(launch, draw)
     with contextlib.suppress(ProcessLookupError):
         os.kill(draw.choice(launch.ranks), signal.SIGKILL)
     codes = trial.expect_end(launch, {0, 1, -signal.SIGKILL, -signal.SIGALRM})
@@ -203,7 +196,7 @@ def kill_rank(trial: Trial, draw: random.Random) -> str:
 
 def start_twice(trial: Trial, draw: random.Random) -> str:
     first = trial.start()
-    time.sleep(draw.choice([0.0, 0.05, moment(trial, draw)]))
+    trial.wait_for_moment(first, draw, at_start=0.5)
     second = trial.start()
     codes = [trial.expect_end(launch, {0, 2}) for launch in (first, second)]
     refused = [set(found) == {2} for found in codes]
@@ -237,13 +230,10 @@ def fill_disk(trial: Trial, draw: random.Random) -> str:
     choice, ends = draw.choice(["continue", "stop"]), draw.random() < 0.7
     try:
         launch = trial.start("--on_save_error", choice)
-        while not trial.newest_step() and launch.is_running():
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.5 * trial.reference.seconds))
+        before = trial.wait_for_moment(launch, draw, at_start=0)
         with open(disk / "ballast", "ab", buffering=0) as file, contextlib.suppress(OSError):
             while file.write(b"\0" * 64):
                 pass
-        before = trial.newest_step()
         if ends:
             time.sleep(draw.uniform(0, 0.3 * trial.reference.seconds))
             (disk / "ballast").unlink()
@@ -259,8 +249,8 @@ def fill_disk(trial: Trial, draw: random.Random) -> str:
 def flip_bit(trial: Trial, draw: random.Random, in_checkpoint: bool) -> str:
     launch = trial.start()
     while len(list_checkpoints(trial.folder)) < 2 and launch.is_running():
-        time.sleep(0.01)
-    time.sleep(draw.uniform(0, 0.4 * trial.reference.seconds))
+        time.sleep(0.005)
+    trial.wait_for_moment(launch, draw, at_start=0)
     launch.kill()
     newest = next(path for path in list_checkpoints(trial.folder) if (path / "manifest.json").exists())
     folder = newest if in_checkpoint else trial.folder

@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing.util
 import os
+import random
 import re
 import signal
 import socket
@@ -58,7 +59,8 @@ class Launch:
     """
 
     def __init__(self, arguments: list[str], num_processes: int, log: Path, before: Callable[[], None] | None = None):
-        self.log, self.start = log, log.stat().st_size if log.exists() else 0
+        log.touch()
+        self.log, self.start = log, log.stat().st_size
         self.codes: dict[int, int] = {}
         self.ranks: list[int] = []
         with socket.socket() as free:
@@ -177,6 +179,7 @@ class Trial:
     def __init__(self, folder: Path, kind: str, data: Path, steps: int, reference: Reference | None = None):
         self.folder, self.log, self.kind, self.reference = folder / "run", folder / "log", kind, reference
         self.num_processes, settings = KINDS[kind]
+        self.steps = steps
         self.arguments = [*SHARED, *settings, "--dataset_name", str(data), "--max_steps", str(steps)]
         self.problems: list[str] = []
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,6 +187,20 @@ class Trial:
     def start(self, *options: str, before: Callable[[], None] | None = None) -> Launch:
         arguments = [*self.arguments, *options, "--output_dir", str(self.folder)]
         return Launch(arguments, self.num_processes, self.log, before)
+
+    def wait_for_moment(self, launch: Launch, draw: random.Random, at_start: float = 0.2) -> int:
+        """
+        Wait for a random moment, with probability `at_start` during start-up and else after a random step, or for the
+        end. Returns the step of the newest whole checkpoint.
+        """
+        if draw.random() < at_start:
+            time.sleep(draw.uniform(0, 0.3 * self.reference.seconds))
+        else:
+            step = draw.randrange(1, self.steps - 2)
+            while launch.is_running() and all(step_of(path) < step for path in list_checkpoints(self.folder)):
+                time.sleep(0.005)
+            time.sleep(draw.uniform(0, 3 * self.reference.seconds / self.steps))
+        return self.newest_step()
 
     def newest_step(self) -> int:
         """Of the newest whole checkpoint, 0 without one."""
