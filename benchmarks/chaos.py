@@ -252,7 +252,10 @@ def flip_bit(trial: Trial, draw: random.Random, in_checkpoint: bool) -> str:
         time.sleep(0.005)
     trial.wait_for_moment(launch, draw, at_start=0)
     launch.kill()
-    newest = next(path for path in list_checkpoints(trial.folder) if (path / "manifest.json").exists())
+    if not list_checkpoints(trial.folder):
+        trial.problems.append(f"it ended before its first checkpoint: {launch.text()[-500:]}")
+        return "no checkpoint"
+    newest = list_checkpoints(trial.folder)[0]
     folder = newest if in_checkpoint else trial.folder
     names = [path.name for path in sorted(newest.iterdir())] if in_checkpoint else BOOKKEEPING
     file = draw.choice([folder / name for name in names if (folder / name).exists()])
