@@ -28,7 +28,8 @@ import psutil
 import transformers.modeling_utils
 
 from mocov3_hf.pretraining import checkpoint, loop
-from mocov3_hf.run_folder import hardware, list_checkpoints, package_versions
+from mocov3_hf.results import hardware, package_versions
+from mocov3_hf.run_folder import list_checkpoints
 from mocov3_hf.storage import read_lines, write_json, write_text
 
 from .chaos_runs import KINDS, Launch, Trial, reference_run, summary, table, write_shards
