@@ -6,7 +6,7 @@ import os
 import pytest
 from transformers import Trainer
 
-from mocov3_hf import run_folder
+from mocov3_hf import results
 from mocov3_hf.evaluation import finetune, knn
 from tests.evaluation.finetuning import command
 
@@ -16,7 +16,7 @@ def refuse(*_args, **_kwargs):
 
 
 def test_knn_prints_its_metrics_first(tmp_path, model_folder, image_folder, monkeypatch, capsys):
-    monkeypatch.setattr(run_folder, "write_json", refuse)
+    monkeypatch.setattr(results, "write_json", refuse)
     arguments = ["--model", model_folder, "--dataset_name", image_folder, "--output_dir", tmp_path, "--k", "5"]
     with pytest.raises(SystemExit) as ended:
         knn.main([str(argument) for argument in arguments])

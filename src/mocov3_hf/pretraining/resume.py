@@ -4,12 +4,10 @@ import hashlib
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
 from ..option_values import NO, YES
 from ..reporting import UsageError, is_first_process, typed_command, warn
@@ -282,8 +280,7 @@ def truncate_lines(records: RecordFile, *, steps_done: int | None = None, number
         elif line["step"] <= steps_done:
             kept.append(line)
     if num_dropped:
-        message = f"{path} was damaged: {num_dropped} of {len(lines) + len(damaged)} lines were dropped"
-        tqdm.write(f"warning: {message}", file=sys.stderr)  # above the progress bar, if there is one
+        warn(f"{path} was damaged: {num_dropped} of {len(lines) + len(damaged)} lines were dropped")
     rewrite_lines(path, kept)
 
 
