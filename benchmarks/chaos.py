@@ -12,6 +12,7 @@ broken. A full disk needs the right to mount a file system; without it, that fau
 import argparse
 import contextlib
 import errno
+import functools
 import json
 import os
 import random
@@ -35,18 +36,18 @@ from mocov3_hf.storage import read_lines, write_json, write_text
 from .chaos_runs import KINDS, Launch, Trial, reference_run, summary, table, write_shards
 
 
-# Of every 200 faults. The rest are failing operations: each one of a save once.
-SHARES = {
-    "SIGKILL to all processes": 40,
-    "SIGTERM to the process group": 12,
-    "SIGINT to the process group": 6,
-    "SIGUSR1 to the process group": 6,
-    "SIGKILL to a data-loading worker": 12,
-    "SIGKILL to one of two processes": 12,
-    "two launches in one folder": 12,
-    "full disk": 14,
-    "flipped bit in a checkpoint": 14,
-    "flipped bit in another file": 6,
+# Weights of the faults. Besides them, 11 of 20 faults are failing file operations, up to each one of a save once.
+WEIGHTS = {
+    "SIGKILL to all processes": 24,
+    "SIGTERM to the process group": 9,
+    "SIGINT to the process group": 5,
+    "SIGUSR1 to the process group": 5,
+    "SIGKILL to a data-loading worker": 9,
+    "SIGKILL to one of two processes": 9,
+    "two launches in one folder": 9,
+    "full disk": 10,
+    "flipped bit in a checkpoint": 12,
+    "flipped bit in another file": 5,
 }
 OPERATION = "failing file operation in a save"
 # Audit events of file operations. rmtree raises its own before it ignores errors.
@@ -127,15 +128,16 @@ def make_plan(faults: int, folder: Path, data: Path, steps: int) -> tuple[list[t
         "flipped bit in another file": lambda trial, draw: flip_bit(trial, draw, in_checkpoint=False),
     }
     left_out = [] if can_mount(folder / "mounted") else ["full disk"]
-    numbers = {fault: max(1, round(share * faults / 200)) for fault, share in SHARES.items() if fault not in left_out}
-    plan = [(fault, actions[fault]) for fault, number in numbers.items() for _ in range(number)]
     num_operations = count_operations(folder / "count", data, steps)
-    wanted = max(1, faults - len(plan))
-    places = range(num_operations) if faults >= 200 else range(0, num_operations, -(-num_operations // wanted))
-    plan += [
-        (OPERATION, lambda trial, draw, place=place: fail_operation(trial, place, "stop" if place % 2 else "continue"))
-        for place in places
-    ]
+    num_failing = min(num_operations, max(1, 11 * faults // 20))
+    weights = {fault: weight for fault, weight in WEIGHTS.items() if fault not in left_out}
+    plan = []
+    for fault, weight in weights.items():
+        number = max(1, round(weight * (faults - num_failing) / sum(weights.values())))
+        plan += [(fault, actions[fault])] * number
+    for place in sorted({round(index * num_operations / num_failing) for index in range(num_failing)}):
+        choice = "stop" if place % 2 else "continue"
+        plan.append((OPERATION, functools.partial(fail_operation, place=place, choice=choice)))
     return plan, left_out
 
 
@@ -273,7 +275,10 @@ def flip_bit(trial: Trial, draw: random.Random, in_checkpoint: bool) -> str:
 
 
 def inject(place: int | None, folder: Path) -> Callable[[], None]:
-    """To call in a new process: fails operation `place` of the second save, or prints how many it has if None."""
+    """
+    To call in a new process: fails operation `place` of the third save, the first that deletes a checkpoint, or prints
+    how many operations it has if `place` is None.
+    """
 
     def before() -> None:
         state = {"saves": 0, "count": 0, "armed": False}
@@ -302,7 +307,7 @@ def inject(place: int | None, folder: Path) -> Callable[[], None]:
 
         def save(run, run_state):
             state["saves"] += 1
-            state["armed"] = state["saves"] == 2
+            state["armed"] = state["saves"] == 3
             try:
                 return write(run, run_state)
             finally:
@@ -326,12 +331,12 @@ def count_operations(folder: Path, data: Path, steps: int) -> int:
     return int(launch.text().split("OPERATIONS ")[1].split()[0])
 
 
-def fail_operation(trial: Trial, place: int, choice: str) -> str:
+def fail_operation(trial: Trial, _draw: random.Random | None = None, *, place: int, choice: str) -> str:
     launch = trial.start("--on_save_error", choice, before=inject(place, trial.folder))
     codes = trial.expect_end(launch, {0, 1})
     trial.expect("OPERATION " in launch.text(), "the operation did not take place")
     trial.expect(choice == "stop" or set(codes) == {0}, f"ended although --on_save_error is {choice}")
-    trial.expect_nothing_lost(3)
+    trial.expect_nothing_lost(6)
     trial.finish()
     return f"{choice}: {'ended in one line' if 1 in codes else 'went on'}"
 

@@ -29,7 +29,7 @@ def reference(tmp_path_factory, data):
         chaos.kill_all,
         chaos.kill_worker,
         chaos.start_twice,
-        lambda trial, _draw: chaos.fail_operation(trial, 20, "stop"),
+        lambda trial, _draw: chaos.fail_operation(trial, place=20, choice="stop"),
         lambda trial, draw: chaos.flip_bit(trial, draw, in_checkpoint=True),
     ],
 )
