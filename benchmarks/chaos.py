@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -68,7 +69,7 @@ def main() -> None:
         trials, left_out = do_all(options, Path(folder))
     broken = [trial for trial in trials if trial["problems"]]
     report = {
-        "command": f"python -m benchmarks.chaos --faults {options.faults}",
+        "command": shlex.join(["python", "-m", "benchmarks.chaos", *sys.argv[1:]]),
         "faults": len(trials),
         "lost": len(broken),
         "left_out": left_out,

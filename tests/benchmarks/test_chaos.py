@@ -61,5 +61,12 @@ def test_the_table():
     ]
     rows = list(summary(trials))
     assert rows == [{"fault": "full disk", "times": 3, "what_happened": {"ended": 1, "went on": 2}, "kept": 2}]
-    report = {"faults": 3, "lost": 1, "seconds": 60, "command": "chaos", "hardware": {}, "table": rows}
+    report = {
+        "faults": 3,
+        "lost": 1,
+        "seconds": 60,
+        "command": "chaos",
+        "hardware": {"cpu": "a cpu", "cpu_count": 2},
+        "table": rows,
+    }
     assert "| full disk | 3 | ended (1); went on (2) | 2 |" in table(report)
