@@ -3,6 +3,7 @@
 import functools
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ class Outbox:
     waiting: list[tuple[dict[str, float], int]] = field(default_factory=list)  # metrics and step
     latest: list[tuple[dict[str, float], int]] = field(default_factory=list)  # of the last step that has arrived
     error: Exception | None = None  # why the rest waits
+    started: int = field(default_factory=lambda: int(time.time()))  # second of the last start
 
 
 class Trackers:
@@ -104,14 +106,20 @@ class Trackers:
                 outbox.waiting.append((values, step))
             self.send(tracker)
 
-    def send(self, tracker: GeneralTracker) -> None:
-        """Send what waits for a tracker."""
+    def send(self, tracker: GeneralTracker, is_last: bool = False) -> None:
+        """Send what waits for a tracker, or leave it to the next time unless this is the last."""
         outbox = self.outboxes[tracker.name]
         if not outbox.waiting:
             return
         error = None
         if outbox.error is not None and tracker.name == "tensorboard":
-            # Its thread has ended, and a part of a step may be written: hide that step and send it again.
+            # Its thread has ended, and a part of a step may be written: hide that step and send it again. Files are
+            # named by the second, and read in this order.
+            while int(time.time()) == outbox.started:
+                if not is_last:
+                    return
+                time.sleep(0.1)
+            outbox.started = int(time.time())
             step = outbox.waiting[0][1]
             outbox.waiting[:0] = [entry for entry in outbox.latest if entry[1] == step]
             outbox.latest = []
@@ -137,7 +145,7 @@ class Trackers:
         """End the trackers; report what could not be sent."""
         for tracker in self.accelerator.trackers:
             if self.accelerator.is_main_process:
-                self.send(tracker)
+                self.send(tracker, is_last=True)
                 outbox = self.outboxes[tracker.name]
                 if outbox.error is not None:
                     number, reason = len(outbox.waiting), one_line(outbox.error)
