@@ -31,6 +31,7 @@ from PIL import Image, ImageOps, features
 
 MAX_PIXELS = 4_000_000
 SECONDS = 10
+STARTING = 600  # seconds until the first file of a child, on a busy machine
 # Resident memory that decoding may add: 12 bytes per allowed pixel (see `decode_limits.py`), and 32 MiB for libraries.
 MAX_MEMORY = 12 * MAX_PIXELS + (32 << 20)
 
@@ -133,7 +134,7 @@ class Children:
         )
         self.process.stdin.write(json.dumps(self.left) + "\n")
         self.process.stdin.close()
-        self.current, self.deadline = None, time.monotonic() + 120
+        self.current, self.deadline = None, time.monotonic() + STARTING
 
     def take(self) -> bool:
         """Handle one line; False at the end."""
@@ -143,7 +144,7 @@ class Children:
         elif line:
             self.results.append(json.loads(line))
             self.left.remove(self.current)
-            self.current, self.deadline = None, time.monotonic() + 120
+            self.current, self.deadline = None, time.monotonic() + STARTING
         else:
             code = self.process.wait()
             if code == 0 and not self.left:

@@ -4,10 +4,16 @@ The command `mocov3`: a table of commands, each a function of one subpackage of 
 It is a module beside the package, because importing the package imports torch, which `mocov3 --help` does not need.
 """
 
+import contextlib
 import difflib
 import importlib
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import NoReturn
 
 
 # Name: module and function, called with the arguments after the name; what the command does.
@@ -56,7 +62,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: there is no command {arguments[0]!r}; {hint}", file=sys.stderr)
         sys.exit(2)
     module, function = COMMANDS[name][0].split(":")
-    getattr(importlib.import_module(module), function)(arguments[1:])
+    with ended_by_signals("SIGTERM", "SIGUSR1"):
+        with ended_by_signals("SIGINT"):
+            command = getattr(importlib.import_module(module), function)
+        try:
+            command(arguments[1:])
+        except KeyboardInterrupt:  # of a command that does not handle it itself
+            announce(signal.SIGINT)
+            sys.exit(128 + signal.SIGINT)
+
+
+@contextlib.contextmanager
+def ended_by_signals(*names: str) -> Iterator[None]:
+    """
+    Signals end the process in one line, until the command handles them itself. Importing packages takes seconds.
+
+    Signals that are ignored, as in the background, stay ignored.
+    """
+    handle_signals(*names)
+    try:
+        yield
+    finally:
+        for name in names:
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is end:
+                default = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+                signal.signal(getattr(signal, name), default)
+
+
+def handle_signals(*names: str) -> None:
+    """Replace the default handlers of these signals by `end`."""
+    for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+        is_default = signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+        if is_default and threading.current_thread() is threading.main_thread():
+            signal.signal(number, end)
+
+
+def end(number: int, _frame: FrameType | None = None) -> NoReturn:
+    """End the process at once: `sys.exit` would raise an error in the middle of an import, which may handle it."""
+    announce(number)
+    os._exit(128 + number)
+
+
+def announce(number: int) -> None:
+    """Once for all processes, in one write: a signal can interrupt a `print`."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"stopped by {signal.Signals(number).name}: start the command again\n".encode())
 
 
 def help_text() -> str:

@@ -14,6 +14,7 @@ GROUND = (
     "reporting",
     "hints",
     "requirements",
+    "process_group",
     "storage",
     "yaml_files",
     "option_values",
@@ -40,7 +41,7 @@ FLOORS = {
     "report": 2,
 }
 # Floor 1 knows neither options nor the layout of folders.
-PLAIN = {"_version", "model", "reporting", "hints", "requirements", "storage", "processing"}
+PLAIN = {"_version", "model", "reporting", "hints", "requirements", "process_group", "storage", "processing"}
 # The only import uphill: fetching a published model includes converting it.
 UPHILL = {("zoo", "interop")}
 

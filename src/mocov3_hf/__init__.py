@@ -4,6 +4,14 @@ MoCo v3 self-supervised pre-training for any vision backbone, native to Hugging 
 Importing the package registers its models, so that `AutoModel.from_pretrained` and `pipeline` know them.
 """
 
+import sys
+
+import mocov3_cli
+
+
+if sys.argv[:1] == ["-m"]:  # `python -m mocov3_hf`, which imports this package before the command
+    mocov3_cli.handle_signals("SIGTERM", "SIGINT", "SIGUSR1")
+
 from transformers import (
     AutoBackbone,
     AutoConfig,

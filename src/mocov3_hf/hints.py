@@ -32,7 +32,8 @@ def describe_missing(name: str | os.PathLike, what: str = "folder", fix: str = "
     """
     path = Path(os.path.expanduser(name))
     text = f"{what} {os.fspath(name)!r} does not exist"
-    first = ([part for part in (path, *path.parents) if not part.exists()] or [path])[-1]
+    # `Path.exists` raises for a name that is too long.
+    first = ([part for part in (path, *path.parents) if not os.path.exists(part)] or [path])[-1]
     try:
         siblings = [entry.name for entry in first.parent.iterdir() if not entry.name.startswith(".")]
     except OSError:
@@ -44,4 +45,4 @@ def describe_missing(name: str | os.PathLike, what: str = "folder", fix: str = "
         return f"{text}: {fix}" if fix else text
     meant = first.with_name(close[0])
     whole = meant / path.relative_to(first)
-    return f"{text}; did you mean {str(whole if whole.exists() else meant)!r}?"
+    return f"{text}; did you mean {str(whole if os.path.exists(whole) else meant)!r}?"

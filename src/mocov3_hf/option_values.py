@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from .reporting import UsageError
+from .reporting import UsageError, typed_command
 from .yaml_files import DEEPEST_NESTING
 
 
@@ -200,3 +200,16 @@ def plain_type(kind: Any) -> Any:
 
 def is_list(kind: Any) -> bool:
     return typing.get_origin(kind) is list or any(typing.get_origin(part) is list for part in typing.get_args(kind))
+
+
+def resume_command(typed: list[str]) -> str:
+    """The command that was typed, with the option to resume and without those that contradict it."""
+    kept, waiting = [], typed[::-1]
+    while waiting:
+        argument = waiting.pop()
+        name, equals, _ = argument.replace("-", "_").partition("=")
+        if name not in ("__resume_from_checkpoint", "__overwrite_output_dir"):
+            kept.append(argument)
+        elif not equals and waiting and (name == "__resume_from_checkpoint" or waiting[-1].lower() in YES + NO):
+            waiting.pop()  # its value
+    return typed_command([*kept, "--resume_from_checkpoint", "auto"])

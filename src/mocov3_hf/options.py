@@ -5,6 +5,7 @@ This module and those that it imports import neither torch nor transformers, so 
 """
 
 import dataclasses
+import os
 import re
 import typing
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,8 @@ from .reporting import UsageError, reporting, warn
 from .yaml_files import read_yaml
 
 
+# Placeholders of options whose value is, or may be, a path on this machine.
+PATH_WORDS = frozenset(("CHECKPOINT", "DATASET", "DIR", "FILE", "FOLDER", "IMAGES", "MODEL", "PATH"))
 Group = TypeVar("Group")
 
 # Names of `Trainer`, of the official code and of other tools, and the options that they may mean here.
@@ -196,10 +199,19 @@ def _converted(
             continue
         label = f"{dash}{name}" if dash else f"{source}: {name}"
         converted = convert(label, value, types[name], metadata["bounds"])
+        if PATH_WORDS.intersection(re.findall(r"[A-Z_]+", metadata["metavar"] or "")):
+            converted = expanded(converted)
         if isinstance(converted, dict) and isinstance(values.get(name), dict):
             converted = {**values[name], **converted}
         values[name] = converted
     return values
+
+
+def expanded(value: Any) -> Any:
+    """A path, or a list of them, with "~" replaced by the home folder."""
+    if isinstance(value, list):
+        return [expanded(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def _refuse(command: Command, name: str, source: str, dash: str) -> typing.NoReturn:

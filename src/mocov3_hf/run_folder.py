@@ -3,6 +3,7 @@
 config.json, preprocessor_config.json, model.safetensors    what `from_pretrained` loads: the newest weights
 recipe.yaml                                                  the resolved recipe, which starts the same run again
 metrics.jsonl, events.jsonl, knn.jsonl, bad_images.jsonl     what happened, one JSON object per line
+data.json                                                    what was found in the data set, and what was skipped why
 results.json                                                 evaluations, appended by every command
 checkpoint-N/                                                everything needed to resume after step N
     manifest.json                                            size and SHA-256 of every other file
@@ -27,6 +28,7 @@ from .yaml_files import read_yaml
 
 CONFIG, PROCESSOR, RECIPE, CONVERSION = "config.json", "preprocessor_config.json", "recipe.yaml", "conversion.json"
 METRICS, EVENTS, KNN, BAD_IMAGES = "metrics.jsonl", "events.jsonl", "knn.jsonl", "bad_images.jsonl"
+DATA = "data.json"
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
 TRACKERS, WEIGHTS = "trackers.json", "model.safetensors"
 TRAINER_STATE = "trainer_state.json"  # of transformers' Trainer
@@ -131,6 +133,7 @@ class RunFolder:
         state: `run` of the newest checkpoint's `state.json`; empty without one.
         metrics, knn, events: Lines of `metrics.jsonl`, `knn.jsonl` and `events.jsonl`, oldest first.
         results: Evaluations of `results.json`, oldest first.
+        data: Of `data.json`: images used and files skipped by reason; empty without it.
         conversion: Of `conversion.json`; empty for weights that were not converted.
         parameters: Number of parameters by the first part of their names; empty without weights.
         notes: What could not be read, one sentence each.
@@ -145,6 +148,7 @@ class RunFolder:
     knn: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
     conversion: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -228,6 +232,7 @@ def read_run_folder(path: str | Path) -> RunFolder:
         knn=knn,
         events=events,
         results=results,
+        data=read_object(path / DATA, notes),
         conversion=conversion,
         parameters=parameters,
         # Reports and cards are published: notes name files without the folders above them.

@@ -49,7 +49,7 @@ def test_crops_never_read_beyond_themselves():
 
 def test_bad_images_of_the_cache_are_counted(jpeg_folder, tmp_path):
     folder, file = jpeg_folder(20), tmp_path / "bad_images.jsonl"
-    sorted(folder.rglob("*.jpg"))[3].write_bytes(b"")
+    sorted(folder.rglob("*.jpg"))[3].write_bytes(b"not an image")
     source = open_source(str(folder))
     loader = TwoViewLoader(
         source, SETTINGS, global_batch_size=20, cache_on_device="cpu", max_bad_fraction=0.1, bad_images_file=file

@@ -34,6 +34,9 @@ class ListShard:
     def load(self):
         return ListedRows(self.images)
 
+    def describe(self, row):
+        return f"row {row} of the shard"
+
 
 def map_source(images) -> MapSource:
     features = datasets.Features({"image": datasets.Image(decode=False)})
@@ -232,6 +235,9 @@ def test_bad_images_are_replaced_counted_and_listed(images, tmp_path, kind):
     listed = {line["id"]: line["reason"] for line in map(json.loads, file.read_text().splitlines())}
     assert set(listed) == {7, 8, 30, 59}
     assert listed[7] == "is empty (0 bytes)"
+    paths = {line["id"]: line["path"] for line in map(json.loads, file.read_text().splitlines())}
+    assert paths[59] == "/gone/for/ever.jpg"
+    assert paths[7] == (None if kind == "map" else "row 4 of the shard")
     assert "cannot be decoded" in listed[8]
     assert "No such file" in listed[59]
     for batch, expected in zip(batches, good, strict=True):

@@ -5,8 +5,9 @@ import sys
 import torch
 
 from mocov3_hf.data.labeled import open_labeled
-from mocov3_hf.evaluation.features import joined_processes, labeled_features
+from mocov3_hf.evaluation.features import labeled_features
 from mocov3_hf.loading import load_encoder, load_processor
+from mocov3_hf.process_group import joined_processes
 from mocov3_hf.processing import ProcessorTransform
 
 

@@ -6,7 +6,8 @@ import shutil
 import pytest
 from PIL import Image
 
-from mocov3_hf.data.labeled import find_csv_files, open_labeled
+from mocov3_hf.data.labeled import open_labeled
+from mocov3_hf.data.tables import find_csv_files
 from mocov3_hf.evaluation import evaluate, finetune, knn, linear_probe
 from mocov3_hf.evaluation.classifier import load_with_new_head
 from mocov3_hf.evaluation.feature_cache import data_fingerprint

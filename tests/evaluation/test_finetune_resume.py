@@ -137,3 +137,22 @@ def test_settings_that_are_not_an_object_are_refused(tmp_path, content):
     with pytest.raises(ValueError, match=r"cannot be read \(settings.json\)") as error:
         check_settings({"seed": 0}, tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ({"num_train_images": 50, "train_fingerprint": "b"}, "training split of 48 images, there are 50 now"),
+        (
+            {"num_train_images": 48, "train_fingerprint": "b"},
+            "training split of other 48 images: restore the data set",
+        ),
+        ({"num_train_images": 50, "train_fingerprint": "b", "seed": 1}, "is of a run with other options, "),
+    ],
+)
+def test_other_training_images_are_refused_by_name(tmp_path, now, message):
+    (tmp_path / "settings.json").write_text('{"seed": 0, "num_train_images": 48, "train_fingerprint": "a"}')
+    with pytest.raises(ValueError, match=message):
+        check_settings({"seed": 0, **now}, tmp_path)
+    (tmp_path / "settings.json").write_text('{"seed": 0}')  # as earlier versions wrote it
+    check_settings({"num_train_images": 48, "train_fingerprint": "a", "seed": 0}, tmp_path)

@@ -2,14 +2,16 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import mocov3_cli
-from mocov3_hf import recipe_files, reporting
+from mocov3_hf import options, recipe_files, reporting
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -180,3 +182,49 @@ def test_messages_name_the_command_that_was_typed(monkeypatch, argv, environment
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert reporting.typed_command() == shown
+
+
+def handles(process_id, number):
+    """Whether a process handles a signal itself."""
+    status = Path(f"/proc/{process_id}/status").read_text()
+    (mask,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("program", "number"),
+    [
+        (["-m", "mocov3_hf", "knn"], signal.SIGTERM),
+        ([str(SCRIPTS / "pretrain.py")], signal.SIGTERM),
+        ([str(SCRIPTS / "finetune.py")], signal.SIGINT),
+    ],
+)
+def test_a_signal_while_packages_are_imported_ends_in_one_line(program, number):
+    """Importing torch takes seconds; nothing has begun then."""
+    process = subprocess.Popen([sys.executable, *program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not handles(process.pid, signal.SIGTERM):
+        time.sleep(0.005)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (128 + number, "")
+    assert errors == f"stopped by {number.name}: start the command again\n"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, None])
+def test_after_a_command_signals_are_as_before(error, monkeypatch, capfd):
+    def command(arguments):
+        assert signal.getsignal(signal.SIGTERM) is mocov3_cli.end
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(options, "recipes_main", command)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    if error is None:
+        mocov3_cli.main(["recipes"])
+    else:
+        with pytest.raises(SystemExit) as ended:
+            mocov3_cli.main(["recipes"])
+        assert ended.value.code == 130
+        assert capfd.readouterr().err == "stopped by SIGINT: start the command again\n"
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before

@@ -28,7 +28,7 @@ def arguments(tiny, labeled, tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     subprocess.run(["cp", "-r", *map(str, labeled.iterdir()), folder], check=True)
     for number in range(2):
-        (folder / "train" / "dark" / f"x{number}.png").write_bytes(b"")
+        (folder / "train" / "dark" / f"x{number}.png").write_bytes(b"no image")
     options = ["--dataset_name", str(folder), "--max_bad_fraction", "0.5", "--knn_dataset_name", str(labeled)]
     return [*tiny, *LENGTH, *options]
 

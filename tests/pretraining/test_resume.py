@@ -265,6 +265,28 @@ def test_what_would_be_another_run_is_refused(tmp_path, tiny, fresh, capsys):
     assert [folder.name for folder in run_folder.list_checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
+def test_a_checkpoint_of_another_order_of_images_is_refused(tmp_path, tiny, fresh, capsys):
+    """As version 0.1 wrote them."""
+    arguments = [*tiny, "--output_dir", str(tmp_path)]
+    main([*arguments, "--save_steps", "2", "--save_total_limit", "9"])
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    folder = tmp_path / "checkpoint-2"
+    state = json.loads((folder / "state.json").read_text())
+    del state["run"]["order_version"]
+    state["run"]["version"] = "0.1.0"
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "manifest.json").unlink()
+    run_folder.write_manifest(folder)
+    fresh()
+    resume = [*arguments, "--resume_from_checkpoint", "auto"]
+    line = stop_line(capsys, resume)
+    assert "was written by a mocov3_hf (0.1.0) that orders the images of an epoch differently: resume it with" in line
+    fresh()
+    main([*resume, "--allow_recipe_change"])
+    assert "the run continues in the order of this version, so that some images of this" in capsys.readouterr().err
+    assert run_folder.list_checkpoints(tmp_path)[0].name == "checkpoint-4"
+
+
 def test_a_full_disk_stops_or_not_as_asked(tmp_path, tiny, fresh, capsys, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")

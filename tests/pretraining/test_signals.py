@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from mocov3_hf import run_folder
-from mocov3_hf.pretraining.processes import SECONDS_OF_ONE_REQUEST, StopRequest
+from mocov3_hf.process_group import SECONDS_OF_ONE_REQUEST, StopRequest
 from tests.fork_server import Forked, ranks
 from tests.launch import search_path
 from tests.pretraining.test_resume import assert_same_run
@@ -215,9 +215,18 @@ def test_a_killed_worker_ends_the_run_in_one_line(tmp_path, slow, options, expec
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_worker_of_one_of_two_processes(tmp_path, slow, options, expected, rank):
-    """The others are in a step that it must finish."""
+@pytest.mark.parametrize(
+    ("rank", "number", "cause"),
+    [
+        (0, signal.SIGKILL, "killed (signal 9)"),
+        (1, signal.SIGSEGV, "segmentation fault (signal 11)"),
+    ],
+)
+def test_a_killed_worker_of_one_of_two_processes(tmp_path, slow, options, expected, rank, number, cause):
+    """
+    The others are in a step that it must finish; or, if the images themselves may have killed the worker, it saves and
+    ends all.
+    """
     arguments = [*options, "--dataloader_num_workers", "1", "--output_dir", str(tmp_path)]
     process = launch([*TORCHRUN, slow, *arguments], "step")
     text = read_to(process, "step", 4)
@@ -225,11 +234,12 @@ def test_a_killed_worker_of_one_of_two_processes(tmp_path, slow, options, expect
         child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == str(rank)
     ]
     (worker,) = workers_of(rank_process.pid)
-    worker.kill()
+    worker.send_signal(number)
     text += process.communicate(timeout=120)[0]
     assert process.returncode == 1, text
     (line,) = [line for line in text.splitlines() if "error: a" in line] or [text]
-    assert f"a data-loading worker died (worker {worker.pid}: killed (signal 9)" in line
+    assert f"a data-loading worker died (worker {worker.pid}: {cause}" in line
+    assert "another process is gone" not in text
     finished = text.count("MARK step") // 2
     assert newest_step(tmp_path) == finished, text
     ranks(2, slow, *arguments, "--resume_from_checkpoint", "auto")

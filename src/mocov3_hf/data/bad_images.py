@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -111,11 +112,21 @@ class BadImageLog:
                 continue  # a line cut short by a crash
 
 
+class ImageReader(partial):
+    """
+    `source.read` with the place of an image. `source.describe` says where that is, for messages: a file, a member of
+    an archive or a row, or None.
+    """
+
+    def describe(self) -> str | None:
+        return self.func.__self__.describe(*self.args)
+
+
 def decode_first_usable(candidates, choose_shrink, bad: list[BadImage]) -> tuple[torch.Tensor, int, int]:
     """Decode the first usable image of some candidates.
 
     Args:
-        candidates: Pairs (sample id, function that reads the encoded image).
+        candidates: Pairs (sample id, `ImageReader` of the encoded image).
         choose_shrink: See `decode_shrunk`.
         bad: Receives the unusable images.
 
@@ -130,7 +141,7 @@ def decode_first_usable(candidates, choose_shrink, bad: list[BadImage]) -> tuple
         try:
             return decode_shrunk(read(), choose_shrink)
         except BadImageError as error:
-            bad.append(BadImage(sample_id, error.reason, error.path))
+            bad.append(BadImage(sample_id, error.reason, error.path or read.describe()))
         tried += 1
         if tried == MAX_NEIGHBOURS:
             break

@@ -8,6 +8,8 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). 
 vectors.
 """
 
+import math
+
 import torch
 
 
@@ -15,6 +17,8 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+# Half of them are enough for long permutations. Those of five or six elements are then uniform to 0.04 %.
+_FEISTEL_ROUNDS = 24
 
 # Each purpose has its own stream. Views use their index (0, 1).
 STREAM_SAMPLE_ORDER = 0x4F524401
@@ -79,11 +83,51 @@ def uniforms(seed: int, epoch: int, ids: torch.Tensor, stream: int, count: int) 
     return (random_words(seed, epoch, ids, stream, count).to(torch.float64) + 0.5) * 2.0**-32
 
 
-def permutation(seed: int, epoch: int, length: int, stream: int, start: int = 0) -> torch.Tensor:
-    """A random permutation of range(length): int64 (length,). Sorts one random number per position.
+class Permutation:
+    """A random permutation of range(length), evaluated where it is needed: exact integers, O(sqrt(length)) memory.
 
-    `start` offsets the counters, so that different parts of one stream have different permutations.
+    A Feistel network on a table of rows and columns (position = row * columns + column): its rounds add, in turn, to
+    the row a random number that depends on the column, and to the column one that depends on the row. Results in the
+    few cells of the table beyond `length` are permuted again until they are not (cycle walking).
+
+    Source: Black and Rogaway, "Ciphers with arbitrary finite domains" (CT-RSA 2002).
+
+    Args:
+        seed, epoch, stream: As in `random_words`.
+        length: Number of elements, up to 2**62.
+        start: Offset of the counters. Parts of one stream that do not overlap have independent permutations.
     """
-    words = random_words(seed, epoch, torch.arange(start, start + length, dtype=torch.int64), stream, 2)
-    # 63 bits. A tie (probability 1e-7 for 1.28 M samples) is resolved by position, since the sort is stable.
-    return torch.sort((words[:, 0] << 31) ^ words[:, 1], stable=True).indices
+
+    def __init__(self, seed: int, epoch: int, length: int, stream: int, start: int = 0):
+        self.length = length
+        self.columns = math.isqrt(max(length - 1, 0)) + 1  # the square root, rounded up
+        self.rows = max(1, -(-length // self.columns))
+        ids = torch.arange(start, start + self.columns, dtype=torch.int64)
+        words = random_words(seed, epoch, ids, stream, _FEISTEL_ROUNDS).T
+        self._row_shifts = (words[0::2] % self.rows).contiguous()
+        self._column_shifts = (words[1::2, : self.rows] % self.columns).contiguous()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """The elements at some positions: int64 (N,) in [0, length), of int64 (N,) in [0, length)."""
+        elements = self._shuffled(positions)
+        while len(beyond := (elements >= self.length).nonzero().flatten()):
+            elements[beyond] = self._shuffled(elements[beyond])
+        return elements
+
+    def _shuffled(self, cells: torch.Tensor) -> torch.Tensor:
+        row = torch.div(cells, self.columns, rounding_mode="floor")
+        column = cells - row * self.columns
+        for row_shifts, column_shifts in zip(self._row_shifts, self._column_shifts, strict=True):
+            row = row + row_shifts[column]
+            row -= (row >= self.rows) * self.rows
+            column = column + column_shifts[row]
+            column -= (column >= self.columns) * self.columns
+        return row * self.columns + column
+
+
+def permutation(seed: int, epoch: int, length: int, stream: int, start: int = 0) -> torch.Tensor:
+    """All of a `Permutation`, with the same arguments: int64 (length,)."""
+    return Permutation(seed, epoch, length, stream, start).at(torch.arange(length, dtype=torch.int64))

@@ -1,27 +1,25 @@
 """Labeled splits and their transforms, for evaluation and supervised training."""
 
-import csv
 import os
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import datasets
 import numpy as np
 import torch
-from datasets.exceptions import DatasetGenerationError
 from torchvision.transforms import InterpolationMode, v2
 
 from ..storage import is_local
-from .decode import decode_rgb
+from .account import Account
+from .decode import BadImageError, decode_rgb
+from .image_files import NAMED_BUT_MISSING, NO_CLASS
 from .photometric import IMAGENET_MEAN, IMAGENET_STD
-from .sources import MapSource, find_image_column, open_dataset
+from .scan import SPLIT_NAMES
+from .shards import encoded_image
+from .sources import MapSource, open_table
 
 
 # Names of a label column where no column is a ClassLabel.
 _LABEL_NAMES = ("label", "labels", "class", "target", "cls")
-# Names of the column of image paths in a CSV file.
-_PATH_NAMES = ("image", "image_path", "path", "file", "file_name", "filename", "filepath")
-_SPLIT_NAME = "split"
 
 
 class SelectedRows:
@@ -37,6 +35,10 @@ class SelectedRows:
         """Encoded bytes or path of an image."""
         return self.source.read(int(self.rows[index]))
 
+    def describe(self, index: int) -> str | None:
+        """See `MapSource.describe`."""
+        return self.source.describe(int(self.rows[index]))
+
 
 class LabeledImages:
     """One labeled split, with images undecoded.
@@ -45,10 +47,17 @@ class LabeledImages:
         labels: int64 numpy (N,), from 0.
         class_names: List of str by label, or None if labels are plain integers.
         num_classes: len(class_names), or the largest label + 1.
+        account: What was found where the split was opened; None for images of another kind.
     """
 
-    def __init__(self, source: MapSource | SelectedRows, labels: np.ndarray, class_names: list[str] | None):
-        self.source, self.labels, self.class_names = source, labels, class_names
+    def __init__(
+        self,
+        source: MapSource | SelectedRows,
+        labels: np.ndarray,
+        class_names: list[str] | None,
+        account: Account | None = None,
+    ):
+        self.source, self.labels, self.class_names, self.account = source, labels, class_names, account
         self.num_classes = len(class_names) if class_names is not None else int(labels.max()) + 1
 
     def __len__(self) -> int:
@@ -56,7 +65,7 @@ class LabeledImages:
 
     def select(self, rows: np.ndarray) -> "LabeledImages":
         """The images of some rows, int64 (n,). Class numbers do not change."""
-        return LabeledImages(SelectedRows(self.source, rows), self.labels[rows], self.class_names)
+        return LabeledImages(SelectedRows(self.source, rows), self.labels[rows], self.class_names, self.account)
 
     def read(self, index: int) -> bytes | str | None:
         """Encoded bytes or path of an image."""
@@ -64,7 +73,10 @@ class LabeledImages:
 
     def decode(self, index: int) -> torch.Tensor:
         """uint8 (3, H, W) RGB. Raises `BadImageError` if the image cannot be used."""
-        return decode_rgb(self.read(index))
+        try:
+            return decode_rgb(self.read(index))
+        except BadImageError as error:
+            raise BadImageError(error.reason, error.path or self.source.describe(index)) from error
 
 
 def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -99,8 +111,7 @@ def open_labeled(
     """Open a labeled split.
 
     Args:
-        dataset_name, config_name, split, image_column, revision: As in `open_source`. `dataset_name` can also be a
-            CSV file or a folder of CSV files, see `open_csv`.
+        dataset_name, config_name, split, image_column, revision: As in `open_source`.
         label_column: None to detect it: the only ClassLabel column, or else a column named label, labels, class,
             target or cls.
         class_names: Names by label that the split must match, for example those of the training split. Without them,
@@ -110,131 +121,54 @@ def open_labeled(
         ValueError: The column does not exist; labels are missing, negative, or neither ClassLabel, integers nor text;
             or a name is not in `class_names`.
     """
-    files = find_csv_files(dataset_name, split)
-    if files:
-        dataset, image_column = open_csv(files, split, image_column)
-    else:
-        dataset = open_dataset(dataset_name, config_name, split, revision=revision)
-    source = MapSource(dataset, image_column)
-    if not files and is_local(dataset_name):
-        _check_class_folders(dataset, dataset_name, split, source.image_column)
+    dataset, image_column, account = open_table(dataset_name, config_name, split, image_column, revision)
+    if account.skipped.get(NAMED_BUT_MISSING):
+        raise ValueError(
+            f"{account.skipped[NAMED_BUT_MISSING]} images of {dataset_name!r} are {NAMED_BUT_MISSING}, such as"
+            f" {account.examples[NAMED_BUT_MISSING]}: restore them, or remove their rows"
+        )
+    source = MapSource(dataset, image_column, account)
+    if is_local(dataset_name) and not account.kind.startswith("CSV"):
+        _check_class_folders(dataset, account, dataset_name, source.image_column)
     column = find_label_column(dataset, label_column)
+    if label_column is None and "folder" in account.kind:
+        dataset, source, account = _without_loose_images(dataset, source, account, column)
     labels, names = _labels(dataset, column, class_names)
-    return LabeledImages(source, labels, names)
+    return LabeledImages(source, labels, names, account)
 
 
-def find_csv_files(dataset_name: str, split: str) -> list[Path]:
-    """The CSV files of a data set: the file itself, or those in the folder. Empty if it is another kind of data set.
-
-    A CSV file beside image folders or parquet files is not the data set. In a folder with subfolders, at least one
-    CSV file must have the name of the split, or a column `split`.
-    """
-    path = Path(os.path.expanduser(dataset_name))
-    if path.is_file():
-        return [path] if path.suffix.lower() == ".csv" else []
-    # `metadata.csv` belongs to an image folder, and `datasets` reads it.
-    if not path.is_dir() or any(
-        (path / name).exists() for name in ("dataset_dict.json", "state.json", "metadata.csv")
-    ):
-        return []
-    entries = sorted(path.iterdir())
-    files = [entry for entry in entries if entry.is_file() and entry.suffix.lower() == ".csv"]
-    if not files or any(entry.suffix == ".parquet" for entry in entries):
-        return []
-    parts = {part.strip() for part in split.split("+")}
-    is_table = any(file.stem in parts or _SPLIT_NAME in _header(file) for file in files)
-    return files if is_table or not any(entry.is_dir() for entry in entries) else []
+def _without_loose_images(dataset: datasets.Dataset, source: MapSource, account: Account, column: str) -> tuple:
+    """Leave out images that are in no class folder while others are."""
+    if not isinstance(dataset.features[column], datasets.ClassLabel):
+        return dataset, source, account
+    values = dataset.data.column(column).combine_chunks()
+    if values.null_count == 0:
+        return dataset, source, account
+    rows = np.flatnonzero(values.is_valid().to_numpy(zero_copy_only=False))
+    skipped = {**account.skipped, NO_CLASS: values.null_count}
+    loose = encoded_image(
+        dataset[int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])][source.image_column]
+    )
+    examples = {**account.examples, NO_CLASS: str(loose) if isinstance(loose, str) else ""}
+    account = replace(account, skipped=skipped, examples=examples, num_images=len(rows))
+    dataset = dataset.select(rows)
+    return dataset, MapSource(dataset, source.image_column, account), account
 
 
-def _header(file: Path) -> list[str]:
-    with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
-        return next(csv.reader(lines), [])
-
-
-def open_csv(files: list[Path], split: str, image_column: str | None = None) -> tuple[datasets.Dataset, str]:
-    """Open one split of a data set in CSV files, with images as absolute paths.
-
-    Args:
-        files: CSV files with a header. A column `split` names the split of each row; otherwise a file holds the split
-            that it is named after, `train.csv`.
-        split: Name of a split, or names joined by "+".
-        image_column: Column of paths, relative to the CSV file or absolute. None to detect it by its name.
-
-    Returns:
-        The table, with the types that `datasets` infers, and the name of the image column.
-
-    Raises:
-        ValueError: A file is not a valid table; or the split, the column or an image does not exist.
-    """
-    tables: dict[str, list[tuple[datasets.Dataset, Path]]] = {}
-    for file in files:
-        table = _read_csv(file, image_column)
-        names = table[_SPLIT_NAME][:] if _SPLIT_NAME in table.column_names else [""] * len(table)
-        names = np.array([name or file.stem for name in names])
-        for name in dict.fromkeys(names.tolist()):
-            tables.setdefault(name, []).append((table.select(np.flatnonzero(names == name)), file))
-    chosen = []
-    for part in (part.strip() for part in split.split("+")):
-        if part not in tables:
-            raise ValueError(
-                f"split {part!r} does not exist in {' and '.join(map(str, files))}; it has: {', '.join(tables)}. A "
-                f"split is a value in the column {_SPLIT_NAME!r} or the name of a file"
-            )
-        chosen += tables[part]
-    image_column = image_column or _find_path_column(chosen[0][0].column_names)
-    with_paths = [_with_absolute_paths(table, image_column, file) for table, file in chosen]
-    return datasets.concatenate_datasets(with_paths), image_column
-
-
-def _read_csv(file: Path, image_column: str | None) -> datasets.Dataset:
-    # These are text, even where all values look like numbers. Class names such as "null" or "NA" are not missing.
-    text_columns = dict.fromkeys((*_PATH_NAMES, _SPLIT_NAME, image_column or _PATH_NAMES[0]), str)
-    options = {"converters": text_columns, "keep_default_na": False, "na_values": [""], "skipinitialspace": True}
-    try:
-        # chunksize=None: otherwise types are inferred for each chunk of 10,000 rows.
-        table = datasets.Dataset.from_csv(str(file), encoding="utf-8-sig", chunksize=None, **options)
-        if "__index_level_0__" in table.column_names:
-            raise ValueError("its rows are longer than its header")
-        return table
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        reason = str(error.__cause__ or error).strip()
-        raise ValueError(f"{str(file)!r} is not a CSV table with a header and rows: {reason}") from error
-
-
-def _find_path_column(columns: list[str]) -> str:
-    found = [name for name in columns if name in _PATH_NAMES]
-    if len(found) != 1:
-        reason = f"several image columns ({', '.join(found)})" if found else "no image column found"
-        raise ValueError(f"{reason}: name the column of paths with --image_column; columns: {', '.join(columns)}")
-    return found[0]
-
-
-def _with_absolute_paths(table: datasets.Dataset, image_column: str, file: Path) -> datasets.Dataset:
-    listed = table[find_image_column(table, image_column)][:]
-    paths = [os.path.join(file.parent, os.path.expanduser(path)) for path in listed]
-    missing = next((name for name, path in zip(listed, paths, strict=True) if not os.path.isfile(path)), None)
-    if missing is not None:
-        reason = "paths must be absolute or relative to the CSV file"
-        raise ValueError(f"image {missing!r} in {str(file)!r} does not exist: {reason}")
-    return datasets.Dataset.from_dict(table.to_dict() | {image_column: paths})
-
-
-def _check_class_folders(dataset: datasets.Dataset, folder: str, split: str, image_column: str) -> None:
-    """Raise ValueError for an image folder without labels.
-
-    `datasets` returns no label column for it, or takes the folders of its splits for classes.
-    """
+def _check_class_folders(dataset: datasets.Dataset, account: Account, folder: str, image_column: str) -> None:
+    """Raise ValueError for images without labels, and for folders of splits that were taken for classes."""
     others = [name for name in dataset.features if name != image_column]
-    if others == ["label"]:
-        feature = dataset.features["label"]
-        names = set(getattr(feature, "names", ()))
-        if not names or not names <= {"train", "test", "validation", "valid", "val", "dev", split}:
+    inside = ""
+    if others == ["label"] and "folder" in account.kind:
+        names = getattr(dataset.features["label"], "names", ())
+        if not names or not all(os.fsencode(name.lower()) in SPLIT_NAMES for name in names):
             return
+        inside = f"; {' and '.join(names)} are splits only at the top of the folder: pass the folder that holds them"
     elif others:
         return
     raise ValueError(
-        f"folder {folder!r} holds images without labels: expected class folders ({split}/<class>/<image>), parquet"
-        " files, or CSV files with a column of paths and a column of labels"
+        f"folder {folder!r} holds images without labels: expected class folders ({account.split}/<class>/<image>),"
+        f" parquet files, or CSV files with a column of paths and a column of labels{inside}"
     )
 
 
@@ -273,6 +207,12 @@ def _labels(dataset, column, wanted) -> tuple[np.ndarray, list[str] | None]:
     if is_text:
         names = sorted(set(values)) if wanted is None else list(wanted)
         return _renumber(values, names, column), names
+    too_large = next((row for row, value in enumerate(values) if value > np.iinfo(np.int64).max), None)
+    if too_large is not None:
+        raise ValueError(
+            f"label {values[too_large]} in row {too_large} of column {column!r} does not fit into 64 bits with a sign:"
+            " number the classes from 0"
+        )
     labels = np.asarray(values, dtype=np.int64)
     if labels.min() < 0:
         raise ValueError(

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from .bad_images import BadImageLog
 from .device_cache import DeviceCache
-from .order import default_lanes, rows_of_process, sample_order, split_rows, steps_in_epoch
+from .draws import Permutation
+from .order import default_lanes, rows_of_process, sample_order, samples_of_step, split_rows, steps_in_epoch
 from .sources import MapSource, StreamSource
 from .streams import StreamReader
 from .views import ViewSettings, make_views
@@ -144,26 +145,26 @@ class TwoViewLoader:
         The parts of all batches from the workers. Once a worker is lost, from this process: the others have begun a
         step and wait for it.
         """
-        requests = self._requests_of(epoch, start_step)
+        num_loaded = 0
         if self.lost_worker is None:
             # The iterator of requests must not refer to the loader. In a reference cycle, the queues to the workers
             # could be collected before the workers are told to stop.
             self._requests.requests = self._requests_of(epoch, start_step)
             try:
                 for part in iterate(self._loader):
-                    next(requests)
+                    num_loaded += 1
                     yield part
             except LostWorkerError as error:
                 if self._is_alone or error.is_contagious:
                     raise
                 self.lost_worker = error
-        for request in requests:
+        for request in islice(self._requests_of(epoch, start_step), num_loaded, None):
             yield self._loader.dataset[request]
 
     def _requests_of(self, epoch: int, start_step: int) -> Iterator[tuple]:
         steps = range(start_step, self.steps_per_epoch)
         if self._is_stream:
-            return iter([(epoch, step, rows) for step in steps for rows in self._parts])
+            return _stream_requests(epoch, steps, self._parts)
         order = sample_order(self.seed, epoch, self.source.num_samples)
         return _map_requests(epoch, order, steps, self._rows, self.global_batch_size)
 
@@ -171,8 +172,7 @@ class TwoViewLoader:
         order = sample_order(self.seed, epoch, self.source.num_samples)
 
         def draw(step: int) -> dict:
-            start = step * self.global_batch_size
-            sample_ids = order[start + self._rows.start : start + self._rows.stop]
+            sample_ids = samples_of_step(order, step, self._rows, self.global_batch_size)
             return self._cache.draw(sample_ids, self.settings, self.seed, epoch)
 
         steps = range(start_step, self.steps_per_epoch)
@@ -219,10 +219,15 @@ def _checked_steps(num_samples: int | None, global_batch_size: int, steps_per_ep
     return steps_per_epoch or available
 
 
-def _map_requests(epoch: int, order: torch.Tensor, steps: range, rows: range, global_batch_size: int):
+def _map_requests(epoch: int, order: Permutation, steps: range, rows: range, global_batch_size: int):
     for step in steps:
-        start = step * global_batch_size
-        yield epoch, order[start + rows.start : start + rows.stop].tolist()
+        yield epoch, samples_of_step(order, step, rows, global_batch_size).tolist()
+
+
+def _stream_requests(epoch: int, steps: range, parts: list[range]):
+    for step in steps:
+        for rows in parts:
+            yield epoch, step, rows
 
 
 class _MapBatches(Dataset):

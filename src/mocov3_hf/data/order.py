@@ -7,22 +7,36 @@ lane, the rows of each window of consecutive shards are permuted. A global batch
 every lane, next to each other. Therefore a process needs only the lanes of its rows, all lanes have the same length
 even if shards do not, and a position is computed: there is no shuffle buffer whose state a resumed run would need.
 
+Permutations are evaluated per position (`draws.Permutation`): the order of a whole epoch is never in memory, and any
+step of it is reached at once.
+
 In both cases an epoch has num_samples // global_batch_size steps. The remaining samples are dropped; they differ from
 epoch to epoch because the permutation does.
 """
 
 import itertools
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from .draws import STREAM_SAMPLE_ORDER, STREAM_SHARD_ORDER, STREAM_WINDOW_ORDER, permutation
+from .draws import STREAM_SAMPLE_ORDER, STREAM_SHARD_ORDER, STREAM_WINDOW_ORDER, Permutation, permutation
 
 
-def sample_order(seed: int, epoch: int, num_samples: int) -> torch.Tensor:
-    """Map-style order of an epoch: a permutation, int64 (num_samples,)."""
-    return permutation(seed, epoch, num_samples, STREAM_SAMPLE_ORDER)
+# Changes with the order of any (seed, epoch). Checkpoints hold it, so that no run changes its order unnoticed.
+# 1: random numbers were sorted (0.1). 2: a Feistel network.
+ORDER_VERSION = 2
+_CHUNK = 1024
+
+
+def sample_order(seed: int, epoch: int, num_samples: int) -> Permutation:
+    """Map-style order of an epoch."""
+    return Permutation(seed, epoch, num_samples, STREAM_SAMPLE_ORDER)
+
+
+def samples_of_step(order: Permutation, step: int, rows: range, global_batch_size: int) -> torch.Tensor:
+    """Samples of some rows of the global batch of a step, map-style: int64 (len(rows),)."""
+    start = step * global_batch_size
+    return order.at(torch.arange(start + rows.start, start + rows.stop, dtype=torch.int64))
 
 
 def steps_in_epoch(num_samples: int, global_batch_size: int) -> int:
@@ -74,24 +88,37 @@ def default_lanes(global_batch_size: int, at_most: int = 16) -> int:
     return max(lanes for lanes in range(1, at_most + 1) if global_batch_size % lanes == 0)
 
 
-@dataclass(frozen=True)
 class Window:
     """A part of a lane whose rows are permuted together.
 
-    Attributes:
+    Args:
         lane, index: The lane, and the position of the window in it.
         start: First slot of the window in the lane.
-        shards, rows: int64 (M,), shard and row in the shard of each slot, in order.
+        order: Of the rows of the window.
+        shards: int64 (M,), shards with rows in the window, in the order of the sequence.
+        begins: int64 (M,), positions of the first rows of these shards relative to the window, the first <= 0.
     """
 
-    lane: int
-    index: int
-    start: int
-    shards: torch.Tensor
-    rows: torch.Tensor
+    def __init__(
+        self, lane: int, index: int, start: int, order: Permutation, shards: torch.Tensor, begins: torch.Tensor
+    ):
+        self.lane, self.index, self.start, self.shards = lane, index, start, shards
+        self._order, self._begins = order, begins
+        # Slots are read one after another, and evaluated many at once.
+        self._chunk = lru_cache(maxsize=2)(self._chunk_uncached)
 
     def __len__(self) -> int:
-        return len(self.shards)
+        return len(self._order)
+
+    def place(self, slot: int) -> tuple[int, int]:
+        """(shard, row in the shard) of a slot (0 .. len - 1) of the window."""
+        shards, rows = self._chunk(slot // _CHUNK)
+        return shards[slot % _CHUNK], rows[slot % _CHUNK]
+
+    def _chunk_uncached(self, chunk: int) -> tuple[list[int], list[int]]:
+        positions = self._order.at(torch.arange(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(self))))
+        place = torch.searchsorted(self._begins, positions, right=True) - 1
+        return self.shards[place].tolist(), (positions - self._begins[place]).tolist()
 
 
 class StreamOrder:
@@ -119,8 +146,10 @@ class StreamOrder:
         self.rows_per_lane = global_batch_size // lanes
         sizes = torch.tensor(shard_sizes, dtype=torch.int64)
         self._shards = permutation(seed, epoch, len(sizes), STREAM_SHARD_ORDER)
+        self._shards = self._shards[sizes[self._shards] > 0]
         self._ends = torch.cumsum(sizes[self._shards], dim=0)
-        self.lane_length = int(self._ends[-1]) // lanes
+        self._begins = self._ends - sizes[self._shards]
+        self.lane_length = int(sizes.sum()) // lanes
         self.steps = self.lane_length // self.rows_per_lane
         # Bounds of the windows of each lane, as positions in the sequence of permuted shards.
         self._bounds = [self._window_bounds(lane) for lane in range(lanes)]
@@ -129,17 +158,16 @@ class StreamOrder:
     def _window_bounds(self, lane: int) -> torch.Tensor:
         start, stop = lane * self.lane_length, (lane + 1) * self.lane_length
         # Ends of shards inside the lane. Every `window`-th of them ends a window.
-        inside = self._ends[(self._ends > start) & (self._ends < stop)].unique_consecutive()
+        inside = self._ends[(self._ends > start) & (self._ends < stop)]
         closing = inside[self.window - 1 :: self.window]
         return torch.cat([torch.tensor([start]), closing, torch.tensor([stop])])
 
     def _make_window_uncached(self, lane: int, index: int) -> Window:
         start, stop = self._bounds[lane][index : index + 2].tolist()
-        order = permutation(self.seed, self.epoch, stop - start, STREAM_WINDOW_ORDER, start=start)
-        positions = start + order
-        place = torch.searchsorted(self._ends, positions, right=True)
-        begins = torch.cat([torch.zeros(1, dtype=torch.int64), self._ends])[place]
-        return Window(lane, index, start - lane * self.lane_length, self._shards[place], positions - begins)
+        order = Permutation(self.seed, self.epoch, stop - start, STREAM_WINDOW_ORDER, start=start)
+        first, last = torch.searchsorted(self._ends, torch.tensor([start, stop - 1]), right=True).tolist()
+        shards, begins = self._shards[first : last + 1], self._begins[first : last + 1] - start
+        return Window(lane, index, start - lane * self.lane_length, order, shards, begins)
 
     def window_at(self, lane: int, slot: int) -> Window:
         """The window with a slot (0 .. lane_length - 1) of a lane."""
@@ -162,5 +190,5 @@ class StreamOrder:
         found = []
         for lane, slot in self.slots(step, rows):
             window = self.window_at(lane, slot)
-            found.append((int(window.shards[slot - window.start]), int(window.rows[slot - window.start])))
+            found.append(window.place(slot - window.start))
         return found

@@ -15,6 +15,7 @@ import datasets
 import pyarrow.parquet as pq
 
 from .decode import BadImageError
+from .references import read_reference
 from .remote import RemoteFile, is_remote, read_file
 
 
@@ -88,8 +89,8 @@ def encoded_image(value) -> bytes | str | None:
     """The image in a cell of an undecoded column: its bytes, or else its path, or else None."""
     if isinstance(value, dict):
         data = value.get("bytes")
-        return data if data is not None else value.get("path")
-    return value
+        value = data if data is not None else value.get("path")
+    return read_reference(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,10 @@ class ParquetShard:
     row_group: int
     num_rows: int
     image_column: str
+    num_bytes: int = 0  # of the row group
+
+    def describe(self, row: int) -> str:
+        return f"{self.url}, row {row} of row group {self.row_group}"
 
     def load(self) -> ArrowRows:
         with _open_parquet(self.url) as file:
@@ -117,6 +122,9 @@ class PathShard:
     def num_rows(self) -> int:
         return len(self.paths)
 
+    def describe(self, row: int) -> str:
+        return self.paths[row]
+
     def load(self):
         return RemotePathRows(self.paths) if is_remote(self.paths[0]) else ListedRows(self.paths)
 
@@ -132,6 +140,9 @@ class TarShard:
     def num_rows(self) -> int:
         return len(self.members)
 
+    def describe(self, row: int) -> str:
+        return f"{self.path}, at byte {self.members[row][0]}"
+
     def load(self) -> TarRows:
         return TarRows(self.path, self.members)
 
@@ -143,6 +154,9 @@ class RemoteTarShard:
     url: str
     image_column: str
     num_rows: None = None
+
+    def describe(self, row: int) -> str:
+        return f"{self.url}, image {row}"
 
     def load(self) -> TarRows:
         handle, path = tempfile.mkstemp(suffix=".tar")
@@ -162,6 +176,9 @@ class TableShard:
     @property
     def num_rows(self) -> int:
         return self.stop - self.start
+
+    def describe(self, row: int) -> str | None:
+        return self.source.describe(self.start + row)
 
     def load(self):
         return _TableRows(self)
@@ -186,6 +203,9 @@ class IterableShard:
     image_column: str
     num_rows: None = None
 
+    def describe(self, row: int) -> None:
+        """The format does not say."""
+
     def load(self) -> ListedRows:
         # In batches: a worker would split plain iteration among all workers a second time.
         batches = self.dataset.iter(batch_size=ROWS_PER_SHARD)
@@ -199,9 +219,13 @@ def index_tar(path: str, image_column: str) -> tuple[tuple[int, int], ...]:
         path: Uncompressed tar.
         image_column: Extension of the images, by webdataset's convention: everything after the first dot of the name.
     """
-    found = []
+    found, length = [], os.path.getsize(path)
     with tarfile.open(path, "r:") as archive:
         for member in archive:
+            if member.size < 0 or member.offset_data + member.size > length:
+                raise tarfile.ReadError(
+                    f"{member.name!r} has {member.size} bytes, more than the file or less than none"
+                )
             name = os.path.basename(member.name)
             if member.isfile() and "." in name[1:] and name.split(".", 1)[1] == image_column:
                 found.append((member.offset_data, member.size))
@@ -212,8 +236,14 @@ def index_tar(path: str, image_column: str) -> tuple[tuple[int, int], ...]:
 def parquet_shards(url: str, image_column: str) -> list[ParquetShard]:
     """The row groups of a parquet file, from its footer."""
     with _open_parquet(url) as file:
-        groups = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
-    return [ParquetShard(url, index, num_rows, image_column) for index, num_rows in enumerate(groups) if num_rows]
+        if image_column not in file.schema_arrow.names:
+            raise ValueError(f"{url!r} has no column {image_column!r}; columns: {', '.join(file.schema_arrow.names)}")
+        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+    return [
+        ParquetShard(url, index, group.num_rows, image_column, group.total_byte_size)
+        for index, group in enumerate(groups)
+        if group.num_rows
+    ]
 
 
 def _open_parquet(url: str) -> pq.ParquetFile:
@@ -251,14 +281,21 @@ def builder_shards(builder: datasets.DatasetBuilder, parts: list[str], image_col
 def _tar_shards(url: str, image_column: str) -> list:
     if is_remote(url):
         return [RemoteTarShard(url, image_column)]
-    members = index_tar(url, image_column)
+    try:
+        members = index_tar(url, image_column)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(f"{url!r} cannot be read as a tar: {error}") from error
     return [TarShard(url, members[start : start + ROWS_PER_SHARD]) for start in _shard_starts(len(members))]
 
 
-def table_shards(source) -> list[TableShard]:
-    """The shards of a `MapSource`."""
-    size = len(source)
-    return [TableShard(source, start, min(start + ROWS_PER_SHARD, size)) for start in _shard_starts(size)]
+def table_shards(source, edges: tuple[int, ...] = ()) -> list[TableShard]:
+    """The shards of a `MapSource`. None contains both rows before and after an edge."""
+    bounds = [*zip((0, *edges), (*edges, len(source)), strict=True)]
+    return [
+        TableShard(source, start, min(start + ROWS_PER_SHARD, stop))
+        for first, stop in bounds
+        for start in range(first, stop, ROWS_PER_SHARD)
+    ]
 
 
 def _shard_starts(length: int) -> range:

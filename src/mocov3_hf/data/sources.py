@@ -1,21 +1,34 @@
-"""Open image sources through `datasets`: folders, parquet files, Arrow tables, webdataset tars, the Hub.
+"""Open image sources: folders, archives, parquet files, Arrow tables, CSV files, the Hub.
 
-Images are returned undecoded, as bytes or paths. Labels are ignored; for labels see `labeled.py`.
+Local folders are read by `scan.py`; what comes out is always a data set of `datasets`. Images are returned undecoded,
+as bytes or paths. Labels are ignored; for labels see `labeled.py`.
 """
 
+import errno
 import os
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import torch
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from ..hints import describe_missing
-from ..reporting import quiet_hub
+from ..reporting import RunError, quiet_hub
 from ..storage import is_local
+from .account import Account
+from .bad_images import ImageReader
+from .damaged_files import check_saved, damaged_parquet, num_parquet_rows, one_line
+from .decode import printable
+from .local import LocalParquet, LocalTable, open_local, parquet_builder, split_aliases
+from .references import shown
 from .shards import builder_shards, encoded_image, table_shards, undecoded
+
+
+# Of a path, and of a name in it.
+_LONGEST_NAME, _LONGEST_PART = 4096, 255
 
 
 def open_dataset(
@@ -31,8 +44,8 @@ def open_dataset(
 
     Args:
         dataset_name: A Hub id or a local folder: images at any depth, with or without class folders and split folders
-            (`train/`, `test/`); parquet files; webdataset tars; or the output of `Dataset.save_to_disk` or
-            `DatasetDict.save_to_disk`.
+            (`train/`, `test/`); parquet files; tars and zips; CSV files; or the output of `Dataset.save_to_disk` or
+            `DatasetDict.save_to_disk`. A single parquet, tar, zip or CSV file is accepted as well.
         config_name: Configuration of a Hub data set.
         split: Name of a split, or names joined by "+", as in "train+validation".
         streaming: Return an `IterableDataset`. Nothing is downloaded or converted in advance.
@@ -43,26 +56,126 @@ def open_dataset(
     Raises:
         ValueError: The folder does not exist or holds no data, the split does not exist, or the data set is empty.
     """
-    name = os.path.expanduser(os.fspath(dataset_name))
-    if is_local(name):
-        _check_folder(name)
+    opened = _open(dataset_name, config_name, split, streaming, revision, data_files)
+    if isinstance(opened.dataset, datasets.Dataset) and streaming:
+        return undecoded(opened.dataset.to_iterable_dataset())
+    return undecoded(opened.dataset)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """
+    Attributes:
+        dataset: A `Dataset`, also of a local stream that has random access; else an `IterableDataset`.
+        account: What was found.
+        image_column: If the source knows it.
+        edges: See `LocalTable`.
+        builder, parts: Of `datasets`, for a stream.
+        num_skipped: Files of a folder that are not used; None for another source.
+    """
+
+    dataset: datasets.Dataset | datasets.IterableDataset
+    account: Account
+    image_column: str | None = None
+    edges: tuple[int, ...] = ()
+    builder: datasets.DatasetBuilder | None = None
+    parts: tuple[str, ...] = ()
+    num_skipped: int | None = None
+
+
+def _open(
+    dataset_name, config_name, split, streaming, revision, data_files, image_column=None, labeled=False
+) -> _Opened:
+    name, kind, tally = os.path.expanduser(os.fspath(dataset_name)), "data set of the Hub", None
+    if not name.strip():
+        raise ValueError("the name of the data set is empty: pass a folder, a file or a Hub id as --dataset_name")
+    if len(name) > _LONGEST_NAME or max(map(len, map(os.fsencode, name.split("/")))) > _LONGEST_PART:
+        raise ValueError(f"{printable(name, 60)!r} with {len(name)} characters is too long for a path or a Hub id")
+    builder = None
+    if data_files is None and is_local(name):
+        kind = "data set of datasets"
         saved = _load_saved(name, split)
         if saved is not None:
-            return undecoded(saved.to_iterable_dataset() if streaming else saved)
-    builder = load_builder(name, config_name, revision, data_files)
+            return _Opened(saved, Account(name, split, "data set saved by datasets", len(saved), len(saved)))
+        local = None
+        if config_name is None and not _has_configurations(Path(name)):
+            local = open_local(name, split, image_column, labeled=labeled)
+        if isinstance(local, LocalTable):
+            column = local.image_column or _column_of_archive(local, image_column)
+            return _Opened(local.dataset, local.account, column, local.edges)
+        if isinstance(local, LocalParquet):
+            kind, tally, builder = "parquet files", local.tally, parquet_builder(local)
+            split = _names_of_files(split, list(local.files))
+    builder = builder or load_builder(name, config_name, revision, data_files)
     parts = check_split(builder, split, name)
+    skipped, examples = (tally.counts, tally.examples) if tally is not None else ({}, {})
+
+    def account(num_images: int | None) -> Account:
+        num_files = None if num_images is None or tally is None else num_images + tally.total
+        return Account(name, split, kind, num_files, num_images, skipped, examples)
+
     if streaming:
         _check_no_slices(parts)
         streams = [builder.as_streaming_dataset(split=part) for part in parts]
-        return undecoded(streams[0] if len(streams) == 1 else datasets.concatenate_datasets(streams))
-    builder.download_and_prepare()
+        stream = streams[0] if len(streams) == 1 else datasets.concatenate_datasets(streams)
+        return _Opened(
+            stream, account(None), image_column, builder=builder, parts=tuple(parts), num_skipped=tally and tally.total
+        )
+    _prepare(builder, name)
     if not any(builder.info.splits[part.split("[")[0]].num_examples for part in parts):
         raise ValueError(f"split {split!r} of {name!r} is empty")
-    return undecoded(_checked_not_empty(builder.as_dataset(split=split), name, split))
+    dataset = _checked_not_empty(builder.as_dataset(split=split), name, split)
+    return _Opened(dataset, account(len(dataset)), image_column)
+
+
+def _prepare(builder: datasets.DatasetBuilder, name: str) -> None:
+    """Raises ValueError where a file of a data set is damaged."""
+    try:
+        builder.download_and_prepare()
+    # `datasets` wraps most errors in DatasetGenerationError; others are those of Arrow and of damaged metadata.
+    except (DatasetGenerationError, OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            cache = datasets.config.HF_DATASETS_CACHE
+            raise RunError(f"{name!r} cannot be prepared in {str(cache)!r}: {cause.strerror}") from error
+        files = [file for part in (builder.config.data_files or {}).values() for file in part]
+        found = None
+        if builder.name == "parquet":
+            if num_parquet_rows(files) == 0:
+                raise ValueError(f"{name!r} is empty: its parquet files have no rows") from error
+            found = damaged_parquet(files)
+        file, reason = found or (name, one_line(cause))
+        raise ValueError(f"{file!r} cannot be read: {reason}") from error
+
+
+def _has_configurations(path: Path) -> bool:
+    """Whether a folder is a copy of a data set of the Hub whose README.md says which files are which split."""
+    try:
+        text = (path / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    header = text.split("\n---", 1)[0] if text.startswith("---") else ""
+    return "\nconfigs:" in header and "data_files" in header
+
+
+def _column_of_archive(local: LocalTable, image_column: str | None) -> str | None:
+    """Archives have one column of images; `--image_column` has chosen the members."""
+    return None if local.account.kind in ("tar file", "zip file", "tar files", "zip files") else image_column
+
+
+def _names_of_files(split: str, known: list[str]) -> str:
+    """A split expression with the names of folders or files: `val` for a folder `validation`."""
+    parts = []
+    for part in (part.strip() for part in split.split("+")):
+        base = part.split("[")[0]
+        matching = [base] if base in known else split_aliases(base, known)
+        parts += [name + part[len(base) :] for name in matching] or [part]
+    return "+".join(parts)
 
 
 def load_builder(dataset_name: str, config_name: str | None = None, revision: str | None = None, data_files=None):
     """Call `datasets.load_dataset_builder`, and raise its various errors as one-line ValueErrors."""
+    shown = repr(printable(dataset_name))
     try:
         with quiet_hub():
             return datasets.load_dataset_builder(dataset_name, config_name, revision=revision, data_files=data_files)
@@ -72,11 +185,16 @@ def load_builder(dataset_name: str, config_name: str | None = None, revision: st
             "your access if it is gated, and the network"
         ) from error
     except FileNotFoundError as error:  # EmptyDatasetError, DataFilesNotFoundError
-        raise ValueError(
-            f"no images, parquet files or tars found in {dataset_name!r}: {_first_line(error)}"
-        ) from error
+        raise ValueError(f"no images, parquet files or tars found in {shown}: {_first_line(error)}") from error
     except ValueError as error:  # unknown configuration, different formats of splits, ...
-        raise ValueError(f"{dataset_name!r} cannot be opened: {_first_line(error)}") from error
+        raise ValueError(f"{shown} cannot be opened: {_first_line(error)}") from error
+    except RuntimeError as error:
+        # A data set of the Hub with a loading script, which `datasets` 4 and later do not run, or a failed download.
+        raise ValueError(f"{shown} cannot be opened: {_first_line(error)}") from error
+    except OSError as error:  # HTTP errors of the Hub, a disk that is full, ...
+        raise ValueError(
+            f"{shown} cannot be opened: {_first_line(error)}: check the network, and HF_HUB_OFFLINE"
+        ) from error
 
 
 def check_split(builder, split: str, dataset_name: str) -> list[str]:
@@ -140,12 +258,15 @@ class MapSource:
     Args:
         dataset: With images undecoded.
         image_column: None to detect the only image column.
+        account: What was found where the data set was opened, None for one in memory.
     """
 
-    def __init__(self, dataset: datasets.Dataset, image_column: str | None = None):
+    def __init__(self, dataset: datasets.Dataset, image_column: str | None = None, account: Account | None = None):
+        self.account = account
         self.image_column = find_image_column(dataset, image_column)
         # Copies rows that were selected from a larger table, so that reading needs no index lookup.
-        self._dataset = undecoded(dataset).select_columns([self.image_column]).flatten_indices()
+        chosen = undecoded(dataset).select_columns([self.image_column])
+        self._dataset = chosen.flatten_indices() if chosen._indices is not None else chosen
         self._column = None
         self.num_samples = len(dataset)
 
@@ -158,9 +279,19 @@ class MapSource:
 
     def read(self, sample_id: int) -> bytes | str | None:
         """Bytes or path of an image, or None if the row has neither."""
+        return encoded_image(self.column()[int(sample_id)].as_py())
+
+    def describe(self, sample_id: int) -> str | None:
+        """The file or the member of an archive that an image is, or the name that its row gives it; else None."""
+        value = self.column()[int(sample_id)].as_py()
+        value = value.get("path") if isinstance(value, dict) else value
+        return shown(value) if isinstance(value, str) else None
+
+    def column(self) -> pa.ChunkedArray:
+        """The images as they are in the table."""
         if self._column is None:
             self._column = self._dataset.data.column(self.image_column)
-        return encoded_image(self._column[int(sample_id)].as_py())
+        return self._column
 
     def open_batch(self, sample_ids: torch.Tensor) -> "MapBatch":
         """A batch of rows, int64 (B,)."""
@@ -177,12 +308,12 @@ class MapBatch:
     def __init__(self, source: MapSource, sample_ids: torch.Tensor):
         self._source, self.sample_ids = source, sample_ids
 
-    def candidates(self, row: int) -> Iterator[tuple[int, Callable]]:
-        """(sample id, function that reads it) of a row, then of its replacements, the next rows of the data set."""
+    def candidates(self, row: int) -> Iterator[tuple[int, ImageReader]]:
+        """(sample id, what reads it) of a row, then of its replacements, the next rows of the data set."""
         sample_id, size = int(self.sample_ids[row]), len(self._source)
         for distance in range(size):
             tried = (sample_id + distance) % size
-            yield tried, partial(self._source.read, tried)
+            yield tried, ImageReader(self._source.read, tried)
 
 
 class StreamSource:
@@ -191,9 +322,11 @@ class StreamSource:
     Attributes:
         shards: In the order of the data set, see `shards.py`.
         num_samples: Total number of rows, or None if unknown.
+        account: What was found, None for a list of shards.
     """
 
-    def __init__(self, shards: list):
+    def __init__(self, shards: list, account: Account | None = None):
+        self.account = account
         self.shards = list(shards)
         sizes = [shard.num_rows for shard in self.shards]
         self.num_samples = None if None in sizes else sum(sizes)
@@ -212,6 +345,23 @@ class StreamSource:
         return (-(-nominal_total // len(self.shards)),) * len(self.shards)
 
 
+def open_table(
+    dataset_name: str,
+    config_name: str | None = None,
+    split: str = "train",
+    image_column: str | None = None,
+    revision: str | None = None,
+) -> tuple[datasets.Dataset, str | None, Account]:
+    """
+    A data set with its labels: undecoded, the column of its images if the source knows it, and what was found.
+
+    Arguments and errors are those of `open_source`; here CSV files in a folder are the data set even if their paths
+    are wrong, so that the mistake is reported.
+    """
+    opened = _open(dataset_name, config_name, split, False, revision, None, image_column, labeled=True)
+    return undecoded(opened.dataset), opened.image_column, opened.account
+
+
 def open_source(
     dataset_name: str,
     *,
@@ -227,22 +377,18 @@ def open_source(
     Arguments and errors are those of `open_dataset` and `find_image_column`. With `streaming`, parquet files, tars and
     image folders are read in place; this function reads only footers, headers and file names.
     """
-    if not streaming:
-        dataset = open_dataset(dataset_name, config_name, split, revision=revision, data_files=data_files)
-        return MapSource(dataset, image_column)
-    name = os.path.expanduser(os.fspath(dataset_name))
-    if is_local(name):
-        _check_folder(name)
-        saved = _load_saved(name, split)
-        if saved is not None:
-            return StreamSource(table_shards(MapSource(saved, image_column)))
-    builder = load_builder(name, config_name, revision, data_files)
-    parts = check_split(builder, split, name)
-    _check_no_slices(parts)
-    stream = builder.as_streaming_dataset(split=parts[0])
-    if stream.features is not None or image_column is None:
-        image_column = find_image_column(stream, image_column)
-    return StreamSource(builder_shards(builder, parts, image_column))
+    opened = _open(dataset_name, config_name, split, streaming, revision, data_files, image_column)
+    if isinstance(opened.dataset, datasets.Dataset):
+        source = MapSource(opened.dataset, opened.image_column, opened.account)
+        return StreamSource(table_shards(source, opened.edges), opened.account) if streaming else source
+    image_column = opened.image_column
+    if opened.dataset.features is not None or image_column is None:
+        image_column = find_image_column(opened.dataset, image_column)
+    shards = builder_shards(opened.builder, list(opened.parts), image_column)
+    sizes = [shard.num_rows for shard in shards]
+    total = None if None in sizes else sum(sizes)
+    num_files = None if None in (total, opened.num_skipped) else total + opened.num_skipped
+    return StreamSource(shards, replace(opened.account, num_images=total, num_files=num_files))
 
 
 def _check_no_slices(parts: list[str]) -> None:
@@ -251,23 +397,21 @@ def _check_no_slices(parts: list[str]) -> None:
             raise ValueError(f"slice {part!r} of a split cannot be streamed: pass whole splits, or remove --streaming")
 
 
-def _check_folder(name: str) -> None:
-    path = Path(name)
-    if not path.exists():
-        raise ValueError(describe_missing(name, fix="pass a folder that exists, or a Hub id"))
-    if not path.is_dir():
-        raise ValueError(f"{name!r} is a file: pass the folder that holds the data")
-
-
 def _load_saved(name: str, split: str) -> datasets.Dataset | None:
     """Open a folder written by `save_to_disk`. None for other folders."""
     path = Path(name)
-    if not (path / "dataset_dict.json").exists() and not (path / "state.json").exists():
+    # `Path.exists` raises for a name that is too long.
+    if not any(os.path.exists(path / marker) for marker in ("dataset_dict.json", "state.json")):
         return None
+    check_saved(path)
     try:
         saved = datasets.load_from_disk(name)
     except IndexError as error:  # raised by `datasets` for a table without rows
         raise ValueError(f"split {split!r} of {name!r} is empty") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{name!r} was saved by datasets, but cannot be opened: {type(error).__name__}: {one_line(error)}"
+        ) from error
     if isinstance(saved, datasets.DatasetDict):
         parts = [part.strip() for part in split.split("+")]
         for part in parts:

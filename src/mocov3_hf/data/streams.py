@@ -4,17 +4,25 @@ A process, and each of its workers, loads only the shards of the lanes of its ro
 these lanes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 
 import torch
 
+from ..reporting import RunError
+from .bad_images import ImageReader
 from .draws import STREAM_SHARD_ROWS, permutation
 from .order import StreamOrder, Window
 
 
 _LOADING_THREADS = 4
+
+
+class DamagedShardError(RunError):
+    """A part of a streamed data set could not be loaded. Only the process that needs it knows."""
+
+    def __init__(self, message: str):
+        super().__init__(message, from_any_process=True)
 
 
 class StreamReader:
@@ -95,14 +103,14 @@ class StreamReader:
         try:
             return self.source.shards[shard].load()
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise RuntimeError(
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise DamagedShardError(
                 f"shard {shard} of the stream, {self.source.shards[shard]}, could not be loaded: {reason}"
             ) from error
 
     def place(self, epoch: int, window: Window, slot: int) -> tuple[int, int]:
         """(shard, row in the shard) of a slot of a loaded window. Waits for the shard only if its size is unknown."""
-        shard, row = int(window.shards[slot]), int(window.rows[slot])
+        shard, row = window.place(slot)
         if self._sizes_known:
             return shard, row
         size = len(self._loading[shard].result())
@@ -117,6 +125,10 @@ class StreamReader:
     def sample_id(self, shard: int, row: int) -> int:
         """The sample id of a row."""
         return self._first_ids[shard] + row
+
+    def describe(self, shard: int, row: int) -> str | None:
+        """Where a row is, for messages, or None."""
+        return self.source.shards[shard].describe(row)
 
     def read(self, shard: int, row: int) -> bytes | str | None:
         """The encoded image of a row of a loaded shard."""
@@ -135,9 +147,9 @@ class StreamBatch:
         ids = [reader.sample_id(*reader.place(epoch, window, slot)) for window, slot in slots]
         self.sample_ids = torch.tensor(ids, dtype=torch.int64)
 
-    def candidates(self, row: int) -> Iterator[tuple[int, Callable]]:
-        """(sample id, function that reads it) of a row, then of its replacements, the next rows of its window."""
+    def candidates(self, row: int) -> Iterator[tuple[int, ImageReader]]:
+        """(sample id, what reads it) of a row, then of its replacements, the next rows of its window."""
         window, slot = self._slots[row]
         for distance in range(len(window)):
             shard, row_in_shard = self._reader.place(self._epoch, window, (slot + distance) % len(window))
-            yield self._reader.sample_id(shard, row_in_shard), partial(self._reader.read, shard, row_in_shard)
+            yield self._reader.sample_id(shard, row_in_shard), ImageReader(self._reader.read, shard, row_in_shard)

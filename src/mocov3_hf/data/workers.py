@@ -7,17 +7,17 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import parent_process, resource_tracker
 
 import torch
 from torch.utils.data import DataLoader
 
+from ..process_group import STOP_SIGNALS
 from ..reporting import RunError
 
 
-# Signals that ask a run to stop. Launchers, schedulers and terminals send them to all processes of a group.
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 SECONDS_BETWEEN_CHECKS = 0.5
 CAUSES = {
     -9: "killed (signal 9), probably out of memory: use fewer workers or a smaller batch",
@@ -131,6 +131,17 @@ def start_worker(_index: int) -> None:
     # processes of the parent.
     gc.freeze()
     torch.set_num_threads(1)
+
+
+def ignore_stop_signals(loader: DataLoader) -> None:
+    """The same for the workers of a loader that another library iterates over; they also end with their parent."""
+    loader.worker_init_fn = partial(_start_worker_after, loader.worker_init_fn)
+
+
+def _start_worker_after(given: Callable[[int], None] | None, index: int) -> None:
+    if given is not None:
+        given(index)
+    start_worker(index)
 
 
 def end_with_parent() -> None:

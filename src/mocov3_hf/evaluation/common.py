@@ -1,6 +1,7 @@
 """What all evaluations share: options, labeled splits, and the record of the result."""
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -9,16 +10,17 @@ from typing import Any, Literal
 
 from accelerate import PartialState
 
+from ..data.classes import open_labeled_splits
 from ..data.labeled import LabeledImages, open_labeled
 from ..data.workers import default_workers
 from ..hints import describe_missing
 from ..loading import resolve_model
 from ..options import option
+from ..process_group import joined_processes
 from ..processing import ProcessorTransform
-from ..reporting import UsageError
+from ..reporting import UsageError, is_first_process
 from ..results import RESULTS, append_result
 from .feature_cache import data_fingerprint
-from .features import joined_processes
 from .usable_images import without_bad_images
 
 
@@ -159,26 +161,32 @@ def open_splits(options: EvaluationOptions) -> tuple[LabeledImages, LabeledImage
     Training and test split with the same numbering of classes.
 
     Raises:
-        ValueError: As `open_labeled`, also for classes that only the test split has.
+        ValueError: As `open_labeled`; classes that only the test split has, or a single class.
     """
-    train = open_split(options, options.train_split)
-    return train, open_split(options, options.test_split, train.class_names)
+    train, test = open_labeled_splits(
+        options.dataset_name,
+        options.dataset_config_name,
+        options.train_split,
+        options.test_split,
+        options.image_column,
+        options.label_column,
+        revision=options.dataset_revision,
+    )
+    print_accounts(train, test)
+    return usable(options, train, options.train_split), usable(options, test, options.test_split)
 
 
-def open_split(options: EvaluationOptions, split: str, class_names: list[str] | None = None) -> LabeledImages:
-    """
-    One split, its classes numbered as in `class_names` if given, without the images that `--bad_images skip` leaves
-    out. Raises as `open_labeled`.
-    """
+def open_split(options: EvaluationOptions, split: str) -> LabeledImages:
+    """One split, without the images that `--bad_images skip` leaves out. Raises as `open_labeled`."""
     images = open_labeled(
         options.dataset_name,
         options.dataset_config_name,
         split,
         options.image_column,
         options.label_column,
-        class_names=class_names,
         revision=options.dataset_revision,
     )
+    print_accounts(images)
     return usable(options, images, split)
 
 
@@ -186,7 +194,15 @@ def usable(options: EvaluationOptions, images: LabeledImages, split: str) -> Lab
     """A split without the images that `--bad_images skip` leaves out."""
     if options.bad_images == "stop":
         return images
-    return without_bad_images(images, split, options.dataloader_num_workers)
+    return without_bad_images(images, split, options.num_workers)
+
+
+def print_accounts(*splits: LabeledImages) -> None:
+    """What was found in each split, on stderr."""
+    if is_first_process():
+        for images in splits:
+            for line in images.account.lines() if images.account is not None else ():
+                print(line, file=sys.stderr)
 
 
 def describe_splits(options: EvaluationOptions, train: LabeledImages, test: LabeledImages) -> dict[str, Any]:
@@ -209,6 +225,7 @@ def describe_split(options: EvaluationOptions, test: LabeledImages) -> dict[str,
         "size": len(test),
         "num_classes": test.num_classes,
         "fingerprint": data_fingerprint(test),
+        "skipped": {} if test.account is None else test.account.skipped,
     }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..data.classes import alike
 from ..data.labeled import LabeledImages
 from ..loading import base_encoder, load_classifier, load_processor, size_options, weights_hash
 from ..metrics import accuracy_metrics
@@ -115,6 +116,11 @@ def match_classes(
             classes, or labels outside the head's classes.
     """
     names, own = saved_class_names(config), images.class_names
+    if by == "name" and own is None and names is not None and all(name.isdecimal() for name in names):
+        # Integers with gaps were names for the classifier: 7, 13 and 900 are its classes "7", "13" and "900".
+        present = np.unique(images.labels)
+        own = [str(label) for label in present.tolist()]
+        images = LabeledImages(images.source, np.searchsorted(present, images.labels), own, images.account)
     if by == "name" and names is not None and own is not None and names != own:
         return _matched_by_name(images, names)
     if own is not None and len(own) != config.num_labels:
@@ -147,14 +153,15 @@ def _matched_by_name(images: LabeledImages, names: list[str]) -> tuple[LabeledIm
     unknown = [name for name in own if name not in numbers]
     if unknown:
         some, others = (", ".join(map(repr, listed[:3])) for listed in (unknown, names))
+        hint = alike(unknown[0], names)
         raise ValueError(
             f"{len(unknown)} of {len(own)} classes of the data set are not among the {len(names)} of the classifier"
-            f" (such as {some}; the classifier has {others}, ...): pass the data set that the classifier was trained"
-            " for, or --match_classes number if both number their classes alike"
+            f" (such as {some}{hint}; the classifier has {others}, ...): pass the data set that the classifier was"
+            " trained for, or --match_classes number if both number their classes alike"
         )
     labels = np.asarray([numbers[name] for name in own], dtype=np.int64)[images.labels]
     how = "by name, in another order" if len(own) == len(names) else f"by name, {len(own)} of {len(names)}"
-    return LabeledImages(images.source, labels, names), how, names
+    return LabeledImages(images.source, labels, names, images.account), how, names
 
 
 def run(options: EvaluateOptions) -> dict[str, Any]:

@@ -10,7 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..data.fingerprint import file_stamps
 from ..data.labeled import LabeledImages
+from ..data.sources import MapSource
 from ..storage import atomic_file
 
 
@@ -20,15 +22,17 @@ _SAMPLED_IMAGES = 256
 
 def data_fingerprint(images: LabeledImages) -> str:
     """
-    32 hex digits that change with the data: the fingerprint of `datasets` (names and times of files, or the commit on
-    the Hub), all labels, and the full content of some images spread over the split.
+    32 hex digits that change with the data: the fingerprint of `datasets` (the table, or the commit on the Hub), sizes
+    and times of files, all labels, and the full content of some images spread over the split.
 
     If the source is not a `datasets.Dataset`, all images are read in full.
     """
     dataset = getattr(images.source, "_dataset", None)
     known = getattr(dataset, "_fingerprint", None)
     step = 1 if known is None else max(1, len(images) // _SAMPLED_IMAGES)
-    digest = hashlib.sha256(f"{known} {len(images)} {images.class_names}".encode())
+    digest = hashlib.sha256(f"{known} {len(images)} {images.class_names}".encode(errors="backslashreplace"))
+    if isinstance(images.source, MapSource):
+        digest.update(file_stamps(images.source))
     digest.update(memoryview(torch.as_tensor(images.labels, dtype=torch.int64).numpy()).cast("B"))
     for row in range(0, len(images), step):
         data = images.read(row)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather, gather_object
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -18,6 +17,7 @@ from ..data.decode import BadImageError
 from ..data.labeled import LabeledImages
 from ..data.workers import LostWorkerError, iterate
 from ..loading import base_encoder, load_processor, pooled_features, size_options, weights_hash
+from ..process_group import process_state
 from ..processing import ProcessorTransform
 from ..reporting import RunError
 from .feature_cache import cache_path, data_fingerprint, read_cache, write_cache
@@ -116,29 +116,6 @@ def labeled_features(
         if path is not None and process_state().is_main_process:
             write_cache(path, identity, features)
     return Features(features, labels, images.class_names, images.num_classes)
-
-
-def process_state() -> PartialState:
-    """
-    The processes that `torchrun` or `accelerate launch` started, joined on the first call.
-
-    accelerate joins processes on CPUs only with `cpu=True`; otherwise each would act as the only one.
-    """
-    return PartialState(cpu=not torch.accelerator.is_available())
-
-
-@contextmanager
-def joined_processes() -> Iterator[PartialState]:
-    """
-    `process_state()`, with a barrier and the end of the process group on exit: a process that ends early could abort
-    others that still communicate. A process group that existed before is kept.
-    """
-    found_joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-    state = process_state()
-    yield state
-    if not found_joined:
-        state.wait_for_everyone()
-        state.destroy_process_group()
 
 
 def extract_features(

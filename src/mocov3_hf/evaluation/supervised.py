@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -13,10 +14,13 @@ from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from ..data.fingerprint import labeled_fingerprint
 from ..data.labeled import LabeledImages, stratified_split
 from ..hints import describe_missing
 from ..hub.push import push_folder
 from ..loading import resolve_model, weights_hash
+from ..option_values import resume_command
+from ..process_group import Stopped, StopRequest, joined_processes, process_state
 from ..processing import ProcessorTransform
 from ..reporting import RunError, UsageError, one_line
 from ..requirements import check_tracker
@@ -31,9 +35,8 @@ from .common import (
     print_metrics,
 )
 from .evaluate import warn_of_one_answer
-from .features import joined_processes, process_state
 from .supervised_options import SupervisedOptions
-from .trainer import ClassifierTrainer, check_finite, reload_strictly, training_arguments
+from .trainer import DATA_SETTINGS, ClassifierTrainer, StopOnSignal, check_finite, reload_strictly, training_arguments
 
 
 # Options without influence on the metrics.
@@ -49,6 +52,7 @@ NOT_SETTINGS = (
     "hub_private_repo",
     "resume_from_checkpoint",
     "overwrite_output_dir",
+    "allow_data_change",
 )
 # Options that may change when a run is resumed: they have no influence on its weights.
 FREE = (
@@ -229,6 +233,7 @@ def build_trainer(
         _check_metric(options.metric_for_best_model, splits, trainer_options.get("ema_decay", 0) > 0)
     kept = {name: value for name, value in asdict(options).items() if name not in FREE}
     batch = training["batch_size"] * training["gradient_accumulation_steps"] * process_state().num_processes
+    kept |= dict(zip(DATA_SETTINGS, (len(splits.train), labeled_fingerprint(splits.whole_train)), strict=True))
     kept |= {"seed": options.seed, "learning_rate": training["learning_rate"], "train_batch_size": batch}
     trainer = ClassifierTrainer(
         classifier,
@@ -238,6 +243,7 @@ def build_trainer(
         transform,
         options.of_pass(),
         settings=kept,
+        free_settings=DATA_SETTINGS if options.allow_data_change else (),
         **trainer_options,
     )
     if options.early_stopping_patience is not None:
@@ -256,7 +262,8 @@ def run_training(
     options: SupervisedOptions, task: str, build_training: Callable[[Any, Splits, str, int], Training]
 ) -> dict[str, float]:
     """
-    Open, train, evaluate, save, record, push, on all processes of this run.
+    Open, train, evaluate, save, record, push, on all processes of this run. SIGTERM, SIGINT and SIGUSR1 end the
+    training with a checkpoint; nothing is evaluated then, and no metrics are returned.
 
     Args:
         options: Of the command.
@@ -269,12 +276,26 @@ def run_training(
     """
     folder = check_options(options)
     with joined_processes() as state:
-        splits = open_training_splits(options)
-        training = build_training(options, splits, folder, state.num_processes)
-        trainer = training.trainer
-        checkpoint = _checkpoint_of(options, folder)
-        started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            with StopRequest() as stop:
+                splits = open_training_splits(options)
+                training = build_training(options, splits, folder, state.num_processes)
+                trainer = training.trainer
+                checkpoint = _checkpoint_of(options, folder)
+                on_signal = StopOnSignal(trainer, stop)
+                trainer.add_callback(on_signal)
+                stop.start_training()
+                started = time.perf_counter()
+                trainer.train(resume_from_checkpoint=checkpoint)
+                stop.is_command = on_signal.stopped  # and the process is about to end
+            step = trainer.state.global_step if on_signal.stopped else None
+        except Stopped:
+            step = 0
+        if step is not None:
+            if state.is_main_process:
+                when = f"after step {step}" if step else "before training"
+                print(f"stopped by {stop.describe()} {when}; to resume:\n  {resume_command(sys.argv[1:])}")
+            return {}
         check_finite(trainer.model)
         if trainer.frozen is not None and weights_hash(trainer.frozen) != training.start:
             raise ValueError(

@@ -65,6 +65,12 @@ class CheckpointOptions:
     resume_from_checkpoint: str | None = option(
         None, "Checkpoint to resume from. auto is the newest in output_dir, if any.", metavar="auto|DIR"
     )
+    allow_data_change: bool = option(
+        False,
+        "Resume although the training images differ from the checkpoint's: at the same step, with the epochs and the"
+        " schedule of the images that there are now.",
+        advanced=True,
+    )
     save_strategy: Literal["no", "epoch"] = option("epoch", "When to save a checkpoint to resume from.")
     save_total_limit: int = option(1, "Checkpoints to keep, in addition to the best.", at_least=1)
     logging_steps: int = option(50, "Steps between two lines of metrics.jsonl.", at_least=1)

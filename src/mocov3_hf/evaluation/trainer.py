@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from torch.utils.data import RandomSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..data.labeled import LabeledImages
+from ..data.workers import ignore_stop_signals
 from ..loading import base_encoder, from_pretrained, size_options
 from ..optim.seeding import step_seed
+from ..process_group import StopRequest
 from ..reporting import RunError, is_first_process, one_line
 from ..run_folder import CHECKPOINT_PREFIX, METRICS
 from ..storage import RecordFile, rewrite_lines, write_json, writing
@@ -29,6 +31,8 @@ from .training_images import TrainingImages, collate
 
 
 AVERAGE, SETTINGS = "average.safetensors", "settings.json"
+# The settings that say which images a run is trained on: their number and their fingerprint.
+DATA_SETTINGS = ("num_train_images", "train_fingerprint")
 # Keys in the log that summarize the whole run.
 _NO_STEP = ("train_runtime", "train_loss")
 # Odd, and larger than any number of processes and of parts of a step: all seeds differ.
@@ -58,6 +62,7 @@ class ClassifierTrainer(Trainer):
             disables it. It starts as a copy; BatchNorm statistics are those of the model. `evaluate` then evaluates
             both, the EMA with the suffix `_ema`.
         settings: What must not change when a run is resumed, as JSON holds it.
+        free_settings: Names of those that may.
         options: Other arguments of `Trainer`, such as `optimizers`.
 
     Attributes:
@@ -76,10 +81,11 @@ class ClassifierTrainer(Trainer):
         mixing: Callable | None = None,
         ema_decay: float = 0.0,
         settings: Mapping[str, Any] | None = None,
+        free_settings: Sequence[str] = (),
         **options: Any,
     ):
         self.test_images, self.test_transform = test_images, test_transform
-        self.settings = dict(settings or {})
+        self.settings, self.free_settings = dict(settings or {}), tuple(free_settings)
         self.test_options, self.frozen, self.mixing = dict(test_options or {}), frozen, mixing
         super().__init__(
             model,
@@ -106,14 +112,23 @@ class ClassifierTrainer(Trainer):
         """As `Trainer`; errors end its progress bar, and are printed by every process but the first."""
         try:
             return super().train(*args, **options)
-        except (ValueError, RunError) as error:
+        except (ValueError, RuntimeError) as error:
+            if not isinstance(error, ValueError | RunError):
+                if "DataLoader worker" not in str(error):
+                    raise
+                error = RunError(f"a data-loading worker died, perhaps out of memory: {one_line(error)}")
             for callback in self.callback_handler.callbacks:
                 bar = getattr(callback, "training_bar", None)
                 if bar is not None:
                     bar.close()
             if not is_first_process():  # perhaps of an image that only this process decodes
                 print(f"error: {one_line(error)}", file=sys.stderr)
-            raise
+            raise error
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        ignore_stop_signals(getattr(loader, "base_dataloader", loader))  # accelerate's wrapper has the actual one
+        return loader
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
@@ -180,7 +195,8 @@ class ClassifierTrainer(Trainer):
                 save_average(self.average, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_settings(self.settings, resume_from_checkpoint)
+        compared = {name: value for name, value in self.settings.items() if name not in self.free_settings}
+        check_settings(compared, resume_from_checkpoint)
         reload_strictly(self.model, resume_from_checkpoint)
         if self.average is not None:
             load_average(self.average, resume_from_checkpoint)
@@ -192,6 +208,22 @@ class ClassifierTrainer(Trainer):
 def seed_forward(seed: int, step: int, part: int, process_index: int) -> None:
     """Make the random numbers of one forward pass a function of seed, step, part of the step and process."""
     torch.manual_seed(step_seed(seed, step * _STEP_STRIDE + part * _PART_STRIDE + process_index))
+
+
+class StopOnSignal(TrainerCallback):
+    """
+    Save and stop after the step in which a signal reached one of the processes.
+
+    Attributes:
+        stopped: Whether the training ended in this way.
+    """
+
+    def __init__(self, trainer: Trainer, stop: StopRequest):
+        self.trainer, self.stop, self.stopped = trainer, stop, False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.stop.agreed(self.trainer.accelerator):
+            self.stopped = control.should_log = control.should_save = control.should_training_stop = True
 
 
 class _Epochs(TrainerCallback):
@@ -315,7 +347,17 @@ def check_settings(settings: Mapping[str, Any], folder: str | os.PathLike) -> No
         ) from error
     if "ema_momentum" in saved:  # of earlier versions
         saved["ema_decay"] = decay_of_momentum(saved["ema_momentum"])
+    # Checkpoints of earlier versions do not know their data.
+    for name in DATA_SETTINGS:
+        saved.setdefault(name, settings.get(name))
     changed = [name for name in settings if settings[name] != saved.get(name)]
+    if changed and set(changed) <= set(DATA_SETTINGS):
+        number, before = settings[DATA_SETTINGS[0]], saved[DATA_SETTINGS[0]]
+        what = f"of {before} images, there are {number} now" if number != before else f"of other {number} images"
+        raise ValueError(
+            f"{os.fspath(folder)!r} was trained on a training split {what}: restore the data set, or pass a new"
+            " --output_dir or --allow_data_change"
+        )
     if changed:
         named = ", ".join(f"{name} ({saved.get(name)}, now {settings[name]})" for name in changed[:3])
         raise ValueError(

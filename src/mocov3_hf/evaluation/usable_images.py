@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..data.decode import BadImageError
 from ..data.labeled import LabeledImages
 from ..data.workers import LostWorkerError, iterate
+from ..process_group import process_state
 from ..reporting import RunError, is_first_process
-from .features import process_state
 
 
 # Bad images that are named; the rest is counted.

@@ -94,7 +94,7 @@ def classify(arguments: list[str]) -> None:
         with opened(path) as file:
             for index, (name, labels) in enumerate(tqdm(results, total=len(images), unit=" images", smoothing=0.05)):
                 name = name if names is None else names[index]
-                print(json.dumps({"image": name, "labels": labels}, ensure_ascii=False), file=file)
+                print(json_line({"image": name, "labels": labels}), file=file)
 
 
 def extract(arguments: list[str]) -> None:
@@ -122,6 +122,16 @@ def extract(arguments: list[str]) -> None:
         with atomic_file(path) as aside:
             save_file({"features": torch.cat(rows)}, aside, metadata=metadata)
         print(f"{out.output}: {len(kept)} x {rows[0].shape[1]} features")
+
+
+def json_line(values: dict) -> str:
+    """As JSON, in readable text where the names of files are valid text, else with escapes."""
+    text = json.dumps(values, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(values)
+    return text
 
 
 class Rows:

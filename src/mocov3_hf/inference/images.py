@@ -5,13 +5,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..data.decode import SUFFIXES, BadImageError, decode_rgb, decoder_message
+from ..data.decode import BadImageError, decode_rgb, decoder_message
+from ..data.scan_index import scan
 
 
 # A path, encoded bytes, or an image in memory.
@@ -29,15 +29,20 @@ class PreparedImage:
 
 def find_images(folder: str | os.PathLike) -> list[str]:
     """
-    Paths of the images in a folder and its subfolders, by suffix, sorted.
+    Paths of the images in a folder and its subfolders, sorted: the files that training would use, see `data/scan.py`.
 
     Raises:
         ValueError: There are none.
     """
-    found = sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not found:
-        raise ValueError(f"folder {os.fspath(folder)!r} holds no images: expected {', '.join(sorted(SUFFIXES))} files")
-    return found
+    found = scan(folder)
+    if not found.images:
+        skipped = ", ".join(f"{number:,} of the kind: {reason}" for reason, number in found.tally.counts.items())
+        raise ValueError(
+            f"folder {os.fspath(folder)!r} holds no images{f', only {skipped}' if skipped else ''}: expected files"
+            " such as .jpg, .png or .tif"
+        )
+    root = os.path.expanduser(os.fspath(folder))
+    return [os.path.join(root, os.fsdecode(image)) for image in found.images]
 
 
 def decode(image: ImageInput) -> torch.Tensor:

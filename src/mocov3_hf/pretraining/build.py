@@ -28,6 +28,7 @@ from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from ..optim import LARS, parameter_groups
 from ..option_values import shown
+from ..process_group import leave_at_exit
 from ..reporting import UsageError, one_line, warn
 from ..requirements import check_tracker
 from ..run_folder import BAD_IMAGES
@@ -72,6 +73,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     trackers = check_trackers(recipe.monitoring.report_to)
     if recipe.hardware.mixed_precision == "fp16" and this_device().type == "cpu":
         raise UsageError("--mixed_precision fp16 needs a GPU: use bf16 or no on this machine")
+    leave_at_exit()
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
         # Without cpu=True, accelerate does not connect the processes of a machine without accelerators.

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .._version import __version__
+from ..data.order import ORDER_VERSION
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from ..processing import build_image_processor
 from ..run_folder import (
@@ -53,6 +54,11 @@ class RunState:
     skipped_batches: int = 0  # by rollbacks: the data are that far ahead of the steps
     num_rollbacks: int = 0
     scaler: dict | None = None  # of the gradient scaler, with fp16
+    # Which images the run is trained on, None in checkpoints of 0.1, and how often they changed (--allow_data_change).
+    num_samples: int | None = None
+    data_fingerprint: str | None = None
+    data_changes: int = 0
+    order_version: int = ORDER_VERSION
     version: str = __version__
     torch_version: str = torch.__version__
 
@@ -119,7 +125,7 @@ def read_state(folder: Path) -> RunState:
     """
     content = read_state_file(folder)
     try:
-        return RunState(**content["run"])
+        return RunState(**{"order_version": 1} | content["run"])  # version 0.1 did not write it
     except TypeError as error:
         raise CheckpointError(f"{folder} is damaged: {STATE} has other fields ({error})") from error
 

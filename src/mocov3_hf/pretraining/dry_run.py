@@ -1,10 +1,12 @@
-"""`--dry_run`: the plan of a run as text, without running it."""
+"""`--dry_run`: the plan of a run as text or JSON, without running it."""
 
+import json
 import os
-from pathlib import Path
+from dataclasses import dataclass
 
 import yaml
 
+from ..data.account import Account
 from ..reporting import UsageError
 from .build import build_config, build_source, check_buildable, doubtful_choices
 from .estimate import Estimate, describe_exchanges, estimate, exchanges
@@ -16,15 +18,38 @@ from .recipe import Recipe
 GIB = 2**30
 
 
-def describe(recipe: Recipe) -> str:
+@dataclass(frozen=True)
+class PlannedRun:
     """
-    The resolved recipe, parameters, multiply-adds, batch, steps, learning rate and estimated memory.
+    What a run would do.
+
+    Attributes:
+        data: What was found, None where the images are not on this machine.
+        doubts: Choices that are known to fail or that differ from the method.
+    """
+
+    recipe: Recipe
+    num_images: int | None
+    data: Account | None
+    num_processes: int
+    num_channels: int
+    plan: Plan
+    costs: Estimate
+    communication: str
+    settings: str
+    doubts: list[str]
+
+
+def plan_run(recipe: Recipe) -> PlannedRun:
+    """
+    Plan a run without running it.
 
     Raises:
         UsageError: a recipe that is not valid, or one without data and their number.
     """
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    plan = make_plan(recipe, count_images(recipe), num_processes)
+    num_images, account = count_images(recipe)
+    plan = make_plan(recipe, num_images, num_processes)
     config = build_config(recipe)
     model = check_buildable(config)
     device = this_device()
@@ -39,23 +64,85 @@ def describe(recipe: Recipe) -> str:
         settings,
     )
     exchanged = exchanges(model, plan.batch_size, num_processes, on_gpu=device.type == "cuda")
+    precision = recipe.hardware.mixed_precision
+    return PlannedRun(
+        recipe=recipe,
+        num_images=num_images,
+        data=account,
+        num_processes=num_processes,
+        num_channels=getattr(config, "num_channels", None) or 3,
+        plan=plan,
+        costs=costs,
+        communication=describe_exchanges(exchanged, num_processes),
+        settings=f"settings for {device.type}: mixed_precision {precision}, {settings.describe()}",
+        doubts=doubtful_choices(recipe, plan, model, num_processes),
+    )
+
+
+def describe(recipe: Recipe) -> str:
+    """
+    The resolved recipe, images, parameters, multiply-adds, batch, steps, learning rate and estimated memory.
+
+    Raises:
+        UsageError: as `plan_run`.
+    """
+    run = plan_run(recipe)
     lines = [
         yaml.safe_dump(recipe.to_dict(), sort_keys=False),
-        *plan_lines(plan, costs, num_processes, describe_exchanges(exchanged, num_processes)),
-        f"settings for {device.type}: mixed_precision {recipe.hardware.mixed_precision}, {settings.describe()}",
-        *(f"warning: {doubt}" for doubt in doubtful_choices(recipe, plan, model, num_processes)),
+        *(run.data.lines() if run.data is not None else ()),
+        *plan_lines(run.plan, run.costs, run.num_processes, run.communication),
+        run.settings,
+        *(f"warning: {doubt}" for doubt in run.doubts),
     ]
     return "\n".join(lines)
 
 
-def count_images(recipe: Recipe) -> int | None:
-    """Length of the data set: counted if it is on this machine, else as the recipe says."""
+def describe_as_json(recipe: Recipe) -> str:
+    """
+    The plan as one JSON object.
+
+    Raises:
+        UsageError: as `plan_run`.
+    """
+    run = plan_run(recipe)
+    plan, costs = run.plan, run.costs
+    return json.dumps(
+        {
+            "num_images": run.num_images,
+            "num_files": None if run.data is None else run.data.num_files,
+            "skipped": {} if run.data is None else run.data.skipped,
+            "num_channels": run.num_channels,
+            "image_size": recipe.views.image_size,
+            "train_batch_size": plan.global_batch_size,
+            "per_device_train_batch_size": plan.batch_size,
+            "num_processes": run.num_processes,
+            "steps_per_epoch": plan.steps_per_epoch,
+            "total_steps": plan.total_steps,
+            "warmup_steps": plan.warmup_steps,
+            "num_train_epochs": plan.num_epochs,
+            "learning_rate": plan.learning_rate,
+            "mixed_precision": recipe.hardware.mixed_precision,
+            "num_parameters": costs.num_parameters,
+            "num_trained_parameters": costs.num_trained_parameters,
+            "backbone_macs": costs.backbone_macs,
+            "memory_bytes": costs.memory_bytes,
+            "warnings": run.doubts,
+            "data": None if run.data is None else run.data.to_dict(),
+            "recipe": recipe.to_dict(),
+        },
+        indent=2,
+    )
+
+
+def count_images(recipe: Recipe) -> tuple[int | None, Account | None]:
+    """Length of the data set and what was found: counted if it is on this machine, else as the recipe says."""
     name, number = recipe.data.dataset_name, recipe.data.num_train_images
-    if name is not None and (number is None or Path(name).exists()):
-        return build_source(recipe).num_samples
+    if name is not None and (number is None or os.path.exists(os.path.expanduser(name))):
+        source = build_source(recipe)
+        return source.num_samples, source.account
     if number is None and recipe.data.steps_per_epoch is None:
         raise UsageError("the number of images is unknown: pass --dataset_name or --num_train_images")
-    return number
+    return number, None
 
 
 def plan_lines(plan: Plan, costs: Estimate, num_processes: int, communication: str) -> list[str]:

@@ -14,8 +14,11 @@ from transformers.utils.logging import disable_progress_bar
 from ..data.bad_images import TooManyBadImagesError
 from ..data.workers import LostWorkerError
 from ..hub import BackgroundPusher
+from ..option_values import resume_command
+from ..process_group import Stopped, StopRequest, announce_error, has_announced_error, release_unused, wait_for_others
 from ..reporting import RunError, UsageError, is_first_process, output_to_full_disk, reporting
-from ..run_folder import RECIPE, CheckpointError, list_checkpoints
+from ..run_folder import BAD_IMAGES, DATA, RECIPE, CheckpointError, list_checkpoints
+from ..storage import write_json
 from .build import (
     build_accelerator,
     build_loader,
@@ -28,7 +31,8 @@ from .build import (
     num_workers,
 )
 from .checkpoint import RunState, is_published, load_checkpoint, publish, read_state, save_checkpoint
-from .dry_run import describe
+from .data_change import describe_change, identify, plan_to_resume
+from .dry_run import describe, describe_as_json
 from .folder_lock import FolderLock
 from .gradient_cache import check_chunkable
 from .hardware import choose_settings, compile_augmentation, set_up
@@ -36,14 +40,13 @@ from .instability import GradientWatch, Instability
 from .monitors import DivergedError, TrainingLog, summarize
 from .online_knn import OnlineKNN
 from .plan import batches, ema_decay_at, learning_rate_at, make_plan
-from .processes import LostProcessError, Stopped, StopRequest, limit_time_to_exit, raise_if_process_lost
+from .processes import LostProcessError, limit_time_to_exit, raise_if_process_lost
 from .recipe import Recipe, parse
 from .resume import (
     check_output_dir,
     checkpoint_before,
     find_common_checkpoint,
     prepare_folder,
-    resume_command,
 )
 from .step import seed_step, train_step
 from .trackers import Trackers
@@ -61,6 +64,8 @@ def main(arguments: Iterable[str]) -> None:
             run_recipe(recipe, resume_command(sys.argv[1:]), is_command=True)
         except LostProcessError:
             limit_time_to_exit()
+            if has_announced_error():  # which the other process reports
+                sys.exit(1)
             raise
 
 
@@ -80,9 +85,11 @@ def run_recipe(recipe: Recipe, resume_command: str, is_command: bool = False) ->
         UsageError, ValueError: options that cannot work, found before training.
         RunError, OSError: a failure of the run.
     """
+    if recipe.run.json and not recipe.run.dry_run:
+        raise UsageError("--json prints the plan of a run: pass it with --dry_run")
     if recipe.run.dry_run:
         if is_first_process():
-            print(describe(recipe))
+            print(describe_as_json(recipe) if recipe.run.json else describe(recipe))
         return Path(recipe.run.output_dir or ".")
     check_output_dir(recipe.run.output_dir or "")
     run = None
@@ -95,7 +102,12 @@ def run_recipe(recipe: Recipe, resume_command: str, is_command: bool = False) ->
             except Stopped:
                 print(f"stopped by {stop.describe()} before training; to resume:\n  {resume_command}")
     except TooManyBadImagesError as error:  # images can be out of reach of one process alone
+        announce_error()
         raise RunError(str(error), from_any_process=True) from error
+    except RunError as error:
+        if error.from_any_process:
+            announce_error()
+        raise
     except ValueError as error:
         if run is None or isinstance(error, UsageError):
             raise
@@ -106,6 +118,8 @@ def run_recipe(recipe: Recipe, resume_command: str, is_command: bool = False) ->
     except RuntimeError as error:
         raise_if_process_lost(error, recipe, None if run is None else run.step, resume_command)
         raise
+    run = None
+    release_unused()
     return Path(recipe.run.output_dir)
 
 
@@ -125,7 +139,10 @@ class Run:
         check_model(recipe)
         source = build_source(recipe)
         self.plan = make_plan(recipe, source.num_samples, self.accelerator.num_processes)
-        found = find_common_checkpoint(recipe, self.plan, lock)
+        self.data = identify(source, self.accelerator.is_main_process)
+        found = find_common_checkpoint(recipe, self.plan, lock, self.data)
+        if source.account is not None:
+            self.accelerator.print("\n".join(source.account.lines()), file=sys.stderr)
 
         model = build_model(recipe)
         self.temperature = model.config.temperature
@@ -148,11 +165,16 @@ class Run:
         self.step = self.skipped_batches = self.num_rollbacks = 0
         self.reported_failure: str | None = None
         self.rolled_back_to: int | None = None
+        self.data_changes, self.data_change = 0, None
         if found is not None:
             self.resume(*found)
         if self.accelerator.is_main_process:
             prepare_folder(self.output_dir, is_new=self.step == 0)
             recipe.save(self.output_dir / RECIPE)
+            if self.data_change is not None:  # the numbers of the images are others now
+                (self.output_dir / BAD_IMAGES).unlink(missing_ok=True)
+            if source.account is not None:
+                write_json(self.output_dir / DATA, source.account.to_dict())
             if found is not None and not is_published(found[0], self.output_dir):
                 publish(found[0], self.output_dir)
         self.accelerator.wait_for_everyone()
@@ -178,6 +200,8 @@ class Run:
         ):
             if self.step > 0:
                 log.resume(self.log_state, self.step, self.num_rollbacks)
+                if self.data_change is not None:
+                    log.record_event(self.step, "data_change", reason=self.data_change)
             elif self.recipe.monitoring.on_instability == "rollback":
                 self.save(log)
             if self.step == self.plan.total_steps:
@@ -189,11 +213,11 @@ class Run:
                 try:
                     stopping = self.train_until_stopped(stop, log)
                 except LostWorkerError as error:
-                    # With other processes, this is a worker that the data itself killed.
-                    if self.accelerator.num_processes == 1:
-                        self.save_finished_steps(log)
+                    # Other processes are in the next step: this one saves.
+                    log.is_alone = self.accelerator.num_processes > 1
+                    self.save_finished_steps(log)
                     raise self.explain(error) from error
-        self.accelerator.end_training()
+        wait_for_others()
         if self.pusher is not None:
             self.pusher.finish()
         lost = self.lost_worker()
@@ -321,6 +345,11 @@ class Run:
     def resume(self, folder: Path, state: RunState) -> None:
         """Continue from a checkpoint."""
         self.load(folder)
+        self.plan = plan_to_resume(self.recipe, self.plan, state, self.data)
+        self.data_change = describe_change(state, self.data)
+        self.data_changes = state.data_changes + (self.data_change is not None)
+        if self.data_change is not None:
+            self.accelerator.print(f"warning: {self.data_change}; continuing with these images", file=sys.stderr)
         self.step, self.log_state = state.step, state.log
         self.skipped_batches, self.num_rollbacks = state.skipped_batches, state.num_rollbacks
         self.accelerator.print(f"resuming from {folder} after step {state.step}", file=sys.stderr)
@@ -351,15 +380,19 @@ class Run:
             skipped_batches=self.skipped_batches,
             num_rollbacks=self.num_rollbacks,
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+            num_samples=self.data.num_samples,
+            data_fingerprint=self.data.fingerprint,
+            data_changes=self.data_changes,
         )
         failure = taken_over = None
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or log.is_alone:
             try:
                 self.lock.check()
                 failure = self.write(state) or log.unwritten()
             except RunError as error:
                 taken_over = str(error)
-        failure, taken_over = broadcast_object_list([failure, taken_over])
+        if not log.is_alone:
+            failure, taken_over = broadcast_object_list([failure, taken_over])
         if taken_over is not None:
             raise RunError(taken_over)
         if failure is None:
@@ -377,6 +410,8 @@ class Run:
     def write(self, state: RunState) -> str | None:
         """Write a checkpoint and replace the weights in the output folder. Returns why that failed, None if not."""
         model, limit = self.accelerator.unwrap_model(self.model), self.recipe.run.save_total_limit
+        # transformers would save in the first process only.
+        model.should_save_on_this_rank = lambda is_main_process: is_main_process
         try:
             folder = save_checkpoint(self.output_dir, model, self.optimizer.optimizer, self.recipe, state, limit)
         except (OSError, SafetensorError) as error:

@@ -93,6 +93,7 @@ class TrainingLog:
             total=plan.total_steps, initial=start_step, unit="step", disable=not accelerator.is_main_process
         )
         self.num_skipped = self.num_skipped_in_a_row = self.num_spikes = self.num_events = self.num_rollbacks = 0
+        self.is_alone = False  # whether the other processes can no longer be asked
         self.notes: dict[str, str] = {}
         self.divergence = DivergenceDetector()
         self.start_window()
@@ -103,9 +104,11 @@ class TrainingLog:
         self.num_timed, self.data_wait, self.started = 0, 0.0, time.perf_counter()
 
     def rows(self) -> list[list[float]]:
-        """The steps since the last line, averaged over the processes."""
+        """The steps since the last line, averaged over the processes; of this one if it is the last."""
         if not self.steps:
             return []
+        if self.is_alone:
+            return torch.stack(self.steps).tolist()
         return self.accelerator.reduce(torch.stack(self.steps), reduction="mean").tolist()
 
     def state(self) -> dict:

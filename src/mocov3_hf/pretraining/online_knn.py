@@ -8,8 +8,9 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..data.bad_images import TooManyBadImagesError
+from ..data.classes import open_labeled_splits
 from ..data.decode import BadImageError
-from ..data.labeled import EvaluationTransform, LabeledImages, open_labeled
+from ..data.labeled import EvaluationTransform, LabeledImages
 from ..data.workers import LostWorkerError, iterate
 from ..metrics.knn import knn_accuracy
 from ..model.modeling_mocov3 import MoCoV3Model
@@ -36,13 +37,8 @@ class OnlineKNN:
     def __init__(self, recipe: Recipe, accelerator: Accelerator, num_workers: int):
         options, data = recipe.monitoring, recipe.data
         name = options.knn_dataset_name or data.dataset_name
-        self.train = open_labeled(name, data.dataset_config_name, options.knn_train_split, data.image_column)
-        self.test = open_labeled(
-            name,
-            data.dataset_config_name,
-            options.knn_test_split,
-            data.image_column,
-            class_names=self.train.class_names,
+        self.train, self.test = open_labeled_splits(
+            name, data.dataset_config_name, options.knn_train_split, options.knn_test_split, data.image_column
         )
         self.k, self.accelerator, self.num_workers = options.knn_k, accelerator, num_workers
         if len(self.train) < self.k:

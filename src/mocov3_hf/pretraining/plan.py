@@ -70,7 +70,6 @@ def make_plan(recipe: Recipe, num_images: int | None, num_processes: int) -> Pla
         )
     full_length = options.num_train_epochs * steps_per_epoch
     total_steps = full_length if options.max_steps is None else options.max_steps
-    warmup_fraction = min(options.warmup_epochs / options.num_train_epochs, 1.0)
     learning_rate = options.learning_rate
     if learning_rate is None:
         # Linear scaling rule (Goyal et al. 2017; paper, §3).
@@ -80,9 +79,15 @@ def make_plan(recipe: Recipe, num_images: int | None, num_processes: int) -> Pla
         batch_size=global_batch_size // num_processes,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
-        warmup_steps=round(warmup_fraction * total_steps),
+        warmup_steps=warmup_steps(recipe, total_steps),
         learning_rate=learning_rate,
     )
+
+
+def warmup_steps(recipe: Recipe, total_steps: int) -> int:
+    """Steps of warmup: the same fraction of the run for any number of steps."""
+    options = recipe.optimization
+    return round(min(options.warmup_epochs / options.num_train_epochs, 1.0) * total_steps)
 
 
 def learning_rate_at(step: int, plan: Plan) -> float:

@@ -13,7 +13,7 @@ class DataOptions:
 
     dataset_name: str | None = option(
         None,
-        "folder of images, parquet files, webdataset tars or a saved data set, or a Hub id",
+        "folder of images, archives, parquet or CSV files or a saved data set, one such file, or a Hub id",
         metavar="FOLDER|HUB_ID",
     )
     dataset_config_name: str | None = option(None, "configuration of a Hub data set that has several", metavar="NAME")
@@ -87,6 +87,7 @@ class ModelOptions:
         None,
         "weights to start from: folder, Hub id or published name; its configuration replaces the recipe's",
         old=("model_name_or_path",),
+        metavar="FOLDER|NAME",
     )
     backbone_config: dict = option(
         {"model_type": "mocov3_vit"},
@@ -214,9 +215,15 @@ class RunOptions:
     seed: int = option(0, "seed of initial weights, order of images and augmentation", at_least=0)
     save_steps: int = option(500, "steps between checkpoints; the last step is always saved", at_least=1)
     save_total_limit: int | None = option(3, "checkpoints to keep; older ones are deleted", at_least=1)
-    dry_run: bool = option(False, "print the plan (parameters, FLOPs, steps, memory) and exit")
+    dry_run: bool = option(False, "print the plan (images, parameters, FLOPs, steps, memory) and exit")
+    json: bool = option(False, "with --dry_run: print the plan as one JSON object", advanced=True)
     allow_recipe_change: bool = option(
         False, "resume although the recipe differs from the checkpoint's", advanced=True
+    )
+    allow_data_change: bool = option(
+        False,
+        "resume although the images differ from the checkpoint's; the run keeps its number of steps",
+        advanced=True,
     )
     on_save_error: Literal["stop", "continue"] = option(
         "stop", "if checkpoints or metrics cannot be written, such as on a full disk: stop or continue", advanced=True

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
-from ..option_values import NO, YES
-from ..reporting import UsageError, is_first_process, typed_command, warn
+from ..data.order import ORDER_VERSION
+from ..reporting import UsageError, is_first_process, warn
 from ..run_folder import (
     BAD_IMAGES,
     CONFIG,
@@ -30,6 +30,7 @@ from ..run_folder import (
 )
 from ..storage import RecordFile, read_lines, remove_leftovers, rewrite_lines
 from .checkpoint import RunState, read_state
+from .data_change import DataIdentity, check_same_data, is_same_data, keeps_total_steps
 from .folder_lock import FolderLock
 from .plan import Plan
 from .recipe import Recipe, load_recipe
@@ -38,6 +39,7 @@ from .recipe import Recipe, load_recipe
 # Options that may change when a run resumes: weights, data and metrics do not depend on them, or only once the run has
 # become unstable.
 FREE_OPTIONS = (
+    "allow_data_change",
     "allow_recipe_change",
     "communication_timeout",
     "dataloader_num_workers",
@@ -45,6 +47,7 @@ FREE_OPTIONS = (
     "hub_model_id",
     "hub_private_repo",
     "hub_revision",
+    "json",
     "knn_dataset_name",
     "knn_k",
     "knn_steps",
@@ -74,7 +77,9 @@ FREE_OPTIONS = (
 FILES = (CONFIG, PROCESSOR, WEIGHTS, RECIPE, METRICS, EVENTS, KNN, BAD_IMAGES, TRACKERS)
 
 
-def find_common_checkpoint(recipe: Recipe, plan: Plan, lock: FolderLock) -> tuple[Path, RunState] | None:
+def find_common_checkpoint(
+    recipe: Recipe, plan: Plan, lock: FolderLock, data: DataIdentity
+) -> tuple[Path, RunState] | None:
     """
     `find_checkpoint` on all processes, with one result. The first of them locks the folder before.
 
@@ -86,7 +91,7 @@ def find_common_checkpoint(recipe: Recipe, plan: Plan, lock: FolderLock) -> tupl
     try:
         if is_first_process():
             lock.acquire()
-        found = find_checkpoint(recipe, plan)
+        found = find_checkpoint(recipe, plan, data)
     except (ValueError, OSError) as error:
         refusal = str(error)
     seen = "no checkpoint" if found is None else found[0].name
@@ -108,12 +113,13 @@ def find_common_checkpoint(recipe: Recipe, plan: Plan, lock: FolderLock) -> tupl
     return found
 
 
-def find_checkpoint(recipe: Recipe, plan: Plan) -> tuple[Path, RunState] | None:
+def find_checkpoint(recipe: Recipe, plan: Plan, data: DataIdentity) -> tuple[Path, RunState] | None:
     """
     The checkpoint to resume from, None for a new run.
 
     Raises:
-        UsageError: a folder with a run that is neither resumed nor overwritten, or a run of another recipe.
+        UsageError: a folder with a run that is neither resumed nor overwritten, or a run of another recipe or of other
+            images.
         CheckpointError: the named checkpoint is damaged, or all of them are.
     """
     asked, output_dir = recipe.run.resume_from_checkpoint, Path(recipe.run.output_dir)
@@ -143,7 +149,7 @@ def find_checkpoint(recipe: Recipe, plan: Plan) -> tuple[Path, RunState] | None:
             raise UsageError(f"--resume_from_checkpoint {asked} is not a folder: pass a checkpoint folder, or auto")
         check_manifest(folder)
         state = read_state(folder)
-    check_same_run(recipe, plan, folder, state)
+    check_same_run(recipe, plan, folder, state, data)
     return folder, state
 
 
@@ -158,20 +164,31 @@ def newest_whole_checkpoint(output_dir: Path) -> tuple[Path, RunState] | None:
     return None
 
 
-def check_same_run(recipe: Recipe, plan: Plan, folder: Path, state: RunState) -> None:
+def check_same_run(recipe: Recipe, plan: Plan, folder: Path, state: RunState, data: DataIdentity) -> None:
     """
     Raises:
-        UsageError: options that differ from the checkpoint's, with both values.
+        UsageError: options or images that differ from the checkpoint's, with both values, or another order of images.
     """
+    check_order(recipe, folder, state)
     if recipe.run.allow_recipe_change:
+        check_same_data(recipe, folder, state, data)
         return
     saved, current = load_recipe(folder / RECIPE).to_dict(), recipe.to_dict()
+    # A data set may have moved.
+    free = (
+        (*FREE_OPTIONS, "dataset_name") if is_same_data(state, data) or recipe.run.allow_data_change else FREE_OPTIONS
+    )
     differing = [
         f"{name} ({saved[name]!r} there, {current[name]!r} now)"
         for name in current
-        if name not in FREE_OPTIONS and saved[name] != current[name]
+        if name not in free and saved[name] != current[name]
     ]
-    for name in ("global_batch_size", "steps_per_epoch", "total_steps"):
+    if not differing:
+        check_same_data(recipe, folder, state, data)
+    names = ["global_batch_size", "steps_per_epoch", "total_steps"]
+    if keeps_total_steps(recipe, state, data):  # which depend on the number of images
+        names = names[:1]
+    for name in names:
         if getattr(state, name) != getattr(plan, name):
             differing.append(f"{name.replace('_', ' ')} ({getattr(state, name)} there, {getattr(plan, name)} now)")
     if differing:
@@ -179,6 +196,20 @@ def check_same_run(recipe: Recipe, plan: Plan, folder: Path, state: RunState) ->
             f"{folder} belongs to another recipe: {', '.join(differing)}. Restore the options, or pass"
             " --allow_recipe_change to continue with the new ones"
         )
+
+
+def check_order(recipe: Recipe, folder: Path, state: RunState) -> None:
+    """
+    Raises:
+        UsageError: another rule for the order of images, unless changes are allowed.
+    """
+    if state.order_version == ORDER_VERSION:
+        return
+    what = f"{folder} was written by a mocov3_hf ({state.version}) that orders the images of an epoch differently"
+    change = "continues in the order of this version, so that some images of this epoch come twice or not at all"
+    if not recipe.run.allow_recipe_change:
+        raise UsageError(f"{what}: resume it with that version, or pass --allow_recipe_change, which {change}")
+    warn(f"{what}: the run {change}")
 
 
 def check_is_ours(output_dir: Path) -> None:
@@ -282,16 +313,3 @@ def truncate_lines(records: RecordFile, *, steps_done: int | None = None, number
     if num_dropped:
         warn(f"{path} was damaged: {num_dropped} of {len(lines) + len(damaged)} lines were dropped")
     rewrite_lines(path, kept)
-
-
-def resume_command(typed: list[str]) -> str:
-    """The command that was typed, with the option to resume and without those that contradict it."""
-    kept, waiting = [], typed[::-1]
-    while waiting:
-        argument = waiting.pop()
-        name, equals, _ = argument.replace("-", "_").partition("=")
-        if name not in ("__resume_from_checkpoint", "__overwrite_output_dir"):
-            kept.append(argument)
-        elif not equals and waiting and (name == "__resume_from_checkpoint" or waiting[-1].lower() in YES + NO):
-            waiting.pop()  # its value
-    return typed_command([*kept, "--resume_from_checkpoint", "auto"])

@@ -195,7 +195,8 @@ def save_sheet(strips: list[tuple[str, list[Picture]]], path: Path, per_row: int
 def shown_name(name: Any) -> str:
     """Name of a dataset or model; only the last part of a local path, because a report may be published."""
     name = str(name)
-    return Path(name).name if is_local(name) else name
+    name = Path(name).name if is_local(name) else name
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")  # any bytes in names of files
 
 
 def shorten(name: str, length: int = 22) -> str:

@@ -92,6 +92,7 @@ def run_facts(folder: RunFolder) -> list[tuple[str, Any]]:
     processes = state.get("num_processes", 1)
     return [
         ("Dataset", shown_name(recipe["dataset_name"]) if recipe.get("dataset_name") else None),
+        ("Images", describe_data(folder.data)),
         ("Steps", length),
         ("Global batch size", batch and f"{batch:,}{f' on {processes} processes' if processes > 1 else ''}"),
         ("Optimizer", recipe.get("optimizer")),
@@ -103,6 +104,19 @@ def run_facts(folder: RunFolder) -> list[tuple[str, Any]]:
         ("Seed", recipe.get("seed")),
         ("Trained with", versions({"mocov3_hf": state.get("version"), "torch": state.get("torch_version")})),
     ]
+
+
+def describe_data(data: dict[str, Any]) -> str | None:
+    """Images that were used, and what was skipped, by reason."""
+    if not isinstance(data.get("num_images"), int):
+        return None
+    found = f"{data['num_images']:,}"
+    if isinstance(data.get("num_files"), int):
+        found += f" of {data['num_files']:,} files"
+    skipped = data.get("skipped") if isinstance(data.get("skipped"), dict) else {}
+    reasons = sorted(skipped.items(), key=lambda item: -number(item[1]))
+    listed = "; ".join(f"{count:,} {reason}" for reason, count in reasons if isinstance(count, int))
+    return f"{found}. Skipped: {listed}" if listed else found
 
 
 def peak_learning_rate(recipe: dict[str, Any], batch: int | None) -> str | None:
