@@ -287,7 +287,7 @@ def test_skip_and_fp16_are_refused(tmp_path, tiny, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*tiny, "--on_instability", "skip", "--mixed_precision", "fp16", "--output_dir", str(tmp_path)])
     assert stop.value.code == 2
-    assert "on_instability skip does not work with mixed_precision fp16" in capsys.readouterr().err
+    assert "--on_instability skip does not work with --mixed_precision fp16" in capsys.readouterr().err
 
 
 def test_collapse_shows_in_the_metrics(tmp_path, tiny, monkeypatch):
