@@ -1,6 +1,7 @@
 """The linear protocol on Trainer: against closed forms, against the cached form, interrupted, on several processes."""
 
 import math
+import multiprocessing
 import re
 import shutil
 from pathlib import Path
@@ -337,6 +338,8 @@ def test_images_that_cannot_be_decoded_are_named(model_folder, image_folder, tmp
     line = fails(main, command(model_folder, images, tmp_path / "output", "--dataloader_num_workers", workers))
     advice = "repair or remove it, or pass --bad_images skip"
     assert re.fullmatch(f"error: image in row 3 of the training split .*: {advice}", line)
+    # They ignore SIGTERM: the program would wait for them at its end, and they for it.
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.slow

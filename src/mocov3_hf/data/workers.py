@@ -7,7 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from multiprocessing import parent_process, resource_tracker
 
@@ -91,8 +92,12 @@ def start_workers(loader: DataLoader) -> Iterator:
             resource_tracker.ensure_running()
             hold_stop_signals()  # which it has released
         batches = iter(loader)
-    for worker in batches._workers:
-        # torch and multiprocessing end a worker that does not respond with SIGTERM, which workers ignore.
+    return kill_on_terminate(batches)
+
+
+def kill_on_terminate(batches: Iterator) -> Iterator:
+    """torch and multiprocessing end a worker that does not respond with SIGTERM, which workers ignore."""
+    for worker in getattr(batches, "_workers", ()):
         worker._popen.terminate = worker._popen.kill
     return batches
 
@@ -135,9 +140,33 @@ def start_worker(_index: int) -> None:
     torch.set_num_threads(1)
 
 
-def ignore_stop_signals(loader: DataLoader) -> None:
-    """The same for the workers of a loader that another library iterates over; they also end with their parent."""
+def ignore_stop_signals(loader: DataLoader) -> weakref.WeakSet:
+    """
+    The same for the workers of a loader that another library iterates over; they also end with their parent.
+
+    Returns:
+        The iterators that will be started and still exist, for `end_workers`.
+    """
     loader.worker_init_fn = partial(_start_worker_after, loader.worker_init_fn)
+    start, started = loader._get_iterator, weakref.WeakSet()
+
+    def start_and_remember() -> Iterator:
+        batches = kill_on_terminate(start())
+        started.add(batches)
+        return batches
+
+    loader._get_iterator = start_and_remember
+    return started
+
+
+def end_workers(started: Iterable[Iterator]) -> None:
+    """
+    End the workers of iterators now. After an error, an iterator is part of a reference cycle with the traceback; when
+    that is collected, torch can no longer ask its workers to end, and waits for each of them.
+    """
+    for batches in list(started):
+        if hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()
 
 
 def _start_worker_after(given: Callable[[int], None] | None, index: int) -> None:

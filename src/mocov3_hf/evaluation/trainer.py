@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.data import RandomSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..data.labeled import LabeledImages
-from ..data.workers import ignore_stop_signals
+from ..data.workers import end_workers, ignore_stop_signals
 from ..loading import base_encoder, from_pretrained, size_options
 from ..optim.seeding import step_seed
 from ..process_group import StopRequest
@@ -107,6 +107,7 @@ class ClassifierTrainer(Trainer):
             self.average = averaged.module.requires_grad_(False).eval()
             self.add_callback(_Average(self.model, averaged))
         self._part_of_step = (0, 0)
+        self._iterators: Iterable = ()
 
     def train(self, *args: Any, **options: Any):
         """As `Trainer`; errors end its progress bar, and are printed by every process but the first."""
@@ -125,10 +126,13 @@ class ClassifierTrainer(Trainer):
             if not is_first_process():  # perhaps of an image that only this process decodes
                 print(f"error: {one_line(error)}", file=sys.stderr)
             raise error
+        finally:
+            end_workers(self._iterators)
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
-        ignore_stop_signals(getattr(loader, "base_dataloader", loader))  # accelerate's wrapper has the actual one
+        # accelerate's wrapper has the actual one
+        self._iterators = ignore_stop_signals(getattr(loader, "base_dataloader", loader))
         return loader
 
     def _get_train_sampler(self, train_dataset=None):
