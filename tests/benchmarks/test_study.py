@@ -124,6 +124,7 @@ def test_ablation_table():
     assert set(rows) == {ABLATION_BASELINE, "no predictor", "EMA decay 0.9", "EMA decay 0"}
 
 
+@pytest.mark.slow
 def test_the_report_is_written_and_deterministic(tmp_path, monkeypatch):
     results = tmp_path / "results"
     results.mkdir()

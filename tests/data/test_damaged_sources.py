@@ -234,6 +234,7 @@ def test_columns_that_differ_and_tables_without_rows(parquet, tmp_path, streamin
         open_source(str(tmp_path / "data"), streaming=streaming)
 
 
+@pytest.mark.slow
 @BOTH
 def test_paths_to_devices_and_elsewhere_are_bad_images(parquet, tmp_path, jpegs, streaming):
     os.mkfifo(tmp_path / "pipe")

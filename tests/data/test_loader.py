@@ -128,6 +128,7 @@ def test_views_are_crops_of_the_sample_they_name(images, kind):
             assert torch.equal(batch["pixels"][view, row], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SOURCES)
 def test_workers_and_processes_change_no_pixel(images, kind):
     source = SOURCES[kind](images)
@@ -321,6 +322,7 @@ def test_a_worker_that_dies_is_reported_with_its_cause():
         load(in_memory(KillingSource), steps_per_epoch=2, num_workers=1)
 
 
+@pytest.mark.slow
 def test_one_of_several_processes_decodes_without_its_lost_worker(images):
     """The others wait for it in a step that they have begun."""
     source = KillingSource.__new__(KillingSource)

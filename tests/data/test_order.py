@@ -98,6 +98,7 @@ def test_the_streamed_order_is_what_its_definition_says(layout, epoch):
     assert found == slow_order(sizes, seed, epoch, batch, window, lanes)
 
 
+@pytest.mark.slow
 def test_a_process_needs_only_the_shards_of_its_lanes():
     sizes = (50,) * 64
     order = StreamOrder(sizes, 0, 0, 64, window=2, lanes=16)
@@ -202,6 +203,7 @@ def test_it_shuffles_like_sorted_random_numbers(length):
             assert abs(row["feistel"] - row["expected"]) < 4 * row["standard_error"], (name, row)
 
 
+@pytest.mark.slow
 def test_small_orders_and_places_are_uniform():
     assert all_orders_chi_square(feistel_permutation, 4, 1000) > 0.001
     assert position_chi_square(feistel_at, 1001, 500, 600) > 0.001

@@ -180,6 +180,7 @@ def test_webdataset_over_a_network_that_drops(serve, tmp_path, make_png, impatie
     assert torch.equal(again[0]["pixels"], found[3]["pixels"])
 
 
+@pytest.mark.slow
 def test_images_that_are_files_on_a_network(serve, tmp_path, make_png, impatient):
     folder = tmp_path / "loose"
     folder.mkdir()

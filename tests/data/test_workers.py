@@ -114,6 +114,7 @@ def test_no_worker_survives_its_parent(end):
     assert psutil.wait_procs(stuck, timeout=10)[1] == []
 
 
+@pytest.mark.slow
 def test_a_lost_worker_is_an_error_of_the_next_batch_only():
     """torch's own handler raises wherever the program is, for example between the updates of two parameters."""
     batches = iterate(DataLoader(Numbers(1000), batch_size=None, num_workers=1, prefetch_factor=2))

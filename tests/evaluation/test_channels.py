@@ -131,6 +131,7 @@ def test_rgb_weights_are_fine_tuned_on_bands(bands, tmp_path, fails):
     assert "RandAugment" in fails(finetune.main, [rgb, *options, "--output_dir", tmp_path / "other"])
 
 
+@pytest.mark.slow
 def test_an_8_bit_model_sees_the_contrast_of_radiographs(radiographs, tmp_path, capsys):
     rgb = save_model(tmp_path / "rgb", 3)
     metrics = knn.main(arguments(rgb, "--dataset_name", radiographs, "--k", 3))

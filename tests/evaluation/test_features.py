@@ -194,6 +194,7 @@ def test_a_process_without_a_batch_takes_part(two_processes, image_folder, encod
         assert torch.equal(jobs[1]["features"], expected)
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_all(two_processes):
     for jobs in two_processes:
         assert jobs[2]["error"].startswith("image in row 17 ")

@@ -333,6 +333,7 @@ def test_divergence_is_a_failure_at_run_time(model_folder, image_folder, tmp_pat
     assert not (tmp_path / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_ema_momentum_of_earlier_versions_means_the_same(model_folder, image_folder, tmp_path, capsys):
     main(command(model_folder, image_folder, tmp_path / "new", "--ema_decay", 0.8))
     main(command(model_folder, image_folder, tmp_path / "old", "--ema_momentum", 0.2))

@@ -36,6 +36,7 @@ def signalled(monkeypatch):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "number"), [(3, signal.SIGTERM), pytest.param(4, signal.SIGINT, marks=pytest.mark.slow)]
 )
@@ -66,6 +67,7 @@ def test_a_signal_before_training_ends_at_once(model_folder, image_folder, tmp_p
     assert "stopped by SIGTERM before training; to resume:" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_in_one_line(model_folder, image_folder, tmp_path, signalled, fails):
     workers = ["--dataloader_num_workers", 1]
     signalled(1, signal.SIGKILL, only_children=True)

@@ -106,6 +106,7 @@ def test_help_and_version_need_no_torch():
     assert all(f"  {name} " in result.stdout for name in mocov3_cli.COMMANDS)
 
 
+@pytest.mark.slow
 def test_module_is_the_command():
     result = subprocess.run(
         [sys.executable, "-m", "mocov3_hf", "nonsense"], capture_output=True, text=True, check=False

@@ -305,6 +305,7 @@ def test_wrappers_are_taken_off(wrapper):
         convert_state_dict(both, num_attention_heads=2)
 
 
+@pytest.mark.slow
 def test_solo_learn_converts_as_the_official_file_does(body):
     converted = convert_state_dict(solo_learn(body), **OVERRIDES[body])
     plain = convert_state_dict(official(body), **OVERRIDES[body])
@@ -373,6 +374,7 @@ def test_outputs_that_cannot_be_written_are_named_before_any_work(whole, tmp_pat
 # Chance
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, about sparse and quantized tensors
 def test_mutated_files_convert_or_are_refused(tmp_path, monkeypatch):
     """The short form of benchmarks/fuzz_convert.py, in this process."""

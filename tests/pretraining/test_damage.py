@@ -107,6 +107,7 @@ def flips(content):
             yield content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1 :]
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path, finished):
     folder = tmp_path / "checkpoint-4"
     shutil.copytree(finished / "checkpoint-4", folder)

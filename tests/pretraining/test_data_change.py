@@ -90,6 +90,7 @@ def test_images_that_were_replaced_are_refused(run, images, tmp_path, capsys):
     assert "the data set shrank from 24 to 23 images" in refused(run, capsys)
 
 
+@pytest.mark.slow
 def test_a_data_set_that_moved_is_the_same(run, images, tmp_path):
     run()
     cut(tmp_path, 6)
@@ -97,6 +98,7 @@ def test_a_data_set_that_moved_is_the_same(run, images, tmp_path):
     assert len(run("--dataset_name", str(tmp_path / "moved"))) == 12
 
 
+@pytest.mark.slow
 def test_checkpoints_without_a_fingerprint_resume_as_before(run, images, tmp_path):
     run()
     cut(tmp_path, 6)

@@ -85,6 +85,7 @@ def assert_complete(folder, expected):
     run_folder.check_manifest(folder / "checkpoint-9")
 
 
+@pytest.mark.slow
 def test_a_full_disk_that_gets_space_again(small_disk, arguments, expected, monkeypatch, capsys):
     """All lines are there afterwards, in the files and in the tracker; what is printed to the full disk does not end
     the run either."""

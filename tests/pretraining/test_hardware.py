@@ -277,6 +277,7 @@ def test_algorithms_are_chosen_for_the_process(monkeypatch, strictly):
     assert not torch.backends.cudnn.deterministic
 
 
+@pytest.mark.slow
 @torch_warns_of_itself
 def test_the_model_is_found_inside_what_launchers_make_of_it():
     model = build_model(VIT)

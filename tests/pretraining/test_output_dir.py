@@ -112,6 +112,7 @@ def short_lease(monkeypatch):
     monkeypatch.setattr(folder_lock, "POLL_SECONDS", 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ['{"host": "node-7", "pid": 12, "started": 1e9}', "", "[]", "\0", "9" * 5000])
 def test_another_host_keeps_its_lease(tmp_path, short_lease, content, capsys):
     (tmp_path / LOCK).write_text(content)

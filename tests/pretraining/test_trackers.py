@@ -98,6 +98,7 @@ def test_a_resumed_run_continues_in_the_same_run(arguments, server, monkeypatch,
     assert known == {server.name: again["id" if server.name == "wandb" else "name"]}
 
 
+@pytest.mark.slow
 def test_another_run_in_the_folder_is_another_run(arguments, server, fresh):
     main([*arguments, "--run_name", "a"])
     fresh()
@@ -160,6 +161,7 @@ def test_a_tracker_that_does_not_start(arguments, server, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == line
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_each_step_once(tmp_path, tiny, monkeypatch, fresh):
     arguments = [*tiny, "--max_steps", "6", "--save_steps", "2", "--report_to", "tensorboard"]
     with monkeypatch.context() as patch:

@@ -47,6 +47,7 @@ def test_page(width, page, browser):
     assert outside == []
 
 
+@pytest.mark.slow
 def test_following_a_link_of_the_contents_leads_to_its_section(page, browser):
     browser.show(1400)
     browser.open(page)
