@@ -343,8 +343,8 @@ def expected_weights(seeds: dict[str, Path], folder: Path) -> dict[str, dict[str
     return expected
 
 
-def in_child(path: Path, folder: Path, expected: dict[str, torch.Tensor]) -> dict:
-    """Convert in a child process with limits, and measure it."""
+def in_child(path: Path, whole: Path, folder: Path, expected: dict[str, torch.Tensor]) -> dict:
+    """Convert in a child process with limits, and measure it. `whole` is a file of the same form that converts."""
     folder.mkdir(parents=True, exist_ok=True)
     report = folder / "report.json"
     report.unlink(missing_ok=True)
@@ -354,6 +354,7 @@ def in_child(path: Path, folder: Path, expected: dict[str, torch.Tensor]) -> dic
         events: list[str] = []
         sys.addaudithook(lambda event, _: events.append(event) if event.startswith(MARKS) else None)
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 2))
+        attempt(whole, folder / "whole")  # a fork maps the pages of libraries at their first use
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
         base = memory("VmRSS")
         begin = time.process_time()
@@ -409,14 +410,15 @@ def run(seeds: dict[str, Path], work_dir: Path, files: int, seed: int) -> Iterat
             path = work_dir / f"mutated{seeds[form].suffix}"
             path.write_bytes(content)
             folder = work_dir / "child"
-            row = in_child(path, folder, expected[form])
+            row = in_child(path, seeds[form], folder, expected[form])
             row |= {"hacked": any(path.name == "hacked" for path in folder.rglob("*"))}
             row |= {"index": index, "form": form, "mutation": mutation, "bytes": len(content)}
             row["wrong"] = judge(form, mutation, len(content), row)
             if row["wrong"]:
                 path.rename(work_dir / f"wrong-{index}{path.suffix}")
 
-            shutil.rmtree(folder / "out", ignore_errors=True)
+            for name in ("out", "whole"):
+                shutil.rmtree(folder / name, ignore_errors=True)
             lines.write(json.dumps(row) + "\n")
             lines.flush()
             yield row

@@ -16,6 +16,7 @@ from transformers import ResNetConfig, ResNetModel, pipeline
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification, MoCoV3ForPreTraining, loading
 from mocov3_hf.data.labeled import EvaluationTransform, TrainingTransform, open_labeled
+from mocov3_hf.data.pixels import RGB8
 from mocov3_hf.evaluation import evaluate
 from mocov3_hf.evaluation.classifier import head_parameters, load_with_new_head
 from mocov3_hf.evaluation.features import extract_features
@@ -140,7 +141,8 @@ class Digits:
     def __len__(self):
         return len(self.labels)
 
-    def decode(self, row):
+    def decode(self, row, pixel_format=RGB8):
+        assert pixel_format == RGB8
         return self.pixels[row]
 
 

@@ -100,7 +100,7 @@ def build_linear_trainer(
         transform,
         options,
         output_dir,
-        TrainingImages(splits.train, augmented, options.seed, transform.pixel_format),
+        TrainingImages(splits.train, augmented, options.seed, getattr(transform, "pixel_format", None)),
         training,
         frozen=backbone,
         optimizers=(optimizer, None),
