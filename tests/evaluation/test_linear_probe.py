@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -15,8 +16,8 @@ from sklearn.datasets import load_digits
 from transformers import ResNetConfig, ResNetModel, pipeline
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification, MoCoV3ForPreTraining, loading
-from mocov3_hf.data.labeled import EvaluationTransform, TrainingTransform, open_labeled
-from mocov3_hf.data.pixels import RGB8
+from mocov3_hf.data.labeled import EvaluationTransform, LabeledImages, TrainingTransform, open_labeled
+from mocov3_hf.data.sources import MapSource
 from mocov3_hf.evaluation import evaluate
 from mocov3_hf.evaluation.classifier import head_parameters, load_with_new_head
 from mocov3_hf.evaluation.features import extract_features
@@ -127,30 +128,20 @@ def test_steps_are_those_of_the_closed_form(model_folder, image_folder, tmp_path
     assert trainer.lr_scheduler.get_last_lr() == [0.0]
 
 
-class Digits:
-    """Some of scikit-learn's digits as a labeled split in memory."""
-
-    class_names, num_classes = [str(digit) for digit in range(10)], 10
-
-    def __init__(self, begin, end):
-        digits = load_digits()
-        self.labels = digits.target[begin:end].astype(np.int64)
-        pixels = torch.from_numpy(digits.images[begin:end] * 255 / 16).to(torch.uint8)
-        self.pixels = pixels[:, None].repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def decode(self, row, pixel_format=RGB8):
-        assert pixel_format == RGB8
-        return self.pixels[row]
+def some_digits(begin, end):
+    """Some of scikit-learn's digits as a labeled split."""
+    digits = load_digits()
+    pixels = np.kron(digits.images[begin:end] * 255 / 16, np.ones((4, 4))).astype(np.uint8)
+    table = datasets.Dataset.from_dict({"image": list(map(Image.fromarray, pixels))})
+    names = [str(digit) for digit in range(10)]
+    return LabeledImages(MapSource(table), digits.target[begin:end].astype(np.int64), names)
 
 
 @pytest.mark.slow
 def test_it_learns_digits_as_well_as_the_cached_form(model_folder, tmp_path):
-    train, test = Digits(0, 800), Digits(1000, 1700)
+    train, test = some_digits(0, 800), some_digits(1000, 1700)
     transform = EvaluationTransform(32, 32)
-    classifier = load_with_new_head(model_folder, Digits.class_names)
+    classifier = load_with_new_head(model_folder, train.class_names)
     options = options_of(learning_rate=0.3, train_batch_size=100, num_train_epochs=12, augment=False)
     splits = Splits(train, test, test, train)
     trainer = build_linear_trainer(classifier, splits, transform, options, str(tmp_path))
