@@ -229,7 +229,7 @@ def save_run(folder):
     result = {
         "task": "knn",
         "date": "2026-01-02T03:04:05+00:00",
-        "dataset": {"name": "<em>set</em>", "split": "test"},
+        "dataset": {"name": "/secret/<em>set", "split": "test"},
         "metrics": {"knn20_top1": 0.815, "effective_rank": 5.5, "per_class": {"ant": 1.0}},
         "settings": {},
         "versions": {"python": "3.11.0", "torch": "2.14.0"},

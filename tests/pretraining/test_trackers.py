@@ -5,6 +5,7 @@ import json
 import pytest
 from accelerate.tracking import GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from mocov3_hf.pretraining import build, loop
 from mocov3_hf.pretraining.loop import main
@@ -163,6 +164,9 @@ def test_a_tracker_that_does_not_start(arguments, server, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_tensorboard_shows_each_step_once(tmp_path, tiny, monkeypatch, fresh):
+    # Files are read in the order of their names: second, host, process and a counter without leading zeros. Of runs in
+    # one process and second, the tenth file would come before the ninth.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
     arguments = [*tiny, "--max_steps", "6", "--save_steps", "2", "--report_to", "tensorboard"]
     with monkeypatch.context() as patch:
         kill_at(patch, loop, "train_step", 6)
