@@ -73,11 +73,15 @@ def settle_pixels(recipe: Recipe, source) -> tuple[Recipe, tuple[str, ...]]:
 
 
 def settle_pixels_together(recipe: Recipe, source, accelerator: Accelerator) -> Recipe:
-    """The recipe that `settle_pixels` returns on the first process, which prints what was found, on all of them."""
+    """The settled options of the first process, which prints what was found, in the recipe of every process."""
     recipe, notes = settle_pixels(recipe, source)
     for note in notes:
         accelerator.print(f"images: {note}", file=sys.stderr)
-    return broadcast_object_list([recipe])[0] if accelerator.num_processes > 1 else recipe
+    if accelerator.num_processes == 1:
+        return recipe
+    # Other options may differ: hosts that share no file system have folders of their own.
+    (settled,) = broadcast_object_list([{name: getattr(recipe.data, name) for name in SETTLED}])
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **settled))
 
 
 def with_settled_options(recipe: Recipe) -> Recipe:
