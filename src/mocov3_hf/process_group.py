@@ -29,6 +29,7 @@ from .reporting import one_line
 
 # The first process may still save or push when the others are done.
 SECONDS_TO_PART = 600.0
+SECONDS_FOR_AN_ANSWER = 3.0
 ANNOUNCEMENT = "mocov3_hf/error"
 # Signals that ask a run to stop. Launchers, schedulers and terminals send them to all processes of a group.
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
@@ -89,11 +90,22 @@ def announce_error() -> None:
 
 
 def has_announced_error() -> bool:
-    """Whether another process has. False if it had the place where processes leave messages, and is gone."""
-    try:
-        return is_joined() and dist.distributed_c10d._get_default_store().check([ANNOUNCEMENT])
-    except RuntimeError:
+    """
+    Whether another process has. False if the process that keeps messages is gone, or does not respond: the network may
+    be down, and then the request has no end of its own.
+    """
+    if not is_joined():
         return False
+    answers = []
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError):
+            answers.append(dist.distributed_c10d._get_default_store().check([ANNOUNCEMENT]))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(SECONDS_FOR_AN_ANSWER)
+    return any(answers)
 
 
 def leave_at_exit() -> None:
