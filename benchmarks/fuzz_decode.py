@@ -38,7 +38,7 @@ MAX_MEMORY = 12 * MAX_PIXELS + (32 << 20)
 
 def by_pil(data: bytes, formats) -> tuple[np.ndarray | str, bool]:
     """
-    The pixels, or why PIL refuses the file; and whether all was well except for the metadata, which PIL writes anew
+    The pixels, or why PIL refuses the file; and whether all was well except for the metadata, which PIL writes itself
     when it turns an image.
     """
     turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # to PIL's transpositions

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.util import Finalize
 from types import FrameType
@@ -84,28 +84,31 @@ def release_unused() -> None:
 
 def announce_error() -> None:
     """Let the other processes know that this one reports its error, so that they end without a line of their own."""
-    with contextlib.suppress(RuntimeError):  # the process that keeps messages is gone
-        if is_joined():
-            dist.distributed_c10d._get_default_store().set(ANNOUNCEMENT, "1")
+    ask_the_store(lambda store: store.set(ANNOUNCEMENT, "1"))
 
 
 def has_announced_error() -> bool:
+    """Whether another process has. False if that cannot be found out."""
+    return bool(ask_the_store(lambda store: store.check([ANNOUNCEMENT])))
+
+
+def ask_the_store(request: Callable[[dist.Store], Any]) -> Any:
     """
-    Whether another process has. False if the process that keeps messages is gone, or does not respond: the network may
-    be down, and then the request has no end of its own.
+    The answer of the store where processes leave messages. None if the process that keeps it is gone or does not
+    respond: the network may be down, and then the request has no end of its own.
     """
     if not is_joined():
-        return False
+        return None
     answers = []
 
     def ask() -> None:
         with contextlib.suppress(RuntimeError):
-            answers.append(dist.distributed_c10d._get_default_store().check([ANNOUNCEMENT]))
+            answers.append(request(dist.distributed_c10d._get_default_store()))
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(SECONDS_FOR_AN_ANSWER)
-    return any(answers)
+    return answers[0] if answers else None
 
 
 def leave_at_exit() -> None:

@@ -116,7 +116,7 @@ def build_image_processor(
         A `BitImageProcessor` for 8-bit RGB, otherwise a `MoCoV3ImageProcessor`.
 
     Raises:
-        ValueError: An image size below 1, an unknown `resample`, or as many values as there are no channels.
+        ValueError: An image size below 1, an unknown `resample`, or another number of values than channels.
     """
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")

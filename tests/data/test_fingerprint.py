@@ -20,7 +20,7 @@ def of(name, **options) -> str:
 
 @pytest.fixture(params=["folder", "tar", "zip", "parquet", "arrow", "csv"])
 def data(request, tmp_path, make_jpeg):
-    """A function (images by number) -> data set of one kind, written anew."""
+    """A function (images by number) -> data set of one kind, written again."""
 
     def make(numbers, name="data"):
         path = tmp_path / name

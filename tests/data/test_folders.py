@@ -349,7 +349,7 @@ def test_columns_of_images_in_tars(tmp_path, pictures):
     with pytest.raises(ValueError, match=r"several image columns \(depth.png, jpg\) in .*: choose one"):
         open_source(str(path))
     assert used(path, image_column="depth.png") == pictures[4:8]
-    # Numbers after a dot are no columns.
+    # Numbers after a dot are not columns.
     frames = {f"clip{c}.{n}.jpg": pictures[3 * c + n] for c in range(2) for n in range(3)}
     assert used(tar_of(tmp_path / "b.tar", frames)) == pictures[:6]
 

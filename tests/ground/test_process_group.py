@@ -1,6 +1,8 @@
 """Processes part in order: models are released before the process group, and every wait has an end."""
 
 import sys
+import threading
+import time
 import traceback
 import weakref
 
@@ -50,6 +52,37 @@ def test_an_error_that_ends_the_process_keeps_no_model(joined, monkeypatch):
     process_group.leave()
     assert joined == ["released", "destroyed"]
     assert lines
+
+
+class Store:
+    """Keeps messages, or is out of reach until it is freed."""
+
+    def __init__(self):
+        self.messages, self.reachable = {}, threading.Event()
+
+    def set(self, name, message):
+        assert self.reachable.wait(60)
+        self.messages[name] = message
+
+    def check(self, names):
+        assert self.reachable.wait(60)
+        return all(name in self.messages for name in names)
+
+
+def test_announcements_reach_others_but_a_network_that_is_down_is_not_waited_for(joined, monkeypatch):
+    store = Store()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(process_group, "SECONDS_FOR_AN_ANSWER", 0.1)
+    start = time.monotonic()
+    process_group.announce_error()
+    assert not process_group.has_announced_error()
+    assert time.monotonic() - start < 30
+    store.reachable.set()
+    monkeypatch.setattr(process_group, "SECONDS_FOR_AN_ANSWER", 60)
+    store.messages.clear()
+    assert not process_group.has_announced_error()
+    process_group.announce_error()
+    assert process_group.has_announced_error()
 
 
 def test_who_does_not_come_is_not_waited_for_long(joined, monkeypatch, capsys):

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from mocov3_hf.pretraining import loop, resume
+from mocov3_hf.data.sources import open_source
+from mocov3_hf.pretraining import loop, pixels, resume
+from mocov3_hf.pretraining.recipe import parse
 from tests.launch import torchrun
 
 
@@ -94,6 +97,28 @@ def test_equal_copies_on_all_hosts_are_accepted(tmp_path, tiny, monkeypatch, cap
     monkeypatch.setattr(resume, "gather_object", lambda answers: answers * 2)
     loop.main([*arguments, "--resume_from_checkpoint", "auto"])
     assert "nothing left to do" in capsys.readouterr().out
+
+
+def test_images_that_one_process_refuses_all_refuse(tmp_path, tiny, monkeypatch, capsys):
+    """No process waits for one that has exited."""
+    refusal = ("the images of this host have 4 channels", {})
+    monkeypatch.setattr(pixels, "gather_object", lambda answers: [*answers, refusal])
+    with pytest.raises(SystemExit) as stop:
+        loop.main([*tiny, "--output_dir", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.strip() == f"error: {refusal[0]}"
+
+
+def test_the_pixel_range_is_that_of_the_first_process(tmp_path, tiny, monkeypatch):
+    def gather(answers):
+        (_, mine) = answers[0]
+        return [(None, {**mine, "pixel_range": [0.0, 4095.0]}), *answers]
+
+    monkeypatch.setattr(pixels, "gather_object", gather)
+    recipe = parse([*tiny, "--output_dir", str(tmp_path / "run")])
+    source = open_source(recipe.data.dataset_name)
+    settled = pixels.settle_pixels_together(recipe, source, Accelerator(cpu=True))
+    assert settled.data.pixel_range == [0.0, 4095.0]
 
 
 def test_what_one_process_refuses_all_refuse(tmp_path, tiny, monkeypatch, capsys):

@@ -1,7 +1,7 @@
 """Refuse images that cost more time or memory than their pixels justify, before a decoder sees them.
 
 A file of a few kilobytes can declare gigabytes of pixels, metadata that refer to the same bytes thousands of times,
-or thousands of passes over the image. What is checked here is what PIL and the libraries below it do not check, in
+or thousands of scans of the image. What is checked here is what PIL and the libraries below it do not check, in
 the oldest supported release. Decoding then takes at most about 18 bytes of memory per allowed pixel, 2 GiB for
 JPEG 2000, and some seconds.
 """
@@ -20,7 +20,7 @@ _MAX_PADDING = 1 << 16
 _MAX_METADATA = 16 << 20
 _MAX_SEGMENTS = 1 << 16
 _MAX_CHUNKS = 1 << 20
-# Pixels times passes over a JPEG. Ten passes are usual for a progressive one.
+# Pixels times scans of a JPEG. Ten scans are usual for a progressive one.
 _MAX_SCANNED = 32 * MAX_PIXELS
 _MAX_SCANS = 1000
 # Values that decoders written in Python convert one at a time, about a million per second.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from transformers import BaseImageProcessor
 
 from ..data.labeled import EvaluationTransform
@@ -73,15 +73,26 @@ def settle_pixels(recipe: Recipe, source) -> tuple[Recipe, tuple[str, ...]]:
 
 
 def settle_pixels_together(recipe: Recipe, source, accelerator: Accelerator) -> Recipe:
-    """The settled options of the first process, which prints what was found, in the recipe of every process."""
-    recipe, notes = settle_pixels(recipe, source)
+    """
+    The settled options of the first process, which prints what was found, in the recipe of every process.
+
+    Raises:
+        UsageError: on all processes, what one of them refuses.
+    """
+    notes: tuple[str, ...] = ()
+    refusal = None
+    try:
+        recipe, notes = settle_pixels(recipe, source)
+    except (ValueError, OSError) as error:  # on one host, for example, which the others must not wait for
+        refusal = str(error)
+    # Other options may differ: hosts that share no file system have folders of their own.
+    answers = gather_object([(refusal, {name: getattr(recipe.data, name) for name in SETTLED})])
+    for other_refusal, _ in answers:
+        if other_refusal is not None:
+            raise UsageError(other_refusal)
     for note in notes:
         accelerator.print(f"images: {note}", file=sys.stderr)
-    if accelerator.num_processes == 1:
-        return recipe
-    # Other options may differ: hosts that share no file system have folders of their own.
-    (settled,) = broadcast_object_list([{name: getattr(recipe.data, name) for name in SETTLED}])
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **settled))
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **answers[0][1]))
 
 
 def with_settled_options(recipe: Recipe) -> Recipe:
