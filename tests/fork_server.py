@@ -93,6 +93,7 @@ def server() -> subprocess.Popen:
 
 
 def ask(request: dict) -> list[int]:
+    assert server().poll() is None, f"the process that forks was ended by a test: {server().returncode}"
     server().stdin.write(json.dumps(request) + "\n")
     server().stdin.flush()
     return [int(word) for word in server().stdout.readline().split()]

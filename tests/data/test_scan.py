@@ -94,14 +94,14 @@ def test_splits_may_link_to_the_same_folder(tmp_path, jpeg_folder):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
-def test_fifos_sockets_and_devices_are_never_opened(tmp_path):
+def test_fifos_sockets_and_devices_are_never_opened(tmp_path, monkeypatch):
     write(tmp_path, "a.jpg")
     os.mkfifo(tmp_path / "fifo.jpg")
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link.png").symlink_to("fifo.jpg")
     (tmp_path / "null.jpg").symlink_to("/dev/null")
     server = socket.socket(socket.AF_UNIX)
-    os.chdir(tmp_path)  # the path of a socket must be short
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
     server.bind("s.jpg")
     found = []
     reader = threading.Thread(target=lambda: found.append(scan_folder(tmp_path)), daemon=True)

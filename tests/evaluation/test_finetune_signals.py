@@ -1,9 +1,9 @@
 """A signal to all processes of a fine-tuning: the step is finished and saved, and the run resumes bit-identically."""
 
+import multiprocessing
 import os
 import signal
 
-import psutil
 import pytest
 
 from mocov3_hf.evaluation import trainer
@@ -14,17 +14,17 @@ from tests.evaluation.finetuning import ALL, command, same
 
 @pytest.fixture
 def signalled(monkeypatch):
-    """Call it to send a signal to this process and its children in a step."""
+    """Call it to send a signal to this process and its workers in a step."""
 
-    def at(step, number, only_children=False):
+    def at(step, number, only_workers=False):
         original, steps = trainer.seed_forward, []
 
         def seed_forward(*arguments):
             steps.append(1)
             if len(steps) == step:
-                for child in psutil.Process().children():
-                    child.send_signal(number)
-                if not only_children:
+                for worker in multiprocessing.active_children():
+                    os.kill(worker.pid, number)
+                if not only_workers:
                     os.kill(os.getpid(), number)
             original(*arguments)
 
@@ -70,6 +70,6 @@ def test_a_signal_before_training_ends_at_once(model_folder, image_folder, tmp_p
 @pytest.mark.slow
 def test_a_killed_worker_ends_the_run_in_one_line(model_folder, image_folder, tmp_path, signalled, fails):
     workers = ["--dataloader_num_workers", 1]
-    signalled(1, signal.SIGKILL, only_children=True)
+    signalled(1, signal.SIGKILL, only_workers=True)
     line = fails(main, command(model_folder, image_folder, tmp_path, *workers, "--train_batch_size", 4), code=1)
     assert "a data-loading worker died, perhaps out of memory" in line
