@@ -1,13 +1,21 @@
 """How a command speaks: errors in one line with an exit code, warnings, and the command that the user typed."""
 
 import contextlib
+import errno
 import os
 import re
 import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
+
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+
+# Errors of writing that end when somebody makes room.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UsageError(ValueError):
@@ -34,9 +42,61 @@ def is_first_process() -> bool:
 
 
 def warn(message: str) -> None:
-    """A warning on stderr, once for all processes."""
+    """A warning on stderr, once for all processes; above a progress bar, if there is one."""
     if is_first_process():
-        print(f"warning: {message}", file=sys.stderr)
+        tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+class ToFullDisk:
+    """A text stream that goes on when the disk of its file is full. What cannot be written is left out."""
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.is_complete = stream, True
+
+    def write(self, text: str) -> int:
+        try:
+            if not self.is_complete:
+                self.stream.flush()  # of what was printed before
+                self.is_complete = True
+                self.stream.write("\n[output is missing here: the disk was full]\n")
+            return self.stream.write(text)
+        except OSError as error:
+            self.accept(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self.accept(error)
+
+    def accept(self, error: OSError) -> None:
+        if error.errno not in FULL_DISK:
+            raise error
+        self.is_complete = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def output_to_full_disk(is_command: bool) -> Iterator[None]:
+    """
+    Keep what is printed from ending the block if it goes to a file on a full disk.
+
+    Args:
+        is_command: Whether the process exits afterwards. Its exit code then does not depend on the output either.
+    """
+    streams = [ToFullDisk(stream) for stream in (sys.stdout, sys.stderr)]
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        try:
+            yield
+        finally:
+            for stream in streams:
+                stream.flush()
+                if is_command and not stream.is_complete:
+                    with contextlib.suppress(OSError):  # not a file of the system
+                        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def one_line(error: BaseException) -> str:
@@ -83,7 +143,7 @@ def warnings_in_one_line() -> Iterator[None]:
 def reporting() -> Iterator[None]:
     """
     End the process with one line on stderr instead of a traceback: exit code 2 for a user's mistake (`ValueError`), 1
-    for a failure at run time (`RunError`, `OSError`).
+    for a failure at run time (`RunError`, `OSError`, and what safetensors raises for a full disk).
     """
     try:
         with warnings_in_one_line():
@@ -95,7 +155,7 @@ def reporting() -> Iterator[None]:
         sys.exit(0)
     except ValueError as error:
         fail(one_line(error), 2)
-    except (RunError, OSError) as error:
+    except (RunError, OSError, SafetensorError) as error:
         fail(one_line(error), 1, getattr(error, "from_any_process", False))
 
 

@@ -30,6 +30,7 @@ CONFIG, PROCESSOR, RECIPE, CONVERSION = "config.json", "preprocessor_config.json
 METRICS, EVENTS, KNN, BAD_IMAGES = "metrics.jsonl", "events.jsonl", "knn.jsonl", "bad_images.jsonl"
 DATA = "data.json"
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
+TRACKERS, WEIGHTS = "trackers.json", "model.safetensors"
 TRAINER_STATE = "trainer_state.json"  # of transformers' Trainer
 LAST_STEP = 2**53  # steps beyond cannot be told apart as float64
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -99,7 +100,7 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{checkpoint} is not complete: its {MANIFEST} cannot be read ({error})") from error
     is_valid = (
         isinstance(manifest, dict)
-        and {"model.safetensors", OPTIMIZER, STATE, RECIPE, CONFIG} <= manifest.keys()
+        and {WEIGHTS, OPTIMIZER, STATE, RECIPE, CONFIG} <= manifest.keys()
         and all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in manifest.values())
         and all(name and Path(name).name == name for name in manifest)
     )

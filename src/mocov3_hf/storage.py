@@ -13,12 +13,14 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 
-from .reporting import UsageError
+from .reporting import RunError, UsageError, one_line, warn
 
 
 BLOCK = 1 << 20
 INCOMPLETE, DELETED = ".incomplete", ".deleted"
+TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream")  # in the errors of torch.save
 
 
 def is_local(name: str | os.PathLike) -> bool:
@@ -54,6 +56,23 @@ def flush(path: str | Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """
+    Around the writing of `what` by a library, each of which has its own error for a full disk.
+
+    Raises:
+        RunError: it could not be written, and why.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITER):
+            raise
+        reason = "torch.save failed, probably on a full disk" if isinstance(error, RuntimeError) else one_line(error)
+        raise RunError(f"{what} could not be written: {reason}") from error
+
+
 def aside_of(path: Path) -> Path:
     """Where a file or folder is prepared before it takes its name; left behind only by a killed process."""
     return path.with_name(f".{path.name}{INCOMPLETE}")
@@ -74,6 +93,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         flush(aside)
         os.replace(aside, path)
         flush(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # writing to an open file does not name it
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
@@ -123,7 +145,8 @@ def atomic_folder(path: str | Path, *, replace: bool = False, durable: bool = Tr
     """
     path = Path(os.path.abspath(path))
     if is_occupied(path, replace):
-        raise FileExistsError(f"{path} exists and is not an empty folder")
+        what = "a folder with content" if path.is_dir() else "a file"
+        raise FileExistsError(f"{path} is {what}: move it away")
     aside = aside_of(path)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -142,6 +165,9 @@ def atomic_folder(path: str | Path, *, replace: bool = False, durable: bool = Tr
         os.rename(aside, path)
         flush(path.parent)
         shutil.rmtree(displaced, ignore_errors=True)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -182,10 +208,73 @@ def write_json(path: str | Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-def append_line(path: str | Path, values: Mapping[str, Any]) -> None:
-    """Append one object to a JSON Lines file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+def append_lines(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """
+    Append objects to a JSON Lines file: all of them or, on a full disk, none. Processes of this machine take turns.
+
+    Raises:
+        OSError: it cannot be written; it is as it was before.
+    """
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b", buffering=0) as file, locked(path):
+        size = file.seek(0, os.SEEK_END)
+        if size > 0:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":  # what a killed process has left of a line
+                content = b"\n" + content
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+class RecordFile:
+    """
+    A JSON Lines file to append to while a run goes on. Lines that cannot be written, as on a full disk, wait in
+    memory; they are written, in order, with the first line that can.
+
+    Args:
+        path: The file; created with the first line.
+
+    Attributes:
+        waiting: Lines that could not be written yet.
+        error: Why, None if all are written.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.waiting: list[Mapping[str, Any]] = []
+        self.error: OSError | None = None
+
+    def append(self, *lines: Mapping[str, Any]) -> None:
+        """Write lines, or keep them. Does not raise."""
+        self.waiting += lines
+        self.flush()
+
+    def flush(self) -> None:
+        """Try to write what waits. The first failure is reported, and so is its end."""
+        if not self.waiting:
+            return
+        try:
+            append_lines(self.path, self.waiting)
+        except OSError as error:
+            if self.error is None:
+                warn(f"{self.path} cannot be written ({error.strerror or error}): its lines are kept in memory")
+            self.error = error
+            return
+        if self.error is not None:
+            warn(f"{self.path} can be written again: {len(self.waiting)} lines kept in memory were added")
+        self.waiting, self.error = [], None
+
+    def close(self) -> None:
+        """Try once more to write what waits, and report how much of it is lost."""
+        self.flush()
+        if self.waiting:
+            warn(f"{len(self.waiting)} lines of {self.path} are lost ({self.error})")
+            self.waiting = []
 
 
 def read_lines(path: str | Path) -> tuple[list[dict[str, Any]], list[int]]:
@@ -218,8 +307,14 @@ def is_number(value: Any) -> bool:
 
 
 def rewrite_lines(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Replace the content of a JSON Lines file in one step."""
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    """Replace the content of a JSON Lines file in one step. To cut off its end, no space is needed on the disk."""
+    path, text = Path(path), "".join(json.dumps(line) + "\n" for line in lines)
+    before, after = path.read_bytes() if path.exists() else b"", text.encode()
+    if not path.exists() or not before.startswith(after):
+        write_text(path, text)
+    elif before != after:
+        os.truncate(path, len(after))
+        flush(path)
 
 
 def sha256_of(path: str | Path) -> str:
@@ -252,14 +347,14 @@ def process_is_alive(process_id: int) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Exclusive among the processes of this machine that lock the same folder. No file is left behind."""
+def locked(path: str | Path) -> Iterator[None]:
+    """Exclusive among the processes of this machine that lock the same folder or file. No file is left behind."""
     try:
         import fcntl
     except ImportError:  # Windows: the rename alone must do
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)

@@ -1,12 +1,17 @@
 """Files and folders are written whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
+import resource
+import signal
 
 import pytest
+from safetensors import SafetensorError
 
 from mocov3_hf import storage
+from mocov3_hf.reporting import RunError
 
 
 def test_atomic_file_replaces_in_one_step_or_not_at_all(tmp_path):
@@ -88,8 +93,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
 def test_damaged_lines_are_left_out_and_numbered(tmp_path, tail, damaged):
     path = tmp_path / "metrics.jsonl"
     lines = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": float("nan")}]
-    for line in lines:
-        storage.append_line(path, line)
+    storage.append_lines(path, lines)
     with open(path, "ab") as file:
         file.write(tail)
     found, numbers = storage.read_lines(path)
@@ -120,3 +124,76 @@ def test_is_local(tmp_path, monkeypatch):
 def test_processes(tmp_path):
     assert storage.process_is_alive(os.getpid())
     assert not storage.process_is_alive(2**22 + 12345)
+
+
+def test_lines_are_appended_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.jsonl"
+    storage.append_lines(path, [{"step": 1}])
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limit[1]))  # the write is cut short
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            storage.append_lines(path, [{"step": 2}, {"step": 3}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert path.read_text() == '{"step": 1}\n'
+    path.write_text('{"step": 1}\n{"st')  # by a killed process
+    storage.append_lines(path, [{"step": 2}])
+    assert storage.read_lines(path) == ([{"step": 1}, {"step": 2}], [2])
+
+
+def test_records_wait_and_are_counted(tmp_path, capsys):
+    path = tmp_path / "file.jsonl"
+    path.mkdir()
+    records = storage.RecordFile(path)
+    for step in range(3):
+        records.append({"step": step})
+    assert isinstance(records.error, IsADirectoryError)
+    path.rmdir()
+    records.append({"step": 3})
+    assert [line["step"] for line in storage.read_lines(path)[0]] == [0, 1, 2, 3]
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {path} cannot be written (Is a directory): its lines are kept in memory",
+        f"warning: {path} can be written again: 4 lines kept in memory were added",
+    ]
+    path.unlink()
+    path.mkdir()
+    records.append({"step": 4}, {"step": 5})
+    records.close()
+    assert f"warning: 2 lines of {path} are lost ([Errno 21] Is a directory" in capsys.readouterr().err
+
+
+def test_cutting_off_lines_needs_no_space(tmp_path, monkeypatch):
+    path = tmp_path / "file.jsonl"
+    lines = [{"step": step, "loss": step / 3} for step in range(5)]
+    storage.append_lines(path, lines)
+    monkeypatch.setattr(storage, "write_text", None)
+    storage.rewrite_lines(path, lines)
+    storage.rewrite_lines(path, lines[:3])
+    assert storage.read_lines(path) == (lines[:3], [])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (SafetensorError("Error while serializing"), "Error while serializing"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "torch.save failed"),
+    ],
+)
+def test_the_errors_of_libraries_that_write(error, said):
+    with pytest.raises(RunError, match=rf"the model could not be written: .*{said}"), storage.writing("the model"):
+        raise error
+    with pytest.raises(RuntimeError, match=r"^another$"), storage.writing("the model"):
+        raise RuntimeError("another")
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    def refuse():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for write in (storage.atomic_file, storage.atomic_folder):
+        with pytest.raises(OSError, match=r"No space left on device: '.*/name'"), write(tmp_path / "name"):
+            refuse()

@@ -136,7 +136,7 @@ def test_no_flipped_bit_of_the_metrics_raises(tmp_path, finished, arguments, mon
         )
         for flipped in flips(content):
             (tmp_path / name).write_bytes(flipped)
-            resume.truncate_lines(tmp_path / name, steps_done=4)
+            resume.truncate_lines(storage.RecordFile(tmp_path / name), steps_done=4)
             lines, numbers = storage.read_lines(tmp_path / name)
             assert numbers == []
             damaged += len(lines) < 2

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from mocov3_hf.pretraining import build
+from mocov3_hf.pretraining import build, hardware
 from mocov3_hf.pretraining.loop import main
 from mocov3_hf.pretraining.plan import make_plan
 from mocov3_hf.pretraining.recipe import load_recipe
@@ -68,12 +68,46 @@ def test_fp16_needs_a_gpu(capsys, tmp_path, tiny):
 
 def test_a_launch_that_fell_back_to_one_process_is_noticed():
     fell_back = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}
-    with pytest.raises(UsageError, match=r"asked for several processes and started one.*torchrun --nproc"):
+    with pytest.raises(
+        UsageError, match=r"asked for several processes or machines and started one process.*torchrun --nproc"
+    ):
         build.check_launch(fell_back)
     build.check_launch({})
     build.check_launch({"ACCELERATE_MIXED_PRECISION": "no"})  # one process was asked for
+    machines = {**fell_back, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}  # --num_machines 2
+    with pytest.raises(UsageError, match=r"several processes or machines.*--num_machines 1"):
+        build.check_launch(machines)
     build.check_launch({**fell_back, "WORLD_SIZE": "2"})  # torchrun
     build.check_launch({**fell_back, "PMI_SIZE": "2"})  # MPI
+
+
+def test_compilation_by_the_launcher_is_refused():
+    with pytest.raises(UsageError, match=r"\(dynamo_backend inductor\).*--torch_compile true"):
+        build.check_launch({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"})
+    build.check_launch({"ACCELERATE_DYNAMO_BACKEND": "NO"})
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("fp16", "asks for mixed_precision fp16, the recipe for no: using no; for fp16, pass --mixed_precision fp16"),
+        ("fp8", "asks for mixed_precision fp8, the recipe for no: using no\n"),
+        ("no", None),
+    ],
+)
+def test_another_precision_of_the_launcher_is_contradicted(tmp_path, tiny, monkeypatch, capsys, asked, said):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    recipe = load_recipe(tiny[1], [*tiny[2:], "--output_dir", str(tmp_path)])
+    assert build.build_accelerator(recipe).mixed_precision == "no"
+    errors = capsys.readouterr().err
+    assert errors == "" if said is None else said in errors
+
+
+def test_the_cpu_that_the_launcher_chose(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    assert hardware.this_device().type == "cuda"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert hardware.this_device().type == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_a_resumed_stream_is_bit_identical(tmp_path, tiny, shards, monkeypatch, 
         (storage, "flush", 3),
         (storage, "flush", 12),
         (storage, "flush", 20),
-        (checkpoint, "publish", 2),
+        (loop, "publish", 2),
         (checkpoint, "delete_folder", 1),
     ],
 )

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from mocov3_hf import run_folder
+from mocov3_hf.process_group import SECONDS_OF_ONE_REQUEST, StopRequest
 from tests.fork_server import Forked, ranks
 from tests.launch import search_path
 from tests.pretraining.test_resume import assert_same_run
@@ -143,6 +144,18 @@ def test_a_signal_to_the_group(tmp_path, slow, options, expected, number, worker
     assert resumed.returncode == 0, text
     assert_same_run(tmp_path, expected(1))
     assert (tmp_path / "knn.jsonl").read_text() == (expected(1) / "knn.jsonl").read_text()
+
+
+def test_a_second_ctrl_c_stops_at_once(fresh):
+    with StopRequest() as stop:
+        stop.start_training()
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):  # a launcher and a terminal deliver the first
+            os.kill(os.getpid(), number)
+        assert stop.received == signal.SIGINT
+        stop.received_at -= SECONDS_OF_ONE_REQUEST
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from ..processing import PixelFormat
+from ..storage import RecordFile
 from .decode import BadImageError, printable
 from .pixels import RGB8, Decoded, decode_image
 
@@ -38,7 +39,7 @@ class BadImageLog:
     """Counts bad images by id and appends them to a file, one JSON object per line: `{"id", "path", "reason"}`.
 
     Each id counts once. Ids already in the file count too, so that several processes can share it and a resumed run
-    continues the count.
+    continues the count. Lines that cannot be written, as on a full disk, are kept and written later.
 
     Args:
         num_samples: Length of the data set.
@@ -57,6 +58,7 @@ class BadImageLog:
             raise ValueError(f"max_bad_fraction must be in [0, 1], got {max_fraction}")
         self.num_samples, self.action, self.max_fraction = num_samples, action, max_fraction
         self.file = None if file is None else Path(file)
+        self._records = None if file is None else RecordFile(file)
         self._ids: set[int] = set()
         self._position = 0
         self._read_new_lines()
@@ -75,13 +77,9 @@ class BadImageLog:
             return
         self._read_new_lines()
         new = {image.sample_id: image for image in new if image.sample_id not in self._ids}
-        if new and self.file is not None:
+        if new and self._records is not None:
             listed = [{"id": i, "path": image.path, "reason": image.reason} for i, image in new.items()]
-            lines = "".join(json.dumps(line) + "\n" for line in listed)
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            # A single write in append mode, so that lines of several processes do not interleave.
-            with open(self.file, "ab", buffering=0) as file:
-                file.write(lines.encode())
+            self._records.append(*listed)
         self._ids.update(new)
         where = f" See {self.file}." if self.file is not None else ""
         last = bad[-1]
@@ -93,6 +91,11 @@ class BadImageLog:
                 f"{self.max_fraction:g} (last: {last}).{where} Repair the data set, or "
                 f"raise --max_bad_fraction."
             )
+
+    def close(self) -> None:
+        """Report lines that could not be written."""
+        if self._records is not None:
+            self._records.close()
 
     def _read_new_lines(self) -> None:
         if self.file is None or not self.file.exists():

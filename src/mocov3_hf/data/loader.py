@@ -121,6 +121,10 @@ class TwoViewLoader:
         """Bad images found so far, each counted once."""
         return len(self._bad)
 
+    def close(self) -> None:
+        """Report bad images that could not be listed."""
+        self._bad.close()
+
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[dict]:
         """Yield the batches of steps start_step .. steps_per_epoch - 1 of an epoch.
 

@@ -249,7 +249,7 @@ def record_and_print(
     **result: Any,
 ) -> None:
     """
-    Append the result of an evaluation to `results.json` and print it as a table.
+    Print the result of an evaluation as a table and append it to `results.json`.
 
     Args:
         options: Of the command; those with an influence on the metrics are recorded.
@@ -261,13 +261,13 @@ def record_and_print(
         result: Other arguments of `append_result`.
     """
     folder = results_folder(options)
+    print_metrics(options, title, result["metrics"])  # first, as the disk may be full
     append_result(
         folder,
         model={"name": options.model, "weights": weights},
         settings={**evaluation_settings(options), "transform": repr(transform), **(settings or {})},
         **result,
     )
-    print_metrics(options, title, result["metrics"])
     for note in (*notes, f"recorded in {Path(folder) / RESULTS}"):
         print(note)
 

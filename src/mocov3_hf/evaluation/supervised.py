@@ -26,6 +26,7 @@ from ..reporting import RunError, UsageError, one_line
 from ..requirements import check_tracker
 from ..results import RESULTS, append_result
 from ..run_folder import CONFIG, TRAINER_STATE, list_checkpoints
+from ..storage import writing
 from .common import (
     describe_splits,
     evaluation_settings,
@@ -309,6 +310,7 @@ def run_training(
             chosen = trainer.model
             if trainer.average is not None and options.save_weights == "ema":
                 chosen = trainer.average
+            print_metrics(options, task, metrics)  # first, as the disk may be full
             append_result(
                 folder,
                 task=task,
@@ -323,7 +325,6 @@ def run_training(
                 seed=options.seed,
                 seconds=seconds,
             )
-            print_metrics(options, task, metrics)
             print(f"classifier saved and recorded in {Path(folder) / RESULTS}")
             if options.push_to_hub:
                 _push(folder, options)
@@ -346,8 +347,9 @@ def newest_checkpoint(folder: str | os.PathLike) -> str | None:
 
 def _save(classifier: PreTrainedModel, transform: ProcessorTransform, folder: str) -> str:
     """Save a classifier, read it again, and return the hash of its weights."""
-    classifier.save_pretrained(folder)
-    transform.processor.save_pretrained(folder)
+    with writing(f"the classifier in {folder}"):
+        classifier.save_pretrained(folder)
+        transform.processor.save_pretrained(folder)
     evaluated = weights_hash(classifier)
     reload_strictly(classifier, folder)
     if weights_hash(classifier) != evaluated:

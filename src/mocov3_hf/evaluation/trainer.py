@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,8 +24,8 @@ from ..loading import base_encoder, from_pretrained, size_options
 from ..optim.seeding import step_seed
 from ..process_group import StopRequest
 from ..reporting import RunError, is_first_process, one_line
-from ..run_folder import METRICS
-from ..storage import append_line, rewrite_lines, write_json
+from ..run_folder import CHECKPOINT_PREFIX, METRICS
+from ..storage import RecordFile, rewrite_lines, write_json, writing
 from .evaluate import evaluate_classifier
 from .training_images import TrainingImages, collate
 
@@ -181,6 +182,16 @@ class ClassifierTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        folder = Path(self.args.output_dir) / f"{CHECKPOINT_PREFIX}{self.state.global_step}"
+        try:
+            with writing(str(folder)):
+                super()._save_checkpoint(*args, **options)
+        except RunError:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # incomplete
+            raise
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
@@ -247,7 +258,7 @@ class _MetricsFile(TrainerCallback):
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.records = path, RecordFile(path)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -257,7 +268,10 @@ class _MetricsFile(TrainerCallback):
         if state.is_world_process_zero and self.path.parent.is_dir():
             line = metrics_of({**(logs or {}), "step": state.global_step})
             if line:
-                append_line(self.path, line)
+                self.records.append(line)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.records.close()
 
 
 def metrics_of(logs: Mapping[str, float]) -> dict[str, float]:

@@ -28,9 +28,10 @@ from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from ..optim import LARS, parameter_groups
 from ..option_values import shown
 from ..process_group import leave_at_exit
-from ..reporting import UsageError, one_line
+from ..reporting import UsageError, one_line, warn
 from ..requirements import check_tracker
 from ..run_folder import BAD_IMAGES
+from .hardware import this_device
 from .pixels import pixel_format
 from .plan import Plan
 from .recipe import NO_ACCUMULATION, Recipe
@@ -65,14 +66,18 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             installed.
     """
     check_launch(os.environ)
+    own, asked = recipe.hardware.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if asked not in ("no", own):  # "no" is the launcher's default
+        advice = f"; for {asked}, pass --mixed_precision {asked} to pretrain" if asked in ("bf16", "fp16") else ""
+        warn(f"accelerate launch asks for mixed_precision {asked}, the recipe for {own}: using {own}{advice}")
     trackers = check_trackers(recipe.monitoring.report_to)
-    if recipe.hardware.mixed_precision == "fp16" and not torch.cuda.is_available():
+    if recipe.hardware.mixed_precision == "fp16" and this_device().type == "cpu":
         raise UsageError("--mixed_precision fp16 needs a GPU: use bf16 or no on this machine")
     leave_at_exit()
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
         # Without cpu=True, accelerate does not connect the processes of a machine without accelerators.
-        cpu=not torch.accelerator.is_available(),
+        cpu=this_device().type == "cpu",
         mixed_precision=recipe.hardware.mixed_precision,
         log_with=trackers or None,
         project_config=ProjectConfiguration(project_dir=recipe.run.output_dir, logging_dir=recipe.run.output_dir),
@@ -112,7 +117,7 @@ def check_launch(environment: Mapping[str, str]) -> None:
     starts a single process without a warning.
 
     Raises:
-        UsageError: such a launch, or one with gradient accumulation or a sharded model.
+        UsageError: such a launch, or one with gradient accumulation, a compiled or a sharded model.
     """
     for name, switch in SHARDED_LAUNCHES.items():
         if environment.get(switch, "false").lower() in ("true", "1"):
@@ -120,12 +125,19 @@ def check_launch(environment: Mapping[str, str]) -> None:
                 f"accelerate launch asks for {name}, which does not support a momentum encoder: leave it out of its"
                 " configuration. For less memory pass --gradient_checkpointing true or --gradient_cache_chunk_size"
             )
+    backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "NO")
+    if backend.upper() != "NO":
+        raise UsageError(
+            f"accelerate launch asks for torch.compile (dynamo_backend {backend.lower()}): leave it out of its"
+            " configuration and pass --torch_compile true to pretrain"
+        )
     asked_for_several = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
     is_alone = not any(name in environment for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
     if asked_for_several and is_alone:
         raise UsageError(
-            "accelerate launch was asked for several processes and started one, as it does on CPUs: start them with"
-            " 'torchrun --nproc_per_node N -m mocov3_hf pretrain ...', or pass --num_processes 1"
+            "accelerate launch was asked for several processes or machines and started one process, as it does on"
+            " CPUs: start them with 'torchrun --nproc_per_node N -m mocov3_hf pretrain ...' (on each machine, with"
+            " --nnodes), or pass --num_processes 1 --num_machines 1"
         )
     steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps.strip() != "1":

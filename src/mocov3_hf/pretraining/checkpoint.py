@@ -29,16 +29,16 @@ from ..run_folder import (
     OPTIMIZER,
     RECIPE,
     STATE,
+    WEIGHTS,
     CheckpointError,
+    describe_file,
     list_checkpoints,
+    read_manifest,
     write_manifest,
 )
 from ..storage import atomic_file, atomic_folder, delete_folder, write_json
 from .pixels import image_processor
 from .recipe import Recipe
-
-
-WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def save_checkpoint(
     save_total_limit: int | None = None,
 ) -> Path:
     """
-    Write `checkpoint-{step}`, copy its model files into `output_dir`, and then delete the oldest checkpoints.
+    Write `checkpoint-{step}`, and then delete the oldest checkpoints.
 
     Every `checkpoint-N` is complete at any time: it gets its name when all files are flushed to the disk.
 
@@ -88,7 +88,6 @@ def save_checkpoint(
         write_json(aside / STATE, {"run": asdict(state), "optimizer": settings})
         recipe.save(aside / RECIPE)
         write_manifest(aside)
-    publish(folder, output_dir)
     if save_total_limit is not None:
         for old in list_checkpoints(output_dir)[save_total_limit:]:
             delete_folder(old)
@@ -100,11 +99,21 @@ def publish(folder: Path, output_dir: Path) -> None:
     Copy the model files of a checkpoint into the output folder, each in one step, the configuration last.
 
     Copies, not links: writing to a file there must not change the checkpoint.
+
+    Raises:
+        OSError: a file that cannot be replaced; it is as it was before.
     """
     for file in sorted(folder.iterdir(), key=lambda file: file.name == CONFIG):
         if file.name not in (OPTIMIZER, STATE, RECIPE, MANIFEST):
             with atomic_file(output_dir / file.name) as aside:
                 shutil.copyfile(file, aside)
+
+
+def is_published(folder: Path, output_dir: Path) -> bool:
+    """Whether the output folder has the model files of a checkpoint: the run may have been killed before `publish`."""
+    expected = {name: entry for name, entry in read_manifest(folder).items() if name not in (OPTIMIZER, STATE, RECIPE)}
+    copies = {name: output_dir / name for name in expected}
+    return all(copy.is_file() and describe_file(copy) == expected[name] for name, copy in copies.items())
 
 
 def read_state(folder: Path) -> RunState:

@@ -72,6 +72,7 @@ def plan_run(recipe: Recipe) -> PlannedRun:
         settings,
     )
     exchanged = exchanges(model, plan.batch_size, num_processes, on_gpu=device.type == "cuda")
+    precision = recipe.hardware.mixed_precision
     return PlannedRun(
         recipe=recipe,
         num_images=num_images,
@@ -82,7 +83,7 @@ def plan_run(recipe: Recipe) -> PlannedRun:
         plan=plan,
         costs=costs,
         communication=describe_exchanges(exchanged, num_processes),
-        settings=f"settings for {device.type}: {settings.describe()}",
+        settings=f"settings for {device.type}: mixed_precision {precision}, {settings.describe()}",
         doubts=doubtful_choices(recipe, plan, model, num_processes),
     )
 

@@ -45,10 +45,13 @@ class FolderLock:
         self.released.set()
         if self.is_acquired and self.is_mine():
             self.path.unlink(missing_ok=True)
-            if self.has_created_folder:
-                with contextlib.suppress(OSError):  # it has content
-                    self.folder.rmdir()
+            self.remove_created_folder()
         self.is_acquired = False
+
+    def remove_created_folder(self) -> None:
+        if self.has_created_folder:
+            with contextlib.suppress(OSError):  # it has content
+                self.folder.rmdir()
 
     def acquire(self) -> None:
         """
@@ -86,9 +89,14 @@ class FolderLock:
                 descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             except FileExistsError:
                 return False
-            with open(descriptor, "w", encoding="utf-8") as file:
-                json.dump(self.owner, file)
-            flush(self.path)
+            try:
+                with open(descriptor, "w", encoding="utf-8") as file:
+                    json.dump(self.owner, file)
+                flush(self.path)
+            except OSError:  # a full disk: nobody owns what is left
+                self.path.unlink(missing_ok=True)
+                self.remove_created_folder()
+                raise
         return True
 
     def is_stale(self) -> bool:

@@ -81,7 +81,9 @@ def choose_settings(recipe: Recipe, model: MoCoV3ForPreTraining, device: torch.d
 
 
 def this_device() -> torch.device:
-    """The kind of device that a run on this machine uses."""
+    """The kind of device that a run on this machine uses; with `accelerate launch --cpu`, the CPU."""
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
+        return torch.device("cpu")
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 

@@ -16,8 +16,8 @@ from ..data.workers import LostWorkerError
 from ..hub import BackgroundPusher
 from ..option_values import resume_command
 from ..process_group import Stopped, StopRequest, announce_error, has_announced_error, release_unused, wait_for_others
-from ..reporting import RunError, UsageError, is_first_process, reporting
-from ..run_folder import BAD_IMAGES, DATA, KNN, RECIPE, CheckpointError, list_checkpoints
+from ..reporting import RunError, UsageError, is_first_process, output_to_full_disk, reporting
+from ..run_folder import BAD_IMAGES, DATA, RECIPE, CheckpointError, list_checkpoints
 from ..storage import check_output_dir, write_json
 from .build import (
     build_accelerator,
@@ -29,7 +29,7 @@ from .build import (
     doubtful_choices,
     num_workers,
 )
-from .checkpoint import RunState, load_checkpoint, read_state, save_checkpoint
+from .checkpoint import RunState, is_published, load_checkpoint, publish, read_state, save_checkpoint
 from .data_change import describe_change, identify, plan_to_resume
 from .dry_run import describe, describe_as_json
 from .folder_lock import FolderLock
@@ -43,12 +43,13 @@ from .plan import batches, ema_decay_at, learning_rate_at, make_plan
 from .processes import LostProcessError, limit_time_to_exit, raise_if_process_lost
 from .recipe import Recipe, parse
 from .resume import (
+    check_nothing_in_the_way,
     checkpoint_before,
     find_common_checkpoint,
     prepare_folder,
-    truncate_lines,
 )
 from .step import seed_step, train_step
+from .trackers import Trackers
 
 
 class SaveError(RunError):
@@ -91,9 +92,10 @@ def run_recipe(recipe: Recipe, resume_command: str, is_command: bool = False) ->
             print(describe_as_json(recipe) if recipe.run.json else describe(recipe))
         return Path(recipe.run.output_dir or ".")
     check_output_dir(recipe.run.output_dir or "")
+    check_nothing_in_the_way(Path(recipe.run.output_dir))
     run = None
     try:
-        with StopRequest(is_command) as stop:
+        with output_to_full_disk(is_command), StopRequest(is_command) as stop:
             try:
                 with FolderLock(Path(recipe.run.output_dir)) as lock:
                     run = Run(recipe, resume_command, lock)
@@ -150,7 +152,8 @@ class Run:
             self.accelerator.print(f"warning: {doubt}", file=sys.stderr)
         settings = choose_settings(recipe, model, self.accelerator.device)
         set_up(model, settings)
-        self.accelerator.print(f"settings for {self.accelerator.device.type}: {settings.describe()}", file=sys.stderr)
+        chosen = f"mixed_precision {recipe.hardware.mixed_precision}, {settings.describe()}"
+        self.accelerator.print(f"settings for {self.accelerator.device.type}: {chosen}", file=sys.stderr)
         if recipe.hardware.gradient_cache_chunk_size is not None:
             check_chunkable(model)
         optimizer = build_optimizer(recipe, model, self.plan)
@@ -162,6 +165,7 @@ class Run:
         )
         # Steps done; batches that rollbacks have skipped besides; rollbacks done, and the last one's target.
         self.step = self.skipped_batches = self.num_rollbacks = 0
+        self.reported_failure: str | None = None
         self.rolled_back_to: int | None = None
         self.data_changes, self.data_change = 0, None
         if found is not None:
@@ -173,6 +177,8 @@ class Run:
                 (self.output_dir / BAD_IMAGES).unlink(missing_ok=True)
             if source.account is not None:
                 write_json(self.output_dir / DATA, source.account.to_dict())
+            if found is not None and not is_published(found[0], self.output_dir):
+                publish(found[0], self.output_dir)
         self.accelerator.wait_for_everyone()
 
         self.loader = build_loader(recipe, source, self.plan, self.accelerator)
@@ -188,24 +194,23 @@ class Run:
 
     def train(self, stop: StopRequest) -> None:
         """Train to the end, or until a signal; weights, metrics and the resolved recipe are in the output folder."""
-        self.accelerator.init_trackers("mocov3", config=tracker_config(self.recipe))
-        log = TrainingLog(
-            self.accelerator, self.plan, self.temperature, self.output_dir, self.watch, start_step=self.step
-        )
-        if self.step > 0:
-            log.resume(self.log_state, self.step, self.num_rollbacks)
-            if self.accelerator.is_main_process:
-                truncate_lines(self.output_dir / KNN, steps_done=self.step)
-            if self.data_change is not None:
-                log.record_event(self.step, "data_change", reason=self.data_change)
-        elif self.recipe.monitoring.on_instability == "rollback":
-            self.save(log)
-        if self.step == self.plan.total_steps:
-            self.accelerator.print(f"all {self.step} steps are done: nothing left to do")
-        self.model.train()
-        stop.start_training()
-        stopping = stop.agreed(self.accelerator)
-        with closing(log):
+        accelerator, folder, step = self.accelerator, self.output_dir, self.step
+        with (
+            closing(self.loader),
+            Trackers(accelerator, self.recipe, folder, step) as trackers,
+            closing(TrainingLog(accelerator, trackers, self.plan, self.temperature, folder, self.watch, step)) as log,
+        ):
+            if self.step > 0:
+                log.resume(self.log_state, self.step, self.num_rollbacks)
+                if self.data_change is not None:
+                    log.record_event(self.step, "data_change", reason=self.data_change)
+            elif self.recipe.monitoring.on_instability == "rollback":
+                self.save(log)
+            if self.step == self.plan.total_steps:
+                accelerator.print(f"all {self.step} steps are done: nothing left to do")
+            self.model.train()
+            stop.start_training()
+            stopping = stop.agreed(accelerator)
             while self.step < self.plan.total_steps and not stopping:
                 try:
                     stopping = self.train_until_stopped(stop, log)
@@ -215,8 +220,6 @@ class Run:
                     self.save_finished_steps(log)
                     raise self.explain(error) from error
         wait_for_others()
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
         if self.pusher is not None:
             self.pusher.finish()
         lost = self.lost_worker()
@@ -266,13 +269,13 @@ class Run:
             if logging:
                 log.write(self.step, output.projection, learning_rate, ema_decay, self.loader.num_bad_images)
             if stopping:  # first what must not be lost: the time may be short
-                self.save(log)
+                self.save(log, is_last=True)
             if self.knn is not None and self.step % recipe.monitoring.knn_steps == 0:
                 self.measure_knn(log)
             if stopping:
                 return True
             if saving:
-                self.save(log)
+                self.save(log, is_last)
         return False
 
     def lost_worker(self) -> LostWorkerError | None:
@@ -300,8 +303,7 @@ class Run:
         """kNN accuracy at this step; its time does not count."""
         start = time.perf_counter()
         encoder = self.accelerator.unwrap_model(self.model).mocov3
-        accuracy = self.knn.measure(encoder, self.step, self.step / self.plan.steps_per_epoch)
-        log.note("kNN", f"{accuracy:.3f}")
+        log.write_knn(self.step, self.knn.measure(encoder))
         log.exclude(time.perf_counter() - start)
 
     def roll_back(self, instability: Instability, log: TrainingLog) -> None:
@@ -344,8 +346,6 @@ class Run:
         self.num_rollbacks += 1
         self.step = self.rolled_back_to = state.step
         log.go_back(state.log, self.step, self.num_rollbacks)
-        if self.accelerator.is_main_process:
-            truncate_lines(self.output_dir / KNN, steps_done=self.step)
 
     def resume(self, folder: Path, state: RunState) -> None:
         """Continue from a checkpoint."""
@@ -367,13 +367,13 @@ class Run:
             self.accelerator.scaler.load_state_dict(state.scaler)
         return state
 
-    def save(self, log: TrainingLog) -> None:
+    def save(self, log: TrainingLog, is_last: bool = False) -> None:
         """
         Write a checkpoint.
 
         Raises:
             RunError: another run has taken over the folder.
-            SaveError: it could not be written, and it is the last one or `on_save_error` is stop.
+            SaveError: it or the metrics could not be written, and `is_last` is true or `on_save_error` is stop.
         """
         state = RunState(
             step=self.step,
@@ -391,15 +391,9 @@ class Run:
         )
         failure = taken_over = None
         if self.accelerator.is_main_process or log.is_alone:
-            model = self.accelerator.unwrap_model(self.model)
-            # transformers would save in the first process only.
-            model.should_save_on_this_rank = lambda is_main_process: is_main_process
-            limit = self.recipe.run.save_total_limit
             try:
                 self.lock.check()
-                save_checkpoint(self.output_dir, model, self.optimizer.optimizer, self.recipe, state, limit)
-            except (OSError, SafetensorError) as error:
-                failure = f"the checkpoint of step {self.step} could not be written: {error}"
+                failure = self.write(state) or log.unwritten()
             except RunError as error:
                 taken_over = str(error)
         if not log.is_alone:
@@ -410,9 +404,28 @@ class Run:
             if self.pusher is not None:
                 self.pusher.push(self.output_dir, f"Step {self.step}")
             return
-        if self.recipe.run.on_save_error == "stop" or self.step == self.plan.total_steps:
-            raise SaveError(f"{failure}. Earlier checkpoints are complete; free space and run {self.resume_command}")
-        self.accelerator.print(f"warning: {failure}; training continues", file=sys.stderr)
+        if self.recipe.run.on_save_error == "stop" or is_last:
+            checkpoints = list_checkpoints(self.output_dir)
+            advice = f"{checkpoints[0].name} is complete; when" if checkpoints else "When"
+            raise SaveError(f"{failure}. {advice} this is repaired, run {self.resume_command}")
+        if failure != self.reported_failure:
+            log.print(f"warning: {failure}; training continues")
+            self.reported_failure = failure
+
+    def write(self, state: RunState) -> str | None:
+        """Write a checkpoint and replace the weights in the output folder. Returns why that failed, None if not."""
+        model, limit = self.accelerator.unwrap_model(self.model), self.recipe.run.save_total_limit
+        # transformers would save in the first process only.
+        model.should_save_on_this_rank = lambda is_main_process: is_main_process
+        try:
+            folder = save_checkpoint(self.output_dir, model, self.optimizer.optimizer, self.recipe, state, limit)
+        except (OSError, SafetensorError) as error:
+            return f"the checkpoint of step {self.step} could not be written: {error}"
+        try:
+            publish(folder, self.output_dir)
+        except OSError as error:
+            return f"checkpoints are written, but not the weights in {self.output_dir}: {error}"
+        return None
 
 
 def timed(iterator: Iterator, log: TrainingLog) -> Iterator:
@@ -425,11 +438,3 @@ def timed(iterator: Iterator, log: TrainingLog) -> Iterator:
             return
         log.waited_for_data(time.perf_counter() - start)
         yield item
-
-
-def tracker_config(recipe: Recipe) -> dict:
-    """The recipe in types that every tracker stores."""
-    return {
-        name: value if isinstance(value, (int, float, str, bool)) else str(value)
-        for name, value in recipe.to_dict().items()
-    }

@@ -16,12 +16,13 @@ from ..metrics.collapse import collapse_summary
 from ..model.loss_mocov3 import chance_loss, floor_loss
 from ..reporting import RunError
 from ..run_folder import EVENTS, KNN, METRICS
-from ..storage import append_line, is_number, read_lines
+from ..storage import RecordFile, is_number, read_lines
 from .instability import DivergenceDetector, GradientWatch, Instability
 from .plan import Plan
 from .recipe import Recipe
 from .resume import truncate_lines
 from .step import StepOutput
+from .trackers import Trackers
 
 
 # Values kept for every step until the next line, all 0-dim; the norms of the blocks follow. Gradients are the same on
@@ -66,10 +67,11 @@ class TrainingLog:
     Collects what the steps return and reads it on request. Only reading waits for the device.
 
     Args:
-        accelerator: Processes, device and trackers.
+        accelerator: The processes and their device.
+        trackers: Receive the same metrics.
         plan: Length of the run and its batch.
         temperature: Of the loss, for its normalization.
-        output_dir: Folder of `metrics.jsonl` and `events.jsonl`; lines are appended.
+        output_dir: Folder of `metrics.jsonl`, `events.jsonl` and `knn.jsonl`; lines are appended.
         watch: Of the gradients; has the names of the blocks.
         start_step: Steps done before.
     """
@@ -77,14 +79,16 @@ class TrainingLog:
     def __init__(
         self,
         accelerator: Accelerator,
+        trackers: Trackers,
         plan: Plan,
         temperature: float,
         output_dir: Path,
         watch: GradientWatch,
         start_step: int = 0,
     ):
-        self.accelerator, self.plan, self.temperature, self.watch = accelerator, plan, temperature, watch
-        self.metrics_file, self.events_file = output_dir / METRICS, output_dir / EVENTS
+        self.accelerator, self.trackers = accelerator, trackers
+        self.plan, self.temperature, self.watch = plan, temperature, watch
+        self.metrics, self.events, self.knn = (RecordFile(output_dir / name) for name in (METRICS, EVENTS, KNN))
         self.progress = tqdm(
             total=plan.total_steps, initial=start_step, unit="step", disable=not accelerator.is_main_process
         )
@@ -124,7 +128,7 @@ class TrainingLog:
         self.go_back(state, steps_done, num_rollbacks)
         self.num_events = state["num_events"]
         if self.accelerator.is_main_process:
-            truncate_lines(self.events_file, number=self.num_events)
+            truncate_lines(self.events, number=self.num_events)
 
     def go_back(self, state: dict, steps_done: int, num_rollbacks: int) -> None:
         """The same within a run, at a rollback: events stay."""
@@ -139,11 +143,8 @@ class TrainingLog:
         self.progress.n = steps_done
         self.progress.refresh()
         if self.accelerator.is_main_process:
-            truncate_lines(self.metrics_file, steps_done=steps_done)
-
-    def note(self, name: str, value: str) -> None:
-        """Show a value on the progress bar from now on."""
-        self.notes[name] = value
+            truncate_lines(self.metrics, steps_done=steps_done)
+            truncate_lines(self.knn, steps_done=steps_done)
 
     def exclude(self, seconds: float) -> None:
         """Exclude time from the throughput that was not training."""
@@ -223,7 +224,7 @@ class TrainingLog:
     def record_event(self, step: int, event: str, **values: float | str | None) -> None:
         self.num_events += 1
         if self.accelerator.is_main_process:
-            append_line(self.events_file, {"step": step, "event": event, **values})
+            self.events.append({"step": step, "event": event, **values})
 
     def write(
         self,
@@ -274,10 +275,27 @@ class TrainingLog:
             "block_grad_norms": dict(zip(self.watch.names, columns[len(STEP_VALUES) :], strict=True)),
         }
         if self.accelerator.is_main_process:
-            append_line(self.metrics_file, metrics)
+            self.metrics.append(metrics)
             self.show(metrics, num_bad_images)
-        self.accelerator.log(flat(metrics), step=steps_done)
+        self.trackers.log(METRICS, flat(metrics), steps_done)
         self.start_window()
+
+    def write_knn(self, steps_done: int, accuracy: float) -> None:
+        """Write a line about a kNN evaluation."""
+        if self.accelerator.is_main_process:
+            self.knn.append(
+                {"step": steps_done, "epoch": steps_done / self.plan.steps_per_epoch, "knn_top1": accuracy}
+            )
+        self.trackers.log(KNN, {"knn_top1": accuracy}, steps_done)
+        self.notes["kNN"] = f"{accuracy:.3f}"
+
+    def unwritten(self) -> str | None:
+        """Which records cannot be written, and why, after another attempt; None if all are."""
+        for records in (self.metrics, self.events, self.knn):
+            records.flush()
+            if records.error is not None:
+                return f"{records.path} cannot be written: {records.error}"
+        return None
 
     def show(self, metrics: dict, num_bad_images: int) -> None:
         """The end of the progress bar: what matters at a glance, and problems only if there are any."""
@@ -298,6 +316,8 @@ class TrainingLog:
 
     def close(self) -> None:
         self.progress.close()
+        for records in (self.metrics, self.events, self.knn):
+            records.close()
 
 
 def flat(metrics: dict) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -17,8 +16,6 @@ from ..data.workers import LostWorkerError, iterate
 from ..metrics.knn import knn_accuracy
 from ..model.modeling_mocov3 import MoCoV3Model
 from ..reporting import UsageError, warn
-from ..run_folder import KNN
-from ..storage import append_line
 from .pixels import evaluation_transform
 from .recipe import Recipe
 
@@ -51,19 +48,14 @@ class OnlineKNN:
         self.lost_worker: LostWorkerError | None = None
         self.skips_bad_images, self.reported = data.on_bad_image == "skip", {"test": 0, "training": 0}
         self.transform = evaluation_transform(recipe)
-        self.path = Path(recipe.run.output_dir) / KNN
 
-    def measure(self, encoder: MoCoV3Model, steps_done: int, epoch: float) -> float:
-        """Top-1 accuracy at this step, also appended to `knn.jsonl`. The encoder is left in its mode."""
+    def measure(self, encoder: MoCoV3Model) -> float:
+        """Top-1 accuracy. The encoder is left in its mode."""
         was_training = encoder.training
         encoder.eval()
         (features, labels), (bank, bank_labels) = (self.features(encoder, part) for part in (self.test, self.train))
         encoder.train(was_training)
-        accuracy = knn_accuracy(features, labels, bank, bank_labels, self.k)[self.k]
-        if self.accelerator.is_main_process:
-            append_line(self.path, {"step": steps_done, "epoch": epoch, "knn_top1": accuracy})
-        self.accelerator.log({"knn_top1": accuracy}, step=steps_done)
-        return accuracy
+        return knn_accuracy(features, labels, bank, bank_labels, self.k)[self.k]
 
     @torch.no_grad()
     def features(self, encoder: MoCoV3Model, images: LabeledImages) -> tuple[torch.Tensor, torch.Tensor]:

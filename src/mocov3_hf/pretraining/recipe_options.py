@@ -246,6 +246,9 @@ class RunOptions:
     output_dir: str | None = option(
         None, "folder for weights, checkpoints, metrics and the resolved recipe", metavar="DIR", required=True
     )
+    run_name: str | None = option(
+        None, "name of the run in the trackers of report_to; defaults to the name of output_dir", metavar="NAME"
+    )
     overwrite_output_dir: bool = option(False, "start again in a folder that holds a run, deleting its checkpoints")
     resume_from_checkpoint: str | None = option(
         None,
@@ -266,7 +269,7 @@ class RunOptions:
         advanced=True,
     )
     on_save_error: Literal["stop", "continue"] = option(
-        "stop", "what to do if a checkpoint cannot be written, such as on a full disk", advanced=True
+        "stop", "if checkpoints or metrics cannot be written, such as on a full disk: stop or continue", advanced=True
     )
 
 

@@ -3,11 +3,9 @@
 import hashlib
 import platform
 import shutil
-import sys
 from pathlib import Path
 
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
 from ..data.order import ORDER_VERSION
 from ..reporting import UsageError, is_first_process, warn
@@ -18,14 +16,17 @@ from ..run_folder import (
     KNN,
     MANIFEST,
     METRICS,
+    PROCESSOR,
     RECIPE,
+    TRACKERS,
+    WEIGHTS,
     CheckpointError,
     check_manifest,
     is_whole,
     list_checkpoints,
     step_of,
 )
-from ..storage import read_lines, remove_leftovers, rewrite_lines
+from ..storage import RecordFile, read_lines, remove_leftovers, rewrite_lines
 from .checkpoint import RunState, read_state
 from .data_change import DataIdentity, check_same_data, is_same_data, keeps_total_steps
 from .folder_lock import FolderLock
@@ -63,11 +64,15 @@ FREE_OPTIONS = (
     "report_to",
     "resume_from_checkpoint",
     "rollback_learning_rate_factor",
+    "run_name",
     "save_steps",
     "save_total_limit",
     "spike_factor",
     "train_batch_size",
 )
+
+# Files of a run, for which a folder can be in the way.
+FILES = (CONFIG, PROCESSOR, WEIGHTS, RECIPE, METRICS, EVENTS, KNN, BAD_IMAGES, TRACKERS)
 
 
 def find_common_checkpoint(
@@ -210,12 +215,23 @@ def check_is_ours(output_dir: Path) -> None:
     Raises:
         UsageError: the folder holds a model, but no run of ours.
     """
-    has_model = any((output_dir / name).exists() for name in (CONFIG, "model.safetensors"))
+    has_model = any((output_dir / name).exists() for name in (CONFIG, WEIGHTS))
     if has_model and not any((output_dir / name).exists() for name in (RECIPE, METRICS)):
         raise UsageError(
             f"{output_dir} holds a model that is not of this run: pass another --output_dir, or --overwrite_output_dir"
             " to replace it"
         )
+
+
+def check_nothing_in_the_way(output_dir: Path) -> None:
+    """
+    Raises:
+        UsageError: a folder has the name of one of the run's files, or a file that of a checkpoint.
+    """
+    for path in sorted(output_dir.glob("*")):
+        if (path.name in FILES and path.is_dir()) or (step_of(path) is not None and not path.is_dir()):
+            what, expected = ("folder", "file") if path.is_dir() else ("file", "folder")
+            raise UsageError(f"{path} is a {what} in the place of a {expected} of the run: move it away")
 
 
 def checkpoint_before(output_dir: Path, step: int, suspect: int | None) -> Path:
@@ -250,16 +266,19 @@ def prepare_folder(output_dir: Path, is_new: bool) -> None:
     if is_new:
         for folder in list_checkpoints(output_dir):
             shutil.rmtree(folder)
-        for name in (METRICS, EVENTS, BAD_IMAGES, KNN):
+        for name in (METRICS, EVENTS, BAD_IMAGES, KNN, TRACKERS):
             (output_dir / name).unlink(missing_ok=True)
 
 
-def truncate_lines(path: Path, *, steps_done: int | None = None, number: int | None = None) -> None:
+def truncate_lines(records: RecordFile, *, steps_done: int | None = None, number: int | None = None) -> None:
     """
     Drop damaged lines of a JSON Lines file, and those beyond a number of lines or a step.
 
     Up to a step, steps increase from line to line; a line that does not is damaged.
     """
+    path = records.path
+    if steps_done is not None:
+        records.waiting = [line for line in records.waiting if line["step"] <= steps_done]
     if not path.exists():
         return
     lines, damaged = read_lines(path)
@@ -274,6 +293,5 @@ def truncate_lines(path: Path, *, steps_done: int | None = None, number: int | N
         elif line["step"] <= steps_done:
             kept.append(line)
     if num_dropped:
-        message = f"{path} was damaged: {num_dropped} of {len(lines) + len(damaged)} lines were dropped"
-        tqdm.write(f"warning: {message}", file=sys.stderr)  # above the progress bar, if there is one
+        warn(f"{path} was damaged: {num_dropped} of {len(lines) + len(damaged)} lines were dropped")
     rewrite_lines(path, kept)

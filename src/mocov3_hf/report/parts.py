@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 from ..reporting import one_line
-from ..storage import is_local
+from ..storage import atomic_file, is_local
 
 
 Built = TypeVar("Built")
@@ -184,7 +184,8 @@ def finish_chart(figure: Figure, name: str, plots: Path, *, title: str, caption:
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(stream, format="svg", transparent=True, metadata=metadata, dpi=PNG_DPI)
     figure.suptitle(title)
-    figure.savefig(plots / f"{name}.png", dpi=PNG_DPI, facecolor=PAPER)
+    with atomic_file(plots / f"{name}.png") as aside:
+        figure.savefig(aside, format="png", dpi=PNG_DPI, facecolor=PAPER)
     return Chart(name, title, caption, inline_svg(stream.getvalue(), alt), figure.get_figwidth())
 
 
@@ -208,7 +209,8 @@ def save_sheet(strips: list[tuple[str, list[Picture]]], path: Path, per_row: int
         tile = Image.fromarray(picture.pixels).resize((TILE, TILE), method)
         tiles.append(torch.from_numpy(np.array(tile)).permute(2, 0, 1))
     sheet = make_grid(torch.stack(tiles), nrow=per_row, padding=6, pad_value=255)
-    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(path)
+    with atomic_file(path) as aside:
+        Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(aside, "png")
 
 
 def shown_name(name: Any) -> str:
