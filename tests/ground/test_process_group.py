@@ -58,11 +58,12 @@ class Store:
     """Keeps messages, or is out of reach until it is freed."""
 
     def __init__(self):
-        self.messages, self.reachable = {}, threading.Event()
+        self.messages, self.reachable, self.written = {}, threading.Event(), threading.Event()
 
     def set(self, name, message):
         assert self.reachable.wait(60)
         self.messages[name] = message
+        self.written.set()
 
     def check(self, names):
         assert self.reachable.wait(60)
@@ -78,6 +79,7 @@ def test_announcements_reach_others_but_a_network_that_is_down_is_not_waited_for
     assert not process_group.has_announced_error()
     assert time.monotonic() - start < 30
     store.reachable.set()
+    assert store.written.wait(60)  # by the request that was not waited for
     monkeypatch.setattr(process_group, "SECONDS_FOR_AN_ANSWER", 60)
     store.messages.clear()
     assert not process_group.has_announced_error()

@@ -1,14 +1,20 @@
 """Trackers: one run before and after an interruption, each step once, and no reason for a run to end."""
 
+import gc
 import json
+import threading
+import weakref
 
 import pytest
+from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
 from mocov3_hf.pretraining import build, loop
 from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.recipe import parse
+from mocov3_hf.pretraining.trackers import Trackers
 from tests.pretraining.test_resume import Killed, kill_at
 from tests.pretraining.test_run import read_metrics
 
@@ -180,3 +186,22 @@ def test_tensorboard_shows_each_step_once(tmp_path, tiny, monkeypatch, fresh):
     main([*arguments, "--output_dir", str(tmp_path), "--overwrite_output_dir", "--max_steps", "3"])
     accumulator = EventAccumulator(str(tmp_path / "mocov3")).Reload()
     assert [event.step for event in accumulator.Scalars("loss")] == [1, 2, 3]
+
+
+def test_threads_started_meanwhile_do_not_keep_the_run(tmp_path, tiny):
+    """They would release its tensors while the interpreter exits, which aborts."""
+    recipe = parse([*tiny, "--output_dir", str(tmp_path)])
+    done, hook = threading.Event(), threading.excepthook
+    with Trackers(Accelerator(cpu=True), recipe, tmp_path) as trackers:
+        assert threading.excepthook is not hook
+        thread = threading.Thread(target=done.wait)
+        thread.start()
+    kept = weakref.ref(trackers)
+    del trackers
+    gc.collect()
+    try:
+        assert kept() is None
+    finally:
+        done.set()
+        thread.join()
+    assert threading.excepthook is hook

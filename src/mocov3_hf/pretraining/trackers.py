@@ -74,7 +74,8 @@ class Trackers:
         }
         last = {name: last_step(output_dir / name) for name in (METRICS, KNN)}
         self.outboxes: dict[str, Outbox] = {}
-        self.hide_errors_of_threads()
+        self.excepthook = threading.excepthook
+        threading.excepthook = hide_errors_of_tensorboard(self.excepthook)
         try:
             accelerator.init_trackers(PROJECT, init_kwargs=options)
             for tracker in accelerator.trackers:
@@ -83,7 +84,7 @@ class Trackers:
                 if tracker.name != "tensorboard" or steps_done == 0:  # which would list it as another run
                     tracker.store_init_configuration(tracker_config(recipe))
         except Exception as error:  # every tracker raises its own kinds
-            self.show_errors_of_threads()
+            threading.excepthook = self.excepthook
             names = " ".join(recipe.monitoring.report_to)
             raise RunError(f"--report_to {names} does not start: {one_line(error)}") from error
         if accelerator.is_main_process and accelerator.trackers:
@@ -157,20 +158,21 @@ class Trackers:
             if error is not None and self.outboxes[tracker.name].error is None:
                 warn(f"--report_to {tracker.name} did not end properly: {one_line(error)}")
         self.accelerator.trackers.clear()
-        self.show_errors_of_threads()
-
-    def hide_errors_of_threads(self) -> None:
-        """Without a traceback from the thread that writes for tensorboard: the next call raises its error as well."""
-        self.excepthook = threading.excepthook
-
-        def hook(arguments) -> None:
-            if not type(arguments.thread).__module__.startswith("tensorboard"):
-                self.excepthook(arguments)
-
-        threading.excepthook = hook
-
-    def show_errors_of_threads(self) -> None:
         threading.excepthook = self.excepthook
+
+
+def hide_errors_of_tensorboard(before: Callable[[threading.ExceptHookArgs], object]) -> Callable:
+    """
+    A hook for the errors of threads without a traceback from the one that writes for tensorboard: the next call raises
+    its error as well. Every thread started meanwhile keeps the hook to its end, so it refers to nothing of the run:
+    tensors that a thread releases while the interpreter exits abort the process.
+    """
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not type(arguments.thread).__module__.startswith("tensorboard"):
+            before(arguments)
+
+    return hook
 
 
 def attempt(action: Callable[[], None]) -> Exception | None:
