@@ -93,10 +93,16 @@ def server() -> subprocess.Popen:
 
 
 def ask(request: dict) -> list[int]:
+    """An answer. If nobody waits for it, as after the time limit of a test, the next test gets a new server."""
     assert server().poll() is None, f"the process that forks was ended by a test: {server().returncode}"
-    server().stdin.write(json.dumps(request) + "\n")
-    server().stdin.flush()
-    return [int(word) for word in server().stdout.readline().split()]
+    try:
+        server().stdin.write(json.dumps(request) + "\n")
+        server().stdin.flush()
+        return [int(word) for word in server().stdout.readline().split()]
+    except BaseException:
+        server().kill()
+        server.cache_clear()
+        raise
 
 
 def start(command: list[str], environment: Mapping[str, str], output: Path) -> int:
@@ -139,10 +145,12 @@ def ranks(num_processes: int, file: Path, *arguments: str) -> None:
             environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             output = Path(folder, str(rank))
             running[start([str(file), *arguments], environment, output)] = output
-        while running:
-            process_id, code = ask({"wait": list(running)})
-            output = running.pop(process_id)
-            if code != 0:
-                for other in running:
-                    os.kill(other, signal.SIGKILL)
-                raise AssertionError(f"{file} {' '.join(arguments)} ended with {code}:\n{output.read_text()}")
+        try:
+            while running:
+                process_id, code = ask({"wait": list(running)})
+                output = running.pop(process_id)
+                if code != 0:
+                    raise AssertionError(f"{file} {' '.join(arguments)} ended with {code}:\n{output.read_text()}")
+        finally:
+            for process_id in running:
+                os.kill(process_id, signal.SIGKILL)

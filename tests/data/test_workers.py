@@ -1,5 +1,6 @@
 """Workers outlive signals that are not meant for them, and never their parent."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -9,9 +10,12 @@ import time
 
 import psutil
 import pytest
+import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mocov3_hf.data.workers import STOP_SIGNALS, LostWorkerError, iterate
+from mocov3_hf.data import workers as workers_module
+from mocov3_hf.data.workers import STOP_SIGNALS, LostWorkerError, end_workers, ignore_stop_signals, iterate
+from mocov3_hf.reporting import RunError
 from tests.launch import search_path
 
 
@@ -43,6 +47,52 @@ def test_signals_to_workers_are_ignored(context):
             worker.send_signal(number)
         found.append(int(next(batches)))
     assert found + [int(value) for value in batches] == [number * number for number in range(40)]
+
+
+@pytest.fixture
+def stuck(monkeypatch, tmp_path):
+    """Let the given number of workers hang before their first call."""
+    start_worker = workers_module.start_worker
+
+    def hang(number):
+        def start_or_hang(index):
+            for attempt in range(number):
+                with contextlib.suppress(FileExistsError):
+                    (tmp_path / str(attempt)).mkdir()
+                    time.sleep(1000)
+            start_worker(index)
+
+        monkeypatch.setattr(workers_module, "start_worker", start_or_hang)
+        monkeypatch.setattr(workers_module, "SECONDS_TO_START", (0.2, 0.2, 60))
+
+    return hang
+
+
+@pytest.mark.parametrize("is_of_another_library", [False, True])
+def test_workers_that_never_start_are_started_again(stuck, capsys, is_of_another_library):
+    stuck(2)
+    loader = DataLoader(Numbers(4), batch_size=None, num_workers=1, persistent_workers=True)
+    if is_of_another_library:
+        ignore_stop_signals(loader)
+    torch.manual_seed(0)
+    found = [int(value) for value in (loader if is_of_another_library else iterate(loader))]
+    assert found == [0, 1, 4, 9]
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    list(DataLoader(Numbers(1), batch_size=None))
+    assert torch.equal(drawn, torch.rand(1))  # one attempt or three: the same random numbers follow
+    assert capsys.readouterr().err.count("has not started within 0.2 s: all are started again") == 2
+    (worker,) = workers()  # no others
+    assert [int(value) for value in iterate(loader)] == [0, 1, 4, 9]
+    assert workers() == [worker]
+    end_workers([loader._iterator])
+
+
+def test_workers_that_never_start_end_the_run_in_one_line(stuck, monkeypatch):
+    stuck(1)
+    monkeypatch.setattr(workers_module, "SECONDS_TO_START", (0.2,))
+    with pytest.raises(RunError, match="the data-loading workers do not start: use --dataloader_num_workers 0"):
+        list(iterate(DataLoader(Numbers(4), batch_size=None, num_workers=1)))
 
 
 def test_signals_while_workers_start_are_ignored_too():

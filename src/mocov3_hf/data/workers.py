@@ -8,23 +8,28 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from multiprocessing import parent_process, resource_tracker
+from multiprocessing.process import BaseProcess
+from typing import BinaryIO
 
 import torch
 from torch.utils.data import DataLoader
 
 from ..process_group import STOP_SIGNALS
-from ..reporting import RunError
+from ..reporting import RunError, warn
 
 
 SECONDS_BETWEEN_CHECKS = 0.5
+SECONDS_TO_START = (10, 20, 40, 80)  # of the first and of further attempts: a machine can be busy
 CAUSES = {
     -9: "killed (signal 9), probably out of memory: use fewer workers or a smaller batch",
     -7: "bus error (signal 7), probably a full /dev/shm: give the container more shared memory",
     -11: "segmentation fault (signal 11) in a decoder: find the image with --dataloader_num_workers 0",
 }
+# Where forked workers report their start.
+started_pipe: int | None = None
 # Exit codes after which the process itself must not decode the same images.
 CONTAGIOUS = (-7, -11)
 
@@ -86,13 +91,63 @@ def iterate(loader: DataLoader) -> Iterator:
 
 
 def start_workers(loader: DataLoader) -> Iterator:
-    context = loader.multiprocessing_context or multiprocessing.get_context()
     with stop_signals_held():
-        if context.get_start_method() != "fork":
+        if not are_forked(loader):
             resource_tracker.ensure_running()
             hold_stop_signals()  # which it has released
-        batches = iter(loader)
-    return kill_on_terminate(batches)
+        return until_started(loader, lambda: iter(loader))
+
+
+def are_forked(loader: DataLoader) -> bool:
+    context = loader.multiprocessing_context or multiprocessing.get_context()
+    return context.get_start_method() == "fork"
+
+
+def until_started(loader: DataLoader, start: Callable[[], Iterator]) -> Iterator:
+    """
+    Start workers, and start them again if one of them never comes to `start_worker`. Before Python 3.12, a process can
+    be forked at the moment in which a thread of a library (that of gloo after a collective) enters the interpreter;
+    it then waits for a lock that nobody holds.
+
+    Raises:
+        RunError: they never start.
+    """
+    global started_pipe
+    if loader.num_workers == 0 or not are_forked(loader):
+        return kill_on_terminate(start())
+    generator = loader.generator or torch.default_generator
+    state = generator.get_state()
+    for seconds in SECONDS_TO_START:
+        reader, started_pipe = os.pipe()
+        try:
+            batches = kill_on_terminate(start())
+        finally:
+            os.close(started_pipe)
+            started_pipe = None
+        with open(reader, "rb", buffering=0) as pipe:
+            if have_started(pipe, batches._workers, seconds):
+                return batches
+        warn(f"a data-loading worker has not started within {seconds} s: all are started again")
+        for worker in batches._workers:
+            worker.kill()
+        batches._shutdown_workers()
+        loader._iterator = None
+        generator.set_state(state)
+    raise RunError("the data-loading workers do not start: use --dataloader_num_workers 0")
+
+
+def have_started(pipe: BinaryIO, workers: Sequence[BaseProcess], seconds: float) -> bool:
+    """Whether each of the workers writes a byte in this time. True as well if one dies: `iterate` says why."""
+    number, end = 0, time.monotonic() + seconds
+    while number < len(workers) and all(worker.is_alive() for worker in workers):
+        if time.monotonic() > end:
+            return False
+        if multiprocessing.connection.wait([pipe], timeout=min(1, seconds)):
+            started = pipe.read(len(workers))
+            if not started:  # all have closed it
+                return True
+            number += len(started)
+    return True
 
 
 def kill_on_terminate(batches: Iterator) -> Iterator:
@@ -129,6 +184,9 @@ def stop_signals_held() -> Iterator[None]:
 
 def start_worker(_index: int) -> None:
     """First call in a worker."""
+    if started_pipe is not None:
+        os.write(started_pipe, b".")
+        os.close(started_pipe)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
@@ -151,7 +209,7 @@ def ignore_stop_signals(loader: DataLoader) -> weakref.WeakSet:
     start, started = loader._get_iterator, weakref.WeakSet()
 
     def start_and_remember() -> Iterator:
-        batches = kill_on_terminate(start())
+        batches = until_started(loader, start)
         started.add(batches)
         return batches
 
