@@ -1,7 +1,10 @@
 """Isolation of the tests: from the user's caches, and from each other where they run side by side."""
 
 import os
+import signal
 import tempfile
+
+import pytest
 
 
 # Before any library is imported: they read these once.
@@ -9,3 +12,13 @@ CACHE = tempfile.TemporaryDirectory(prefix="mocov3_hf_tests_")
 os.environ["HF_HOME"] = CACHE.name
 # Two test processes share two cores; more threads than cores only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A command ignores some signals from its end on, and processes that a later test starts would inherit that."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

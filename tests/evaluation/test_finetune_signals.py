@@ -30,10 +30,7 @@ def signalled(monkeypatch):
 
         monkeypatch.setattr(trainer, "seed_forward", seed_forward)
 
-    yield at
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return at
 
 
 @pytest.mark.slow

@@ -205,6 +205,7 @@ def test_a_signal_while_packages_are_imported_ends_in_one_line(program, number):
     """Importing torch takes seconds; nothing has begun then."""
     process = subprocess.Popen([sys.executable, *program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not handles(process.pid, signal.SIGTERM):
+        assert process.poll() is None, process.communicate()
         time.sleep(0.005)
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
