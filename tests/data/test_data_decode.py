@@ -2,6 +2,7 @@
 
 import io
 import random
+import struct
 import warnings
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 
 from mocov3_hf.data.decode import BadImageError, decode_rgb, decode_shrunk
+from mocov3_hf.data.plain_jpeg import plain_jpeg_size
 
 
 def reference(data: bytes) -> np.ndarray:
@@ -190,3 +192,50 @@ def test_small_jpegs_are_never_decoded_smaller(make_jpeg):
         raise AssertionError("asked for a small image")
 
     assert decode_shrunk(make_jpeg(width=500, height=375), refuse)[0].shape == (3, 375, 500)
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes((0xFF, marker)) + (len(content) + 2).to_bytes(2, "big") + content
+
+
+def exif_segment(orientation: int, kind: int = 3) -> bytes:
+    entry = struct.pack(">HHLHH", 0x0112, kind, 1, orientation, 0)
+    return segment(0xE1, b"Exif\0\0MM\0*" + struct.pack(">LH", 8, 1) + entry + bytes(4))
+
+
+XMP = b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="%d"/>'
+RESOLUTION = b"Photoshop 3.0\x008BIM\x03\xed\0\0" + (16).to_bytes(4, "big") + bytes(16)
+
+
+@pytest.mark.parametrize(
+    ("is_plain", "header"),
+    [
+        (True, b""),
+        (True, exif_segment(1)),
+        (True, segment(0xE1, XMP % 1)),
+        (True, segment(0xE2, b"ICC_PROFILE\0\1\1" + bytes(500))),
+        (True, segment(0xE2, b"ICC_PROFILE\0\1\2profile cut short")),
+        (True, segment(0xED, RESOLUTION)),
+        (True, segment(0xEC, b"Ducky")),
+        (False, exif_segment(6)),
+        (False, exif_segment(6, kind=1)),
+        (False, exif_segment(1) + exif_segment(6)),
+        (False, exif_segment(1)[:-10]),
+        (False, segment(0xE1, b"Exif\0\0not a TIFF header")),
+        (False, segment(0xE1, XMP % 6)),
+        (False, segment(0xE2, b"MPF\0" + bytes(20))),
+        (False, segment(0xE2, b"ICC_PROFILE\0")),
+        (False, segment(0xED, RESOLUTION + b"8BIM")),
+    ],
+)
+def test_segments_of_applications_in_jpegs_that_are_decoded_without_pil(make_jpeg, is_plain, header):
+    data = make_jpeg()
+    data = data[:2] + header + data[2:]
+    assert plain_jpeg_size(data) == ((60, 44) if is_plain else None)
+    try:
+        expected = reference(data)
+    except Exception:
+        with pytest.raises(BadImageError):
+            decode_rgb(data)
+        return
+    np.testing.assert_array_equal(as_array(decode_rgb(data)), expected)

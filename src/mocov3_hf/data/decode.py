@@ -26,8 +26,8 @@ from .decode_limits import (
     check_before_opening,
     check_scans,
     check_size,
-    plain_jpeg_size,
 )
+from .plain_jpeg import plain_jpeg_size
 
 
 # The formats that are read, by the bytes they begin with. PIL has more: some start other programs (EPS) or have no

@@ -79,43 +79,6 @@ def check_scans(data: bytes, size: tuple[int, int]) -> None:
         raise LimitError(f"is {size[0]}x{size[1]} pixels in {scans} scans, more than any real JPEG has")
 
 
-def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """
-    Width and height of a gray or RGB JPEG that PIL certainly opens, in one scan and without metadata such as Exif: its
-    header has nothing but JFIF and Adobe segments, comments and tables, each complete. None for all others.
-    """
-    if data[:2] != b"\xff\xd8":
-        return None
-    place, frame = 2, None
-    for _ in range(64):
-        segment = data[place : place + 4]
-        if len(segment) < 4 or segment[0] != 0xFF:
-            return None
-        marker, length = segment[1], segment[2] << 8 | segment[3]
-        content = place + 4
-        place += 2 + length
-        if place > len(data) or length < 2:
-            return None
-        if marker in (0xC4, 0xDD, 0xFE):  # Huffman tables, restart interval, comment: PIL only skips them
-            continue
-        if marker == 0xDB:
-            while content < place:  # 64 values of one or two bytes each, after a byte that says which
-                content += 65 if data[content] < 16 else 129
-            if content != place:
-                return None
-        elif marker in (0xC0, 0xC1):
-            components = data[content + 5] if length > 8 else 0
-            if frame is not None or components not in (1, 3) or length != 8 + 3 * components or data[content] != 8:
-                return None
-            height, width = data[content + 1] << 8 | data[content + 2], data[content + 3] << 8 | data[content + 4]
-            frame = width, height, components
-        elif marker == 0xDA:
-            return None if frame is None or data[content] != frame[2] or length != 6 + 2 * frame[2] else frame[:2]
-        elif not (marker == 0xE0 and length >= 16) and not (marker == 0xEE and length >= 14):
-            return None
-    return None
-
-
 def _check_jpeg(data: bytes, max_pixels: int) -> None:
     exif = []
     for marker, start, stop in _segments(data):
