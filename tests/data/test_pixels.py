@@ -63,6 +63,25 @@ def test_16_bit_grayscale_keeps_its_levels(encode, kind):
     np.testing.assert_array_equal(rgb[1].numpy(), np.round(RADIOGRAPH / 257).astype(np.uint8))
 
 
+def test_deep_values_of_other_formats_are_scaled_and_not_clipped(encode):
+    deep = PixelFormat(3, (300, 4395))
+    expected = np.broadcast_to((RADIOGRAPH.astype(np.float64) - 300) / 4095, (3, 20, 30))
+    pgm = b"P5 30 20 65535\n" + RADIOGRAPH.astype(">u2").tobytes()
+    for data in (pgm, encode(Image.fromarray(RADIOGRAPH), "JPEG2000")):
+        np.testing.assert_allclose(decode_image(data, deep).image.numpy(), expected, atol=1e-6)
+        np.testing.assert_array_equal(read_image(data)[1].numpy(), np.round(RADIOGRAPH / 257).astype(np.uint8))
+    pfm = b"Pf\n30 20\n-1.0\n" + RADIOGRAPH[::-1].astype("<f4").tobytes()
+    np.testing.assert_allclose(decode_image(pfm, deep).image.numpy(), expected, atol=1e-6)
+
+
+def test_integers_of_32_and_64_bits_have_no_sign_where_they_have_none():
+    counts = RANDOM.integers(0, 2**32, (20, 30), dtype=np.uint32)
+    for data in (tiff(counts), tiff(counts, byteorder=">"), tiff(counts.astype(np.uint64)), npy(counts)):
+        np.testing.assert_array_equal(unusual_image(data)[0].numpy(), counts)
+    signed = counts.view(np.int32)
+    np.testing.assert_array_equal(unusual_image(tiff(signed))[0].numpy(), signed)
+
+
 @pytest.mark.parametrize("options", [{}, {"compression": "lzw", "predictor": True}])
 def test_colors_of_16_bits_are_not_truncated(options):
     imagecodecs = pytest.importorskip("imagecodecs")

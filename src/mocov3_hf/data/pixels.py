@@ -50,7 +50,8 @@ _MOST_PAGES = 4096
 # Values that a file of any size may have, and values per byte of larger ones: more than LZW and Deflate can reach.
 _SMALL, _LARGEST_RATIO = 1 << 22, 2000
 # Tags of TIFF files.
-_BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _EXTRA_SAMPLES, _NODATA = 258, 262, 274, 277, 338, 42113
+_BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES = 258, 262, 274, 277
+_EXTRA_SAMPLES, _SAMPLE_FORMAT, _NODATA = 338, 339, 42113
 _WHITE_IS_ZERO = 0
 
 Encoded = bytes | str | os.PathLike | np.ndarray
@@ -220,6 +221,12 @@ def _deep_values(
         return _deep_png(data, wanted, max_pixels)
     if name == "TIFF":
         return _tiff(data, wanted, max_pixels)
+    if name in ("PPM", "JPEG2000"):
+        with opened(data, max_pixels) as image:
+            if not is_deep_mode(image.mode):
+                return None
+            array = np.array(image)[None]  # PIL scales deep values of a PGM to 16 bits
+            return as_tensor(array.astype(np.uint16) if image.mode == "I" else array)
     return None
 
 
@@ -312,6 +319,8 @@ def _gray_pages(image: Image.Image, tags, wanted: int | None, max_pixels: int, n
         if image.size == size and image.mode == mode:
             pages.append(np.array(image))
     array = np.stack(pages)
+    if array.dtype == np.int32 and max(tags.get(_BITS, (1,))) == 32 and tags.get(_SAMPLE_FORMAT, (1,))[0] == 1:
+        array = array.view(np.uint32)  # PIL has signed integers only
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO and array.dtype.newbyteorder("=") == np.uint16:
         array = 65535 - array
     return _without_nodata(_orient(as_tensor(array), tags.get(_ORIENTATION, 1)), tags.get(_NODATA))

@@ -131,6 +131,7 @@ def as_tensor(array: np.ndarray) -> torch.Tensor:
     if array.dtype.itemsize > 8:  # long double
         array = array.astype(np.float64)
     array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
+    array = array.view(f"{array.dtype.kind}{array.dtype.itemsize}")  # C's unsigned long long is uint64
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
