@@ -50,7 +50,7 @@ def test_classes_are_matched_by_name(train, test, expected):
         (
             split([0, 1], ["a", "b"]),
             split([0, 1, 2], ["a", "x", "y"]),
-            "class 'x' and 1 other such classes, which split",
+            "class 'x' and of 1 other class, which split",
         ),
         (
             split([0, 1]),

@@ -267,6 +267,21 @@ def test_the_neighbor_is_the_next_good_image(images):
     assert torch.equal(torch.cat(found)[0], expected)
 
 
+def test_a_stream_of_few_images_replaces_a_bad_one_from_the_next_shard(images):
+    """Every lane has a single row, and so does its window."""
+    source = stream_source(damaged(images[:8], 3), [4, 4])
+    options = {"global_batch_size": 8, "steps_per_epoch": None, "lanes": 8, "max_bad_fraction": 1}
+    batches = load(source, **options)
+    [batch] = batches
+    assert sorted(batch["sample_ids"].tolist()) == list(range(8))
+    good = stream_source([*images[:3], images[0], *images[4:8]], [4, 4])
+    assert same(load(good, **options), batches)
+    parts = [load(source, num_processes=2, process_index=index, **options) for index in range(2)]
+    assert same(joined(parts), batches)
+    with pytest.raises(TooManyBadImagesError, match=r"^8 images in a row are unusable"):
+        load(stream_source([b"x"] * 8, [4, 4]), **options)
+
+
 def test_too_many_bad_images_end_the_run(images, tmp_path):
     file = tmp_path / "bad_images.jsonl"
     source = map_source(damaged(images, 3, 9, 20, 40))

@@ -54,6 +54,15 @@ def test_junk_side_files_and_other_formats_are_counted_by_reason(tmp_path):
     assert scan.tally.examples["side file (.txt)"] == "a.txt"
 
 
+def test_backups_and_unfinished_downloads_are_skipped_and_a_class_may_be_called_icon(tmp_path):
+    write(tmp_path, "icon/a.jpg", "Icon/b.jpg", "~a.jpg")
+    assert names(scan_folder(tmp_path)) == ["Icon/b.jpg", "icon/a.jpg", "~a.jpg"]
+    write(tmp_path, "a.jpg~", "~$a.jpg", "Icon\r", "$RECYCLE.BIN/a.jpg", "#recycle/a.jpg", "b.jpg.tmp", "b.jpg.part")
+    scan = scan_folder(tmp_path)
+    assert names(scan) == ["Icon/b.jpg", "icon/a.jpg", "~a.jpg"]
+    assert scan.tally.counts == {HIDDEN: 5, "side file (.tmp)": 1, "side file (.part)": 1}
+
+
 def test_links_are_followed_and_each_folder_is_used_once(tmp_path):
     write(tmp_path / "elsewhere", "1.jpg", "deep/2.jpg")
     root = tmp_path / "root"

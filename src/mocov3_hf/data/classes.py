@@ -66,7 +66,9 @@ def match_splits(
     absent = np.setdiff1d(train.labels, test.labels)
     if len(absent) and test.account is not None:
         some = ", ".join(repr(_name(train, int(label))) for label in absent[:3])
-        note = f"{len(absent)} classes of split {train_split!r} have no images in split {test_split!r}, such as {some}"
+        note = (
+            f"classes of split {train_split!r} without images in split {test_split!r}: {len(absent)}, such as {some}"
+        )
         account = replace(test.account, notes=[*test.account.notes, note])
         test = LabeledImages(test.source, test.labels, test.class_names, account)
     return train, test
@@ -100,7 +102,8 @@ def _name(images: LabeledImages, label: int) -> str:
 
 def _refusal(unknown: dict[str, int], known: Sequence[str], train_split: str, test_split: str) -> str:
     name, count = next(iter(unknown.items()))
-    others = f" and {len(unknown) - 1} other such classes" if len(unknown) > 1 else ""
+    rest = len(unknown) - 1
+    others = f" and of {rest} other {'class' if rest == 1 else 'classes'}" if rest else ""
     return (
         f"split {test_split!r} has {count} images of the class {name!r}{others}, which split {train_split!r} does not"
         f" have{alike(name, known)}: rename the class, or remove its images"

@@ -25,19 +25,21 @@ SIDE_FILES = _set(
     "py pyc ipynb m mat sh bat npz pkl pickle pth pt ckpt onnx safetensors h5 hdf5 hdf lmdb mdb db sqlite sqlite3 "
     "arrow feather avro tfrecord record idx lock md5 sha1 sha256 crc sum list names geojson shp shx dbf prj cpg "
     "sbn sbx qpj tfw jgw pgw wld ovr aux kml kmz gpx las laz ply obj stl mp4 m4v mov avi mkv webm mpg mpeg wmv "
-    "mp3 wav flac ogg exe dll so url lnk part crdownload swp cls"
+    "mp3 wav flac ogg exe dll so url lnk part partial crdownload tmp temp swp cls"
 )
 METADATA_NAMES = (b"metadata.csv", b"metadata.jsonl", b"metadata.parquet")
-JUNK_FILES = _set("thumbs.db ehthumbs.db desktop.ini icon\r")
-JUNK_FOLDERS = _set("__macosx __pycache__ @eadir $recycle.bin lost+found")
+JUNK_FILES = _set("thumbs.db ehthumbs.db desktop.ini") | {b"icon\r"}
+JUNK_FOLDERS = _set("__macosx __pycache__ @eadir #recycle @recycle $recycle.bin lost+found")
 
 HIDDEN, NO_EXTENSION = "hidden or system file", "no extension"
 MAGIC_BYTES = 32
 
 
 def is_junk(name: bytes) -> bool:
-    """Whether an operating system or an editor has put a file or folder there: `.DS_Store`, `._x`, `Thumbs.db`, ..."""
-    return name[:1] == b"." or name.lower() in JUNK_FILES or name.lower() in JUNK_FOLDERS
+    """Whether an operating system or an editor has put a file or folder there: `.DS_Store`, `._x`, `x.jpg~`, ..."""
+    if name[:1] == b"." or name[:2] == b"~$" or name[-1:] == b"~":
+        return True
+    return name.lower() in JUNK_FILES or name.lower() in JUNK_FOLDERS
 
 
 def extension_of(name: bytes) -> bytes:

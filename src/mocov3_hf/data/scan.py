@@ -153,7 +153,7 @@ def _sort_entries(scan: Scan, prefix: bytes, entries: list, folders: list, links
         name = entry.name
         # The common case first: a regular file, by the type that comes with its name.
         if entry.is_file(follow_symlinks=False):
-            if name.rpartition(b".")[2].lower() in IMAGES and name[:1] != b"." and b"." in name:
+            if name.rpartition(b".")[2].lower() in IMAGES and name[:1] not in b".~" and b"." in name:
                 images.append(prefix + name)
             else:
                 _sort_file(scan, prefix, name, unknown)

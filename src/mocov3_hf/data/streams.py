@@ -122,6 +122,15 @@ class StreamReader:
             self._row_orders[epoch, shard] = order
         return shard, int(order[row % size])
 
+    def rows_of(self, shard: int) -> Iterator[tuple[int, ImageReader]]:
+        """(sample id, what reads it) of the rows of a shard, which is loaded if it is not held."""
+        if shard not in self._loading:
+            rows = self._load(shard)
+            self._loading[shard] = Future()
+            self._loading[shard].set_result(rows)
+        for row in range(len(self._loading[shard].result())):
+            yield self.sample_id(shard, row), ImageReader(self.read, shard, row)
+
     def sample_id(self, shard: int, row: int) -> int:
         """The sample id of a row."""
         return self._first_ids[shard] + row
@@ -148,8 +157,19 @@ class StreamBatch:
         self.sample_ids = torch.tensor(ids, dtype=torch.int64)
 
     def candidates(self, row: int) -> Iterator[tuple[int, ImageReader]]:
-        """(sample id, what reads it) of a row, then of its replacements, the next rows of its window."""
+        """
+        (sample id, what reads it) of a row, then of its replacements: the next rows of its window, and after these, as
+        in a lane of few rows, those of the shards that follow.
+        """
         window, slot = self._slots[row]
+        tried = set()
         for distance in range(len(window)):
             shard, row_in_shard = self._reader.place(self._epoch, window, (slot + distance) % len(window))
-            yield self._reader.sample_id(shard, row_in_shard), ImageReader(self._reader.read, shard, row_in_shard)
+            sample_id = self._reader.sample_id(shard, row_in_shard)
+            tried.add(sample_id)
+            yield sample_id, ImageReader(self._reader.read, shard, row_in_shard)
+        number = len(self._reader.shard_sizes)
+        for following in range(shard, shard + number):
+            for sample_id, reader in self._reader.rows_of(following % number):
+                if sample_id not in tried:
+                    yield sample_id, reader

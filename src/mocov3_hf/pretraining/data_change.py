@@ -33,7 +33,7 @@ def describe_change(state: RunState, data: DataIdentity) -> str | None:
     if before is not None and now is not None and before != now:
         return f"the data set {'grew' if now > before else 'shrank'} from {before:,} to {now:,} images"
     if state.data_fingerprint is not None and data.fingerprint not in (None, state.data_fingerprint):
-        return "images of the data set were replaced, renamed or reordered, although their number is the same"
+        return "the data set has the same number of images, but some were replaced, renamed or reordered"
     return None
 
 
