@@ -226,6 +226,26 @@ def test_metadata_of_each_split_and_of_all(put):
     assert classes(folder, "test") == (["x", "y"], [1, 0])
 
 
+def test_metadata_that_name_images_twice_outside_of_the_folder_or_in_archives(put):
+    folder, outside = put("sub/1.jpg", "2.jpg"), put("3.jpg", folder="outside")
+    with tarfile.open(folder / "a.tar", "w") as archive:
+        archive.add(outside / "3.jpg", "4.jpg")
+    names = ["sub/1.jpg", "../outside/3.jpg", "sub/1.jpg", "4.jpg"]
+    (folder / "metadata.csv").write_text("file_name,label\n" + "".join(f"{name},a\n" for name in names))
+    one, three = (folder / "sub" / "1.jpg").read_bytes(), (outside / "3.jpg").read_bytes()
+    assert used(folder) == [one, three, one, three]
+    account = open_source(str(folder)).account
+    assert account.skipped == {"not named in metadata": 1}
+    assert account.notes == ["rows of metadata that name an image again, which is then used again: 1"]
+
+
+def test_a_row_of_a_csv_file_without_a_path_is_refused(put):
+    folder = put("1.jpg", "2.jpg")
+    (folder / "train.csv").write_text("image,label\n1.jpg,a\n,b\n2.jpg,b\n")
+    with pytest.raises(ValueError, match=r"a row of '.*train.csv' has no path in column 'image': fill it in"):
+        open_source(str(folder))
+
+
 def test_metadata_without_file_names_is_refused(put):
     folder = put("1.jpg")
     (folder / "metadata.csv").write_text("name,label\n1.jpg,a\n")

@@ -130,23 +130,30 @@ class ImageFiles:
         return np.array([of_folder[folder] for folder in chosen], dtype=np.int64), names
 
     def _named_in_metadata(self, rows: np.ndarray, tally: Tally) -> list[datasets.Dataset]:
-        waiting = {self.places[row] for row in rows.tolist()}
-        known, tables = set(waiting), []
+        references = dict(
+            zip((self.places[row] for row in rows.tolist()), self.references_of(rows.tolist()), strict=True)
+        )
+        waiting, tables, num_again = set(references), [], 0
         for file in self.metadata:
             table = read_metadata(Path(os.fsdecode(os.path.join(self.root, file))))
             listed = _resolved(table, file.rpartition(b"/")[0], self.root)
             main = next(iter(file_name_columns(table).values()))
-            kept = [index for index, place in enumerate(listed[main]) if place in known]
+            kept = []
             for index, place in enumerate(listed[main]):
-                if place not in known and not os.path.isfile(os.path.join(self.root, place)):
+                if place in references:
+                    num_again += place not in waiting
+                    waiting.discard(place)
+                    kept.append(index)
+                elif not os.path.isfile(os.path.join(self.root, place)):
                     tally.add(NAMED_BUT_MISSING, place)
-                elif place not in known and os.path.isabs(place):
+                elif os.path.isabs(place) or place.startswith(b"../"):
                     kept.append(index)
             if kept:
-                tables.append(_with_references(table.select(sorted(kept)), listed, sorted(kept), self.root))
-                waiting -= {listed[main][index] for index in kept}
+                tables.append(_with_references(table.select(kept), listed, kept, self.root, references))
         if tables:
             tally.add(NOT_NAMED, min(waiting, default=b""), len(waiting))
+        if num_again:
+            self.notes.append(f"rows of metadata that name an image again, which is then used again: {num_again:,}")
         return tables
 
 
@@ -189,12 +196,15 @@ def _resolved(table: datasets.Dataset, folder: bytes, root: bytes) -> dict[str, 
     return listed
 
 
-def _with_references(table: datasets.Dataset, listed: dict, rows: list[int], root: bytes) -> datasets.Dataset:
+def _with_references(
+    table: datasets.Dataset, listed: dict, rows: list[int], root: bytes, known: dict[bytes, str]
+) -> datasets.Dataset:
     table = table.flatten_indices() if table._indices is not None else table
     columns, features = {}, {}
     images = file_name_columns(table)
     for image, column in images.items():
-        paths = [reference_of(os.path.join(root, listed[column][row])) for row in rows]
+        places = [listed[column][row] for row in rows]
+        paths = [known.get(place) or reference_of(os.path.join(root, place)) for place in places]
         columns[image], features[image] = image_column(paths), datasets.Image(decode=False)
     for name, feature in table.features.items():
         if name not in images.values() and name not in images:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from ..hints import describe_missing
 from .account import Account, Tally
-from .file_kinds import ARCHIVES, IMAGES, PARQUET, extension_of
+from .file_kinds import ARCHIVES, COMPRESSED, IMAGES, PARQUET, extension_of
 from .image_files import (
     NAMED_BUT_MISSING,
     ImageFiles,
@@ -131,6 +131,8 @@ def _open_file(dataset_name: str, path: Path, split: str, column: str | None) ->
         raise ValueError(f"{dataset_name!r} is a table that is not supported on its own: pass a CSV file")
     if extension in IMAGES:
         raise ValueError(f"{dataset_name!r} is a single image: pass the folder that holds the images")
+    if extension in COMPRESSED:
+        raise ValueError(f"{dataset_name!r} is a compressed file: unpack it, and pass the folder or tar")
     raise ValueError(
         f"{dataset_name!r} is a file: pass the folder that holds the data, or a parquet, tar, zip or CSV file"
     )
@@ -263,10 +265,12 @@ def _with_absolute_paths(table: datasets.Dataset, column: str, file: Path) -> da
         raise ValueError(f"image column {column!r} does not exist; columns: {', '.join(table.column_names)}")
     listed = table[column][:]
     paths = [os.path.join(os.path.abspath(file.parent), os.path.expanduser(path or "")) for path in listed]
-    missing = next((name for name, path in zip(listed, paths, strict=True) if not os.path.isfile(path)), None)
-    if missing is not None:
-        reason = "paths must be absolute or relative to the CSV file"
-        raise ValueError(f"image {missing!r} in {str(file)!r} does not exist: {reason}")
+    for name, path in zip(listed, paths, strict=True):
+        if not name:
+            raise ValueError(f"a row of {str(file)!r} has no path in column {column!r}: fill it in, or remove the row")
+        if not os.path.isfile(path):
+            reason = "paths must be absolute or relative to the CSV file"
+            raise ValueError(f"image {name!r} in {str(file)!r} does not exist: {reason}")
     table = table.flatten_indices() if table._indices is not None else table
     columns = {name: table.data.column(name) for name in table.column_names}
     features = dict(table.features)
