@@ -92,6 +92,10 @@ def test_workers_find_the_same(damaged, image_folder):
     assert len(kept) == 44
     assert kept.read(1) == images.read(2)
     assert kept.labels.tolist() == [label for row, label in enumerate(images.labels.tolist()) if row != 1]
+    account = kept.account
+    assert account.skipped == {**images.account.skipped, "cannot be decoded": 1}
+    assert account.num_images + sum(account.skipped.values()) == account.num_files
+    assert account.examples["cannot be decoded"] == images.source.describe(1)
     whole = open_labeled(str(image_folder), split="train")
     assert without_bad_images(whole, "train") is whole
 

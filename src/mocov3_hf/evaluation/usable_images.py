@@ -1,6 +1,7 @@
 """Leave images that cannot be decoded out of a labeled split, on request."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 from accelerate.utils import gather_object
@@ -16,6 +17,7 @@ from ..reporting import RunError, is_first_process
 
 # Bad images that are named; the rest is counted.
 _NAMED = 20
+_REASON = "cannot be decoded"
 
 
 class _Reasons(Dataset):
@@ -74,4 +76,9 @@ def without_bad_images(images: LabeledImages, split: str, num_workers: int = 0) 
         print(f"skipped {len(bad)} of the {len(images)} images of split {split!r}", file=sys.stderr)
     if len(bad) == len(images):
         raise ValueError(f"none of the {len(images)} images of split {split!r} can be decoded: repair the data set")
-    return images.select(np.setdiff1d(np.arange(len(images)), list(bad)))
+    kept, account = images.select(np.setdiff1d(np.arange(len(images)), list(bad))), images.account
+    if account is not None:
+        skipped = {**account.skipped, _REASON: len(bad)}
+        examples = {**account.examples, _REASON: images.source.describe(min(bad)) or ""}
+        account = replace(account, num_images=len(kept), skipped=skipped, examples=examples)
+    return LabeledImages(kept.source, kept.labels, kept.class_names, account)
