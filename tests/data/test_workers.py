@@ -91,7 +91,7 @@ def test_workers_that_never_start_end_the_run_in_one_line(stuck, monkeypatch):
     stuck(1)
     monkeypatch.setattr(workers_module, "SECONDS_TO_START", (0.2,))
     # An error as that of a lost worker: finished steps are saved, and other processes learn of it.
-    with pytest.raises(LostWorkerError, match="^the data-loading workers do not start: use --") as error:
+    with pytest.raises(LostWorkerError, match="the data-loading workers do not start: use --") as error:
         list(iterate(DataLoader(Numbers(4), batch_size=None, num_workers=1)))
     assert error.value.from_any_process
     assert not error.value.is_contagious
