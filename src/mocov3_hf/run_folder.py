@@ -80,15 +80,17 @@ def check_manifest(checkpoint: Path) -> None:
     manifest = read_manifest(checkpoint)
     for name, expected in manifest.items():
         file = checkpoint / name
-        if not file.is_file():
-            raise CheckpointError(f"{checkpoint} is damaged: {name} is missing")
-        size = file.stat().st_size
-        if size != expected["size"]:
-            raise CheckpointError(f"{checkpoint} is damaged: {name} has {size} bytes, expected {expected['size']!r}")
         try:
+            if not file.is_file():
+                raise CheckpointError(f"{checkpoint} is damaged: {name} is missing")
+            size = file.stat().st_size
+            if size != expected["size"]:
+                raise CheckpointError(
+                    f"{checkpoint} is damaged: {name} has {size} bytes, expected {expected['size']!r}"
+                )
             digest = sha256_of(file)
-        except OSError as error:
-            raise CheckpointError(f"{checkpoint} is damaged: {name} cannot be read ({error})") from error
+        except (OSError, UnicodeError) as error:
+            raise CheckpointError(f"{checkpoint} is damaged: {name[:100]!r} cannot be read ({error})") from error
         if digest != expected["sha256"]:
             raise CheckpointError(f"{checkpoint} is damaged: the content of {name} is not what was written")
 
@@ -107,6 +109,14 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     if not is_valid:
         raise CheckpointError(f"{checkpoint} is damaged: its {MANIFEST} does not list the files of a checkpoint")
     return manifest
+
+
+def is_file_whole(checkpoint: Path, name: str) -> bool:
+    """Whether one file of a checkpoint is as it was written."""
+    try:
+        return read_manifest(checkpoint)[name] == describe_file(checkpoint / name)
+    except (CheckpointError, OSError):
+        return False
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -117,10 +117,11 @@ def check_output_dir(output_dir: str) -> None:
         raise UsageError("--output_dir is empty: pass a new folder")
     existing = Path(os.path.abspath(output_dir))
     try:
-        while not existing.exists():
+        while not (existing.exists() or existing.is_symlink()):
             existing = existing.parent
         if not existing.is_dir():
-            raise UsageError(f"--output_dir {output_dir} cannot be created: {existing} is a file; pass another folder")
+            what = "a file" if existing.exists() else "a link to a folder that does not exist"
+            raise UsageError(f"--output_dir {output_dir} cannot be created: {existing} is {what}; pass another folder")
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:

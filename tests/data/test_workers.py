@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from mocov3_hf.data import workers as workers_module
 from mocov3_hf.data.workers import STOP_SIGNALS, LostWorkerError, end_workers, ignore_stop_signals, iterate
-from mocov3_hf.reporting import RunError
 from tests.launch import search_path
 
 
@@ -91,8 +90,12 @@ def test_workers_that_never_start_are_started_again(stuck, capsys, is_of_another
 def test_workers_that_never_start_end_the_run_in_one_line(stuck, monkeypatch):
     stuck(1)
     monkeypatch.setattr(workers_module, "SECONDS_TO_START", (0.2,))
-    with pytest.raises(RunError, match="the data-loading workers do not start: use --dataloader_num_workers 0"):
+    # An error as that of a lost worker: finished steps are saved, and other processes learn of it.
+    with pytest.raises(LostWorkerError, match="the data-loading workers do not start: use --") as error:
         list(iterate(DataLoader(Numbers(4), batch_size=None, num_workers=1)))
+    assert error.value.from_any_process
+    assert not error.value.is_contagious
+    assert workers() == []
 
 
 def test_signals_while_workers_start_are_ignored_too():

@@ -108,6 +108,14 @@ def test_manifest_entries_of_other_types_match_nothing(checkpoint, entry):
         check_manifest(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "\ud800", "a\0b", ".."])
+def test_names_in_a_manifest_that_no_file_can_have(checkpoint, name):
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest | {name: ENTRY}))
+    with pytest.raises(CheckpointError, match="checkpoint-12 is damaged: "):
+        check_manifest(checkpoint)
+
+
 def test_without_a_manifest_a_checkpoint_is_not_complete(checkpoint):
     (checkpoint / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"is not complete: its manifest\.json cannot be read"):

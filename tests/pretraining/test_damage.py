@@ -101,6 +101,29 @@ def test_a_damaged_state_costs_one_checkpoint(
     assert_same_run(folder, finished)
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff", b"- 5", b"image_mean: [0.1, 0.2, 0.3]\nnum_channels: 7", None])
+def test_the_recipe_beside_the_checkpoints_never_stops_a_resume(tmp_path, finished, arguments, capsys, fresh, content):
+    """That of the checkpoint counts, whose manifest has its hash."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "recipe.yaml").unlink()
+    if content is not None:
+        (folder / "recipe.yaml").write_bytes(content)
+    assert resumed(folder, arguments, capsys) == []
+    assert_same_run(folder, finished)
+    saved, whole = ((path / "recipe.yaml").read_text().splitlines() for path in (folder, finished))
+    assert [line for line in saved if line not in whole] == [f"output_dir: {folder}", "resume_from_checkpoint: auto"]
+
+
+def test_a_state_of_another_step_is_not_that_of_the_checkpoint(tmp_path, finished, arguments, capsys, fresh):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "checkpoint-4").rename(folder / "checkpoint-3")
+    (warning,) = resumed(folder, arguments, capsys)
+    assert warning.endswith("checkpoint-3 is damaged: state.json is that of step 4; using an older one")
+    assert_same_run(folder, finished)
+
+
 def flips(content):
     for position in range(len(content)):
         for bit in range(8):

@@ -181,17 +181,23 @@ def errors_of(capsys):
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "warning"))]
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "model.safetensors", "knn.jsonl", "checkpoint-4"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "model.safetensors", "data.json", ".run.lock", "events.jsonl", "checkpoint-4"]
+)
 def test_what_is_in_the_way_at_the_start_is_named(tmp_path, arguments, capsys, monkeypatch, name):
     monkeypatch.setattr(loop, "Run", None)
+    what = "folder in the place of a file"
     if name == "checkpoint-4":
         (tmp_path / name).write_text("")
+        what = "file in the place of a folder"
+    elif name == "events.jsonl":  # opening it would wait for a reader
+        os.mkfifo(tmp_path / name)
+        what = "special file in the place of a file"
     else:
         (tmp_path / name).mkdir()
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--output_dir", str(tmp_path)])
     assert stop.value.code == 2
-    what = "file in the place of a folder" if name == "checkpoint-4" else "folder in the place of a file"
     assert errors_of(capsys) == [f"error: {tmp_path / name} is a {what} of the run: move it away"]
 
 

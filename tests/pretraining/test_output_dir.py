@@ -105,6 +105,17 @@ def test_a_dead_owner_on_this_host_is_replaced_at_once(tmp_path, content):
     assert time.monotonic() - start < 5
 
 
+def test_a_zombie_is_dead(tmp_path):
+    """A killed run in a container whose first process does not wait for others."""
+    process = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is still there
+    write_lock(tmp_path, pid=process.pid, started=started(process.pid))
+    with FolderLock(tmp_path) as lock:
+        lock.acquire()
+        assert lock.is_mine()
+    process.wait()
+
+
 @pytest.fixture
 def short_lease(monkeypatch):
     monkeypatch.setattr(folder_lock, "LEASE_SECONDS", 2.0)
@@ -202,6 +213,10 @@ def test_a_file_in_the_way(tmp_path, tiny, capsys, nothing_is_built):
     for output_dir in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
         line = stop_line(capsys, [*tiny, "--output_dir", str(output_dir)])
         assert f"--output_dir {output_dir} cannot be created: {tmp_path / 'file'} is a file" in line
+    for name in ("nowhere", "loop"):
+        (tmp_path / name).symlink_to(name if name == "loop" else tmp_path / "missing")
+        line = stop_line(capsys, [*tiny, "--output_dir", str(tmp_path / name)])
+        assert f"cannot be created: {tmp_path / name} is a link to a folder that does not exist" in line
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that refuses files")
@@ -226,7 +241,9 @@ def test_a_name_that_is_too_long(tmp_path, tiny, capsys, nothing_is_built):
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume_from_checkpoint", "auto"]])
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
+)
 def test_a_model_of_somebody_else_is_kept(tmp_path, tiny, capsys, fresh, resume, name, monkeypatch):
     (tmp_path / name).write_text("{}")
     arguments = [*tiny, "--output_dir", str(tmp_path)]

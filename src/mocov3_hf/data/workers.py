@@ -36,17 +36,19 @@ CONTAGIOUS = (-7, -11)
 
 class LostWorkerError(RunError):
     """
-    A data-loading worker died.
+    A data-loading worker died, or the workers never start.
 
     Args:
-        exit_codes: By process id.
+        exit_codes: By process id; empty if the workers never start.
     """
 
     def __init__(self, exit_codes: dict[int, int]):
         causes = "; ".join(
             f"worker {process_id}: {CAUSES.get(code, f'exit code {code}')}" for process_id, code in exit_codes.items()
         )
-        super().__init__(f"a data-loading worker died ({causes})", from_any_process=True)
+        never_started = "the data-loading workers do not start: use --dataloader_num_workers 0"
+        what = f"a data-loading worker died ({causes})" if exit_codes else never_started
+        super().__init__(what, from_any_process=True)
         self.is_contagious = any(code in CONTAGIOUS for code in exit_codes.values())
 
 
@@ -67,7 +69,7 @@ def iterate(loader: DataLoader) -> Iterator:
     The batches of a data loader. Its workers ignore `STOP_SIGNALS`: the parent alone decides when they end.
 
     Raises:
-        LostWorkerError: a worker died. Raised here, never in the middle of something else.
+        LostWorkerError: a worker died, or they never start. Raised here, never in the middle of something else.
     """
     if loader.num_workers == 0:
         yield from loader
@@ -110,7 +112,7 @@ def until_started(loader: DataLoader, start: Callable[[], Iterator]) -> Iterator
     it then waits for a lock that nobody holds.
 
     Raises:
-        RunError: they never start.
+        LostWorkerError: they never start.
     """
     global started_pipe
     if loader.num_workers == 0 or not are_forked(loader):
@@ -119,12 +121,12 @@ def until_started(loader: DataLoader, start: Callable[[], Iterator]) -> Iterator
     state = generator.get_state()
     for seconds in SECONDS_TO_START:
         reader, started_pipe = os.pipe()
-        try:
-            batches = kill_on_terminate(start())
-        finally:
-            os.close(started_pipe)
-            started_pipe = None
         with open(reader, "rb", buffering=0) as pipe:
+            try:
+                batches = kill_on_terminate(start())
+            finally:
+                os.close(started_pipe)
+                started_pipe = None
             if have_started(pipe, batches._workers, seconds):
                 return batches
         warn(f"a data-loading worker has not started within {seconds} s: all are started again")
@@ -133,7 +135,7 @@ def until_started(loader: DataLoader, start: Callable[[], Iterator]) -> Iterator
         batches._shutdown_workers()
         loader._iterator = None
         generator.set_state(state)
-    raise RunError("the data-loading workers do not start: use --dataloader_num_workers 0")
+    raise LostWorkerError({})
 
 
 def have_started(pipe: BinaryIO, workers: Sequence[BaseProcess], seconds: float) -> bool:

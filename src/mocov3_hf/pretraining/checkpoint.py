@@ -34,6 +34,7 @@ from ..run_folder import (
     describe_file,
     list_checkpoints,
     read_manifest,
+    step_of,
     write_manifest,
 )
 from ..storage import atomic_file, atomic_folder, delete_folder, write_json
@@ -125,9 +126,12 @@ def read_state(folder: Path) -> RunState:
     """
     content = read_state_file(folder)
     try:
-        return RunState(**{"order_version": 1} | content["run"])  # version 0.1 did not write it
+        state = RunState(**{"order_version": 1} | content["run"])  # version 0.1 did not write it
     except TypeError as error:
         raise CheckpointError(f"{folder} is damaged: {STATE} has other fields ({error})") from error
+    if state.step != (step_of(folder) or state.step):
+        raise CheckpointError(f"{folder} is damaged: {STATE} is that of step {state.step!r}")
+    return state
 
 
 def read_state_file(folder: Path) -> dict:

@@ -180,7 +180,9 @@ def is_alive(owner: dict) -> bool:
     if not isinstance(process_id, int) or not is_number(started):
         return False
     try:
-        return abs(psutil.Process(process_id).create_time() - started) < 2
+        process = psutil.Process(process_id)
+        # In a container whose first process does not wait for others, a killed run stays a zombie.
+        return abs(process.create_time() - started) < 2 and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.NoSuchProcess, ValueError, OverflowError):  # also a number that no process can have
         return False
     except psutil.AccessDenied:

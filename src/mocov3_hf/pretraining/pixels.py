@@ -16,7 +16,7 @@ from ..data.pixel_statistics import estimate_pixels
 from ..loading import load_config, num_channels_of
 from ..processing import PixelFormat, ProcessorTransform, build_image_processor, checked_range
 from ..reporting import UsageError
-from ..run_folder import RECIPE
+from ..run_folder import RECIPE, is_file_whole, list_checkpoints
 from .recipe import Recipe, load_recipe
 
 
@@ -96,14 +96,15 @@ def settle_pixels_together(recipe: Recipe, source, accelerator: Accelerator) -> 
 
 
 def with_settled_options(recipe: Recipe) -> Recipe:
-    """With the settled options of the run that is resumed, where the recipe leaves them open."""
+    """With the settled options of the checkpoint that is resumed, where the recipe leaves them open."""
     asked = recipe.run.resume_from_checkpoint
     if asked is None:
         return recipe
-    path = Path(recipe.run.output_dir if asked == "auto" else asked) / RECIPE
-    if not path.is_file():
+    folders = list_checkpoints(recipe.run.output_dir) if asked == "auto" else [Path(asked)]
+    whole = next((folder for folder in folders if is_file_whole(folder, RECIPE)), None)
+    if whole is None:
         return recipe
-    saved = load_recipe(path).data
+    saved = load_recipe(whole / RECIPE).data
     changes = {
         name: getattr(saved, name)
         for name in SETTLED

@@ -12,6 +12,7 @@ from ..reporting import UsageError, is_first_process, warn
 from ..run_folder import (
     BAD_IMAGES,
     CONFIG,
+    DATA,
     EVENTS,
     KNN,
     MANIFEST,
@@ -29,7 +30,7 @@ from ..run_folder import (
 from ..storage import RecordFile, read_lines, remove_leftovers, rewrite_lines
 from .checkpoint import RunState, read_state
 from .data_change import DataIdentity, check_same_data, is_same_data, keeps_total_steps
-from .folder_lock import FolderLock
+from .folder_lock import LOCK, FolderLock
 from .plan import Plan
 from .recipe import Recipe, load_recipe
 
@@ -72,7 +73,8 @@ FREE_OPTIONS = (
 )
 
 # Files of a run, for which a folder can be in the way.
-FILES = (CONFIG, PROCESSOR, WEIGHTS, RECIPE, METRICS, EVENTS, KNN, BAD_IMAGES, TRACKERS)
+FILES = (CONFIG, PROCESSOR, WEIGHTS, RECIPE, METRICS, EVENTS, KNN, BAD_IMAGES, DATA, TRACKERS, LOCK)
+MODEL_FILES = (CONFIG, "*.safetensors", "pytorch_model*.bin")  # of any library that saves models as transformers does
 
 
 def find_common_checkpoint(
@@ -215,8 +217,9 @@ def check_is_ours(output_dir: Path) -> None:
     Raises:
         UsageError: the folder holds a model, but no run of ours.
     """
-    has_model = any((output_dir / name).exists() for name in (CONFIG, WEIGHTS))
-    if has_model and not any((output_dir / name).exists() for name in (RECIPE, METRICS)):
+    if any(any(output_dir.glob(pattern)) for pattern in MODEL_FILES) and not any(
+        (output_dir / name).exists() for name in (RECIPE, METRICS)
+    ):
         raise UsageError(
             f"{output_dir} holds a model that is not of this run: pass another --output_dir, or --overwrite_output_dir"
             " to replace it"
@@ -226,11 +229,12 @@ def check_is_ours(output_dir: Path) -> None:
 def check_nothing_in_the_way(output_dir: Path) -> None:
     """
     Raises:
-        UsageError: a folder has the name of one of the run's files, or a file that of a checkpoint.
+        UsageError: one of the run's files has the name of a folder or a pipe, or a checkpoint that of a file.
     """
     for path in sorted(output_dir.glob("*")):
-        if (path.name in FILES and path.is_dir()) or (step_of(path) is not None and not path.is_dir()):
-            what, expected = ("folder", "file") if path.is_dir() else ("file", "folder")
+        expected = "file" if path.name in FILES else "folder" if step_of(path) is not None else None
+        what = "folder" if path.is_dir() else "file" if path.is_file() else "special file"
+        if path.exists() and expected is not None and what != expected:
             raise UsageError(f"{path} is a {what} in the place of a {expected} of the run: move it away")
 
 
