@@ -15,9 +15,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
-from mocov3_hf.pretraining.build import ddp_options
 from mocov3_hf.pretraining.estimate import exchanges
 from mocov3_hf.pretraining.instability import GradientWatch
+from mocov3_hf.pretraining.launch import ddp_options
 from mocov3_hf.pretraining.step import train_step
 from mocov3_hf.process_group import StopRequest
 

@@ -48,16 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; without arguments those of the process. Exit code 2 for a mistake, 1 for a failure."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(help_text())
+        show(help_text())
         return
     if arguments[0] == "--version":
         from importlib.metadata import version
 
-        print(f"mocov3_hf {version('mocov3_hf')}")
+        show(f"mocov3_hf {version('mocov3_hf')}")
         return
     name = arguments[0].replace("_", "-")
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        close = difflib.get_close_matches(name, [*COMMANDS, "--help", "--version"], n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"commands are {', '.join(COMMANDS)}"
         print(f"error: there is no command {arguments[0]!r}; {hint}", file=sys.stderr)
         sys.exit(2)
@@ -70,6 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:  # of a command that does not handle it itself
             announce(signal.SIGINT)
             sys.exit(128 + signal.SIGINT)
+
+
+def show(text: str) -> None:
+    """Print a text. Its reader, such as `head`, may close the pipe before the end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ def option(
     above: float | None = None,
     below: float | None = None,
     old: Mapping[str, Callable[[Any], Any] | None] | Iterable[str] = (),
+    old_values: Mapping[str, str] | None = None,
     advanced: bool = False,
     metavar: str | None = None,
     required: bool = False,
@@ -34,6 +35,7 @@ def option(
         at_least, at_most, above, below: Bounds of a number, or of every number in a list.
         old: Earlier spellings, which still work with a deprecation line; a mapping gives a function from the old value
             to the new one, or None.
+        old_values: Earlier words for a choice, with those of today; they still work with a deprecation line.
         advanced: Shown by `--help all` only.
         metavar: Placeholder of the value in `--help`, such as DIR.
         required: Whether `--help` marks an option with a default as required; its command checks it.
@@ -42,6 +44,7 @@ def option(
         "help": help,
         "bounds": {"at least": at_least, "above": above, "at most": at_most, "below": below},
         "old": dict(old) if isinstance(old, Mapping) else dict.fromkeys(old),
+        "old_values": old_values or {},
         "advanced": advanced,
         "metavar": metavar,
         "required": required,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from .reporting import UsageError, typed_command
-from .yaml_files import DEEPEST_NESTING
+from .yaml_files import DEEPEST_NESTING, check_unique
 
 
 # No number of a sensible recipe is larger; that keeps mistakes and hostile files from costing time or memory.
@@ -59,7 +59,10 @@ def convert(name: str, value: Any, kind: Any, bounds: Mapping[str, float | None]
         str: _to_text,
         dict: _to_mapping,
     }
-    converted = converters[kind](value)
+    try:
+        converted = converters[kind](value)
+    except UsageError as error:  # of a value inside a mapping
+        raise UsageError(f"{name}: {error}") from error
     if converted is None:
         raise UsageError(f"{name} takes {describe_type(kind)}, got {shown(value)}")
     if kind in (int, float):
@@ -131,12 +134,19 @@ def _to_text(value: Any) -> str | None:
 def _to_mapping(value: Any) -> dict | None:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json.loads(value, object_pairs_hook=_unique_keys)
+        except UsageError:
+            raise
         except (ValueError, RecursionError):
             return None
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         return None
     return {key: _numbers(item) for key, item in value.items()}
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    check_unique(key for key, _ in pairs)
+    return dict(pairs)
 
 
 def _numbers(value: Any, depth: int = 0) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from .declarations import Command, option
 from .hints import either, nearest
 from .option_help import phrase, show_help
-from .option_values import NO, YES, convert, describe_type, is_list, plain_type
+from .option_values import NO, YES, convert, describe_type, is_list, plain_type, shown
 from .recipe_files import find_recipe, recipe_command, recipe_names, without_command
 from .reporting import UsageError, reporting, warn
 from .yaml_files import read_yaml
@@ -115,6 +115,7 @@ def values_of_arguments(command: Command, arguments: Iterable[str]) -> dict[str,
     types |= {name: bool for name in command.removed if name not in types}
     given: list[tuple[str, Any]] = []
     loose: list[str] = []
+    one_too_many = ""  # what to say if a value after another turns out not to be the positional
     waiting = list(arguments)[::-1]
 
     def is_value(token: str) -> bool:
@@ -149,11 +150,19 @@ def values_of_arguments(command: Command, arguments: Iterable[str]) -> dict[str,
             values = [waiting.pop()] if waiting and is_value(waiting[-1]) else []
         if not values:
             raise UsageError(f"--{written} needs a value: {describe_type(plain_type(kind))}")
+        extra = waiting[-1] if waiting and is_value(waiting[-1]) and not is_list(kind) else ""
+        if plain_type(kind) in (int, float) and re.fullmatch(r"[-+]?[0-9.]+", extra):
+            one_too_many = f"--{written} takes {describe_type(plain_type(kind))}, got {shown(f'{values[0]} {extra}')}"
+        elif plain_type(kind) is bool and extra and loose:
+            one_too_many = f"--{written} takes {describe_type(bool)}, got {shown(extra)}"
         given.append((name, values if is_list(kind) else values[0]))
     if loose:
+        takes_many = command.positional is not None and is_list(types[command.positional])
+        if one_too_many and not takes_many and len(loose) + (command.positional in dict(given)) != 1:
+            raise UsageError(one_too_many)
         if command.positional is None:
             raise UsageError(f"unexpected argument {loose[0]!r}: {all_options(command)}")
-        if not is_list(types[command.positional]) and len(loose) > 1:
+        if not takes_many and len(loose) > 1:
             takes_data = "dataset_name" in types and command.positional != "dataset_name"
             hint = f"; did you mean --dataset_name {loose[1]}?" if takes_data else ""
             raise UsageError(f"unexpected argument {loose[1]!r}: {command.name} takes one {command.positional}{hint}")
@@ -197,6 +206,11 @@ def _converted(
             value = change(convert(f"{dash}{old}", value, types[name]))
         elif value is None and not dash:
             continue
+        if isinstance(value, str) and value in metadata["old_values"]:
+            meant = metadata["old_values"][value]
+            if not quiet:
+                warn(f"{dash}{name} {value} is deprecated: use {meant}")
+            value = meant
         label = f"{dash}{name}" if dash else f"{source}: {name}"
         converted = convert(label, value, types[name], metadata["bounds"])
         if PATH_WORDS.intersection(re.findall(r"[A-Z_]+", metadata["metavar"] or "")):

@@ -1,6 +1,7 @@
 """YAML files from anywhere, read without surprises."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,13 @@ from .reporting import UsageError
 
 # Bounds that no sensible recipe reaches; they keep mistakes and hostile files from costing time or memory.
 LARGEST_FILE, DEEPEST_NESTING, MOST_ALIASES = 100_000, 20, 50
+
+
+def check_unique(keys: Iterable[str]) -> None:
+    """UsageError where a key of a mapping occurs twice."""
+    twice = next((key for key, count in Counter(keys).items() if count > 1), None)
+    if twice is not None:
+        raise UsageError(f"the key {twice!r} occurs twice")
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -30,10 +38,7 @@ class _StrictLoader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        if len(set(keys)) < len(keys):
-            twice = next(key for key, count in Counter(keys).items() if count > 1)
-            raise UsageError(f"the key {twice!r} occurs twice")
+        check_unique(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<")
         return super().construct_mapping(node, deep)
 
 

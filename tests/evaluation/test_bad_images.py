@@ -15,7 +15,7 @@ from mocov3_hf.results import read_results
 from tests.factories import save_classifier
 
 
-SKIP = ["--bad_images", "skip"]
+SKIP = ["--on_bad_image", "skip"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_evaluations_skip_it_on_request(name, model_folder, classifier, damaged,
     assert "skipped 1 of the 21 images of split 'test'" in error
     (result,) = read_results(tmp_path)
     assert result["dataset"]["size"] == 20
-    assert result["settings"]["bad_images"] == "skip"
+    assert result["settings"]["on_bad_image"] == "skip"
     if name != "evaluate":
         assert f"({train})" in error
         assert result["dataset"]["train_size"] == 44
@@ -74,7 +74,7 @@ def test_evaluations_stop_at_it_by_default(name, model_folder, classifier, damag
     main, arguments = command(name, model_folder, classifier, folder, tmp_path)
     line = fails(main, arguments)
     assert f"({test if name == 'evaluate' else train})" in line
-    assert "--bad_images skip" in line
+    assert "--on_bad_image skip" in line
 
 
 @pytest.mark.slow
@@ -83,7 +83,7 @@ def test_training_skips_it_on_request_and_stops_otherwise(model_folder, classifi
     main([*arguments, *SKIP])
     assert read_results(tmp_path / "skipped")[0]["dataset"]["train_size"] == 44
     main, arguments = command("finetune", model_folder, classifier, damaged[0], tmp_path / "stopped")
-    assert "--bad_images skip" in fails(main, arguments)
+    assert "--on_bad_image skip" in fails(main, arguments)
 
 
 def test_workers_find_the_same(damaged, image_folder):
@@ -125,7 +125,7 @@ def test_inference_skips_it_on_request(classifier, damaged, tmp_path, capsys, ca
 def test_a_report_takes_another_image(damaged, capsys):
     folder = damaged[0]
     samples = open_samples(str(folder), num_images=21)
-    with pytest.raises(ValueError, match=r"image in row 0 of .* cannot be decoded: .*--bad_images skip"):
+    with pytest.raises(ValueError, match=r"image in row 0 of .* cannot be decoded: .*--on_bad_image skip"):
         samples.decode(samples.rows.tolist().index(0))
     samples = open_samples(str(folder), num_images=21, bad_images="skip")
     assert "skipped: image in row 0 cannot be decoded: it is not JPEG" in capsys.readouterr().err

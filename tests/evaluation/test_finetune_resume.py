@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mocov3_hf.evaluation.classifier import load_with_new_head
 from mocov3_hf.evaluation.finetune import main
-from mocov3_hf.evaluation.trainer import check_settings, load_average, save_average
+from mocov3_hf.evaluation.trainer_checkpoints import check_settings, load_average, save_average
 from mocov3_hf.results import read_results
 from tests.evaluation.finetuning import ALL, NAMES, SCRIPT, command, same
 from tests.fork_server import ranks

@@ -24,7 +24,7 @@ from mocov3_hf.evaluation.features import extract_features
 from mocov3_hf.evaluation.linear_probe import LinearProbeOptions, build_linear_trainer, main
 from mocov3_hf.evaluation.supervised import Splits, newest_checkpoint, share_of_batch
 from mocov3_hf.evaluation.sweep import sweep_linear_classifiers
-from mocov3_hf.evaluation.trainer import reload_strictly
+from mocov3_hf.evaluation.trainer_checkpoints import reload_strictly
 from mocov3_hf.evaluation.training_images import TrainingImages, training_transform
 from mocov3_hf.loading import load_encoder, pooled_features
 from mocov3_hf.processing import ProcessorTransform, build_image_processor
@@ -329,7 +329,7 @@ def test_images_that_cannot_be_decoded_are_named(model_folder, image_folder, tmp
     images = shutil.copytree(image_folder, tmp_path / "images")
     (images / "train" / "ant" / "003.png").write_bytes(b"no image")
     line = fails(main, command(model_folder, images, tmp_path / "output", "--dataloader_num_workers", workers))
-    advice = "repair or remove it, or pass --bad_images skip"
+    advice = "repair or remove it, or pass --on_bad_image skip"
     assert re.fullmatch(f"error: image in row 3 of the training split .*: {advice}", line)
     # They ignore SIGTERM: the program would wait for them at its end, and they for it.
     assert multiprocessing.active_children() == []

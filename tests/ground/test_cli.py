@@ -57,6 +57,20 @@ def test_unknown_command_offers_the_nearest(capsys):
     assert ended(["pretrian"], 2, capsys).err == "error: there is no command 'pretrian'; did you mean 'pretrain'?\n"
 
 
+def test_misspelled_option_before_a_command_offers_the_nearest(capsys):
+    assert ended(["--verison"], 2, capsys).err.endswith("'--verison'; did you mean '--version'?\n")
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_a_closed_pipe_is_no_error(argument):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-u", "-m", "mocov3_cli", argument]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_old_spelling_with_underscore(capsys):
     assert ended(["linear_probe", "--help"], 0, capsys).out.startswith("usage: mocov3 linear-probe")
 

@@ -45,6 +45,7 @@ class Rest:
     learning_rate: float | None = option(None, "Peak learning rate, 10 % of it.", above=0, old=["lr"])
     pixel_range: list[float] | Literal["auto"] | None = option(None, "Range.", metavar="auto|LOW HIGH")
     image_size: int = option(224, "Side.", at_least=1)
+    on_error: Literal["skip", "stop"] = option("skip", "What to do.", old_values={"error": "stop"})
     ema_decay: float = option(0.5, "EMA.", old={"ema_momentum": lambda value: 1 - value})
     rare: int = option(7, "Rarely needed.", advanced=True)
 
@@ -144,7 +145,12 @@ def test_the_command_line_wins_and_mappings_are_merged(recipes):
         (["--crop_scale", "0.2", "1.5"], "--crop_scale must be above 0 and at most 1, got 1.5"),
         (["--mixed_precision", "bf61"], "--mixed_precision takes one of no, bf16, got 'bf61'; did you mean 'bf16'?"),
         (["--backbone_config", "{"], "--backbone_config takes a mapping (JSON on the command line), got '{'"),
-        (["--backbone_config", '{"a": NaN}'], "numbers in a mapping must be finite"),
+        (["--backbone_config", '{"a": NaN}'], "--backbone_config: numbers in a mapping must be finite"),
+        (["--backbone_config", '{"a": {"b": 1, "b": 2}}'], "--backbone_config: the key 'b' occurs twice"),
+        (["--image_size", "32", "64"], "--image_size takes one integer, got '32 64'"),
+        (["--learning_rate", "1", "-2.5"], "--learning_rate takes one finite number, got '1 -2.5'"),
+        (["--streaming", "maybe"], "--streaming takes true or false, got 'maybe'"),
+        (["--mixed_precision", "no", "e"], "unexpected argument 'e': try takes one dataset_name"),
         (["--k", "1", "a"], "--k takes one integer, got 'a'"),
         (["--recipe", "quikstart"], "there is no option '--recipe'"),
         (["--pixel_range", "wide"], "pixel_range takes auto, or finite numbers, got 'wide'"),
@@ -156,6 +162,11 @@ def test_mistakes_of_the_command_line(arguments, message):
         values(*arguments)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_value_after_an_option_may_be_the_positional():
+    found = values_of_arguments(command(), ["--image_size", "32", "2024", "--streaming"])
+    assert found == {"image_size": 32, "dataset_name": "2024", "streaming": True}
 
 
 BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
@@ -218,6 +229,8 @@ def test_deprecated_spellings_say_what_to_use(recipes, capsys):
     assert capsys.readouterr().err == "warning: --lr is deprecated: use --learning_rate\n"
     of_recipe(recipes, "lr: 1")
     assert capsys.readouterr().err == "warning: lr is deprecated: use learning_rate\n"
+    assert values("--on_error", "error")["on_error"] == "stop"
+    assert capsys.readouterr().err == "warning: --on_error error is deprecated: use stop\n"
 
 
 def test_help_is_grouped_and_short_unless_asked_for_all(recipes):

@@ -27,7 +27,7 @@ def test_extract_features(vit, files, tmp_path):
     output, broken = tmp_path / "features.safetensors", tmp_path / "broken.png"
     broken.write_bytes(b"")
     arguments = ("--model", vit, files[0], broken, *files[1:], "--device", "cpu", "--batch_size", 2)
-    run("extract", *arguments, "--bad_images", "skip", "--output", output)
+    run("extract", *arguments, "--on_bad_image", "skip", "--output", output)
     with safe_open(output, "pt") as file:
         names, features = json.loads(file.metadata()["images"]), file.get_tensor("features")
     assert names == files

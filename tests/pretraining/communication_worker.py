@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
-from mocov3_hf.pretraining.build import ddp_options
 from mocov3_hf.pretraining.estimate import exchanges
+from mocov3_hf.pretraining.launch import ddp_options
 from mocov3_hf.pretraining.step import train_step
 from mocov3_hf.process_group import StopRequest
 from tests.model.distributed_worker import BACKBONES, HEADS

@@ -50,7 +50,7 @@ def test_a_bad_image_is_replaced_and_listed(tmp_path, tiny, damaged):
     ("options", "message"),
     [
         (["--max_bad_fraction", "0.01"], "1 of 24 images are bad, more than the allowed fraction of 0.01"),
-        (["--max_bad_fraction", "0.5", "--on_bad_image", "error"], "--on_bad_image skip"),
+        (["--max_bad_fraction", "0.5", "--on_bad_image", "stop"], "--on_bad_image skip"),
     ],
 )
 def test_bad_images_end_the_run_in_one_line(tmp_path, tiny, damaged, capsys, options, message):

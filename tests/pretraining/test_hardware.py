@@ -331,8 +331,9 @@ def test_freed_memory_is_kept():
 def test_what_cannot_be_is_refused(capsys, tmp_path, tiny, arguments, backbone, message):
     backbone = {key: value for key, value in backbone.items() if key != "image_size"}
     tiny = [*tiny, "--mixed_precision", "no"]
+    tiny[tiny.index("--backbone_config") + 1] = json.dumps(backbone)
     with pytest.raises(SystemExit) as stop:
-        main([*tiny, *arguments, "--backbone_config", json.dumps(backbone), "--output_dir", str(tmp_path / "out")])
+        main([*tiny, *arguments, "--output_dir", str(tmp_path / "out")])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.rstrip("\n").splitlines()[-1]
     assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from mocov3_hf import MoCoV3Config
 from mocov3_hf.pretraining import build, hardware
 from mocov3_hf.pretraining.loop import main
 from mocov3_hf.pretraining.plan import make_plan
@@ -43,7 +44,14 @@ def error_of(capsys, arguments):
             ["{tiny}", "--backbone_config", '{{"image_size": 64}}'],
             "backbone_config has image_size 64 and the views 32: leave the former out",
         ),
+        (
+            ["{tiny}", "--backbone_config", '{{"num_layers": 4}}'],
+            "backbone_config: MoCoV3ViTConfig has no key 'num_layers'; did you mean 'num_hidden_layers'?",
+        ),
+        (["{tiny}", "--backbone_config", '{{"patch_size": [8, 8, 8]}}'], "must be one integer or a pair"),
+        (["{tiny}", "--backbone_config", '{{"hidden_act": "glue"}}'], "from backbone_config: unknown name 'glue'"),
         (["{tiny}", "--report_to", "wandbb"], "--report_to takes aim, "),
+        (["{tiny}", "--report_to", "wandbb", "--dry_run"], "--report_to takes aim, "),
         (["{tiny}", "--report_to", "aim"], "needs a package that is not installed: pip install aim"),
         (["{tiny}", "--model", "{tmp}/nowhere"], "nowhere' does not exist"),
     ],
@@ -58,6 +66,13 @@ def test_one_line_and_exit_code_2(capsys, tmp_path, tiny, arguments, message):
         )
     assert message in error_of(capsys, expanded)
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_key_that_no_backbone_reads_is_warned_of(capsys):
+    keys = ["model_type", "architectures", "num_labels", "depths", "colors"]
+    config = MoCoV3Config(backbone_config={"model_type": "resnet", "colors": 3}).backbone_config
+    build.check_keys(keys, config)
+    assert capsys.readouterr().err == "warning: backbone_config: ResNetConfig has no key 'colors', it has no effect\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is fine on a GPU")

@@ -112,7 +112,7 @@ def test_bad_images_are_left_out(tmp_path, arguments, labeled, damaged, capsys):
 
 
 def test_a_bad_image_ends_a_run_that_stops_at_them(tmp_path, arguments, damaged, capsys):
-    more = ["--knn_dataset_name", str(damaged), "--on_bad_image", "error", "--output_dir", str(tmp_path / "run")]
+    more = ["--knn_dataset_name", str(damaged), "--on_bad_image", "stop", "--output_dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stop:
         main([*arguments, *more])
     assert stop.value.code == 1

@@ -8,8 +8,8 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from benchmarks.scaling import RECIPES, estimate_step_times, seconds_per_image, step_seconds
-from mocov3_hf.pretraining.build import SHARDED_LAUNCHES, check_launch
 from mocov3_hf.pretraining.estimate import Exchange
+from mocov3_hf.pretraining.launch import SHARDED_LAUNCHES, check_launch
 from mocov3_hf.pretraining.recipe import parse
 from mocov3_hf.reporting import UsageError
 from tests.benchmarks.results import gpu_results

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
@@ -70,7 +70,7 @@ def stand_in(tracker_name, server):
 def server(request, monkeypatch):
     server = Server()
     monkeypatch.setattr(build, "check_trackers", lambda names: names)
-    monkeypatch.setitem(build.LOGGER_TYPE_TO_CLASS, request.param, stand_in(request.param, server))
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, request.param, stand_in(request.param, server))
     monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda log_with, _: log_with or [])
     server.name = request.param
     return server
@@ -160,7 +160,7 @@ def test_a_tracker_that_does_not_start(arguments, server, monkeypatch, capsys):
     def start(_self):
         raise RuntimeError("api_key not configured")
 
-    monkeypatch.setattr(build.LOGGER_TYPE_TO_CLASS[server.name], "start", start)
+    monkeypatch.setattr(LOGGER_TYPE_TO_CLASS[server.name], "start", start)
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 1

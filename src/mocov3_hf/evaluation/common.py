@@ -56,8 +56,10 @@ class DataOptions:
     test_split: str = option("test", "Split to test on.")
     image_column: str | None = option(None, "Column of images. Found if there is only one.")
     label_column: str | None = option(None, "Column of labels. Found if there is only one.")
-    bad_images: Literal["stop", "skip"] = option(
-        "stop", "What to do with images that cannot be decoded. skip leaves them out of the metrics and names them."
+    on_bad_image: Literal["stop", "skip"] = option(
+        "stop",
+        "What to do with images that cannot be decoded. skip leaves them out of the metrics and names them.",
+        old=["bad_images"],
     )
 
 
@@ -186,7 +188,7 @@ def open_splits(options: EvaluationOptions) -> tuple[LabeledImages, LabeledImage
 
 
 def open_split(options: EvaluationOptions, split: str) -> LabeledImages:
-    """One split, without the images that `--bad_images skip` leaves out. Raises as `open_labeled`."""
+    """One split, without the images that `--on_bad_image skip` leaves out. Raises as `open_labeled`."""
     images = open_labeled(
         options.dataset_name,
         options.dataset_config_name,
@@ -200,8 +202,8 @@ def open_split(options: EvaluationOptions, split: str) -> LabeledImages:
 
 
 def usable(options: EvaluationOptions, images: LabeledImages, split: str) -> LabeledImages:
-    """A split without the images that `--bad_images skip` leaves out."""
-    if options.bad_images == "stop":
+    """A split without the images that `--on_bad_image skip` leaves out."""
+    if options.on_bad_image == "stop":
         return images
     return without_bad_images(images, split, options.num_workers)
 

@@ -320,7 +320,7 @@ class _Stretch(Dataset):
         try:
             return self.transform(self.images.decode(row, self.pixel_format)), None
         except BadImageError as error:
-            return None, f"image in row {row} {error}: repair or remove it, or pass --bad_images skip"
+            return None, f"image in row {row} {error}: repair or remove it, or pass --on_bad_image skip"
 
 
 def _collate(samples: list) -> tuple[torch.Tensor | None, str | None]:

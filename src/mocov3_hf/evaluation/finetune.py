@@ -19,7 +19,8 @@ from .classifier import load_with_new_head, unfrozen, with_fresh_backbone
 from .pixels import channels_of_images, open_transform
 from .supervised import Splits, Training, build_trainer, common_options, run_training
 from .supervised_options import SupervisedOptions
-from .trainer import ClassifierTrainer, decay_of_momentum
+from .trainer import ClassifierTrainer
+from .trainer_checkpoints import decay_of_momentum
 from .training_images import TrainingImages, training_transform
 
 

@@ -36,7 +36,8 @@ from .common import (
 )
 from .evaluate import warn_of_one_answer
 from .supervised_options import SupervisedOptions
-from .trainer import DATA_SETTINGS, ClassifierTrainer, StopOnSignal, check_finite, reload_strictly, training_arguments
+from .trainer import ClassifierTrainer, StopOnSignal, check_finite, training_arguments
+from .trainer_checkpoints import DATA_SETTINGS, reload_strictly
 
 
 # Options without influence on the metrics.

@@ -1,6 +1,5 @@
 """Supervised training of classifiers on transformers' `Trainer`, with exact validation and strict checkpoints."""
 
-import json
 import math
 import os
 import shutil
@@ -11,8 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import RandomSampler
@@ -20,19 +17,23 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from ..data.labeled import LabeledImages
 from ..data.workers import end_workers, ignore_stop_signals
-from ..loading import base_encoder, from_pretrained, size_options
+from ..loading import base_encoder, size_options
 from ..optim.seeding import step_seed
 from ..process_group import StopRequest
 from ..reporting import RunError, is_first_process, one_line
 from ..run_folder import CHECKPOINT_PREFIX, METRICS
 from ..storage import RecordFile, rewrite_lines, write_json, writing
 from .evaluate import evaluate_classifier
+from .trainer_checkpoints import (
+    SETTINGS,
+    check_settings,
+    load_average,
+    reload_strictly,
+    save_average,
+)
 from .training_images import TrainingImages, collate
 
 
-AVERAGE, SETTINGS = "average.safetensors", "settings.json"
-# The settings that say which images a run is trained on: their number and their fingerprint.
-DATA_SETTINGS = ("num_train_images", "train_fingerprint")
 # Keys in the log that summarize the whole run.
 _NO_STEP = ("train_runtime", "train_loss")
 # Odd, and larger than any number of processes and of parts of a step: all seeds differ.
@@ -280,103 +281,6 @@ def metrics_of(logs: Mapping[str, float]) -> dict[str, float]:
         return {}
     first = {name: logs[name] for name in ("step", "epoch") if name in logs}
     return {**first, **{name: logs[name] for name in sorted(logs) if name not in first}}
-
-
-# Checkpoints
-
-
-def reload_strictly(model: PreTrainedModel, folder: str | os.PathLike) -> None:
-    """
-    Load the weights of a folder into a model, through `from_pretrained` and a strict load.
-
-    Raises:
-        ValueError: Missing or unexpected weights, or other shapes; the model is unchanged then.
-    """
-    name = os.fspath(folder)
-    loaded, info = from_pretrained(type(model), name, output_loading_info=True, ignore_mismatched_sizes=True)
-    wrong = {
-        "missing": sorted(info["missing_keys"]),
-        "unexpected": sorted(info["unexpected_keys"]),
-        "of another shape": sorted(str(found[0]) for found in info["mismatched_keys"]),
-    }
-    named = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:2])})" for what, keys in wrong.items() if keys)
-    if named:
-        raise ValueError(f"the weights in {name!r} do not match {type(model).__name__}: {named}")
-    state = loaded.state_dict()
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected:
-        raise ValueError(f"{name!r} holds another model than the one in training: pass a new --output_dir")
-    model.load_state_dict(state, strict=True)
-
-
-def save_average(average: nn.Module, folder: str | os.PathLike) -> None:
-    """Write the EMA of the weights, `average.safetensors`, into the folder of a checkpoint."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in average.state_dict().items()}
-    save_file(state, Path(folder) / AVERAGE, metadata={"format": "pt"})
-
-
-def load_average(average: nn.Module, folder: str | os.PathLike) -> None:
-    """
-    Read the EMA of the weights of a checkpoint.
-
-    Raises:
-        ValueError: The checkpoint has none, or they are damaged or of another model.
-    """
-    path = Path(folder) / AVERAGE
-    if not path.is_file():
-        raise ValueError(
-            f"{os.fspath(folder)!r} has no EMA of the weights ({AVERAGE}), its run had no --ema_decay: pass a new"
-            " --output_dir"
-        )
-    try:
-        average.load_state_dict(load_file(path), strict=True)
-    except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the EMA of the weights in {str(path)!r} does not match this model: {reason}") from error
-
-
-def check_settings(settings: Mapping[str, Any], folder: str | os.PathLike) -> None:
-    """
-    Compare the options of a run with those of the checkpoint it resumes.
-
-    Raises:
-        ValueError: Options that differ, by name, or that cannot be read.
-    """
-    try:
-        saved = json.loads((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
-        if not isinstance(saved, dict):
-            raise ValueError(f"it holds a {type(saved).__name__}, expected an object")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"the options of the run of {os.fspath(folder)!r} cannot be read ({SETTINGS}): {error}"
-        ) from error
-    saved.setdefault("adapt_input_channels", False)  # earlier versions did not have it
-    if "ema_momentum" in saved:  # of earlier versions
-        saved["ema_decay"] = decay_of_momentum(saved["ema_momentum"])
-    # Checkpoints of earlier versions do not know their data.
-    for name in DATA_SETTINGS:
-        saved.setdefault(name, settings.get(name))
-    changed = [name for name in settings if settings[name] != saved.get(name)]
-    if changed and set(changed) <= set(DATA_SETTINGS):
-        number, before = settings[DATA_SETTINGS[0]], saved[DATA_SETTINGS[0]]
-        what = f"of {before} images, there are {number} now" if number != before else f"of other {number} images"
-        raise ValueError(
-            f"{os.fspath(folder)!r} was trained on a training split {what}: restore the data set, or pass a new"
-            " --output_dir or --allow_data_change"
-        )
-    if changed:
-        named = ", ".join(f"{name} ({saved.get(name)}, now {settings[name]})" for name in changed[:3])
-        raise ValueError(
-            f"{os.fspath(folder)!r} is of a run with other options, {named}: pass the same ones, or a new --output_dir"
-        )
-
-
-def decay_of_momentum(momentum: float) -> float:
-    """`ema_decay` for `ema_momentum` of earlier versions; 0 disables the EMA in both."""
-    return 1.0 - momentum if momentum else 0.0
-
-
-# Arguments of `Trainer`
 
 
 def training_arguments(

@@ -58,7 +58,7 @@ class TrainingImages(Dataset):
             image = self.images.decode(row, self.pixel_format)
         except BadImageError as error:
             raise ValueError(
-                f"image in row {row} of the training split {error}: repair or remove it, or pass --bad_images skip"
+                f"image in row {row} of the training split {error}: repair or remove it, or pass --on_bad_image skip"
             ) from error
         before = torch.get_rng_state()
         # `torch.manual_seed` would also queue a call for every device, for every image.

@@ -33,7 +33,9 @@ class ImageOptions:
     dataset_config_name: str | None = option(None, "Configuration of a data set that has several.")
     test_split: str = option("test", "Split of the data set.", old=["split"])
     image_column: str | None = option(None, "Column of images. Found if there is only one.")
-    bad_images: Literal["stop", "skip"] = option("stop", "What to do with images that cannot be decoded.")
+    on_bad_image: Literal["stop", "skip"] = option(
+        "stop", "What to do with images that cannot be decoded.", old=["bad_images"]
+    )
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,9 @@ def open_inputs(options: ImageOptions) -> tuple[list[str] | None, Iterable[Image
     for path in map(os.path.expanduser, options.images):
         paths += find_images(path) if os.path.isdir(path) else [path]
     missing = [path for path in paths if not os.path.exists(path)]
-    if missing and options.bad_images == "stop":
-        raise UsageError(f"{describe_missing(missing[0], 'image')}; to skip it, pass --bad_images skip")
+    if missing and options.on_bad_image == "stop":
+        text = describe_missing(missing[0], "image")
+        raise UsageError(f"{text}{'' if text.endswith('?') else '.'} To skip it, pass --on_bad_image skip")
     return None, paths
 
 
@@ -182,7 +185,7 @@ def build(predictor: type, which: ImageOptions, how: PredictorOptions):
         dtype=how.dtype,
         device=how.device,
         num_workers=how.dataloader_num_workers,
-        bad_images=which.bad_images,
+        bad_images=which.on_bad_image,
         pixel_range=how.pixel_range,
     )
 

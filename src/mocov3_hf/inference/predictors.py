@@ -128,7 +128,7 @@ class Predictor:
     def _report(self, image: PreparedImage) -> None:
         if self.bad_images == "stop":
             raise ValueError(
-                f"{printable(image.name)} {image.error.reason}: repair it, or skip it with --bad_images skip"
+                f"{printable(image.name)} {image.error.reason}: repair it, or skip it with --on_bad_image skip"
             ) from image.error
         logger.warning(f"skipped: {printable(image.name)} {image.error.reason}")
 

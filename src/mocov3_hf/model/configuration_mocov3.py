@@ -60,6 +60,8 @@ def check_at_least(config: PreTrainedConfig, minimum: int, names: Iterable[str])
     """
     for name in names:
         value = getattr(config, name)
+        if isinstance(value, Iterable) and len(value) != 2:
+            raise ValueError(f"{name} must be one integer or a pair (height, width), got {value}")
         if min(to_pair(value)) < minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}")
 

@@ -1,26 +1,25 @@
 """From a recipe to the parts of a run: accelerator, model, optimizer, data. What cannot work is refused here."""
 
-import inspect
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from torch import nn
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..data.loader import TwoViewLoader
 from ..data.sources import open_source
 from ..data.views import ViewSettings, two_views
 from ..data.workers import default_workers
+from ..hints import nearest
 from ..loading import load_config, resolve_model, with_input_channels
 from ..model.batchnorm_mocov3 import GlobalBatchNorm
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
@@ -29,12 +28,12 @@ from ..optim import LARS, parameter_groups
 from ..option_values import shown
 from ..process_group import leave_at_exit
 from ..reporting import UsageError, one_line, warn
-from ..requirements import check_tracker
 from ..run_folder import BAD_IMAGES
 from .hardware import this_device
+from .launch import check_launch, check_trackers, ddp_options
 from .pixels import pixel_format
 from .plan import Plan
-from .recipe import NO_ACCUMULATION, Recipe
+from .recipe import Recipe
 
 
 # Bounds on the size of a model, so that a mistake fails at once. With DDP, 10^10 parameters do not fit any GPU.
@@ -47,14 +46,6 @@ POSITIVE_SIZES = re.compile(r"(^|_)(sizes?|heads|channels|dims?)$")
 # 1.5e-4 for AdamW and 0.3 to 0.6 for LARS.
 LARGEST_ADAMW_BASE_LEARNING_RATE = 0.01
 SMALLEST_LARS_BASE_LEARNING_RATE = 0.03
-
-# How accelerate asks a process to shard the model, which it does not do for a momentum encoder.
-SHARDED_LAUNCHES = {
-    "FSDP": "ACCELERATE_USE_FSDP",
-    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
-    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
-    "a parallelism configuration": "ACCELERATE_USE_PARALLELISM_CONFIG",
-}
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
@@ -93,69 +84,6 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             " accelerate launch"
         )
     return accelerator
-
-
-@dataclass
-class DDPOptions(DistributedDataParallelKwargs):
-    """accelerate's options of DDP, and the one that replaces `broadcast_buffers` in torch 2.14."""
-
-    forward_sync_buffers: bool | None = None
-
-
-def ddp_options() -> DDPOptions:
-    """Running statistics are those of all processes already: there is nothing to broadcast in a step."""
-    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DDPOptions(gradient_as_bucket_view=True, **{name: False})
-
-
-def check_launch(environment: Mapping[str, str]) -> None:
-    """
-    Refuse launches that would not do what was asked, or that the method does not support.
-
-    `accelerate launch` sets a rendezvous address if several processes are asked for, but on CPUs without MPI it
-    starts a single process without a warning.
-
-    Raises:
-        UsageError: such a launch, or one with gradient accumulation, a compiled or a sharded model.
-    """
-    for name, switch in SHARDED_LAUNCHES.items():
-        if environment.get(switch, "false").lower() in ("true", "1"):
-            raise UsageError(
-                f"accelerate launch asks for {name}, which does not support a momentum encoder: leave it out of its"
-                " configuration. For less memory pass --gradient_checkpointing true or --gradient_cache_chunk_size"
-            )
-    backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "NO")
-    if backend.upper() != "NO":
-        raise UsageError(
-            f"accelerate launch asks for torch.compile (dynamo_backend {backend.lower()}): leave it out of its"
-            " configuration and pass --torch_compile true to pretrain"
-        )
-    asked_for_several = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
-    is_alone = not any(name in environment for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
-    if asked_for_several and is_alone:
-        raise UsageError(
-            "accelerate launch was asked for several processes or machines and started one process, as it does on"
-            " CPUs: start them with 'torchrun --nproc_per_node N -m mocov3_hf pretrain ...' (on each machine, with"
-            " --nnodes), or pass --num_processes 1 --num_machines 1"
-        )
-    steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if steps.strip() != "1":
-        raise UsageError(f"{NO_ACCUMULATION}. accelerate launch sets it to {steps}: set it to 1 in its configuration")
-
-
-def check_trackers(names: list[str]) -> list[str]:
-    """
-    Names of the trackers, without "none".
-
-    Raises:
-        UsageError: a tracker that is unknown or not installed.
-    """
-    names = [name for name in names if name != "none"]
-    available = [str(tracker.value) for tracker in get_available_trackers()]
-    for name in names:
-        check_tracker(name, LOGGER_TYPE_TO_CLASS, available)
-    return names
 
 
 def build_config(recipe: Recipe) -> MoCoV3Config:
@@ -235,6 +163,23 @@ def integers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
         yield name, value
 
 
+def check_keys(keys: Iterable[str], config: PreTrainedConfig) -> None:
+    """
+    Check that a backbone reads the keys of its configuration. transformers stores all others as well.
+
+    Raises:
+        UsageError: a key that nothing reads, with a name close to one that exists. Others are warned of.
+    """
+    read = {item.name for item in fields(config)} | config.attribute_map.keys()
+    for key in keys:
+        if key in read or key not in vars(config) or hasattr(type(config), key):
+            continue
+        text = f"backbone_config: {type(config).__name__} has no key {key!r}"
+        if hint := nearest(key, read, cutoff=0.6):
+            raise UsageError(f"{text}{hint}")
+        warn(f"{text}, it has no effect")
+
+
 def check_model(recipe: Recipe) -> None:
     """
     Refuse a model that cannot be built, before images are read and weights drawn.
@@ -244,7 +189,9 @@ def check_model(recipe: Recipe) -> None:
     """
     name, image_size = recipe.model.model, recipe.views.image_size
     if name is None:
-        check_buildable(build_config(recipe))
+        config = build_config(recipe)
+        check_keys(recipe.model.backbone_config, config.backbone_config)
+        check_buildable(config)
         return
     config = load_config(name)
     if not isinstance(config, MoCoV3Config):
@@ -269,7 +216,8 @@ def check_buildable(config: MoCoV3Config) -> MoCoV3ForPreTraining:
         with torch.device("meta"):
             model = MoCoV3ForPreTraining(config)
     except Exception as error:  # from any model of transformers
-        raise UsageError(f"no {kind!r} backbone can be built from backbone_config: {one_line(error)}") from error
+        reason = f"unknown name {error}" if isinstance(error, KeyError) else one_line(error)
+        raise UsageError(f"no {kind!r} backbone can be built from backbone_config: {reason}") from error
     if model.mocov3.backbone.main_input_name != "pixel_values":
         raise UsageError(
             f"a {kind!r} model takes {model.mocov3.backbone.main_input_name}, not images: pass another model_type"
@@ -364,7 +312,7 @@ def build_loader(recipe: Recipe, source, plan: Plan, accelerator: Accelerator) -
         num_workers=num_workers(recipe, accelerator),
         seed=recipe.run.seed,
         steps_per_epoch=recipe.data.steps_per_epoch,
-        on_bad_image=recipe.data.on_bad_image,
+        on_bad_image="skip" if recipe.data.on_bad_image == "skip" else "error",
         max_bad_fraction=recipe.data.max_bad_fraction,
         bad_images_file=Path(recipe.run.output_dir) / BAD_IMAGES,
         cache_on_device=accelerator.device if recipe.data.cache_images_on_device else None,

@@ -9,9 +9,10 @@ import yaml
 from ..data.account import Account
 from ..data.sources import MapSource, StreamSource
 from ..reporting import UsageError
-from .build import build_config, build_source, check_buildable, doubtful_choices
+from .build import build_config, build_source, check_buildable, check_keys, doubtful_choices
 from .estimate import Estimate, describe_exchanges, estimate, exchanges
 from .hardware import choose_settings, this_device
+from .launch import check_trackers
 from .pixels import settle_pixels
 from .plan import Plan, make_plan
 from .recipe import Recipe
@@ -52,6 +53,7 @@ def plan_run(recipe: Recipe) -> PlannedRun:
         UsageError: a recipe that is not valid, or one without data and their number.
     """
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    check_trackers(recipe.monitoring.report_to)
     source = open_images(recipe)
     num_images = recipe.data.num_train_images if source is None else source.num_samples
     plan = make_plan(recipe, num_images, num_processes)
@@ -59,6 +61,7 @@ def plan_run(recipe: Recipe) -> PlannedRun:
     if source is not None:
         recipe, notes = settle_pixels(recipe, source)
     config = build_config(recipe)
+    check_keys(recipe.model.backbone_config, config.backbone_config)
     model = check_buildable(config)
     device = this_device()
     settings = choose_settings(recipe, model, device)

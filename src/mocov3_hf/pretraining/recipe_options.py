@@ -29,8 +29,11 @@ class DataOptions:
         at_least=1,
         advanced=True,
     )
-    on_bad_image: Literal["skip", "error"] = option(
-        "skip", "replace images that cannot be decoded and list them in bad_images.jsonl, or stop", advanced=True
+    on_bad_image: Literal["skip", "stop"] = option(
+        "skip",
+        "replace images that cannot be decoded and list them in bad_images.jsonl, or stop",
+        old_values={"error": "stop"},
+        advanced=True,
     )
     max_bad_fraction: float = option(
         0.01, "fraction of bad images at which the run stops", at_least=0, at_most=1, advanced=True

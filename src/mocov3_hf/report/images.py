@@ -67,7 +67,7 @@ class Samples:
             return read_image(self.source.read(row), pixel_format)
         except BadImageError as error:
             raise ValueError(
-                f"image in row {row} of {self.description} {error}: repair or remove it, or pass --bad_images skip"
+                f"image in row {row} of {self.description} {error}: repair or remove it, or pass --on_bad_image skip"
             ) from error
 
 

@@ -40,7 +40,9 @@ class ImageOptions:
         at_least=0,
     )
     num_images: int = option(500, "Number of images, balanced over the classes.", at_least=2)
-    bad_images: Literal["stop", "skip"] = option("stop", "What to do with images that cannot be decoded.")
+    on_bad_image: Literal["stop", "skip"] = option(
+        "stop", "What to do with images that cannot be decoded.", old=["bad_images"]
+    )
     batch_size: int = option(32, "Images per forward pass.", at_least=1)
     seed: int = option(0, "Seed of the sample and of the t-SNE map.", at_least=0, at_most=2**32 - 1)
 
@@ -102,7 +104,7 @@ def look(folder: RunFolder, options: ImageOptions) -> tuple | None:
         options.label_column,
         num_images=options.num_images,
         seed=options.seed,
-        bad_images=options.bad_images,
+        bad_images=options.on_bad_image,
     )
     viewer = Viewer(folder, options.display_channels)
     return viewer, samples, viewer.look(samples, options.batch_size)
