@@ -23,7 +23,7 @@ from huggingface_hub.utils import WeakFileLock
 
 from .hints import either
 from .options import Command, parse
-from .reporting import RunError, UsageError, one_line, reporting
+from .reporting import RunError, UsageError, one_line, quiet_hub, reporting
 from .run_folder import CONVERSION
 from .storage import INCOMPLETE, sha256_of
 
@@ -195,7 +195,8 @@ def download_to(target: Path, url: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         # No token: the server is not the Hub. The client follows redirects to http and https only.
-        metadata = get_hf_file_metadata(url, token=False, retry_on_errors=True)
+        with quiet_hub():
+            metadata = get_hf_file_metadata(url, token=False, retry_on_errors=True)
         # The name holds the version, so that the beginning of another version is never continued.
         version = hashlib.sha256(f"{metadata.etag} {metadata.size}".encode()).hexdigest()[:8]
         partial = target.with_name(f".{target.name}.{version}{INCOMPLETE}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import logging
 from transformers import AutoModel, pipeline
 
 from mocov3_hf import zoo as zoo_module
@@ -133,6 +134,19 @@ def test_server_errors_are_retried_and_absence_is_not(server, tmp_path):
         download("http://127.0.0.1:9/model.pth", tmp_path / "none")
     with pytest.raises(UsageError, match="does not end in a file name"):
         download(server.url, tmp_path)
+
+
+def test_no_connection_is_one_line(tmp_path, monkeypatch, caplog):
+    def unreachable(*_, **options):
+        assert options["retry_on_errors"]
+        logging.get_logger("huggingface_hub.utils").warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(zoo_module, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(logging.get_logger("huggingface_hub"), "propagate", True)  # to caplog
+    with pytest.raises(RunError, match=r"cannot be downloaded \(Name or service not known\): run the command again"):
+        download("https://example.org/a.pth", tmp_path)
+    assert caplog.text == ""
 
 
 def test_without_a_network_by_choice_the_error_names_the_switch(server, tmp_path, monkeypatch):
