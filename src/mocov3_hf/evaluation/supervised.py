@@ -230,8 +230,7 @@ def build_trainer(
     Raises:
         UsageError: The metric of the best epoch is not computed.
     """
-    if chooses(options):
-        _check_metric(options.metric_for_best_model, splits, trainer_options.get("ema_decay", 0) > 0)
+    _check_metric(options.metric_for_best_model, splits, trainer_options.get("ema_decay", 0) > 0)
     kept = {name: value for name, value in asdict(options).items() if name not in FREE}
     batch = training["batch_size"] * training["gradient_accumulation_steps"] * process_state().num_processes
     kept |= dict(zip(DATA_SETTINGS, (len(splits.train), labeled_fingerprint(splits.whole_train)), strict=True))
