@@ -31,6 +31,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .hints import describe_missing, nearest
+from .model.configuration_mocov3 import to_pair
 from .processing import adapted, build_image_processor
 from .reporting import UsageError, quiet_hub
 from .run_folder import CONFIG
@@ -174,6 +175,9 @@ def load_processor(
         ValueError: A saved processor that is damaged, and as `adapted`.
     """
     name = None if model is None else resolve_model(model)
+    patch_size = max(to_pair(getattr(config, "patch_size", None) or 1))
+    if image_size is not None and 0 < image_size < patch_size:
+        raise UsageError(f"--image_size {image_size} is smaller than a patch of the model: pass {patch_size} or more")
     if name is not None and has_processor(name):
         try:
             saved = AutoImageProcessor.from_pretrained(name, **options)

@@ -58,6 +58,7 @@ OTHER_NAMES = {
     "moco_m_cos": ("ema_schedule",),
     "moco_mlp_dim": ("head_hidden_size",),
     "moco_t": ("temperature",),
+    "model_name_or_path": ("model",),
     "model_path": ("model",),
     "name_or_path": ("model",),
     "num_epochs": ("num_train_epochs",),

@@ -133,6 +133,7 @@ def test_k_beyond_the_training_split_is_skipped_with_a_warning(model_folder, ima
         (["--k"], "--k needs a value: one integer"),
         (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
         (["--image_size", "0"], "--image_size must be at least 1, got 0"),
+        (["--cache_dir", __file__], "--cache_dir '.*' is a file: pass a folder"),
     ],
 )
 def test_mistakes_are_one_line(model_folder, image_folder, tmp_path, change, message, fails):

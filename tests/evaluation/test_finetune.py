@@ -304,6 +304,9 @@ def test_bf16_and_another_size_and_interpolation(model_folder, image_folder, tmp
             ["--early_stopping_patience", "1", "--metric_for_best_model", "top1_ema"],
             "--metric_for_best_model takes one of top1, mean_per_class, loss, got 'top1_ema'",
         ),
+        (["--metric_for_best_model", "top_1"], "--metric_for_best_model takes one of top1, .*, got 'top_1'"),
+        (["--image_size", "3"], "--image_size 3 is smaller than a patch of the model: pass 8 or more"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
         (
             ["--load_best_model_at_end", "--metric_for_best_model", "top5", "--ema_decay", "0.5"],
             "one of top1, mean_per_class, loss, top1_ema, mean_per_class_ema, loss_ema, got 'top5'",

@@ -131,6 +131,14 @@ def test_settings_of_earlier_versions_are_understood(tmp_path, momentum, decay):
         check_settings({"seed": 0, "ema_decay": 0.5}, tmp_path)
 
 
+@pytest.mark.parametrize(("saved", "meant"), [({}, "stop"), ({"bad_images": "skip"}, "skip")])
+def test_images_that_earlier_versions_left_out_are_understood(tmp_path, saved, meant):
+    (tmp_path / "settings.json").write_text(json.dumps({"seed": 0, **saved}))
+    check_settings({"seed": 0, "on_bad_image": meant}, tmp_path)
+    with pytest.raises(ValueError, match="is of a run with other options, on_bad_image"):
+        check_settings({"seed": 0, "on_bad_image": {"stop": "skip", "skip": "stop"}[meant]}, tmp_path)
+
+
 @pytest.mark.parametrize("content", ["[]", "null", "{", "3"])
 def test_settings_that_are_not_an_object_are_refused(tmp_path, content):
     (tmp_path / "settings.json").write_text(content)

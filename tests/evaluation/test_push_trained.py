@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mocov3_hf.evaluation import finetune, linear_probe, supervised
-from mocov3_hf.reporting import RunError, UsageError
+from mocov3_hf.reporting import RunError
 from mocov3_hf.results import read_results
 from tests.hub.stand_in import TOKEN, HubStandIn
 from tests.launch import ROOT, python
@@ -75,10 +75,9 @@ def test_a_failed_push_loses_nothing_and_is_one_line(model_folder, image_folder,
     assert (tmp_path / "model.safetensors").exists()
     assert read_results(tmp_path)
 
-    def refuse(folder, name, *, private):
-        raise UsageError("'me/bi rds' is not a valid name")
 
-    monkeypatch.setattr(supervised, "push_folder", refuse)
-    options = ["--hub_model_id", "me/bi rds", "--overwrite_output_dir"]
-    line = fails(linear_probe.main, command(model_folder, image_folder, tmp_path, *options), code=2)
-    assert "but the push failed: 'me/bi rds' is not a valid name; push it with: mocov3 push" in line
+def test_an_impossible_repository_is_refused_before_training(model_folder, image_folder, tmp_path, fails):
+    arguments = command(model_folder, image_folder, tmp_path / "out", "--hub_model_id", "me/bi rds")
+    line = fails(linear_probe.main, arguments, code=2)
+    assert line.startswith("error: 'me/bi rds' is not a valid repository name: pass USER/NAME as --hub_model_id (")
+    assert not (tmp_path / "out").exists()

@@ -36,6 +36,7 @@ from mocov3_hf.loading import (
     weights_hash,
 )
 from mocov3_hf.processing import ProcessorTransform, build_image_processor
+from mocov3_hf.reporting import UsageError
 from tests.factories import VIT, pretraining_model, save_classifier
 
 
@@ -242,6 +243,8 @@ def test_image_size_and_interpolation_are_checked(model_folder):
     for folder in (model_folder, None):
         with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
             load_processor(folder, config, image_size=0)
+        with pytest.raises(UsageError, match="--image_size 7 is smaller than a patch of the model: pass 8 or more"):
+            load_processor(folder, config, image_size=7)
         with pytest.raises(ValueError, match=r"must be one of bi.*, got 'lanczos'"):
             load_processor(folder, config, interpolation="lanczos")
 

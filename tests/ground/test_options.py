@@ -292,6 +292,7 @@ def test_a_missing_choice_lists_the_choices():
         (finetune.COMMAND, "-j", "'--dataloader_num_workers'"),
         (finetune.COMMAND, "-model", "'--model'"),
         (finetune.COMMAND, "--fp16", "'--mixed_precision'"),
+        (knn.COMMAND, "--model_name_or_path", "'--model'"),
         (knn.COMMAND, "--split", "'--test_split' or '--train_split'"),
     ],
 )

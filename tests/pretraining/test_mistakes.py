@@ -54,6 +54,7 @@ def error_of(capsys, arguments):
         (["{tiny}", "--report_to", "wandbb", "--dry_run"], "--report_to takes aim, "),
         (["{tiny}", "--report_to", "aim"], "needs a package that is not installed: pip install aim"),
         (["{tiny}", "--model", "{tmp}/nowhere"], "nowhere' does not exist"),
+        (["{tiny}", "--push_to_hub", "--hub_model_id", "a/b/c"], "'a/b/c' is not a valid repository name: pass USER"),
     ],
 )
 def test_one_line_and_exit_code_2(capsys, tmp_path, tiny, arguments, message):

@@ -145,11 +145,11 @@ def results_folder(options: EvaluationOptions) -> str:
     return folder
 
 
-def folder_to_write(output_dir: str) -> str:
-    """`--output_dir` with `~` expanded; UsageError for a file, before hours of work."""
-    folder = os.path.expanduser(output_dir)
+def folder_to_write(folder: str, option: str = "--output_dir") -> str:
+    """A folder with `~` expanded; UsageError for a file, before hours of work."""
+    folder = os.path.expanduser(folder)
     if os.path.exists(folder) and not os.path.isdir(folder):
-        raise UsageError(f"--output_dir {folder!r} is a file: pass a folder")
+        raise UsageError(f"{option} {folder!r} is a file: pass a folder")
     return folder
 
 
@@ -162,6 +162,8 @@ def evaluation_processes(options: EvaluationOptions) -> Iterator[PartialState]:
         ValueError: As `results_folder` and `resolve_model`.
     """
     results_folder(options)
+    if (cache_dir := getattr(options, "cache_dir", None)) is not None:
+        folder_to_write(cache_dir, "--cache_dir")
     resolve_model(options.model)
     with joined_processes() as state:
         yield state

@@ -29,8 +29,6 @@ from .feature_cache import cache_path, data_fingerprint, read_cache, write_cache
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Rows exchanged at a time: 65,536 features of width 2,048 are 512 MiB.
 _GATHER_ROWS = 65536
-# Inputs of a linear classifier, see `select_features`.
-FEATURES = ("pooled", "pooled_mean", "last4")
 CLS_LAYERS = 4
 
 

@@ -17,7 +17,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from ..data.fingerprint import labeled_fingerprint
 from ..data.labeled import LabeledImages, stratified_split
 from ..hints import describe_missing
-from ..hub.push import push_folder
+from ..hub.push import check_repo_id, push_folder
 from ..loading import resolve_model, weights_hash
 from ..option_values import resume_command
 from ..process_group import Stopped, StopRequest, joined_processes, process_state
@@ -126,6 +126,8 @@ def check_options(options: SupervisedOptions) -> str:
     may_hold_one = options.overwrite_output_dir or options.resume_from_checkpoint is not None
     if (Path(folder) / CONFIG).is_file() and not may_hold_one:
         raise UsageError(f"--output_dir {folder!r} holds a model: pass another, or --overwrite_output_dir")
+    if options.push_to_hub:
+        check_repo_id(_repo_id(folder, options))
     return folder
 
 
@@ -230,8 +232,7 @@ def build_trainer(
     Raises:
         UsageError: The metric of the best epoch is not computed.
     """
-    if chooses(options):
-        _check_metric(options.metric_for_best_model, splits, trainer_options.get("ema_decay", 0) > 0)
+    _check_metric(options.metric_for_best_model, splits, trainer_options.get("ema_decay", 0) > 0)
     kept = {name: value for name, value in asdict(options).items() if name not in FREE}
     batch = training["batch_size"] * training["gradient_accumulation_steps"] * process_state().num_processes
     kept |= dict(zip(DATA_SETTINGS, (len(splits.train), labeled_fingerprint(splits.whole_train)), strict=True))
@@ -377,8 +378,12 @@ def _settings(options: SupervisedOptions, training: Training) -> Mapping[str, An
     return settings
 
 
+def _repo_id(folder: str, options: SupervisedOptions) -> str:
+    return options.hub_model_id or Path(folder).resolve().name
+
+
 def _push(folder: str, options: SupervisedOptions) -> None:
-    name = options.hub_model_id or Path(folder).resolve().name
+    name = _repo_id(folder, options)
     try:
         url = push_folder(folder, name, private=options.hub_private_repo)
     except (UsageError, RunError) as error:

@@ -24,7 +24,7 @@ class OptimizationOptions:
     per_device_train_batch_size: int | None = option(
         None, "Images per forward pass and process. Overrides --train_batch_size.", at_least=1
     )
-    seed: int = option(0, "Seed of initial weights, order and augmentation.")
+    seed: int = option(0, "Seed of initial weights, order and augmentation.", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from ..hints import describe_missing, either
 from ..loading import resolve_model
@@ -84,6 +85,7 @@ def push_folder(folder: str | Path, repo_id: str, **options: Any) -> str:
         UsageError: No model in the folder, or a name that is not valid.
         RunError: No valid token, no permission, or no connection.
     """
+    check_repo_id(repo_id)
     staged = stage(Path(folder))
     try:
         return upload(staged, repo_id, **options)
@@ -176,12 +178,20 @@ def write_card(staged: Path, repo_id: str, license: str | None) -> bool:
     return True
 
 
+def check_repo_id(repo_id: str) -> None:
+    """UsageError for what cannot be the name of a repository; asked before training, not after."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(
+            f"{repo_id!r} is not a valid repository name: pass USER/NAME as --hub_model_id ({one_line(error)})"
+        ) from error
+
+
 def explained(error: Exception, endpoint: str, repo_id: str) -> Exception:
     """The error of a push as one line with the fix; an error of another origin as it is."""
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         return explained(error.__cause__, endpoint, repo_id)  # the Hub client wraps errors of uploads
-    if isinstance(error, HFValidationError):
-        return UsageError(f"{repo_id!r} is not a valid repository name, expected USER/NAME: {one_line(error)}")
     if isinstance(error, OfflineModeIsEnabled):
         return RunError("HF_HUB_OFFLINE is set: unset it to push")
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):

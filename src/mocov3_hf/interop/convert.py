@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import BaseImageProcessor, PreTrainedModel
@@ -18,7 +18,7 @@ from ..reporting import RunError, UsageError, reporting, warn
 from ..run_folder import CONVERSION
 from ..storage import atomic_folder, check_output_dir, is_occupied, sha256_of, write_json
 from ..zoo import at_mirror, checked_hash, convert_entry, convert_url, downloads_folder, find_entry, list_zoo, load_zoo
-from .checkpoints import STAGES, Converted, convert_state_dict, is_finite
+from .checkpoints import Converted, convert_state_dict, is_finite
 from .files import read_checkpoint, read_labels
 from .layouts import LAYOUTS, ConversionError
 
@@ -296,7 +296,7 @@ class ContentOptions:
 
     entry: str | None = option(None, "Entry of the file that holds the state dict.")
     layout: str | None = option(None, f"Naming of the keys: {', '.join(LAYOUTS)}.")
-    stage: str | None = option(None, f"Training stage: {', '.join(STAGES)}.")
+    stage: Literal["pretrained", "linear", "finetuned"] | None = option(None, "Training stage.")
     epochs: int | None = option(None, "Number of epochs that the model was trained for.", at_least=0)
     num_attention_heads: int | None = option(None, "Attention heads (ViT-S and ViT-B: 12, ViT-L: 16).", at_least=1)
     image_size: int | None = option(None, "Side of the images in pixels.", at_least=1)

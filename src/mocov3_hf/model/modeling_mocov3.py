@@ -61,8 +61,7 @@ def pooled_width(backbone: PreTrainedModel) -> int:
     width = hidden_sizes[-1] if hidden_sizes else getattr(config, "hidden_size", None)
     if width is None:
         raise ValueError(
-            f"the configuration of the backbone {config.model_type!r} has neither hidden_size nor hidden_sizes, so"
-            " the size of its pooled output is unknown: use another backbone"
+            f"the backbone {config.model_type!r} declares neither hidden_size nor hidden_sizes: use another backbone"
         )
     return width
 
@@ -151,9 +150,6 @@ class MoCoV3PreTrainedModel(PreTrainedModel):
         except NotImplementedError:
             return FirstChildEmbeddings(backbone)
         return backbone
-
-    def get_output_embeddings(self) -> None:
-        return None
 
 
 class FirstChildEmbeddings:
@@ -395,7 +391,7 @@ def stage_widths(backbone: PreTrainedModel, num_stages: int) -> list[int]:
     config = backbone.config
     if (embed_dim := getattr(config, "embed_dim", None)) is not None:  # Swin: hidden states are those after merging
         widths = [embed_dim * 2**index for index in range(num_stages - 1)]
-        return [widths[0], *widths[1:], widths[-1]]
+        return [*widths, widths[-1]]
     if (hidden_sizes := getattr(config, "hidden_sizes", None)) is not None:
         return [getattr(config, "embedding_size", hidden_sizes[0]), *hidden_sizes]
     return [pooled_width(backbone)] * num_stages

@@ -20,6 +20,7 @@ from ..data.sources import open_source
 from ..data.views import ViewSettings, two_views
 from ..data.workers import default_workers
 from ..hints import nearest
+from ..hub import check_repo_id
 from ..loading import load_config, resolve_model, with_input_channels
 from ..model.batchnorm_mocov3 import GlobalBatchNorm
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
@@ -62,6 +63,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         advice = f"; for {asked}, pass --mixed_precision {asked} to pretrain" if asked in ("bf16", "fp16") else ""
         warn(f"accelerate launch asks for mixed_precision {asked}, the recipe for {own}: using {own}{advice}")
     trackers = check_trackers(recipe.monitoring.report_to)
+    if recipe.hub.push_to_hub:
+        check_repo_id(recipe.hub.hub_model_id or Path(recipe.run.output_dir).resolve().name)
     if recipe.hardware.mixed_precision == "fp16" and this_device().type == "cpu":
         raise UsageError("--mixed_precision fp16 needs a GPU: use bf16 or no on this machine")
     leave_at_exit()
