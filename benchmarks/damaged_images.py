@@ -42,6 +42,8 @@ def originals() -> dict[str, bytes]:
     exif = Image.Exif()
     exif[0x0112], exif[0x010E], exif[0x0132] = 6, "a description", "2020:02:02 02:02:02"
     exif.get_ifd(0x8769)[0x9003] = "2020:02:02 02:02:02"
+    upright = Image.Exif()
+    upright[0x0112], upright[0x011A], upright[0x0128] = 1, 72.0, 2
     profile = bytes(range(256)) * 12
     found = {
         "jpeg": encode(rgb, "JPEG", quality=90),
@@ -53,6 +55,7 @@ def originals() -> dict[str, bytes]:
         "jpeg RGB": encode(rgb, "JPEG", keep_rgb=True),
         "jpeg restarts": encode(rgb, "JPEG", restart_marker_blocks=2),
         "jpeg Exif": encode(rgb, "JPEG", exif=exif, icc_profile=profile, comment=b"comment"),
+        "jpeg upright": encode(rgb, "JPEG", exif=upright, icc_profile=profile, xmp=b'<x tiff:Orientation="1"/>'),
         "jpeg Exif progressive": encode(gray, "JPEG", exif=exif, progressive=True, dpi=(72, 72)),
         "mpo": encode(rgb, "MPO", save_all=True, append_images=[picture(61, 43, 2)]),
         "gif": encode(palette, "GIF"),

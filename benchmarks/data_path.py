@@ -1,12 +1,15 @@
 """Throughput of data loading, from image files to batches of views, compared with the classic pipeline.
 
     python benchmarks/data_path.py --images DIR --reference [--device_stage] [--output FILE.json]
+    python benchmarks/data_path.py --images DIR --before SRC [--output FILE.json]
 
 Table 1, one core: (a) the classic pipeline, PIL and torchvision transforms, with both views from one decoded file;
 (b) ours, the CPU stage; (c) decoding alone, the limit of any pipeline. The three alternate round by round over the
 same images. Reported are medians of the CPU time, and medians of the ratios within a round.
 Table 2: whole DataLoaders with 1 and 2 workers, in CPU time of all processes and in wall time.
 Table 3 (--device_stage): the photometric stage, and its share of the time of a ViT-S pre-training step.
+
+--before compares only (c), with the package of another source tree, in two processes that take turns.
 
 The last line is JSON with every measurement.
 """
@@ -17,6 +20,8 @@ import os
 import platform
 import random
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -27,6 +32,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from mocov3_hf.data import decode as decode_module
 from mocov3_hf.data.decode import decode_rgb
 from mocov3_hf.data.loader import TwoViewLoader
 from mocov3_hf.data.photometric import IMAGENET_MEAN, IMAGENET_STD, PhotometricStage
@@ -147,6 +153,44 @@ def one_core(paths: list[str], rounds: int, with_reference: bool, batch: int = 6
     return table
 
 
+# Decodes all files once per line of stdin, and prints the CPU seconds.
+DECODE = """
+import sys, time
+import torch
+from mocov3_hf.data.decode import decode_rgb
+torch.set_num_threads(1)
+for line in sys.stdin:
+    start = time.process_time()
+    for path in sys.argv[1:]:
+        decode_rgb(path)
+    print(time.process_time() - start, flush=True)
+"""
+
+
+def decoding_before(before: str, paths: list[str], rounds: int) -> dict:
+    """CPU seconds of decoding in another source tree and in this one, in turns, and the median of their ratios."""
+    children = []
+    for tree in (before, str(Path(decode_module.__file__).parents[2])):
+        command = [sys.executable, "-c", DECODE, *paths]
+        environment = {**os.environ, "PYTHONPATH": tree}
+        children.append(
+            subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        )
+    seconds = ([], [])
+    for round_index in range(-1, rounds):
+        for child in (0, 1) if round_index % 2 else (1, 0):
+            children[child].stdin.write("\n")
+            children[child].stdin.flush()
+            taken = float(children[child].stdout.readline())
+            if round_index >= 0:
+                seconds[child].append(taken)
+    for child in children:
+        child.stdin.close()
+        child.wait()
+    speedup = statistics.median(before / after for before, after in zip(*seconds, strict=True))
+    return {"before": statistics.median(seconds[0]), "after": statistics.median(seconds[1]), "speedup": speedup}
+
+
 def cpu_of_workers(loader: DataLoader) -> float:
     """CPU seconds used so far by the workers of a loader (Linux)."""
     ticks = 0
@@ -256,6 +300,7 @@ def main() -> None:
     parser.add_argument(
         "--device_batch", type=int, help="batch size of the device stage; default 256 on a GPU, else 8"
     )
+    parser.add_argument("--before", metavar="SRC", help="folder src of another version, to compare with")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--batch", type=int, default=64, help="batch size of the loaders")
@@ -266,11 +311,16 @@ def main() -> None:
     paths = [str(path) for path in sorted(Path(options.images).rglob("*")) if path.suffix.lower() in SUFFIXES]
     if not paths:
         parser.error(f"no images in {options.images!r}: pass a folder that contains image files as --images")
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": PIL.__version__}
+    if options.before:
+        result = {"images": len(paths), "rounds": options.rounds, "versions": versions}
+        finish(result | {"decoding": decoding_before(options.before, paths, options.rounds)}, options.output)
+        return
     result = {
         "images": len(paths),
         "mean_file_bytes": round(statistics.mean(os.path.getsize(path) for path in paths)),
         "rounds": options.rounds,
-        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": PIL.__version__},
+        "versions": versions,
         "one_core": one_core(paths, options.rounds, options.reference),
         "loaders": {
             f"{workers} workers": loaders(
@@ -284,11 +334,15 @@ def main() -> None:
         batch = options.device_batch or (256 if device.type == "cuda" else 8)
         result["device_stage"] = device_stage(device, batch, options.rounds, options.compile)
     show(result)
-    line = json.dumps(result)
-    if options.output:
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
-    print(line)
+    finish(result, options.output)
+
+
+def finish(result: dict, output: str | None) -> None:
+    """Print the result as JSON, and write it."""
+    if output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
 
 
 def show(result: dict) -> None:

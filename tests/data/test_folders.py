@@ -298,7 +298,10 @@ def test_tars_hold_images_of_any_extension_within_and_across(tmp_path, pictures)
     tar_of(tmp_path / "data" / "a.tar", dict(zip(names, pictures[:6], strict=True)) | {"0.cls": b"1", "x.json": b"{}"})
     tar_of(tmp_path / "data" / "b.tar", {f"{n}.png": pictures[n] for n in range(6, 12)})
     assert used(tmp_path / "data") == pictures
-    assert open_source(str(tmp_path / "data")).account.skipped == {"side file (.cls)": 1, "side file (.json)": 1}
+    assert open_source(str(tmp_path / "data")).account.skipped == {
+        "label of an image (.cls)": 1,
+        "side file (.json)": 1,
+    }
     assert used(tmp_path / "data" / "b.tar") == pictures[6:]
 
 

@@ -163,8 +163,10 @@ def _sort_member(
     elif extension in ARCHIVES:
         members.tally.add("archive inside an archive", inside)
     else:
-        members.tally.add(reason_of(extension), inside)
-        if _key(name)[1].lower() in LABEL_EXTENSIONS:
+        is_label = _key(name)[1].lower() in LABEL_EXTENSIONS
+        known = is_label and extension not in (b"txt", b"text")  # which may be anything
+        members.tally.add(f"label of an image (.{extension.decode()})" if known else reason_of(extension), inside)
+        if is_label:
             text = content(_LABEL_BYTES).decode(errors="backslashreplace").strip()
             labels.setdefault(_key(name)[1].lower(), {})[_key(name)[0]] = text
 

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import torch
@@ -257,9 +258,15 @@ def _decode_jpeg(data: bytes, image: Image.Image, choose_shrink) -> tuple[torch.
 
 
 def _decode_with_torchvision(data: bytes) -> torch.Tensor:
-    with _QUIET:  # a warning about memory that cannot be written, which the decoder does not do
-        buffer = torch.frombuffer(data, dtype=torch.uint8)
-    return torch.ops.image.decode_jpeg(buffer, _RGB, False)
+    _warn_of_bytes()
+    return torch.ops.image.decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), _RGB, False)
+
+
+@cache
+def _warn_of_bytes() -> None:
+    """Torch warns once per process of memory that cannot be written, which the decoder does not do: ignored."""
+    with _QUIET:
+        torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
 def _pixels(image: Image.Image) -> torch.Tensor:
