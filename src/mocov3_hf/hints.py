@@ -32,6 +32,8 @@ def describe_missing(name: str | os.PathLike, what: str = "folder", fix: str = "
     """
     path = Path(os.path.expanduser(name))
     text = f"{what} {os.fspath(name)!r} does not exist"
+    if os.path.islink(path):
+        return f"{text}: it is a link to {os.readlink(path)!r}"
     # `Path.exists` raises for a name that is too long.
     first = ([part for part in (path, *path.parents) if not os.path.exists(part)] or [path])[-1]
     try:

@@ -181,7 +181,10 @@ def checked_hash(sha256: str) -> str:
 
 def name_in_url(url: str) -> str:
     """The file name at the end of an `http(s)` URL; UsageError without one."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise UsageError(f"{url} is not a URL: {error}") from error
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise UsageError(f"{url} cannot be downloaded: expected a URL that begins with https:// or http://")
     name = unquote(parts.path.rpartition("/")[2])

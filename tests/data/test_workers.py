@@ -1,6 +1,7 @@
 """Workers outlive signals that are not meant for them, and never their parent."""
 
 import contextlib
+import io
 import multiprocessing
 import os
 import signal
@@ -11,10 +12,12 @@ import time
 import psutil
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from mocov3_hf.data import workers as workers_module
 from mocov3_hf.data.workers import STOP_SIGNALS, LostWorkerError, end_workers, ignore_stop_signals, iterate
+from tests.data.test_loader import load, map_source, same
 from tests.launch import search_path
 
 
@@ -85,6 +88,15 @@ def test_workers_that_never_start_are_started_again(stuck, capsys, is_of_another
     assert [int(value) for value in iterate(loader)] == [0, 1, 4, 9]
     assert workers() == [worker]
     end_workers([loader._iterator])
+
+
+def test_no_batch_is_lost_when_workers_are_started_again(stuck):
+    """The first workers have been given requests that they never answer."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    source = map_source([buffer.getvalue()] * 60)
+    stuck(1)
+    assert same(load(source, num_workers=1), load(source))
 
 
 def test_workers_that_never_start_end_the_run_in_one_line(stuck, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from mocov3_hf.evaluation.classifier import load_with_new_head
 from mocov3_hf.evaluation.finetune import main
-from mocov3_hf.evaluation.trainer_checkpoints import check_settings, load_average, save_average
+from mocov3_hf.evaluation.trainer_checkpoints import check_readable, check_settings, load_average, save_average
 from mocov3_hf.results import read_results
+from mocov3_hf.run_folder import CheckpointError
 from tests.evaluation.finetuning import ALL, NAMES, SCRIPT, command, same
 from tests.fork_server import ranks
 
@@ -49,6 +51,45 @@ def test_interrupted_and_resumed_it_is_bit_identical(model_folder, image_folder,
     assert not same(
         tmp_path / "whole" / "checkpoint-2" / "model.safetensors", tmp_path / "whole" / "model.safetensors"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scheduler.pt", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    model_folder, image_folder, tmp_path, capsys, fails, name
+):
+    def run(*more):
+        return command(model_folder, image_folder, tmp_path / "run", "--save_total_limit", 3, *more)
+
+    main(run())
+    whole = (tmp_path / "run" / "model.safetensors").read_bytes()
+    file = tmp_path / "run" / "checkpoint-4" / name
+    file.write_bytes(file.read_bytes()[:-9])
+    capsys.readouterr()
+    main(run("--resume_from_checkpoint", "auto"))
+    assert f"checkpoint-4 is damaged: {name} cannot be read (" in capsys.readouterr().err
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == whole
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        (folder / name).write_bytes(b"")
+    line = fails(main, run("--resume_from_checkpoint", "auto"))
+    assert f"is damaged: {name} cannot be read (" in line
+
+
+def test_every_flipped_bit_of_a_file_of_torch_is_noticed(tmp_path):
+    (tmp_path / "trainer_state.json").write_text("{}")
+    file = tmp_path / "optimizer.pt"
+    torch.save({"state": {0: {"momentum_buffer": torch.arange(64.0)}}}, file)
+    check_readable(tmp_path)
+    content = file.read_bytes()
+    with zipfile.ZipFile(file) as archive:
+        record = next(record for record in archive.infolist() if record.filename.endswith("data/0"))
+    data = content.index(torch.arange(64.0).numpy().tobytes(), record.header_offset)
+    for place in range(data, data + record.file_size, 7):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        file.write_bytes(changed)
+        with pytest.raises(CheckpointError, match=r"optimizer.pt cannot be read \(the checksum of"):
+            check_readable(tmp_path)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ def place(tmp_path, monkeypatch):
     for folder in ("runs/first/a-10", "runs/second"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
     monkeypatch.chdir(tmp_path)
 
 
@@ -66,6 +67,7 @@ def test_hub_ids_and_urls(name):
         ("zzz/yyy", "folder 'zzz/yyy' does not exist: pass another"),
         ("zzz/yyy/xxx", "folder 'zzz/yyy/xxx' does not exist (there is no folder 'zzz'): pass another"),
         ("file/x", "folder 'file/x' does not exist: pass another"),
+        ("link", "folder 'link' does not exist: it is a link to 'nowhere'"),
     ],
 )
 def test_missing_paths(name, said):

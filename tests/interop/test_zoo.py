@@ -192,6 +192,8 @@ def test_redirects_lead_to_http_only(server, tmp_path, target):
         download(f"{server.url}/model.pth", tmp_path)
     with pytest.raises(UsageError, match="expected a URL that begins with https:// or http://"):
         download(target, tmp_path)
+    with pytest.raises(UsageError, match=r"https://\[::1 is not a URL: Invalid IPv6 URL"):
+        download("https://[::1", tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.stat().st_size]
     server.redirects["/model.pth"] = f"{server.url}/other.pth"
     server.files["/other.pth"] = CONTENT

@@ -6,6 +6,7 @@ workers or the number of processes. Do not `prepare` the loader with accelerate:
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 
 import torch
@@ -157,8 +158,8 @@ class TwoViewLoader:
         """
         num_loaded = 0
         if self.lost_worker is None:
-            # The iterator of requests must not refer to the loader. In a reference cycle, the queues to the workers
-            # could be collected before the workers are told to stop.
+            # The requests must not refer to the loader. In a reference cycle, the queues to the workers could be
+            # collected before the workers are told to stop.
             self._requests.requests = self._requests_of(epoch, start_step)
             try:
                 for part in iterate(self._loader):
@@ -168,15 +169,15 @@ class TwoViewLoader:
                 if self._is_alone or error.is_contagious:
                     raise
                 self.lost_worker = error
-        for request in islice(self._requests_of(epoch, start_step), num_loaded, None):
+        for request in islice(self._requests_of(epoch, start_step)(), num_loaded, None):
             yield self._loader.dataset[request]
 
-    def _requests_of(self, epoch: int, start_step: int) -> Iterator[tuple]:
+    def _requests_of(self, epoch: int, start_step: int) -> Callable[[], Iterator[tuple]]:
         steps = range(start_step, self.steps_per_epoch)
         if self._is_stream:
-            return _stream_requests(epoch, steps, self._parts)
+            return partial(_stream_requests, epoch, steps, self._parts)
         order = sample_order(self.seed, epoch, self.source.num_samples)
-        return _map_requests(epoch, order, steps, self._rows, self.global_batch_size)
+        return partial(_map_requests, epoch, order, steps, self._rows, self.global_batch_size)
 
     def _cached_epoch(self, epoch: int, start_step: int) -> Iterator[dict]:
         order = sample_order(self.seed, epoch, self.source.num_samples)
@@ -265,13 +266,16 @@ class _StreamBatches(Dataset):
 
 
 class _Requests:
-    """The sampler. Its requests are replaced before each epoch, so that workers persist across epochs."""
+    """
+    The sampler. Its requests are replaced before each epoch, so that workers persist across epochs. Workers that are
+    started again begin with the first request again.
+    """
 
     def __init__(self):
-        self.requests: Iterator[tuple] = iter(())
+        self.requests: Callable[[], Iterator[tuple]] = lambda: iter(())
 
     def __iter__(self) -> Iterator[tuple]:
-        return self.requests
+        return self.requests()
 
 
 def _unchanged(batch: dict) -> dict:

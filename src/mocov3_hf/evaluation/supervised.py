@@ -25,7 +25,7 @@ from ..processing import ProcessorTransform
 from ..reporting import RunError, UsageError, one_line
 from ..requirements import check_tracker
 from ..results import RESULTS, append_result
-from ..run_folder import CONFIG, TRAINER_STATE, list_checkpoints
+from ..run_folder import CONFIG
 from ..storage import writing
 from .common import (
     describe_splits,
@@ -37,7 +37,7 @@ from .common import (
 from .evaluate import warn_of_one_answer
 from .supervised_options import SupervisedOptions
 from .trainer import ClassifierTrainer, StopOnSignal, check_finite, training_arguments
-from .trainer_checkpoints import DATA_SETTINGS, reload_strictly
+from .trainer_checkpoints import DATA_SETTINGS, check_readable, newest_checkpoint, reload_strictly
 
 
 # Options without influence on the metrics.
@@ -339,12 +339,9 @@ def _checkpoint_of(options: SupervisedOptions, folder: str) -> str | None:
         checkpoint = newest_checkpoint(folder)
     if checkpoint is not None and not os.path.isdir(checkpoint):
         raise UsageError(f"{describe_missing(checkpoint, 'checkpoint')}: pass a folder checkpoint-N, or auto")
+    if checkpoint is not None:
+        check_readable(Path(checkpoint))
     return checkpoint
-
-
-def newest_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The newest complete checkpoint of `Trainer`, which writes its state last; None without one."""
-    return next((str(path) for path in list_checkpoints(folder) if (path / TRAINER_STATE).is_file()), None)
 
 
 def _save(classifier: PreTrainedModel, transform: ProcessorTransform, folder: str) -> str:

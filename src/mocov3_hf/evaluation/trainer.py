@@ -124,7 +124,7 @@ class ClassifierTrainer(Trainer):
                 bar = getattr(callback, "training_bar", None)
                 if bar is not None:
                     bar.close()
-            if not is_first_process():  # perhaps of an image that only this process decodes
+            if not is_first_process() and not getattr(error, "from_any_process", False):
                 print(f"error: {one_line(error)}", file=sys.stderr)
             raise error
         finally:

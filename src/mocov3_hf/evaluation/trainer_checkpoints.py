@@ -1,7 +1,11 @@
-"""Checkpoints of supervised training, loaded strictly: `Trainer` itself only warns about keys that do not match."""
+"""
+Checkpoints of supervised training: the newest that is not damaged is resumed, and loaded strictly. `Trainer` itself
+only warns about keys that do not match.
+"""
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..loading import from_pretrained
+from ..reporting import warn
+from ..run_folder import TRAINER_STATE, CheckpointError, list_checkpoints
 
 
 AVERAGE, SETTINGS = "average.safetensors", "settings.json"
@@ -110,3 +116,44 @@ def check_settings(settings: Mapping[str, Any], folder: str | os.PathLike) -> No
 def decay_of_momentum(momentum: float) -> float:
     """`ema_decay` for `ema_momentum` of earlier versions; 0 disables the EMA in both."""
     return 1.0 - momentum if momentum else 0.0
+
+
+def newest_checkpoint(folder: str | os.PathLike) -> str | None:
+    """
+    The newest complete checkpoint of `Trainer`, which writes its state last; None without one. A line about each newer
+    one that is damaged.
+
+    Raises:
+        CheckpointError: all are damaged.
+    """
+    damaged = None
+    for path in list_checkpoints(folder):
+        if (path / TRAINER_STATE).is_file():
+            try:
+                check_readable(path)
+                return str(path)
+            except CheckpointError as error:
+                damaged = error
+                warn(f"{error}; using an older one")
+    if damaged is not None:
+        raise damaged
+    return None
+
+
+def check_readable(checkpoint: Path) -> None:
+    """
+    Check the checksums of the files of `torch.save` and the state of a checkpoint of `Trainer`.
+
+    Raises:
+        CheckpointError: a file that is damaged.
+    """
+    for path in sorted(checkpoint.iterdir()):
+        try:
+            if path.suffix in (".pt", ".pth"):
+                with zipfile.ZipFile(path) as archive:
+                    if (damaged := archive.testzip()) is not None:
+                        raise ValueError(f"the checksum of {damaged} is wrong")
+            elif path.name == TRAINER_STATE and not isinstance(json.loads(path.read_bytes()), dict):
+                raise ValueError("it is not an object")
+        except (OSError, ValueError, RecursionError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"{checkpoint} is damaged: {path.name} cannot be read ({error})") from error
