@@ -6,7 +6,7 @@ of pre-training. Plain 8-bit images take the path of `decode.py`, and their pixe
 DICOM is not read: convert it to 16-bit PNG, TIFF or `.npy` first, with the rescale slope and intercept applied.
 """
 
-import importlib
+import importlib.util
 import io
 import logging
 import os
@@ -50,6 +50,7 @@ _MOST_PAGES = 4096
 # Values that a file of any size may have, and values per byte of larger ones: more than LZW and Deflate can reach.
 _SMALL, _LARGEST_RATIO = 1 << 22, 2000
 # Tags of TIFF files.
+_WIDTH = 256
 _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES = 258, 262, 274, 277
 _EXTRA_SAMPLES, _SAMPLE_FORMAT, _NODATA = 338, 339, 42113
 _WHITE_IS_ZERO = 0
@@ -283,6 +284,7 @@ def _deep_png(data: bytes, wanted: int | None, max_pixels: int) -> torch.Tensor:
 def _tiff(data: bytes, wanted: int | None, max_pixels: int) -> torch.Tensor | None:
     """PIL reads pages of one sample. Everything else that is not a plain 8-bit image is read with tifffile."""
     check_before_opening("TIFF", data, max_pixels)
+    tags: Any = {}
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if data[2:4] in (b"+\0", b"\0+") else 8])
         file = io.BytesIO(data)
@@ -297,6 +299,8 @@ def _tiff(data: bytes, wanted: int | None, max_pixels: int) -> torch.Tensor | No
     except Exception:  # as many kinds as there are damaged and unusual files; tifffile names what is wrong
         is_readable = False
     if not is_readable:
+        if _WIDTH not in tags and importlib.util.find_spec("tifffile") is None:
+            raise BadImageError("cannot be decoded: its header is damaged")  # no other package would read it
         return _tiff_with_tifffile(data, wanted, max_pixels)
     with opened(data, max_pixels) as image:
         is_8bit = max(tags.get(_BITS, (1,))) <= 8
