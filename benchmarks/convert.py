@@ -1,7 +1,7 @@
 """
 Time and peak memory of converting full-size checkpoints, one separate process per layout.
 
-    python benchmarks/convert.py --work_dir /tmp/conversions
+    python benchmarks/convert.py --output benchmarks/results/convert_cpu.json
 
 The weights come from `tests/fixtures/fill.py`: the files have the sizes and parameter names of the published ones.
 """
@@ -60,12 +60,16 @@ def main() -> None:
         "--work_dir", type=Path, default=Path("/tmp/conversions"), help="working folder, for files of several GB"
     )
     parser.add_argument("--only", default="", help="run only layouts whose name contains this")
+    parser.add_argument("--output", type=Path, help="write the results to this file")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(convert(*args.child)))
         return
+    from mocov3_hf.results import hardware, package_versions
+
     args.work_dir.mkdir(parents=True, exist_ok=True)
+    layouts = {}
     print(f"{'layout':58} {'parameters':>12} {'file MB':>8} {'seconds':>8} {'peak MB':>8}")
     for layout in sorted((ROOT / "tests" / "fixtures" / "layouts").glob("*.json")):
         if args.only not in layout.stem:
@@ -75,12 +79,16 @@ def main() -> None:
         command = [sys.executable, __file__, "--child", file, folder]
         row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         size = file.stat().st_size / 1e6
+        layouts[layout.stem] = {"file_mb": size, **row}
         print(
             f"{layout.stem:58} {row['parameters']:>12,} {size:>8.0f} {row['seconds']:>8.1f} {row['peak_mb']:>8.0f}",
             flush=True,
         )
         file.unlink()
         shutil.rmtree(folder)
+    if args.output is not None:
+        results = {"hardware": hardware(), "versions": package_versions(), "layouts": layouts}
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

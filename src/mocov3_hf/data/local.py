@@ -330,11 +330,6 @@ def _parquet_splits(found: Scan) -> dict[str, list[str]]:
     return dict(sorted(splits.items(), key=lambda item: order.index(SPLIT_NAMES[os.fsencode(item[0].lower())])))
 
 
-def has_missing(account: Account) -> str | None:
-    """An image that metadata names and that does not exist; None if there is none."""
-    return account.examples.get(NAMED_BUT_MISSING)
-
-
 def parquet_builder(local: LocalParquet) -> datasets.DatasetBuilder:
     """
     The builder of `datasets` for exactly these files: it looks for no others, and reads no pattern in their names.

@@ -42,8 +42,6 @@ from .decode_limits import MAX_BYTES, MAX_PIXELS, LimitError, check_before_openi
 
 
 RGB8 = PixelFormat()
-# What `read_image` takes besides the formats of PIL.
-ARRAY_SUFFIXES = (".npy",)
 
 _NPY = b"\x93NUMPY"
 _MOST_PAGES = 4096
