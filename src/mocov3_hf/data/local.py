@@ -18,7 +18,6 @@ from ..hints import describe_missing
 from .account import Account, Tally
 from .file_kinds import ARCHIVES, COMPRESSED, IMAGES, PARQUET, extension_of
 from .image_files import (
-    NAMED_BUT_MISSING,
     ImageFiles,
     account_of,
     class_name,
