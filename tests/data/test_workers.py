@@ -155,7 +155,8 @@ from torch.utils.data import DataLoader
 from mocov3_hf.data.workers import iterate
 from tests.data.test_workers import Numbers
 import psutil
-loader = DataLoader(Numbers(8, slow=(5, 6)), batch_size=None, num_workers=2, persistent_workers=True)
+options = {"num_workers": 2, "prefetch_factor": 4, "persistent_workers": True}
+loader = DataLoader(Numbers(8, slow=(5, 6)), batch_size=None, **options)
 batches = iterate(loader)
 next(batches)
 print(*[child.pid for child in psutil.Process().children()], flush=True)
