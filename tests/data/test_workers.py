@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from mocov3_hf.data import workers as workers_module
 from mocov3_hf.data.workers import STOP_SIGNALS, LostWorkerError, end_workers, ignore_stop_signals, iterate
@@ -53,7 +54,8 @@ def test_signals_to_workers_are_ignored(context):
 
 @pytest.fixture
 def stuck(monkeypatch, tmp_path):
-    """Let the given number of workers hang before their first call."""
+    """Let the given number of workers hang before their first call, in a process that has not started any before."""
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
     start_worker = workers_module.start_worker
 
     def hang(number):

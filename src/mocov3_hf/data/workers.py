@@ -130,12 +130,25 @@ def until_started(loader: DataLoader, start: Callable[[], Iterator]) -> Iterator
             if have_started(pipe, batches._workers, seconds):
                 return batches
         warn(f"a data-loading worker has not started within {seconds} s: all are started again")
-        for worker in batches._workers:
-            worker.kill()
-        batches._shutdown_workers()
+        with ends_of_workers_unnoticed():
+            for worker in batches._workers:
+                worker.kill()
+            batches._shutdown_workers()
         loader._iterator = None
         generator.set_state(state)
     raise LostWorkerError({})
+
+
+@contextlib.contextmanager
+def ends_of_workers_unnoticed() -> Iterator[None]:
+    """Without the handler of SIGCHLD that torch installs with the first workers: it raises an error if one is killed."""
+    is_handled = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if is_handled else None
+    try:
+        yield
+    finally:
+        if is_handled:
+            signal.signal(signal.SIGCHLD, handler)
 
 
 def have_started(pipe: BinaryIO, workers: Sequence[BaseProcess], seconds: float) -> bool:
