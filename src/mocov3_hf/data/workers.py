@@ -141,7 +141,7 @@ def until_started(loader: DataLoader, start: Callable[[], Iterator]) -> Iterator
 
 @contextlib.contextmanager
 def ends_of_workers_unnoticed() -> Iterator[None]:
-    """Without the handler of SIGCHLD that torch installs with the first workers: it raises an error if one is killed."""
+    """Without the handler that torch installs with the first workers: it raises an error if one is killed."""
     is_handled = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if is_handled else None
     try:
