@@ -217,7 +217,7 @@ def _converted(
         if PATH_WORDS.intersection(re.findall(r"[A-Z_]+", metadata["metavar"] or "")):
             converted = expanded(converted)
         if isinstance(converted, dict) and isinstance(values.get(name), dict):
-            converted = {**values[name], **converted}
+            converted = over(converted, values[name])
         values[name] = converted
     return values
 
@@ -252,10 +252,16 @@ def all_options(command: Command) -> str:
     return f"mocov3 {command.name} --help all lists all options" if command.fields() else "the command takes none"
 
 
+def over(above: dict[str, Any], below: dict[str, Any]) -> dict[str, Any]:
+    """Two mappings merged by key. A backbone of another type replaces the first one, whose keys it does not have."""
+    kind = below.get("model_type", "mocov3_vit")
+    return above if above.get("model_type", kind) != kind else {**below, **above}
+
+
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the command line over those of a recipe; mappings are merged by key."""
+    """Options of the command line over those of a recipe."""
     both = {
-        name: {**below[name], **value}
+        name: over(value, below[name])
         for name, value in above.items()
         if isinstance(value, dict) and isinstance(below.get(name), dict)
     }

@@ -1,11 +1,13 @@
 """One parser for recipes and command lines: what it accepts, converts and refuses."""
 
+import json
 import re
 import time
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+import yaml
 
 from mocov3_hf.evaluation import finetune, knn, linear_probe
 from mocov3_hf.hub import push
@@ -124,6 +126,22 @@ def test_the_command_line_wins_and_mappings_are_merged(recipes):
     text = "image_size: 32\nk: [7]\nbackbone_config: {a: 1, b: 2}"
     found = of_recipe(recipes, text, "--image_size", "64", "--backbone_config", '{"b": 3}')
     assert (found["image_size"], found["k"], found["backbone_config"]) == (64, [7], {"a": 1, "b": 3})
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "expected"),
+    [
+        ("patch_size: 8", '{"model_type": "resnet", "b": 3}', {"model_type": "resnet", "b": 3}),
+        ("model_type: mocov3_vit, a: 1", '{"model_type": "resnet"}', {"model_type": "resnet"}),
+        ("model_type: resnet, a: 1", '{"b": 2}', {"model_type": "resnet", "a": 1, "b": 2}),
+        ("a: 1", '{"model_type": "mocov3_vit"}', {"model_type": "mocov3_vit", "a": 1}),
+    ],
+)
+def test_a_backbone_of_another_type_replaces_that_of_the_recipe(recipes, below, above, expected):
+    text = f"backbone_config: {{{below}}}"
+    assert of_recipe(recipes, text, "--backbone_config", above)["backbone_config"] == expected
+    twice = ["--backbone_config", json.dumps(yaml.safe_load(f"{{{below}}}")), "--backbone_config", above]
+    assert of_recipe(recipes, "image_size: 32", *twice)["backbone_config"] == expected
 
 
 @pytest.mark.parametrize(
