@@ -278,6 +278,7 @@ def saved(tmp_path, jpegs):
     return folder
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize(
     ("name", "content"),

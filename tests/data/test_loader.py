@@ -143,6 +143,7 @@ def test_workers_and_processes_change_no_pixel(images, kind):
     assert same(joined(parts), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SOURCES)
 def test_resuming_anywhere_gives_the_rest(images, kind):
     source = SOURCES[kind](images)
@@ -153,6 +154,7 @@ def test_resuming_anywhere_gives_the_rest(images, kind):
     assert same(load(source, 2, 3, num_workers=2), whole[3:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SOURCES)
 def test_one_loader_serves_epoch_after_epoch(images, kind):
     source = SOURCES[kind](images)
@@ -351,6 +353,7 @@ def test_one_of_several_processes_decodes_without_its_lost_worker(images):
         assert "killed (signal 9)" in str(loader.lost_worker)
 
 
+@pytest.mark.slow
 def test_an_error_in_a_worker_keeps_its_cause():
     with pytest.raises(OSError, match="the disk is on fire"):
         load(in_memory(FailingSource), steps_per_epoch=2, num_workers=1)

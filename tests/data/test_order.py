@@ -192,6 +192,7 @@ def test_any_step_of_a_billion_samples_is_entered_at_once():
     assert streamed["MB"] < 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [100, 1000])
 def test_it_shuffles_like_sorted_random_numbers(length):
     """Displacement, neighbors, cycles, chi-square and more, over seeds and epochs."""

@@ -116,6 +116,7 @@ def batches(source, start_step=0, **options):
     return list(loader.epoch(1, start_step))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_parquet_over_a_network_that_drops(serve, parquet, impatient, workers):
     steady, url = serve(parquet)
@@ -207,6 +208,7 @@ def test_a_shard_that_is_gone_is_named(serve, parquet, impatient):
         batches(source)
 
 
+@pytest.mark.slow
 def test_ranges_and_whole_files(serve, tmp_path, impatient):
     data = random.Random(0).randbytes(100_000)
     (tmp_path / "file.bin").write_bytes(data)

@@ -104,6 +104,7 @@ def test_every_source_gives_the_same_images(folders, rows, kind):
     assert content(first) == expected[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_sources_travel_to_workers(folders, kind):
     for streaming in (False, True):

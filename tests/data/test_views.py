@@ -147,6 +147,7 @@ def test_wrong_settings_are_refused(wrong):
         ViewSettings(**wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(375, 500), (32, 32), (1, 300), (300, 1), (1, 1), (64, 1000)])
 def test_crops_are_distributed_as_torchvisions(shape):
     height, width = shape

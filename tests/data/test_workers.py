@@ -72,6 +72,7 @@ def stuck(monkeypatch, tmp_path):
     return hang
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_of_another_library", [False, True])
 def test_workers_that_never_start_are_started_again(stuck, capsys, is_of_another_library):
     stuck(2)
@@ -104,14 +105,16 @@ def test_no_batch_is_lost_when_workers_are_started_again(stuck):
 def test_workers_that_never_start_end_the_run_in_one_line(stuck, monkeypatch):
     stuck(1)
     monkeypatch.setattr(workers_module, "SECONDS_TO_START", (0.2,))
+    before = workers()  # of loaders that are not collected yet
     # An error as that of a lost worker: finished steps are saved, and other processes learn of it.
     with pytest.raises(LostWorkerError, match="the data-loading workers do not start: use --") as error:
         list(iterate(DataLoader(Numbers(4), batch_size=None, num_workers=1)))
     assert error.value.from_any_process
     assert not error.value.is_contagious
-    assert workers() == []
+    assert set(workers()) <= set(before)
 
 
+@pytest.mark.slow
 def test_signals_while_workers_start_are_ignored_too():
     """A worker that has not yet run any code of its own holds them."""
     received = []
@@ -140,6 +143,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_stuck_workers_end_with_their_loader():
     batches = iterate(DataLoader(Numbers(8, slow=(5, 6)), batch_size=None, num_workers=2, prefetch_factor=4))
     assert int(next(batches)) == 0

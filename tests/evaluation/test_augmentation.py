@@ -54,6 +54,7 @@ def test_the_recipe_is_timms_rand_m9_mstd05_inc1(image):
         assert outputs[0] == outputs[1]
 
 
+@pytest.mark.slow
 def test_strength_increases_with_the_magnitude(image):
     """The mean change over many draws, which are the same at every magnitude."""
 

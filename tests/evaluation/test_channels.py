@@ -78,6 +78,7 @@ def test_knn_and_cached_linear(band_model, bands, tmp_path):
     assert json.loads(first["settings"]["transform"])["pixel_range"] == [list(pair) for pair in RANGES]
 
 
+@pytest.mark.slow
 def test_a_trained_classifier_takes_its_bands_along(band_model, bands, tmp_path):
     options = ["--dataset_name", bands, "--output_dir", tmp_path, *SHORT, "--base_learning_rate", 30]
     metrics = linear_probe.main(arguments(band_model, *options))

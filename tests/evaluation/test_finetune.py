@@ -78,6 +78,7 @@ def test_the_average_is_the_closed_form(model_folder, image_folder, tmp_path):
     assert not torch.equal(weights[0][moved], weights[-1][moved])
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_the_closed_form(model_folder, image_folder, tmp_path):
     """Label smoothing, clipping, SGD with momentum and decay groups, warm-up: written out on the batches seen."""
     trainer = trainer_of(

@@ -324,6 +324,7 @@ def test_the_model_is_not_overwritten(model_folder, image_folder, tmp_path, monk
     assert "is the folder of the model, which would be lost" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_that_cannot_be_decoded_are_named(model_folder, image_folder, tmp_path, workers, fails):
     images = shutil.copytree(image_folder, tmp_path / "images")

@@ -46,6 +46,7 @@ def test_the_finished_folder_is_pushed(model_folder, image_folder, tmp_path, hub
     assert not any(path.startswith("checkpoint-") for path in files)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("main", [finetune.main, linear_probe.main])
 def test_repository_and_visibility_are_passed_on(model_folder, image_folder, tmp_path, main, monkeypatch):
     pushed = []

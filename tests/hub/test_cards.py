@@ -44,6 +44,7 @@ def configuration(model):
     return MoCoV3Config(backbone_config=MoCoV3ViTConfig(**VIT_SIZES[model.architecture]), **labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", load_zoo())
 def test_parameters_and_operations_are_what_our_code_counts(name):
     model = load_zoo()[name]
@@ -111,6 +112,7 @@ def stand_ins(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", carded_models(), ids=lambda model: model.name)
 def test_snippets_of_the_card_run(model, stand_ins, tmp_path, monkeypatch):
     body = model.architecture.split("-")[0].removesuffix("50")

@@ -165,6 +165,7 @@ def test_client_retries_uploads_after_errors_of_the_server(run_folder, hub, api)
     assert len([request for request in hub.requests if request.startswith("PUT /lfs/")]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [400, 502])
 def test_failed_push_is_resumed_by_the_next(run_folder, hub, api, status):
     hub.fail = [("/commit/", status)]
@@ -263,6 +264,7 @@ def is_uploading(hub):
     return any(request.startswith("PUT /lfs/") for request in hub.requests)
 
 
+@pytest.mark.slow
 def test_background_pushes_keep_the_latest_and_survive_an_absent_hub(run_folder, hub, api, caplog):
     pusher = BackgroundPusher("someone/tiny", api=api)
     hub.fail = [("repos/create", 503)]

@@ -136,6 +136,7 @@ def test_other_processors_are_called_as_they_are(vit, tmp_path, files):
         assert_same(classifier_of(vit)(files), classify(files))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("batch_size", [1, 4, 9, 50])
 def test_order_and_remainders(vit, files, workers, batch_size):
@@ -159,6 +160,7 @@ def test_input_is_read_as_needed(vit):
     assert len(taken) <= 10 + 4 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
 def test_bf16_scores(classifier, files, dtype):
     expected = scores(pipeline("image-classification", model=classifier, device="cpu")(files, top_k=NUM_LABELS))

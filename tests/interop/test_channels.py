@@ -25,6 +25,7 @@ def band_model(tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_checkpoints_of_the_official_code_with_13_channels(tmp_path, body):
     state_dict = official(body)
     first = [key for key, value in state_dict.items() if value.dim() == 4 and value.shape[1] == 3]

@@ -86,6 +86,7 @@ def test_native_encoder_is_transformers_own(body, folders, images, features, tmp
     assert ours.to_dict() == theirs.to_dict()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_native_classifier_keeps_labels(body, folders, images, logits, tmp_path):
     export_model(folders / "cls", tmp_path / "out", body)
@@ -107,6 +108,7 @@ def to_image(pixels):
     return Image.fromarray(pixels)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_timm_takes_the_state_dict_and_the_folder(body, folders, images, features, logits, tmp_path):
     timm = pytest.importorskip("timm")

@@ -339,6 +339,7 @@ def test_encoders_of_solo_learn_convert(body):
     assert convert_state_dict(linear, **OVERRIDES[body]).config.num_labels == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "prefix", "layout"),
     [

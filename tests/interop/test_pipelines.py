@@ -66,6 +66,7 @@ def test_classification_of_every_kind_of_input(folders, body, image, url):
     assert [rows[0]["label"] for rows in batch] == [expected[0][1]] * 3
 
 
+@pytest.mark.slow
 def test_features_are_the_pooled_vector(folders, body, image):
     extract = pipeline("image-feature-extraction", model=str(folders / body), pool=True)
     inputs = AutoImageProcessor.from_pretrained(folders / body)(image, return_tensors="pt")

@@ -50,6 +50,7 @@ def test_pretraining_reproduces_the_official_outputs(make, body):
     assert sum(parameter.numel() for parameter in model.parameters()) == reference["num_parameters"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["timm", "mmpretrain_classification"])
 def test_encoders_and_classifiers_reproduce_the_official_features(layout, body):
     encoder = encoder_of(official(body), body)
@@ -74,6 +75,7 @@ def test_encoders_and_classifiers_reproduce_the_official_features(layout, body):
     np.testing.assert_allclose(features.numpy(), reference, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [official, mmpretrain_pretraining, mmpretrain_classification, lambda body: encoder_of(official(body), body)],
@@ -105,6 +107,7 @@ def test_pretraining_model_reverts_to_both_layouts_of_pretraining(body):
     assert all(torch.equal(mmpretrain[key], expected[key]) for key in mmpretrain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", LAYOUT_FILES, ids=lambda path: path.stem)
 def test_every_full_size_layout_converts_by_its_names_and_shapes(path):
     shapes = json.loads(path.read_text())

@@ -80,6 +80,7 @@ def test_weights_matter(data):
     assert not torch.equal(*by_temperature)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", [(1, 1), (7, 10), (60, 211), (1000, 64), (13, 5)])
 def test_chunks_change_nothing(data, chunks):
     queries, _, bank, bank_labels = (tensor.double() if tensor.is_floating_point() else tensor for tensor in data)

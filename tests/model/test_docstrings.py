@@ -29,6 +29,7 @@ def documented():
 EXAMPLES = {name: obj for name, obj in documented().items() if ">>>" in (obj.__doc__ or "")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -76,6 +76,7 @@ def backbone(request):
     return request.param
 
 
+@pytest.mark.slow
 def test_any_backbone_pretrains_and_loads(backbone, tmp_path):
     model = MoCoV3ForPreTraining(tiny_config(backbone))
     views = two_views()

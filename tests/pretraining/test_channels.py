@@ -61,6 +61,7 @@ def test_radiographs_train_as_gray_and_as_rgb(tmp_path, tiny, radiographs, fresh
     assert pixel_format_of(rgb).pixel_range == (low, high)
 
 
+@pytest.mark.slow
 def test_bands_train_evaluate_and_resume(tmp_path, tiny, bands, fresh, capsys):
     knn = ["--knn_steps", "4", "--knn_k", "3"]
     options = [*tiny, "--dataset_name", str(bands), *knn, "--channel_drop_probability", "0.5"]

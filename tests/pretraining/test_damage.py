@@ -39,6 +39,7 @@ def resumed(folder, arguments, capsys):
 DAMAGE = [b"\xff\xfe\x00\n", b"5\n", b"null\n", b"[]\n", b'{"step": NaN}\n', b'{"step": 1e999}\n', b'{"step": 3, "lo']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_lines_are_reported_once_and_dropped(tmp_path, finished, arguments, capsys, fresh, damage):
     folder = tmp_path / "run"
@@ -56,6 +57,7 @@ def test_damaged_lines_are_reported_once_and_dropped(tmp_path, finished, argumen
     assert {file: file.read_bytes() for file in whole} == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"[]", b"null", b"{}", b"", b"\xff", b'{"model.safetensors": 5}', b"[" * 100_000])
 def test_a_damaged_manifest_costs_one_checkpoint(tmp_path, finished, arguments, capsys, fresh, content):
     folder = tmp_path / "run"
@@ -83,6 +85,7 @@ def test_entries_of_a_wrong_type(tmp_path, finished, entry):
                 run_folder.check_manifest(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"null", b"{}", b"\xff", b'{"run": {}, "optimizer": []}', b'{"run": 5}'])
 @pytest.mark.parametrize("has_matching_manifest", [False, True])
 def test_a_damaged_state_costs_one_checkpoint(

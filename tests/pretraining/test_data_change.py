@@ -57,6 +57,7 @@ def test_the_run_records_what_it_found(run, tmp_path, capsys):
     assert len(state["data_fingerprint"]) == 32
 
 
+@pytest.mark.slow
 def test_a_data_set_that_changed_is_refused_and_then_continued_by_the_rule(run, images, tmp_path, capsys):
     assert len(run()) == 12  # 4 epochs of 3 steps
     cut(tmp_path, 6)

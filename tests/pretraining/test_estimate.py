@@ -30,6 +30,7 @@ def test_counts_equal_the_published_ones(name):
     assert round(costs.backbone_macs / 1e9, 2) == gflops
 
 
+@pytest.mark.slow
 def test_activations_are_those_of_a_real_step():
     """Counted on tensors without data, and on real ones by what autograd keeps alive."""
     recipe = load_recipe("quickstart")

@@ -111,6 +111,7 @@ def test_a_full_disk_that_gets_space_again(small_disk, arguments, expected, monk
     assert [event.step for event in accumulator.Scalars("loss")] == list(range(1, 10))
 
 
+@pytest.mark.slow
 def test_a_full_disk_that_stays_full(small_disk, arguments, expected, monkeypatch, capsys, fresh):
     at_steps(monkeypatch, {4: lambda: fill(small_disk)})
     folder = small_disk / "run"
@@ -162,6 +163,7 @@ OPERATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "name"), OPERATIONS)
 def test_each_operation_fails_for_a_while(tmp_path, arguments, expected, monkeypatch, module, name):
     def refuse(*_args, **_kwargs):
@@ -201,6 +203,7 @@ def test_what_is_in_the_way_at_the_start_is_named(tmp_path, arguments, capsys, m
     assert errors_of(capsys) == [f"error: {tmp_path / name} is a {what} of the run: move it away"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["stop", "continue"])
 @pytest.mark.parametrize("name", ["metrics.jsonl", "model.safetensors", "checkpoint-4"])
 def test_what_gets_in_the_way_is_named_once(tmp_path, arguments, capsys, monkeypatch, name, choice):

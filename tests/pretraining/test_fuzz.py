@@ -146,6 +146,7 @@ def check(text: object, name: str, arguments: list[str]) -> str:
     return "accepted"
 
 
+@pytest.mark.slow
 def test_mutated_recipes(tmp_path):
     draw, file = random.Random(0), tmp_path / "mutated.yaml"
     answers = []

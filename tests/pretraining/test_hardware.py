@@ -252,6 +252,7 @@ class CLibrary:
         return self.answer
 
 
+@pytest.mark.slow
 def test_the_c_library_is_asked_to_keep_memory_only_where_that_is_chosen(monkeypatch):
     library = CLibrary()
     monkeypatch.setattr(hardware, "ctypes", SimpleNamespace(CDLL=lambda name: library))

@@ -240,6 +240,7 @@ def test_a_name_that_is_too_long(tmp_path, tiny, capsys, nothing_is_built):
     assert "File name too long" in stop_line(capsys, [*tiny, "--output_dir", str(tmp_path / ("x" * 300))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", [[], ["--resume_from_checkpoint", "auto"]])
 @pytest.mark.parametrize(
     "name", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"]

@@ -112,6 +112,7 @@ def test_a_resumed_stream_is_bit_identical(tmp_path, tiny, shards, monkeypatch, 
     assert_same_run(tmp_path / "cut", tmp_path / "straight")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "name", "call"),
     [
@@ -187,6 +188,7 @@ def test_two_resumed_processes_are_bit_identical(tmp_path, tiny):
     assert_same_run(tmp_path / "cut", tmp_path / "straight")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_and_saves(tmp_path, tiny, uninterrupted, monkeypatch, fresh, capsys, number):
     expected = uninterrupted(*KINDS["adamw"])

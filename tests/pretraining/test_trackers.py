@@ -87,6 +87,7 @@ def entries(server, name):
     return [step for step, value in run if value == name]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_in_the_same_run(arguments, server, monkeypatch, fresh, tmp_path):
     with monkeypatch.context() as patch:
         kill_at(patch, loop, "train_step", 6)  # after the checkpoint of step 3, step 5 is logged
@@ -114,6 +115,7 @@ def test_another_run_in_the_folder_is_another_run(arguments, server, fresh):
     assert len(server.runs) == 2
 
 
+@pytest.mark.slow
 def test_steps_after_a_rollback_are_not_sent_twice(arguments, server, monkeypatch, tmp_path):
     original, steps = loop.train_step, []
 
@@ -130,6 +132,7 @@ def test_steps_after_a_rollback_are_not_sent_twice(arguments, server, monkeypatc
     assert entries(server, "loss") == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_does_not_end_the_run(arguments, server, monkeypatch, capsys, tmp_path):
     original, steps = loop.train_step, []
 

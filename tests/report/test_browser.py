@@ -56,6 +56,7 @@ def test_following_a_link_of_the_contents_leads_to_its_section(page, browser):
     assert abs(browser.run("document.querySelector('#neighbors').getBoundingClientRect().top")) < 60
 
 
+@pytest.mark.slow
 def test_names_of_classes_are_text(page, browser):
     browser.open(page)
     assert browser.run("document.title") != "x"

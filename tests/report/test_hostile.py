@@ -110,6 +110,7 @@ def spoil_file(folder, draw):
 MUTATIONS = (mutate_record, mutate_record, mutate_line, mutate_line, mutate_recipe, spoil_file, spoil_file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_mutated_folders_are_reported(whole, tmp_path, quick_charts, capsys, seed):
     for number in range(20):
@@ -141,6 +142,7 @@ def test_a_whole_folder_has_no_notes(run, quick_charts, capsys):
         assert words in page.text, words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content", "note"),
     [

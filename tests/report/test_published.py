@@ -79,6 +79,7 @@ def test_another_recipe_with_the_same_backbone_is_distinguished(changed, folder_
     assert {entry.top1 for entry, _ in find_references(folder)} == {73.6, 73.2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", SHAPING_OPTIONS)
 def test_every_option_that_shapes_the_weights_distinguishes(key, folder_of, tmp_path):
     folder_of(SMALL)
