@@ -115,6 +115,18 @@ def test_workers_that_never_start_end_the_run_in_one_line(stuck, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_worker_killed_while_it_starts_is_a_lost_worker(stuck, monkeypatch):
+    stuck(0)
+
+    def die(_index):
+        time.sleep(0.5)  # until the parent waits for this worker
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(workers_module, "start_worker", die)
+    with pytest.raises(LostWorkerError, match=r"a data-loading worker died \(worker \d+: killed \(signal 9\)"):
+        list(iterate(DataLoader(Numbers(4), batch_size=None, num_workers=1)))
+
+
 def test_signals_while_workers_start_are_ignored_too():
     """A worker that has not yet run any code of its own holds them."""
     received = []

@@ -127,13 +127,13 @@ def until_started(loader: DataLoader, start: Callable[[], Iterator]) -> Iterator
             finally:
                 os.close(started_pipe)
                 started_pipe = None
-            if have_started(pipe, batches._workers, seconds):
-                return batches
-        warn(f"a data-loading worker has not started within {seconds} s: all are started again")
-        with ends_of_workers_unnoticed():
-            for worker in batches._workers:
-                worker.kill()
-            batches._shutdown_workers()
+            with ends_of_workers_unnoticed():
+                if have_started(pipe, batches._workers, seconds):
+                    return batches
+                warn(f"a data-loading worker has not started within {seconds} s: all are started again")
+                for worker in batches._workers:
+                    worker.kill()
+                batches._shutdown_workers()
         loader._iterator = None
         generator.set_state(state)
     raise LostWorkerError({})
