@@ -181,7 +181,8 @@ def kill_worker(trial: Trial, draw: random.Random) -> str:
             draw.choice(workers).kill()
     codes = trial.expect_end(launch, {0, 1})
     if 1 in codes:
-        trial.expect("a data-loading worker died (worker " in launch.text(), "no line about the worker")
+        text = launch.text()
+        trial.expect("a data-loading worker died (worker " in text, f"no line about the worker: {text[-1000:]}")
     trial.expect_nothing_lost(before)
     trial.finish()
     return "saved and ended in one line" if 1 in codes else "the worker was done"

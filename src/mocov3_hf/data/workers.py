@@ -83,7 +83,7 @@ def iterate(loader: DataLoader) -> Iterator:
     except Exception as error:
         if loader._iterator is not None:  # that of an earlier epoch, whose workers are used again
             workers = loader._iterator._workers
-        if isinstance(error, ConnectionError | EOFError):  # it died while it sent a batch, perhaps a moment ago
+        if isinstance(error, OSError | EOFError):  # it died while it sent a batch, perhaps a moment ago
             multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=5)
         dead = {worker.pid: worker.exitcode for worker in workers if not worker.is_alive() and worker.exitcode != 0}
         if not dead:
