@@ -116,7 +116,16 @@ def test_workers_that_never_start_end_the_run_in_one_line(stuck, monkeypatch):
 
 @pytest.mark.slow
 def test_a_worker_killed_while_it_starts_is_a_lost_worker(stuck, monkeypatch):
+    """Not an error of torch's own handler, wherever its parent is."""
     stuck(0)
+    have_started, handlers = workers_module.have_started, []
+
+    def note_handler(*arguments):
+        handlers.append(signal.getsignal(signal.SIGCHLD))
+        return have_started(*arguments)
+
+    monkeypatch.setattr(workers_module, "SECONDS_TO_START", (60,))
+    monkeypatch.setattr(workers_module, "have_started", note_handler)
 
     def die(_index):
         time.sleep(0.5)  # until the parent waits for this worker
@@ -125,6 +134,7 @@ def test_a_worker_killed_while_it_starts_is_a_lost_worker(stuck, monkeypatch):
     monkeypatch.setattr(workers_module, "start_worker", die)
     with pytest.raises(LostWorkerError, match=r"a data-loading worker died \(worker \d+: killed \(signal 9\)"):
         list(iterate(DataLoader(Numbers(4), batch_size=None, num_workers=1)))
+    assert handlers == [signal.SIG_DFL]
 
 
 def test_signals_while_workers_start_are_ignored_too():
