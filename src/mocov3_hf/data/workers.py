@@ -116,39 +116,26 @@ def until_started(loader: DataLoader, start: Callable[[], Iterator]) -> Iterator
     """
     global started_pipe
     if loader.num_workers == 0 or not are_forked(loader):
-        return kill_on_terminate(start())
+        return take_over(start())
     generator = loader.generator or torch.default_generator
     state = generator.get_state()
     for seconds in SECONDS_TO_START:
         reader, started_pipe = os.pipe()
         with open(reader, "rb", buffering=0) as pipe:
             try:
-                batches = kill_on_terminate(start())
+                batches = take_over(start())
             finally:
                 os.close(started_pipe)
                 started_pipe = None
-            with ends_of_workers_unnoticed():
-                if have_started(pipe, batches._workers, seconds):
-                    return batches
-                warn(f"a data-loading worker has not started within {seconds} s: all are started again")
-                for worker in batches._workers:
-                    worker.kill()
-                batches._shutdown_workers()
+            if have_started(pipe, batches._workers, seconds):
+                return batches
+            warn(f"a data-loading worker has not started within {seconds} s: all are started again")
+            for worker in batches._workers:
+                worker.kill()
+            batches._shutdown_workers()
         loader._iterator = None
         generator.set_state(state)
     raise LostWorkerError({})
-
-
-@contextlib.contextmanager
-def ends_of_workers_unnoticed() -> Iterator[None]:
-    """Without the handler that torch installs with the first workers: it raises an error if one is killed."""
-    is_handled = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if is_handled else None
-    try:
-        yield
-    finally:
-        if is_handled:
-            signal.signal(signal.SIGCHLD, handler)
 
 
 def have_started(pipe: BinaryIO, workers: Sequence[BaseProcess], seconds: float) -> bool:
@@ -165,10 +152,19 @@ def have_started(pipe: BinaryIO, workers: Sequence[BaseProcess], seconds: float)
     return True
 
 
-def kill_on_terminate(batches: Iterator) -> Iterator:
-    """torch and multiprocessing end a worker that does not respond with SIGTERM, which workers ignore."""
+def take_over(batches: Iterator) -> Iterator:
+    """
+    End workers, and learn of their ends, in our way. torch and multiprocessing end a worker that does not respond with
+    SIGTERM, which workers ignore. And torch installs a handler of SIGCHLD with the first workers, which raises an
+    error wherever the program is when a worker dies, for example between the updates of two parameters. Without it,
+    the error comes when the next batch is asked for.
+    """
     for worker in getattr(batches, "_workers", ()):
         worker._popen.terminate = worker._popen.kill
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        handler = signal.getsignal(signal.SIGCHLD)
+        if (getattr(handler, "__module__", None) or "").startswith("torch.utils.data"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return batches
 
 
@@ -179,20 +175,11 @@ def hold_stop_signals() -> set[signal.Signals]:
 
 @contextlib.contextmanager
 def stop_signals_held() -> Iterator[None]:
-    """
-    Deliver signals only after the block. Processes that start in it hold them until `start_worker`.
-
-    torch also installs a handler of SIGCHLD here, which raises an error wherever the program is when a worker dies,
-    for example between the updates of two parameters. It is removed.
-    """
+    """Deliver signals only after the block. Processes that start in it hold them until `start_worker`."""
     held = hold_stop_signals()
     try:
         yield
     finally:
-        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-            handler = signal.getsignal(signal.SIGCHLD)
-            if (getattr(handler, "__module__", None) or "").startswith("torch.utils.data"):
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
