@@ -1,8 +1,10 @@
 """Workers outlive signals that are not meant for them, and never their parent."""
 
 import contextlib
+import errno
 import io
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mocov3_hf.data import workers as workers_module
 from mocov3_hf.data.workers import STOP_SIGNALS, LostWorkerError, end_workers, ignore_stop_signals, iterate
@@ -220,3 +223,25 @@ def test_a_lost_worker_is_an_error_of_the_next_batch_only():
     with pytest.raises(LostWorkerError, match=rf"worker {worker.pid}: killed \(signal 9\)"):
         for _ in batches:
             pass
+
+
+class Leaving(Dataset):
+    """A worker that is killed, and whose end takes a while after its files are closed, as on a busy machine."""
+
+    def __getitem__(self, index):
+        os.closerange(3, 1000)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def __len__(self):
+        return 4
+
+
+def test_the_end_of_the_connection_to_a_killed_worker_names_the_worker(monkeypatch):
+    def wait_for_end(batches):
+        multiprocessing.connection.wait([worker.sentinel for worker in batches._workers])
+        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", wait_for_end)
+    with pytest.raises(LostWorkerError, match=r"worker died \(worker \d+: killed \(signal 9\)"):
+        list(iterate(DataLoader(Leaving(), batch_size=None, num_workers=1)))

@@ -84,7 +84,10 @@ def iterate(loader: DataLoader) -> Iterator:
         if loader._iterator is not None:  # that of an earlier epoch, whose workers are used again
             workers = loader._iterator._workers
         if isinstance(error, OSError | EOFError):  # it died while it sent a batch, perhaps a moment ago
-            multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=5)
+            ending = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=5)
+            for worker in workers:
+                if worker.sentinel in ending:
+                    worker.join(timeout=5)  # it has closed its files, but may not have an exit code yet
         dead = {worker.pid: worker.exitcode for worker in workers if not worker.is_alive() and worker.exitcode != 0}
         if not dead:
             raise
