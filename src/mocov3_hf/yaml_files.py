@@ -1,5 +1,6 @@
 """YAML files from anywhere, read without surprises."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,6 +41,16 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         check_unique(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<")
         return super().construct_mapping(node, deep)
+
+
+INT = "tag:yaml.org,2002:int"
+# Integers are decimal: in YAML 1.1, 040 is 32, and 8:30 is 510 (here a text).
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != INT]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver(INT, re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+_StrictLoader.add_constructor(INT, lambda _loader, node: int(node.value))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

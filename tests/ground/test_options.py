@@ -107,6 +107,8 @@ def test_command_line(arguments, name, value):
         ("mixed_precision: off", "mixed_precision", "no"),
         ("streaming: on", "streaming", True),
         ("learning_rate: 1e-6", "learning_rate", 1e-6),
+        ("image_size: 040", "image_size", 40),
+        ("backbone_config: {num_channels: 040}", "backbone_config", {"num_channels": 40}),
         ("learning_rate: null", "learning_rate", None),
         ("backbone_config: {eps: 1e-6, names: [a, 2E5]}", "backbone_config", {"eps": 1e-6, "names": ["a", 2e5]}),
         ("k: 3", "k", [3]),
