@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 # Errors of writing that end when somebody makes room.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+LONGEST_LINE = 2000  # characters of an error or a warning
 
 
 class UsageError(ValueError):
@@ -41,10 +42,15 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def shorten(text: str) -> str:
+    """Without the middle of a text that no screen shows, such as a damaged file in the place of a name."""
+    return text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE // 2]} ... {text[-LONGEST_LINE // 2 :]}"
+
+
 def warn(message: str) -> None:
     """A warning on stderr, once for all processes; above a progress bar, if there is one."""
     if is_first_process():
-        tqdm.write(f"warning: {message}", file=sys.stderr)
+        tqdm.write(f"warning: {shorten(message)}", file=sys.stderr)
 
 
 class ToFullDisk:
@@ -162,7 +168,7 @@ def reporting() -> Iterator[None]:
 def fail(message: str, code: int, from_any_process: bool = False) -> NoReturn:
     """End the process with one line on stderr, from the first process only unless told otherwise."""
     if is_first_process() or from_any_process:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {shorten(message)}", file=sys.stderr)
     sys.exit(code)
 
 

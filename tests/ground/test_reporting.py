@@ -73,3 +73,12 @@ def test_retries_of_the_hub_client_are_not_printed():
     with reporting.quiet_hub():
         assert not hub_logging.get_logger("huggingface_hub.utils._http").isEnabledFor(hub_logging.WARNING)
     assert hub_logging.get_verbosity() == before
+
+
+def test_what_no_screen_shows_is_left_out(capsys):
+    with pytest.raises(SystemExit), reporting.reporting():
+        raise ValueError(f"image '{'x' * 200_000}' does not exist: remove its row")
+    line = capsys.readouterr().err
+    assert len(line) < 2100
+    assert line.startswith("error: image 'xxx")
+    assert line.endswith("xxx' does not exist: remove its row\n")
