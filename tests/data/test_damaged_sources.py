@@ -9,6 +9,7 @@ import zipfile
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -312,10 +313,8 @@ def test_a_damaged_part_of_a_saved_data_set_is_named(saved, name, content, strea
 @pytest.mark.parametrize(
     ("text", "reason"),
     {
-        "path,label\n0.jpg,99999999999999999999999\n1.jpg,1\n": "a number does not fit into 64 bits",
-        "path,label\n0.jpg,-9223372036854775809\n1.jpg,1\n": "a number does not fit into 64 bits",
         "path,label\n0.jpg,18446744073709551615\n1.jpg,1\n": "label 18446744073709551615 in row 0 of column 'label'",
-        "path,label\n0.jpg,0\n1.j\0pg,1\n": r"image '1\.j\\x00pg' in .*train\.csv' does not exist",
+        "path,label\n0.jpg,0\n1.j\0pg,1\n": r"image '1\.j(\\x00pg)?' in .*train\.csv' does not exist",
         "path,label\n0.jpg,0,5,6\n1.jpg\n": r"train\.csv' is not a CSV table .* rows are longer",
         "path,label\n": r"train\.csv' is not a CSV table .* no rows",
         "": r"train\.csv' is not a CSV table",
@@ -332,6 +331,17 @@ def test_damaged_csv_files(tmp_path, jpegs, text, reason):
     with pytest.raises(ValueError, match=reason) as caught:
         open_labeled(str(tmp_path), split="train")
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("label", [10**23, -(2**63) - 1])
+def test_a_number_beyond_64_bits_in_a_csv_file(tmp_path, jpegs, label):
+    (tmp_path / "0.jpg").write_bytes(jpegs[0])
+    (tmp_path / "train.csv").write_text(f"path,label\n0.jpg,{label}\n")
+    if int(pd.__version__.split(".")[0]) < 3:  # they are text, which names classes
+        assert open_labeled(str(tmp_path), split="train").class_names == [str(label)]
+    else:
+        with pytest.raises(ValueError, match="a number does not fit into 64 bits"):
+            open_labeled(str(tmp_path), split="train")
 
 
 def test_large_labels_take_no_memory(tmp_path, jpegs):

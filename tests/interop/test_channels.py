@@ -54,7 +54,7 @@ def test_exports_take_the_bands(band_model, tmp_path, format):
     assert MoCoV3ImageProcessor.from_pretrained(tmp_path / "exported").num_channels == 4
     if format == "timm":
         loaded = timm.create_model(f"local-dir:{tmp_path / 'exported'}", pretrained=True)
-        assert loaded.pretrained_cfg["input_size"] == (4, 32, 32)
+        assert tuple(loaded.pretrained_cfg["input_size"]) == (4, 32, 32)
         assert len(loaded.pretrained_cfg["mean"]) == 4
         weights = load_file(tmp_path / "exported" / "model.safetensors")
         assert weights["patch_embed.proj.weight"].shape[1] == 4
