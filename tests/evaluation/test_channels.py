@@ -85,8 +85,8 @@ def test_a_trained_classifier_takes_its_bands_along(band_model, bands, tmp_path)
     assert metrics["linear_top1"] > 0.6
     found = evaluate.main(arguments(tmp_path, "--dataset_name", bands))
     assert found["top1"] == metrics["linear_top1"]
-    table = Dataset.from_parquet(str(bands / "test.parquet")).with_format("numpy")
-    images = [np.asarray(image) for image in table["bands"]]
+    table = Dataset.from_parquet(str(bands / "test.parquet"))
+    images = [np.asarray(image, np.float32) for image in table["bands"]]
     answers = ImageClassifier(tmp_path, num_workers=0)(images, top_k=1)
     hits = [
         int("abc".index(answer[0]["label"]) == label) for answer, label in zip(answers, table["label"], strict=True)
@@ -95,7 +95,7 @@ def test_a_trained_classifier_takes_its_bands_along(band_model, bands, tmp_path)
 
 
 def test_features_of_arrays_files_and_tensors(band_model, bands, tmp_path):
-    image = np.asarray(Dataset.from_parquet(str(bands / "test.parquet")).with_format("numpy")[3]["bands"])
+    image = np.asarray(Dataset.from_parquet(str(bands / "test.parquet"))[3]["bands"], np.float32)
     np.save(tmp_path / "image.npy", image)
     extract = FeatureExtractor(band_model, num_workers=0, dtype="float32")
     processor = AutoImageProcessor.from_pretrained(band_model)
