@@ -14,6 +14,7 @@ GROUND = (
     "reporting",
     "hints",
     "requirements",
+    "precision",
     "process_group",
     "storage",
     "yaml_files",

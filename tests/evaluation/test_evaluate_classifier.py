@@ -217,7 +217,7 @@ def test_damaged_classifiers_are_refused(classifier_folder, image_folder, tmp_pa
         (["--model", "someone/model"], "does not exist; for a model on the Hub pass --output_dir for results.json"),
         (["--batch_size", "many"], "--batch_size takes one integer, got 'many'"),
         (["--match_clases", "name"], "there is no option '--match_clases'; did you mean '--match_classes'"),
-        (["--mixed_precision", "int8"], "takes one of no, bf16, fp16, got 'int8'"),
+        (["--mixed_precision", "int8"], "takes one of auto, no, bf16, fp16, got 'int8'"),
         (["--match_classes", "shape"], "--match_classes takes one of name, number, got 'shape'"),
     ],
 )

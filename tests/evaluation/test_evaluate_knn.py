@@ -46,13 +46,27 @@ def test_command_evaluates_prints_and_records(model_folder, image_folder, tmp_pa
 
 
 def test_command_and_function_agree(model_folder, image_folder, tmp_path):
-    by_command = main(command(model_folder, image_folder, "--output_dir", tmp_path, "--cache_dir", tmp_path / "cache"))
+    options = ("--output_dir", tmp_path, "--cache_dir", tmp_path / "cache", "--mixed_precision", "no")
+    by_command = main(command(model_folder, image_folder, *options))
     train, test = (open_labeled(str(image_folder), split=split) for split in ("train", "test"))
     by_function = evaluate_knn(load_encoder(model_folder), train, test, k=[1, 5], progress=False)
     assert by_function == by_command
     pretraining = evaluate_knn(pretraining_model().train(), train, test, k=[1, 5], progress=False)
     assert pretraining == by_command, "the model as training holds it"
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize(("found", "precision"), [({}, "no"), ({"avx512_bf16": True}, "bf16")])
+def test_the_precision_of_this_machine_is_recorded(
+    model_folder, image_folder, tmp_path, monkeypatch, found, precision
+):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    metrics = main(command(model_folder, image_folder, "--output_dir", tmp_path, "--mixed_precision", "auto"))
+    (result,) = read_results(tmp_path)
+    assert result["settings"]["mixed_precision"] == precision
+    asked = main(command(model_folder, image_folder, "--output_dir", tmp_path, "--mixed_precision", precision))
+    assert asked == metrics
 
 
 def test_results_stand_next_to_the_model_by_default(image_folder, tmp_path):
@@ -129,7 +143,7 @@ def test_k_beyond_the_training_split_is_skipped_with_a_warning(model_folder, ima
         (["--k", "0"], "--k must be at least 1, got 0"),
         (["--temprature", "1"], "there is no option '--temprature'; did you mean '--temperature'"),
         (["--dataloader_num_workers", "-1"], "--dataloader_num_workers must be at least 0, got -1"),
-        (["--mixed_precision", "fp8"], "--mixed_precision takes one of no, bf16, fp16, got 'fp8'"),
+        (["--mixed_precision", "fp8"], "--mixed_precision takes one of auto, no, bf16, fp16, got 'fp8'"),
         (["--k"], "--k needs a value: one integer"),
         (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
         (["--image_size", "0"], "--image_size must be at least 1, got 0"),

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mocov3_hf.evaluation.classifier import load_with_new_head
 from mocov3_hf.evaluation.finetune import main
+from mocov3_hf.evaluation.supervised_options import SupervisedOptions
 from mocov3_hf.evaluation.trainer_checkpoints import check_readable, check_settings, load_average, save_average
 from mocov3_hf.results import read_results
 from mocov3_hf.run_folder import CheckpointError
@@ -162,6 +163,22 @@ def test_a_run_resumes_with_the_same_options_only(model_folder, image_folder, tm
     line = fails(main, command(model_folder, image_folder, tmp_path, "--resume_from_checkpoint", "auto"))
     assert "the options of the run" in line
     assert "cannot be read (settings.json)" in line
+
+
+def test_a_run_keeps_the_precision_that_it_started_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    given = {"model": "m", "dataset_name": "d", "output_dir": str(tmp_path), "mixed_precision": "auto"}
+    assert SupervisedOptions(**given).precision == "no"
+    for step, content in ((1, "{}"), (2, '{"mixed_precision": "bf16"}'), (3, "{"), (4, "[]")):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "settings.json").write_text(content)
+    assert SupervisedOptions(**given).precision == "no", "a new run"
+    assert SupervisedOptions(**given, resume_from_checkpoint="auto").precision == "bf16"
+    assert SupervisedOptions(**given, resume_from_checkpoint=str(tmp_path / "checkpoint-1")).precision == "no"
+    assert SupervisedOptions(**given, resume_from_checkpoint=str(tmp_path / "checkpoint-2")).precision == "bf16"
+    given["mixed_precision"] = "no"
+    assert SupervisedOptions(**given, resume_from_checkpoint="auto").precision == "no", "it was asked for"
 
 
 @pytest.mark.parametrize(("momentum", "decay"), [(0.2, 0.8), (4e-5, 0.99996), (0.0, 0.0)])

@@ -97,7 +97,8 @@ def test_without_eval_mode_it_would_not_be(resnet_folder, image_folder, tmp_path
 
 def test_steps_are_those_of_the_closed_form(model_folder, image_folder, tmp_path, monkeypatch):
     """SGD written out on the features of the batches that were seen: start, rate, momentum, loss, and no clipping."""
-    trainer = trainer_of(model_folder, image_folder, tmp_path, base_learning_rate=8.0, augment=False)
+    changes = {"base_learning_rate": 8.0, "augment": False, "mixed_precision": "no"}
+    trainer = trainer_of(model_folder, image_folder, tmp_path, **changes)
     head = head_parameters(trainer.model)
     start = {name.removeprefix("classifier."): value.detach().clone().double() for name, value in head.items()}
     assert start["weight"].std().item() == pytest.approx(0.01, rel=0.2)

@@ -368,6 +368,41 @@ def test_the_plan_names_the_settings():
     assert line.endswith("gradient_checkpointing")
 
 
+def test_a_run_keeps_the_precision_that_it_started_with(tmp_path, tiny, fresh, monkeypatch, capsys):
+    """On a CPU with bfloat16, then on one without, whose choice would be float32."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    run = [*tiny, "--mixed_precision", "auto", "--output_dir", str(tmp_path), "--save_steps", "2"]
+    main(run)
+    assert "settings for cpu: mixed_precision bf16 (this CPU has avx512_bf16), sdpa" in capsys.readouterr().err
+    assert load_recipe(tmp_path / "recipe.yaml").hardware.mixed_precision == "bf16"
+    metrics = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    fresh()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    main([*run, "--resume_from_checkpoint", "auto"])
+    errors = capsys.readouterr().err
+    assert "settings for cpu: mixed_precision bf16 (as in the checkpoint), sdpa" in errors
+    assert errors.count("warning: ") == 1
+    assert "warning: mixed_precision bf16, as in the checkpoint, is slow: this CPU has no instructions" in errors
+    again = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in again] == [json.loads(line)["loss"] for line in metrics]
+    fresh()
+    with pytest.raises(SystemExit):
+        main([*run, "--resume_from_checkpoint", "auto", "--mixed_precision", "no"])
+    assert "mixed_precision ('bf16' there, 'no' now)" in capsys.readouterr().err
+    plan = describe(load_recipe("quickstart", ["--num_train_images", "1000", "--mixed_precision", "auto"]))
+    assert "settings for cpu: mixed_precision no (this CPU has no instructions for bfloat16)" in plan
+    assert "mixed_precision: 'no'" in plan
+
+
+def test_processes_of_different_precision_are_refused(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(build, "gather_object", lambda values: [*values, "bf16"])
+    recipe = load_recipe(tiny[1], [*tiny[2:], "--output_dir", str(tmp_path)])
+    with pytest.raises(UsageError, match="process 0 would use mixed_precision no and another process bf16"):
+        build.build_accelerator(recipe)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "arguments"),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mocov3_hf import MoCoV3Config
-from mocov3_hf.pretraining import build, hardware
+from mocov3_hf.precision import this_device
+from mocov3_hf.pretraining import build
 from mocov3_hf.pretraining.loop import main
 from mocov3_hf.pretraining.plan import make_plan
 from mocov3_hf.pretraining.recipe import load_recipe
@@ -79,7 +80,7 @@ def test_a_key_that_no_backbone_reads_is_warned_of(capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is fine on a GPU")
 def test_fp16_needs_a_gpu(capsys, tmp_path, tiny):
     error = error_of(capsys, [*tiny, "--output_dir", str(tmp_path), "--mixed_precision", "fp16"])
-    assert "fp16 needs a GPU: use bf16 or no" in error
+    assert "--mixed_precision fp16 needs a GPU: use auto, bf16 or no" in error
 
 
 def test_a_launch_that_fell_back_to_one_process_is_noticed():
@@ -121,9 +122,9 @@ def test_another_precision_of_the_launcher_is_contradicted(tmp_path, tiny, monke
 
 def test_the_cpu_that_the_launcher_chose(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
-    assert hardware.this_device().type == "cuda"
+    assert this_device().type == "cuda"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    assert hardware.this_device().type == "cpu"
+    assert this_device().type == "cpu"
 
 
 @pytest.mark.parametrize(

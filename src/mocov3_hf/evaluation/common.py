@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from ..data.workers import default_workers
 from ..hints import describe_missing
 from ..loading import resolve_model
 from ..options import option
+from ..precision import resolve_precision, this_device
 from ..process_group import joined_processes
 from ..processing import ProcessorTransform
 from ..reporting import UsageError, is_first_process
@@ -74,19 +76,26 @@ class ComputationOptions:
         at_least=0,
         old=["num_workers"],
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "Autocast precision of the forward pass.")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
+        "auto", "Autocast precision. auto is bf16 or fp16 where the device has instructions for it, else no (float32)."
+    )
 
     @property
     def num_workers(self) -> int:
         """Data-loading workers of this process."""
         return default_workers() if self.dataloader_num_workers is None else self.dataloader_num_workers
 
+    @cached_property
+    def precision(self) -> str:
+        """`mixed_precision` on this machine."""
+        return resolve_precision(self.mixed_precision, this_device())[0]
+
     def of_pass(self) -> dict[str, Any]:
         """As arguments of `rows_of_split`."""
         return {
             "batch_size": self.batch_size,
             "num_workers": self.num_workers,
-            "mixed_precision": self.mixed_precision,
+            "mixed_precision": self.precision,
         }
 
 
@@ -131,7 +140,8 @@ _NOT_SETTINGS = frozenset(
 
 def evaluation_settings(options: EvaluationOptions) -> dict[str, Any]:
     """The options that have an influence on the metrics, as `results.json` holds them."""
-    return {name: value for name, value in asdict(options).items() if name not in _NOT_SETTINGS}
+    settings = {name: value for name, value in asdict(options).items() if name not in _NOT_SETTINGS}
+    return settings | {"mixed_precision": options.precision}
 
 
 def results_folder(options: EvaluationOptions) -> str:

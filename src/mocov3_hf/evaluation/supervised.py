@@ -165,9 +165,10 @@ def common_options(
     learning_rate = options.learning_rate
     if learning_rate is None:
         learning_rate = options.base_learning_rate * share * num_processes * num_parts / 256
-    names = ("num_train_epochs", "mixed_precision", "seed", "eval_strategy", "save_strategy")
+    names = ("num_train_epochs", "seed", "eval_strategy", "save_strategy")
     names += ("save_total_limit", "load_best_model_at_end", "logging_steps", "report_to")
     return {name: getattr(options, name) for name in names} | {
+        "mixed_precision": options.precision,
         "batch_size": share,
         "learning_rate": learning_rate,
         "gradient_accumulation_steps": num_parts,
@@ -236,7 +237,12 @@ def build_trainer(
     kept = {name: value for name, value in asdict(options).items() if name not in FREE}
     batch = training["batch_size"] * training["gradient_accumulation_steps"] * process_state().num_processes
     kept |= dict(zip(DATA_SETTINGS, (len(splits.train), labeled_fingerprint(splits.whole_train)), strict=True))
-    kept |= {"seed": options.seed, "learning_rate": training["learning_rate"], "train_batch_size": batch}
+    kept |= {
+        "mixed_precision": options.precision,
+        "seed": options.seed,
+        "learning_rate": training["learning_rate"],
+        "train_batch_size": batch,
+    }
     trainer = ClassifierTrainer(
         classifier,
         training_arguments(output_dir, **training),

@@ -1,11 +1,16 @@
 """The options that linear probe and fine-tuning share."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 from ..options import option
+from ..precision import resolve_precision, this_device
 from ..results import RESULTS
+from ..run_folder import list_checkpoints
 from .common import EvaluationOptions, TrainSplitOptions
+from .trainer_checkpoints import saved_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,3 +104,13 @@ class SupervisedOptions(
     """Recipe"""
 
     recipe: str | None = option(None, "Name or file of the recipe.")
+
+    @cached_property
+    def precision(self) -> str:
+        """That of the checkpoints which the run resumes, else that of this machine."""
+        if self.mixed_precision == "auto" and self.resume_from_checkpoint is not None and self.output_dir is not None:
+            is_auto = self.resume_from_checkpoint == "auto"
+            folders = list_checkpoints(self.output_dir) if is_auto else [Path(self.resume_from_checkpoint)]
+            saved = next(filter(None, map(saved_precision, folders)), None)
+            return resolve_precision("auto", this_device(), saved)[0]
+        return super().precision

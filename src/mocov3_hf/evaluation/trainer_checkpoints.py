@@ -113,6 +113,16 @@ def check_settings(settings: Mapping[str, Any], folder: str | os.PathLike) -> No
         )
 
 
+def saved_precision(folder: str | os.PathLike) -> str | None:
+    """`mixed_precision` of the run of a checkpoint, None where its settings cannot be read."""
+    try:
+        saved = json.loads((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # `check_settings` reports it
+    value = saved.get("mixed_precision") if isinstance(saved, dict) else None
+    return value if value in ("no", "bf16", "fp16") else None
+
+
 def decay_of_momentum(momentum: float) -> float:
     """`ema_decay` for `ema_momentum` of earlier versions; 0 disables the EMA in both."""
     return 1.0 - momentum if momentum else 0.0

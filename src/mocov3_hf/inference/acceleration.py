@@ -7,11 +7,13 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..model.configuration_mocov3 import MoCoV3ViTConfig
+from ..precision import best_precision
 
 
 logger = logging.get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # On a CPU, larger batches do not fit its caches (measured with ViT-S and ResNet-50: docs/inference.md).
 BATCH_SIZES = {"cpu": 8}
 OTHER_BATCH_SIZE = 128
@@ -22,29 +24,21 @@ def choose_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     The precision to compute in.
 
     Args:
-        name: One of `DTYPES`, a torch dtype, or "auto": bfloat16 where the device has instructions for it, else
-            float32.
+        name: One of `DTYPES`, a torch dtype, or "auto": the best precision of the device, bfloat16 where it
+            has instructions for it, float16 on older GPUs with tensor cores, else float32.
         device: Where the model runs.
 
     Raises:
         ValueError: An unknown name.
     """
     if name == "auto":
-        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+        return MIXED_PRECISIONS[best_precision(device)[0]]
     if name not in DTYPES and name not in DTYPES.values():
         raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {name!r}")
     dtype = DTYPES.get(name, name)
-    if dtype != torch.float32 and device.type == "cpu" and not (dtype == torch.bfloat16 and has_fast_bf16(device)):
+    if dtype not in (torch.float32, MIXED_PRECISIONS[best_precision(device)[0]]) and device.type == "cpu":
         logger.warning(f"this CPU has no instructions for {dtype} and emulates it slowly: float32 is faster")
     return dtype
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16; a CPU without them emulates it, slowly."""
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def prepare_for_inference(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> list[str]:

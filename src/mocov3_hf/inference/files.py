@@ -52,7 +52,7 @@ class PredictorOptions:
         metavar="LOW HIGH",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "Precision. auto is bfloat16 where the device has instructions for it, else float32."
+        "auto", "Precision. auto is bfloat16 or float16 where the device has instructions for it, else float32."
     )
     device: str | None = option(None, "Device. Defaults to the accelerator of this machine, or its CPU.")
     dataloader_num_workers: int | None = option(

@@ -37,8 +37,8 @@ class Predictor:
     Args:
         model: Folder of `save_pretrained`, Hub id, or name of a published model.
         batch_size: Images per forward pass; None for 8 on a CPU and 128 elsewhere.
-        dtype: "auto" (bfloat16 where the device has instructions for it, else float32), "float32" for the pipelines'
-            digits, "bfloat16", "float16", or a torch dtype.
+        dtype: "auto" (bfloat16 where the device has instructions for it, float16 on older GPUs with tensor cores, else
+            float32), "float32" for the pipelines' digits, "bfloat16", "float16", or a torch dtype.
         device: None for the accelerator of this machine, or its CPU.
         num_workers: Threads that decode beside the model, 0 for none; None for one per core, at most 8.
         bad_images: "stop" raises at an image that cannot be decoded, "skip" logs it and continues.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, gather_object
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -27,10 +27,10 @@ from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from ..optim import LARS, parameter_groups
 from ..option_values import shown
+from ..precision import this_device
 from ..process_group import leave_at_exit
 from ..reporting import UsageError, one_line, warn
 from ..run_folder import BAD_IMAGES
-from .hardware import this_device
 from .launch import check_launch, check_trackers, ddp_options
 from .pixels import pixel_format
 from .plan import Plan
@@ -51,11 +51,11 @@ SMALLEST_LARS_BASE_LEARNING_RATE = 0.03
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
     """
-    The processes, the precision and the trackers of a run.
+    The processes, the precision and the trackers of a run whose precision is settled.
 
     Raises:
-        UsageError: a launch that asked for several processes and got one, fp16 without a GPU, a tracker that is not
-            installed.
+        UsageError: a launch that asked for several processes and got one, processes of different precision, a tracker
+            that is not installed.
     """
     check_launch(os.environ)
     own, asked = recipe.hardware.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
@@ -65,8 +65,6 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     trackers = check_trackers(recipe.monitoring.report_to)
     if recipe.hub.push_to_hub:
         check_repo_id(recipe.hub.hub_model_id or Path(recipe.run.output_dir).resolve().name)
-    if recipe.hardware.mixed_precision == "fp16" and this_device().type == "cpu":
-        raise UsageError("--mixed_precision fp16 needs a GPU: use bf16 or no on this machine")
     leave_at_exit()
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
@@ -85,6 +83,13 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         raise UsageError(
             f"{started} processes were started, but {accelerator.num_processes} joined: start them with torchrun or"
             " accelerate launch"
+        )
+    precisions = gather_object([own])
+    if len(set(precisions)) > 1:
+        raise UsageError(
+            f"process 0 would use mixed_precision {precisions[0]} and another process"
+            f" {next(value for value in precisions if value != precisions[0])}, which its hardware has: pass"
+            " --mixed_precision no, bf16 or fp16"
         )
     return accelerator
 

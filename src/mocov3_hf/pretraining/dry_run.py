@@ -8,10 +8,11 @@ import yaml
 
 from ..data.account import Account
 from ..data.sources import MapSource, StreamSource
+from ..precision import this_device
 from ..reporting import UsageError
 from .build import build_config, build_source, check_buildable, check_keys, doubtful_choices
 from .estimate import Estimate, describe_exchanges, estimate, exchanges
-from .hardware import choose_settings, this_device
+from .hardware import choose_settings, settle_precision
 from .launch import check_trackers
 from .pixels import settle_pixels
 from .plan import Plan, make_plan
@@ -53,6 +54,8 @@ def plan_run(recipe: Recipe) -> PlannedRun:
         UsageError: a recipe that is not valid, or one without data and their number.
     """
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    device = this_device()
+    recipe, precision = settle_precision(recipe, device)
     check_trackers(recipe.monitoring.report_to)
     source = open_images(recipe)
     num_images = recipe.data.num_train_images if source is None else source.num_samples
@@ -63,7 +66,6 @@ def plan_run(recipe: Recipe) -> PlannedRun:
     config = build_config(recipe)
     check_keys(recipe.model.backbone_config, config.backbone_config)
     model = check_buildable(config)
-    device = this_device()
     settings = choose_settings(recipe, model, device)
     costs = estimate(
         config,
@@ -75,7 +77,6 @@ def plan_run(recipe: Recipe) -> PlannedRun:
         settings,
     )
     exchanged = exchanges(model, plan.batch_size, num_processes, on_gpu=device.type == "cuda")
-    precision = recipe.hardware.mixed_precision
     return PlannedRun(
         recipe=recipe,
         num_images=num_images,
@@ -86,7 +87,7 @@ def plan_run(recipe: Recipe) -> PlannedRun:
         plan=plan,
         costs=costs,
         communication=describe_exchanges(exchanged, num_processes),
-        settings=f"settings for {device.type}: mixed_precision {precision}, {settings.describe()}",
+        settings=f"settings for {device.type}: {precision}, {settings.describe()}",
         doubts=doubtful_choices(recipe, plan, model, num_processes),
     )
 

@@ -7,7 +7,7 @@ sums; benchmarks/step.py measures them. Each is worth at least 5 % of a step som
 import ctypes
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
@@ -16,8 +16,9 @@ from ..data.photometric import PhotometricStage
 from ..loading import enable_gradient_checkpointing
 from ..model.configuration_mocov3 import MoCoV3ViTConfig
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
+from ..precision import resolve_precision
 from ..reporting import UsageError, one_line
-from .recipe import Recipe
+from .recipe import Recipe, resumed_recipe
 
 
 # Options of glibc's mallopt (malloc.h): map nothing per allocation, give nothing back, and grow in large pieces.
@@ -42,6 +43,20 @@ class HardwareSettings:
         attention = [f"{self.attn_implementation} attention"] if self.attn_implementation is not None else []
         switches = [name for name, value in asdict(self).items() if value is True]
         return ", ".join(attention + switches) or "nothing"
+
+
+def settle_precision(recipe: Recipe, device: torch.device) -> tuple[Recipe, str]:
+    """
+    The recipe with the precision that a run on a device uses, and the settings as text, with the reason for it.
+
+    Raises:
+        UsageError: as `resolve_precision`, or a precision that another option does not support.
+    """
+    resumed = resumed_recipe(recipe)
+    saved = None if resumed is None else resumed.hardware.mixed_precision
+    precision, reason = resolve_precision(recipe.hardware.mixed_precision, device, saved)
+    recipe = replace(recipe, hardware=replace(recipe.hardware, mixed_precision=precision))
+    return recipe, f"mixed_precision {precision}{reason and f' ({reason})'}"
 
 
 def choose_settings(recipe: Recipe, model: MoCoV3ForPreTraining, device: torch.device) -> HardwareSettings:
@@ -78,13 +93,6 @@ def choose_settings(recipe: Recipe, model: MoCoV3ForPreTraining, device: torch.d
         torch_compile=options.torch_compile,
         gradient_checkpointing=options.gradient_checkpointing,
     )
-
-
-def this_device() -> torch.device:
-    """The kind of device that a run on this machine uses; with `accelerate launch --cpu`, the CPU."""
-    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
-        return torch.device("cpu")
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def has_tf32(device: torch.device) -> bool:

@@ -15,6 +15,7 @@ from ..data.bad_images import TooManyBadImagesError
 from ..data.workers import LostWorkerError
 from ..hub import BackgroundPusher
 from ..option_values import resume_command
+from ..precision import this_device
 from ..process_group import Stopped, StopRequest, announce_error, has_announced_error, release_unused, wait_for_others
 from ..reporting import RunError, UsageError, is_first_process, output_to_full_disk, reporting
 from ..run_folder import BAD_IMAGES, DATA, RECIPE, CheckpointError, list_checkpoints
@@ -34,7 +35,7 @@ from .data_change import describe_change, identify, plan_to_resume
 from .dry_run import describe, describe_as_json
 from .folder_lock import FolderLock
 from .gradient_cache import check_chunkable
-from .hardware import choose_settings, compile_augmentation, set_up
+from .hardware import choose_settings, compile_augmentation, set_up, settle_precision
 from .instability import GradientWatch, Instability
 from .monitors import DivergedError, TrainingLog, summarize
 from .online_knn import OnlineKNN
@@ -136,6 +137,7 @@ class Run:
         self.resume_command, self.lock = resume_command, lock
         self.output_dir = Path(recipe.run.output_dir)
         disable_progress_bar()  # transformers' own, for every file of a checkpoint
+        recipe, precision = settle_precision(recipe, this_device())
         self.accelerator = build_accelerator(recipe)
         check_model(recipe)
         source = build_source(recipe)
@@ -152,8 +154,8 @@ class Run:
             self.accelerator.print(f"warning: {doubt}", file=sys.stderr)
         settings = choose_settings(recipe, model, self.accelerator.device)
         set_up(model, settings)
-        chosen = f"mixed_precision {recipe.hardware.mixed_precision}, {settings.describe()}"
-        self.accelerator.print(f"settings for {self.accelerator.device.type}: {chosen}", file=sys.stderr)
+        chosen = f"settings for {self.accelerator.device.type}: {precision}, {settings.describe()}"
+        self.accelerator.print(chosen, file=sys.stderr)
         if recipe.hardware.gradient_cache_chunk_size is not None:
             check_chunkable(model)
         optimizer = build_optimizer(recipe, model, self.plan)

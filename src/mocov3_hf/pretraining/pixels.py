@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ from ..data.pixel_statistics import estimate_pixels
 from ..loading import load_config, num_channels_of
 from ..processing import PixelFormat, ProcessorTransform, build_image_processor, checked_range
 from ..reporting import UsageError
-from ..run_folder import RECIPE, is_file_whole, list_checkpoints
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, resumed_recipe
 
 
 # Options that a run settles. A resumed run takes those of its checkpoint, not those of a new sample.
@@ -97,14 +95,10 @@ def settle_pixels_together(recipe: Recipe, source, accelerator: Accelerator) -> 
 
 def with_settled_options(recipe: Recipe) -> Recipe:
     """With the settled options of the checkpoint that is resumed, where the recipe leaves them open."""
-    asked = recipe.run.resume_from_checkpoint
-    if asked is None:
+    resumed = resumed_recipe(recipe)
+    if resumed is None:
         return recipe
-    folders = list_checkpoints(recipe.run.output_dir) if asked == "auto" else [Path(asked)]
-    whole = next((folder for folder in folders if is_file_whole(folder, RECIPE)), None)
-    if whole is None:
-        return recipe
-    saved = load_recipe(whole / RECIPE).data
+    saved = resumed.data
     changes = {
         name: getattr(saved, name)
         for name in SETTLED

@@ -23,7 +23,7 @@ from ..options import (
 )
 from ..recipe_files import COMMAND_KEY, RECIPES, find_recipe
 from ..reporting import UsageError
-from ..run_folder import RECIPE
+from ..run_folder import RECIPE, is_file_whole, list_checkpoints
 from ..storage import write_text
 from .recipe_options import (
     DataOptions,
@@ -62,7 +62,7 @@ class Recipe:
         if self.monitoring.on_instability == "skip" and self.hardware.mixed_precision == "fp16":
             raise UsageError(
                 "--on_instability skip does not work with --mixed_precision fp16, whose gradient scaler decides which"
-                " steps to skip: pass --mixed_precision bf16, or --on_instability rollback"
+                " steps to skip: pass --mixed_precision bf16 or no, or --on_instability rollback"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,6 +142,16 @@ def resolve(name: str | Path, values: Mapping[str, Any]) -> Recipe:
     if "backbone_config" in from_file and "backbone_config" in values:
         together["backbone_config"] = merge_backbone_config(from_file["backbone_config"], values["backbone_config"])
     return Recipe(**{group.name: build(group.type, together) for group in dataclasses.fields(Recipe)})
+
+
+def resumed_recipe(recipe: Recipe) -> Recipe | None:
+    """The recipe of the newest checkpoint that a run resumes, of those whose recipe is whole; None for a new run."""
+    asked = recipe.run.resume_from_checkpoint
+    if asked is None:
+        return None
+    folders = list_checkpoints(recipe.run.output_dir or "") if asked == "auto" else [Path(asked)]
+    whole = next((folder for folder in folders if is_file_whole(folder, RECIPE)), None)
+    return None if whole is None else load_recipe(whole / RECIPE)
 
 
 def merge_backbone_config(file: dict, command: dict) -> dict:

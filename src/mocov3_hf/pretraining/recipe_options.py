@@ -204,7 +204,11 @@ class OptimizationOptions:
 class HardwareOptions:
     """Hardware and speed"""
 
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("bf16", "precision of the forward pass")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
+        "auto",
+        "precision of the forward pass; auto is bf16 or fp16 where the device has instructions for it, else no"
+        " (float32); a resumed run keeps its own",
+    )
     torch_compile: bool = option(
         False, "compile both encoders and, on GPUs, the augmentation: half a minute more at the start"
     )
