@@ -18,7 +18,7 @@ def command(model, images, output_dir, *more):
     """45 images in batches of 16 are two steps an epoch."""
     paths = ["--model", str(model), "--dataset_name", str(images), "--output_dir", str(output_dir)]
     values = ["--num_train_epochs", 2, "--train_batch_size", 16, "--warmup_epochs", 1, "--base_learning_rate", 0.016]
-    return [*paths, *map(str, values), "--logging_steps", "1", *map(str, more)]
+    return [*paths, *map(str, values), "--logging_steps", "1", "--mixed_precision", "no", *map(str, more)]
 
 
 def same(first, second):

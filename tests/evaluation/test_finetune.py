@@ -23,7 +23,7 @@ from tests.evaluation.finetuning import ALL, NAMES, command, same
 def trainer_of(model, image_folder, output_dir, **changes):
     train, test = (open_labeled(str(image_folder), split=split) for split in ("train", "test"))
     given = {"num_train_epochs": 2, "train_batch_size": 16, "warmup_epochs": 1, "base_learning_rate": 0.016}
-    given |= {"save_strategy": "no", "eval_strategy": "no", "logging_steps": 1}
+    given |= {"save_strategy": "no", "eval_strategy": "no", "logging_steps": 1, "mixed_precision": "no"}
     options = FinetuneOptions(model="model", dataset_name="data", **(given | changes))
     classifier = unfrozen(load_with_new_head(model, NAMES), options.drop_path_rate)
     transform = ProcessorTransform(build_image_processor(32))

@@ -50,12 +50,19 @@ def resnet_folder(tmp_path_factory):
 
 def command(model, images, output_dir, *more):
     paths = ["--model", str(model), "--dataset_name", str(images), "--output_dir", str(output_dir)]
-    return [*paths, "--num_train_epochs", "2", "--train_batch_size", "16", *map(str, more)]
+    length = ["--num_train_epochs", "2", "--train_batch_size", "16", "--mixed_precision", "no"]
+    return [*paths, *length, *map(str, more)]
 
 
 def options_of(**changes):
     """45 images in batches of 16 are three steps an epoch, the last of 13 images."""
-    given = {"num_train_epochs": 2, "train_batch_size": 16, "save_strategy": "no", "eval_strategy": "no"}
+    given = {
+        "num_train_epochs": 2,
+        "train_batch_size": 16,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "mixed_precision": "no",
+    }
     return LinearProbeOptions(model="model", dataset_name="data", **(given | changes))
 
 
@@ -97,8 +104,7 @@ def test_without_eval_mode_it_would_not_be(resnet_folder, image_folder, tmp_path
 
 def test_steps_are_those_of_the_closed_form(model_folder, image_folder, tmp_path, monkeypatch):
     """SGD written out on the features of the batches that were seen: start, rate, momentum, loss, and no clipping."""
-    changes = {"base_learning_rate": 8.0, "augment": False, "mixed_precision": "no"}
-    trainer = trainer_of(model_folder, image_folder, tmp_path, **changes)
+    trainer = trainer_of(model_folder, image_folder, tmp_path, base_learning_rate=8.0, augment=False)
     head = head_parameters(trainer.model)
     start = {name.removeprefix("classifier."): value.detach().clone().double() for name, value in head.items()}
     assert start["weight"].std().item() == pytest.approx(0.01, rel=0.2)
