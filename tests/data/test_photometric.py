@@ -185,13 +185,81 @@ def test_batched_equals_one_by_one_on_drawn_parameters(pictures, view):
     assert torch.equal(stage.batched(pixels, values, torch.bfloat16), batched.bfloat16())
 
 
+def random_parameters(number: int, seed: int) -> torch.Tensor:
+    """Every operation on about half of the samples, with any amount."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = {
+        "order": torch.randint(0, 24, (number,), generator=generator).float(),
+        "hue": torch.rand(number, generator=generator) - 0.5,
+        "blur_sigma": 0.1 + 1.9 * torch.rand(number, generator=generator),
+        "solarize_threshold": 255 * torch.rand(number, generator=generator),
+        "rotation": torch.randint(0, 4, (number,), generator=generator).float(),
+        "dropped_channel": torch.rand(number, generator=generator),
+    }
+    columns |= {name: 2 * torch.rand(number, generator=generator) for name in ("brightness", "contrast", "saturation")}
+    columns |= {name: torch.ones(number) for name in ("grayscale", "flip", "vertical_flip")}
+    neutral = dict(zip(PARAMETER_NAMES, parameters(1)[0].tolist(), strict=True))
+    return torch.stack(
+        [
+            torch.where(torch.rand(number, generator=generator) < 0.5, columns[name], neutral[name])
+            for name in PARAMETER_NAMES
+        ],
+        dim=1,
+    )
+
+
+def one_sample(pixels: torch.Tensor, row: list[float], mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """The stage written out for one sample (C, S, S), in float64, with the filter of the blur box by box."""
+    values = dict(zip(PARAMETER_NAMES, row, strict=True))
+    image = pixels[None].double() / (255 if pixels.dtype == torch.uint8 else 65535)
+    for operation in JITTER_ORDERS[int(values["order"])]:
+        name = ("brightness", "contrast", "saturation", "hue")[operation]
+        if len(pixels) == 3 or operation < 2:
+            image = getattr(photometric, f"adjust_{name}")(image, values[name])
+    if values["grayscale"]:
+        image = photometric.grayscale(image).expand_as(image)
+    weights = photometric._box_weights(torch.tensor([values["blur_sigma"]]), 2.0).double()
+    for dim in (-1, -2):
+        image = photometric._box_passes(image, weights, dim)
+    image = photometric.solarize(image, values["solarize_threshold"])
+    image = image.flip(-1) if values["flip"] else image
+    image = image.flip(-2) if values["vertical_flip"] else image
+    image = image.rot90(int(values["rotation"]), (-2, -1))[0].clone()
+    if values["dropped_channel"] > 0:
+        dropped = int(values["dropped_channel"] * len(pixels))
+        image[dropped] = mean[dropped]
+    return (image - mean[:, None, None]) / std[:, None, None]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 13])
+@pytest.mark.parametrize(("dtype", "size", "chunk"), [("uint8", 32, 2**18), ("uint8", 9, 5000), ("uint16", 70, 20000)])
+def test_the_stage_of_cpus_is_that_of_each_sample_alone(monkeypatch, channels, dtype, size, chunk):
+    """Also where chunks do not divide the batch, and for sizes with and without the blur by matrix products."""
+    monkeypatch.setattr(photometric, "_CHUNK", chunk)
+    generator = torch.Generator().manual_seed(size)
+    largest = 256 if dtype == "uint8" else 65536
+    pixels = torch.randint(0, largest, (23, channels, size, size), generator=generator).to(getattr(torch, dtype))
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    values = random_parameters(23, seed=channels)
+    mean, std = 0.3 + 0.3 * torch.rand(2, channels, generator=generator)
+    before = pixels.clone(), values.clone()
+    found = PhotometricStage(mean.tolist(), std.tolist(), optional_operations=True)(pixels, values)
+    assert torch.equal(pixels, before[0])
+    assert torch.equal(values, before[1])
+    assert found.is_contiguous()
+    expected = torch.stack([one_sample(*sample, mean, std) for sample in zip(pixels, values.tolist(), strict=True)])
+    apart = (found - expected).abs()
+    # A value at the threshold of solarize may fall on either side.
+    assert (apart > 2e-5).float().mean() < 1e-4
+
+
 def test_a_sample_does_not_depend_on_its_batch(pictures):
     values = draw_view(two_views()[0], 0, 0, torch.arange(6), 0).parameters
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2)
     stage = PhotometricStage()
-    whole = stage.batched(pixels, values, torch.float32)
-    alone = stage.batched(pixels[2:3], values[2:3], torch.float32)
-    assert torch.allclose(whole[2:3], alone, atol=1e-6)
+    for run in (stage, lambda *arguments: stage.batched(*arguments, torch.float32)):
+        whole, alone = run(pixels, values), run(pixels[2:3], values[2:3])
+        assert torch.allclose(whole[2:3], alone, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """The device stage of the augmentation, in batches: jitter, grayscale, blur, solarize, flips, normalize.
 
 Plain tensor code with one set of parameters per sample. It uses masks instead of branches and has no data-dependent
-shapes, so that `torch.compile` fuses it into few kernels. On a CPU without compilation, samples are processed one by
-one and only the operations that apply are computed. The results are equal up to float32 rounding.
+shapes, so that `torch.compile` fuses it into few kernels. On a CPU without compilation, each operation is computed for
+the samples to which it applies. The results are equal up to float32 rounding.
 
 All computation is in float32, independent of the returned dtype.
 
@@ -13,6 +13,7 @@ Shapes: B batch size, C channels, S image size, K number of parameters (`views.P
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -27,6 +28,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in PIL
 _PASSES = 3
+# On CPUs (benchmarks/photometric.py): pixels of the samples that are processed together, and the largest side of an
+# image that is blurred by matrix products.
+_CHUNK = 2**18
+_SMALL = 64
 _LARGEST = {torch.uint8: 255, torch.uint16: 65535}
 
 
@@ -70,15 +75,14 @@ class PhotometricStage(nn.Module):
             (B, C, S, S) in `dtype`, normalized.
         """
         if pixels.device.type == "cpu" and not torch.compiler.is_compiling():
-            images = [self._one(*sample) for sample in zip(pixels, parameters.tolist(), strict=True)]
-            return torch.stack(images).to(dtype)
+            number = max(1, _CHUNK // pixels[:1].numel())
+            chunks = zip(pixels.split(number), parameters.split(number), strict=True)
+            return torch.cat([self.selected(*chunk).to(dtype) for chunk in chunks])
         return self.batched(pixels, parameters, dtype)
 
     def batched(self, pixels: torch.Tensor, parameters: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`forward` with masks on any device: the path of GPUs and `torch.compile`."""
-        values = dict(
-            zip(PARAMETER_NAMES, parameters.to(torch.float32)[:, :, None, None, None].unbind(1), strict=True)
-        )
+        values = by_name(parameters)
         image = self._jitter(pixels.to(torch.float32) / _LARGEST[pixels.dtype], values)
         image = torch.where(values["grayscale"] > 0.5, grayscale(image), image)
         if self.max_blur_sigma > 0:
@@ -125,37 +129,56 @@ class PhotometricStage(nn.Module):
             image = torch.where(hue_first, image, adjust_hue(image, values["hue"]))
         return slot(image, 3)
 
-    def _one(self, pixels: torch.Tensor, parameters: list[float]) -> torch.Tensor:
-        """One sample (C, S, S), with only the operations that change it."""
-        values = dict(zip(PARAMETER_NAMES, parameters, strict=True))
-        image = pixels.contiguous()[None].to(torch.float32).div_(_LARGEST[pixels.dtype])
-        changes = {
-            _BRIGHTNESS: (values["brightness"], 1, adjust_brightness),
-            _CONTRAST: (values["contrast"], 1, adjust_contrast),
-        }
+    def selected(self, pixels: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+        """`forward` on a CPU: each operation for the samples that it changes."""
+        samples = [dict(zip(PARAMETER_NAMES, row, strict=True)) for row in parameters.tolist()]
+        columns = by_name(parameters)
+        image = pixels.contiguous().to(torch.float32).div_(_LARGEST[pixels.dtype])
+        jitter = {_BRIGHTNESS: ("brightness", 1, adjust_brightness), _CONTRAST: ("contrast", 1, adjust_contrast)}
         if image.shape[1] == 3:
-            changes[_SATURATION] = (values["saturation"], 1, adjust_saturation)
-            changes[_HUE] = (values["hue"], 0, adjust_hue)
-        for operation in JITTER_ORDERS[int(values["order"])]:
-            amount, neutral, adjust = changes.get(operation, (1, 1, None))
-            if amount != neutral:
-                image = adjust(image, amount)
-        if values["grayscale"] > 0.5:
-            image = grayscale(image).expand_as(image)
-        if values["blur_sigma"] > 0:
-            image = gaussian_blur(image, torch.tensor([values["blur_sigma"]]), self.max_blur_sigma)
-        if values["solarize_threshold"] < NO_SOLARIZE:
-            image = solarize(image, values["solarize_threshold"])
-        if values["flip"] > 0.5:
-            image = image.flip(-1)
+            jitter |= {_SATURATION: ("saturation", 1, adjust_saturation), _HUE: ("hue", 0, adjust_hue)}
+
+        def rows_where(is_changed: Callable[[dict[str, float]], bool]) -> list[int]:
+            return [row for row, values in enumerate(samples) if is_changed(values)]
+
+        for place in range(len(JITTER_ORDERS[0])):
+            here = [JITTER_ORDERS[int(values["order"])][place] for values in samples]
+            for operation, (name, neutral, adjust) in jitter.items():
+                rows = [row for row, v in enumerate(samples) if here[row] == operation and v[name] != neutral]
+                image = on_rows(adjust, rows, image, columns[name])
+        image = on_rows(lambda part: part.copy_(grayscale(part)), rows_where(lambda v: v["grayscale"] > 0.5), image)
+        image = on_rows(
+            lambda part, sigma: gaussian_blur(part, sigma.flatten(), self.max_blur_sigma),
+            rows_where(lambda v: v["blur_sigma"] > 0),
+            image,
+            columns["blur_sigma"],
+        )
+        rows = rows_where(lambda v: v["solarize_threshold"] < NO_SOLARIZE)
+        image = on_rows(solarize, rows, image, columns["solarize_threshold"])
+        image = on_rows(lambda part: part.flip(-1), rows_where(lambda v: v["flip"] > 0.5), image)
         if self.optional_operations:
-            if values["vertical_flip"] > 0.5:
-                image = image.flip(-2)
-            image = image.rot90(int(values["rotation"]), (-2, -1))
-            image = torch.where(
-                self._is_dropped(torch.full((1, 1, 1, 1), values["dropped_channel"])), self.mean, image
-            )
-        return (image[0] - self.mean).div_(self.std)
+            image = on_rows(lambda part: part.flip(-2), rows_where(lambda v: v["vertical_flip"] > 0.5), image)
+            for turns in (1, 2, 3):
+                rows = rows_where(lambda v, turns=turns: v["rotation"] == turns)
+                image = on_rows(lambda part, turns=turns: part.rot90(turns, (-2, -1)), rows, image)
+            image = torch.where(self._is_dropped(columns["dropped_channel"]), self.mean, image)
+        return (image - self.mean).div_(self.std)
+
+
+def by_name(parameters: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Parameters (B, K) as float32 columns (B, 1, 1, 1)."""
+    return dict(zip(PARAMETER_NAMES, parameters.to(torch.float32)[:, :, None, None, None].unbind(1), strict=True))
+
+
+def on_rows(operation: Callable, rows: list[int], image: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
+    """Apply an operation to some samples of (N, C, S, S), in place unless it is all, with their rows of (N, ...)."""
+    if not rows:
+        return image
+    if len(rows) == len(image):
+        return operation(image, *columns)
+    index = torch.tensor(rows)
+    part = operation(image.index_select(0, index), *(column.index_select(0, index) for column in columns))
+    return image.index_copy_(0, index, part)
 
 
 def _slots(order: tuple[int, ...]) -> tuple[list[list[bool]], bool]:
@@ -216,7 +239,8 @@ def adjust_hue(image: torch.Tensor, shift) -> torch.Tensor:
     )
     sixths = sixths + 6 * shift
     # HSV to RGB without branches: f(n) = v - c * max(0, min(k, 4 - k, 1)), k = (n + sixths) mod 6, n = 5, 3, 1.
-    k = torch.remainder(torch.cat([sixths + 5, sixths + 3, sixths + 1], dim=1), 6)
+    k = torch.cat([sixths + 5, sixths + 3, sixths + 1], dim=1)
+    k = k - 6 * torch.floor(k / 6)  # faster than torch.remainder
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -236,6 +260,9 @@ def gaussian_blur(image: torch.Tensor, sigma: torch.Tensor, max_sigma: float) ->
         max_sigma: Upper bound of sigma.
     """
     weights = _box_weights(sigma.to(torch.float32), max_sigma)
+    if image.device.type == "cpu" and max(image.shape[-2:]) <= _SMALL:
+        rows, columns = (_box_matrices(weights, size) for size in image.shape[-2:])
+        return rows @ image @ columns.mT
     for dim in (-1, -2):
         image = _blur_along(image, weights, dim)
     return image
@@ -254,6 +281,16 @@ def _box_weights(sigma: torch.Tensor, max_sigma: float) -> torch.Tensor:
     distance = torch.arange(reach + 1, device=sigma.device, dtype=torch.float32)
     weights = (distance <= whole).float() + (distance == whole + 1) * fraction
     return weights / (2 * whole + 1 + 2 * fraction)
+
+
+def _box_matrices(weights: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, 1, size, size): the three box filters along a dimension, with replicated edges, as one matrix."""
+    reach = weights.shape[1] - 1
+    offsets = torch.arange(-reach, reach + 1)
+    places = (torch.arange(size)[:, None] + offsets).clamp(0, size - 1).expand(len(weights), -1, -1)
+    taps = weights[:, None, offsets.abs()].expand(-1, size, -1)
+    box = torch.zeros(len(weights), size, size).scatter_add_(2, places, taps)
+    return (box @ box @ box)[:, None]
 
 
 def _blur_along(image: torch.Tensor, weights: torch.Tensor, dim: int) -> torch.Tensor:
