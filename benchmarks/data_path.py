@@ -167,11 +167,20 @@ for line in sys.stdin:
 """
 
 
-def decoding_before(before: str, paths: list[str], rounds: int) -> dict:
-    """CPU seconds of decoding in another source tree and in this one, in turns, and the median of their ratios."""
+def in_turns(before: str, program: str, arguments: list[str], rounds: int, line: str = "") -> dict:
+    """
+    CPU seconds of a program with the package of another source tree and of this one, and the median of their ratios.
+
+    Args:
+        before: Folder src of the other tree.
+        program: Python code that measures once per line of stdin, and prints the seconds.
+        arguments: Of the program.
+        rounds: Measurements of each, in turns.
+        line: What to send on stdin.
+    """
     children = []
     for tree in (before, str(Path(decode_module.__file__).parents[2])):
-        command = [sys.executable, "-c", DECODE, *paths]
+        command = [sys.executable, "-c", program, *arguments]
         environment = {**os.environ, "PYTHONPATH": tree}
         children.append(
             subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -179,7 +188,7 @@ def decoding_before(before: str, paths: list[str], rounds: int) -> dict:
     seconds = ([], [])
     for round_index in range(-1, rounds):
         for child in (0, 1) if round_index % 2 else (1, 0):
-            children[child].stdin.write("\n")
+            children[child].stdin.write(f"{line}\n")
             children[child].stdin.flush()
             taken = float(children[child].stdout.readline())
             if round_index >= 0:
@@ -314,7 +323,7 @@ def main() -> None:
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": PIL.__version__}
     if options.before:
         result = {"images": len(paths), "rounds": options.rounds, "versions": versions}
-        finish(result | {"decoding": decoding_before(options.before, paths, options.rounds)}, options.output)
+        finish(result | {"decoding": in_turns(options.before, DECODE, paths, options.rounds)}, options.output)
         return
     result = {
         "images": len(paths),

@@ -212,18 +212,18 @@ def grayscale(image: torch.Tensor) -> torch.Tensor:
 
 def adjust_brightness(image: torch.Tensor, factor) -> torch.Tensor:
     """Multiply (B, C, S, S) in [0, 1] by a factor, a number or (B, 1, 1, 1)."""
-    return (image * factor).clamp(0, 1)
+    return (image * factor).clamp_(0, 1)
 
 
 def adjust_contrast(image: torch.Tensor, factor) -> torch.Tensor:
     """Blend (B, C, S, S) in [0, 1] with the mean of its grayscale: factor 0 returns the mean, 1 the image."""
     mean = grayscale(image).mean(dim=(-3, -2, -1), keepdim=True)
-    return (image * factor + mean * (1 - factor)).clamp(0, 1)
+    return (image * factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def adjust_saturation(image: torch.Tensor, factor) -> torch.Tensor:
     """Blend (B, C, S, S) in [0, 1] with its grayscale: factor 0 returns the grayscale, 1 the image."""
-    return (image * factor + grayscale(image) * (1 - factor)).clamp(0, 1)
+    return (image * factor).add_(grayscale(image) * (1 - factor)).clamp_(0, 1)
 
 
 def adjust_hue(image: torch.Tensor, shift) -> torch.Tensor:
@@ -240,8 +240,8 @@ def adjust_hue(image: torch.Tensor, shift) -> torch.Tensor:
     sixths = sixths + 6 * shift
     # HSV to RGB without branches: f(n) = v - c * max(0, min(k, 4 - k, 1)), k = (n + sixths) mod 6, n = 5, 3, 1.
     k = torch.cat([sixths + 5, sixths + 3, sixths + 1], dim=1)
-    k = k - 6 * torch.floor(k / 6)  # faster than torch.remainder
-    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+    k = k.sub_(torch.floor(k / 6).mul_(6))  # faster than torch.remainder
+    return value - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma)
 
 
 def solarize(image: torch.Tensor, threshold) -> torch.Tensor:
