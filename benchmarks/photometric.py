@@ -2,8 +2,8 @@
 
     python -m benchmarks.photometric --before SRC --output benchmarks/results/photometric_cpu.json
 
-Two processes with one thread take turns over the same pixels and drawn parameters. Reported are medians, and the median
-of the ratios within a round. `quickstart` has the views of that recipe, the other rows those of the paper.
+Two processes with one thread take turns over the same pixels and drawn parameters. Reported are medians, also of the
+ratios within a round. `quickstart` has the views of that recipe, the other rows those of the paper.
 """
 
 import argparse

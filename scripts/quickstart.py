@@ -1,20 +1,31 @@
 """MoCo v3 end to end on handwritten digits, in minutes and without a download: `make quickstart`."""
 
 import argparse
+import shlex
+import signal
+import sys
 from pathlib import Path
 
-from transformers import pipeline
-from transformers.utils.logging import disable_progress_bar
+import mocov3_cli
 
-from mocov3_hf import MoCoV3Model
-from mocov3_hf.data.digits import write_digits
-from mocov3_hf.data.labeled import open_labeled
-from mocov3_hf.evaluation.classifier import build_classifier
-from mocov3_hf.evaluation.features import labeled_features
-from mocov3_hf.evaluation.knn import evaluate_knn
-from mocov3_hf.evaluation.linear import fit_linear_classifier
-from mocov3_hf.pretraining import build, loop, recipe
-from mocov3_hf.processing import build_image_processor
+
+mocov3_cli.wait_passively()  # before torch is imported
+with mocov3_cli.ended_by_signals("SIGINT", "SIGTERM"):
+    from transformers import pipeline
+    from transformers.utils.logging import disable_progress_bar
+
+    from mocov3_hf import MoCoV3Model
+    from mocov3_hf.data.digits import write_digits
+    from mocov3_hf.data.labeled import open_labeled
+    from mocov3_hf.evaluation import knn
+    from mocov3_hf.evaluation.classifier import build_classifier
+    from mocov3_hf.evaluation.features import labeled_features
+    from mocov3_hf.evaluation.linear import fit_linear_classifier
+    from mocov3_hf.pretraining import build, loop, plan, recipe
+    from mocov3_hf.processing import build_image_processor
+    from mocov3_hf.report.write import main as report
+    from mocov3_hf.reporting import reporting
+    from mocov3_hf.run_folder import list_checkpoints, step_of
 
 
 def main() -> None:
@@ -26,12 +37,14 @@ def main() -> None:
     train, test = (open_labeled(str(digits), split=split) for split in ("train", "test"))
 
     command = ["--recipe", "quickstart", "--dataset_name", str(digits), "--output_dir", str(pretrained)]
-    command += ["--overwrite_output_dir", *overrides]
-    before = evaluate_knn(build.build_model(recipe.parse(command)), train, test, k=[10], progress=False)
-    loop.main(command)
-    model = MoCoV3Model.from_pretrained(pretrained)
-    after = evaluate_knn(model, train, test, k=[10], progress=False)
+    chosen = recipe.parse([*command, "--overwrite_output_dir", *overrides])
+    before = knn.evaluate_knn(build.build_model(chosen), train, test, k=[10], progress=False)
+    resume = ["python", *sys.argv, "--resume_from_checkpoint", "auto"]
+    loop.run_recipe(chosen, shlex.join(resume))
+    check_finished(pretrained, plan.make_plan(chosen, len(train), 1).total_steps)
+    after = knn.run(knn.KNNOptions(model=str(pretrained), dataset_name=str(digits), k=[10]))
 
+    model = MoCoV3Model.from_pretrained(pretrained)
     features, held_out = (labeled_features(model, images, progress=False) for images in (train, test))
     linear = fit_linear_classifier(features.features, features.labels)
     folder = options.output_dir / "classifier"
@@ -47,7 +60,21 @@ def main() -> None:
         files, pipeline("image-classification", model=str(folder))(list(map(str, files))), strict=True
     ):
         print(f"  {file.relative_to(digits)}: a {answer[0]['label']} ({answer[0]['score']:.2f})")
+    report([str(pretrained), "--dataset_name", str(digits)])
+
+
+def check_finished(folder: Path, total_steps: int) -> None:
+    """End the process with a line if pre-training was stopped by a signal."""
+    done = max(map(step_of, list_checkpoints(folder)), default=0)
+    if done < total_steps:
+        print(f"the quickstart is unfinished, after {done} of {total_steps} steps: it has no result", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        with reporting():
+            main()
+    except KeyboardInterrupt:
+        print("the quickstart is unfinished, stopped by SIGINT: start it again", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -32,6 +32,8 @@ COMMANDS = {
     "recipes": ("mocov3_hf.options:recipes_main", "list the recipes, or print one"),
     "zoo": ("mocov3_hf.zoo:main", "list the published models"),
 }
+# How OpenMP waits: the standard, GNU's and LLVM's.
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 HELP = """\
 usage: mocov3 COMMAND [--option value ...]
 
@@ -62,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: there is no command {arguments[0]!r}; {hint}", file=sys.stderr)
         sys.exit(2)
     module, function = COMMANDS[name][0].split(":")
+    wait_passively()
     with ended_by_signals("SIGTERM", "SIGUSR1"):
         with ended_by_signals("SIGINT"):
             command = getattr(importlib.import_module(module), function)
@@ -70,6 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:  # of a command that does not handle it itself
             announce(signal.SIGINT)
             sys.exit(128 + signal.SIGINT)
+
+
+def wait_passively() -> None:
+    """
+    Let threads of OpenMP sleep while they wait, unless the user has chosen how they wait. Beside other busy processes,
+    threads that spin slow a step down many times (benchmarks/contention.py).
+
+    OpenMP reads this when torch is imported.
+    """
+    if not any(name in os.environ for name in WAITING):
+        os.environ.update(OMP_WAIT_POLICY="PASSIVE", KMP_BLOCKTIME="0")
 
 
 def show(text: str) -> None:

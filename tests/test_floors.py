@@ -42,7 +42,17 @@ FLOORS = {
     "report": 2,
 }
 # Floor 1 knows neither options nor the layout of folders.
-PLAIN = {"_version", "model", "reporting", "hints", "requirements", "process_group", "storage", "processing"}
+PLAIN = {
+    "_version",
+    "model",
+    "reporting",
+    "hints",
+    "requirements",
+    "precision",
+    "process_group",
+    "storage",
+    "processing",
+}
 # The only import uphill: fetching a published model includes converting it.
 UPHILL = {("zoo", "interop")}
 

@@ -12,6 +12,7 @@ import mocov3_cli
 
 if sys.argv[:1] == ["-m"]:  # `python -m mocov3_hf`, which imports this package before the command
     mocov3_cli.handle_signals("SIGTERM", "SIGINT", "SIGUSR1")
+    mocov3_cli.wait_passively()
 
 from transformers import (
     AutoBackbone,

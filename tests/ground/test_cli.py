@@ -111,6 +111,47 @@ def test_zoo(capsys):
     assert any(row.startswith("vit-small-p16_mocov3-pre_8xb128-linear-coslr-90e_in1k ") for row in rows)
 
 
+# Ends the process where torch would be imported, and prints how threads would wait.
+AT_THE_IMPORT_OF_TORCH = """
+import os, runpy, sys
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            import mocov3_cli
+            print({name: os.environ[name] for name in mocov3_cli.WAITING if name in os.environ}, flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, Finder())
+"""
+STARTS = {
+    "mocov3": "import mocov3_cli; mocov3_cli.main(['knn', '--model', 'm'])",
+    "-m mocov3_hf": "sys.argv[:] = ['-m', 'knn']; runpy.run_module('mocov3_hf')",
+    **{
+        name: f"sys.argv[:] = ['{name}']; runpy.run_path({str(SCRIPTS / name)!r}, run_name='__main__')"
+        for name in ("pretrain.py", "quickstart.py")
+    },
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_threads_wait_passively_from_the_import_of_torch_on(start):
+    """OpenMP reads the environment when torch is imported; what is set later has no effect."""
+    clean = {name: value for name, value in os.environ.items() if name not in mocov3_cli.WAITING}
+    command = [sys.executable, "-c", AT_THE_IMPORT_OF_TORCH + STARTS[start]]
+    result = subprocess.run(command, env=clean, capture_output=True, text=True, check=True)
+    assert result.stdout == "{'OMP_WAIT_POLICY': 'PASSIVE', 'KMP_BLOCKTIME': '0'}\n"
+
+
+@pytest.mark.parametrize("name", mocov3_cli.WAITING)
+def test_how_threads_wait_is_the_users_choice(monkeypatch, name):
+    for other in mocov3_cli.WAITING:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "1000")
+    mocov3_cli.wait_passively()
+    assert {other: os.environ[other] for other in mocov3_cli.WAITING if other in os.environ} == {name: "1000"}
+
+
 def test_help_and_version_need_no_torch():
     code = (
         "import sys, mocov3_cli; mocov3_cli.main(['--help']); mocov3_cli.main(['--version']);"

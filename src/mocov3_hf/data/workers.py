@@ -17,6 +17,7 @@ from typing import BinaryIO
 import torch
 from torch.utils.data import DataLoader
 
+from ..precision import this_device
 from ..process_group import STOP_SIGNALS
 from ..reporting import RunError, warn
 
@@ -52,16 +53,43 @@ class LostWorkerError(RunError):
         self.is_contagious = any(code in CONTAGIOUS for code in exit_codes.values())
 
 
-def default_workers(num_processes: int = 1) -> int:
+def cores_of_process(num_processes: int = 1) -> int:
     """
-    Data-loading workers of a process if `--dataloader_num_workers` is not given, in every command: its share of the
-    CPU cores that it may use, at least 1.
+    The CPU cores that this process may use: its share, at least 1.
 
     Args:
         num_processes: On this machine, if the launcher does not say (`LOCAL_WORLD_SIZE`).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)))
+
+
+def default_workers(num_processes: int = 1) -> int:
+    """
+    Data-loading workers of a process if `--dataloader_num_workers` is not given, in every command: a quarter of its
+    cores, on which the model computes as well; beside an accelerator all but one.
+    """
+    cores = cores_of_process(num_processes)
+    return cores // 4 if this_device().type == "cpu" else cores - 1
+
+
+@contextlib.contextmanager
+def cores_shared_with(num_workers: int, num_processes: int = 1) -> Iterator[None]:
+    """
+    Limit torch's threads to the cores of this process that its data-loading workers leave, at least 1.
+
+    `OMP_NUM_THREADS` decides instead, unless `accelerate launch` has set it, which it always does.
+    """
+    before, launched = torch.get_num_threads(), "ACCELERATE_MIXED_PRECISION" in os.environ
+    if "OMP_NUM_THREADS" in os.environ and not launched:
+        yield
+        return
+    threads = max(1, cores_of_process(num_processes) - num_workers)
+    torch.set_num_threads(min(threads, before) if launched else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def iterate(loader: DataLoader) -> Iterator:

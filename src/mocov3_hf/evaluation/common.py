@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from ..data.classes import open_labeled_splits
 from ..data.labeled import LabeledImages, open_labeled
-from ..data.workers import default_workers
+from ..data.workers import cores_shared_with, default_workers
 from ..hints import describe_missing
 from ..loading import resolve_model
 from ..options import option
@@ -72,7 +72,7 @@ class ComputationOptions:
     batch_size: int = option(64, "Images per forward pass and process, without training.", at_least=1)
     dataloader_num_workers: int | None = option(
         None,
-        "Data-loading workers per process, 0 for none. Defaults to its share of the CPU cores.",
+        "Data-loading workers per process, 0 for none. Defaults to a quarter of its cores, beside a GPU all but one.",
         at_least=0,
         old=["num_workers"],
     )
@@ -175,7 +175,7 @@ def evaluation_processes(options: EvaluationOptions) -> Iterator[PartialState]:
     if (cache_dir := getattr(options, "cache_dir", None)) is not None:
         folder_to_write(cache_dir, "--cache_dir")
     resolve_model(options.model)
-    with joined_processes() as state:
+    with joined_processes() as state, cores_shared_with(options.num_workers, state.num_processes):
         yield state
 
 

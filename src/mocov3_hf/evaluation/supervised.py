@@ -16,6 +16,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from ..data.fingerprint import labeled_fingerprint
 from ..data.labeled import LabeledImages, stratified_split
+from ..data.workers import cores_shared_with
 from ..hints import describe_missing
 from ..hub.push import check_repo_id, push_folder
 from ..loading import resolve_model, weights_hash
@@ -283,7 +284,7 @@ def run_training(
         RunError: Divergence, or a push that failed.
     """
     folder = check_options(options)
-    with joined_processes() as state:
+    with joined_processes() as state, cores_shared_with(options.num_workers, state.num_processes):
         try:
             with StopRequest() as stop:
                 splits = open_training_splits(options)

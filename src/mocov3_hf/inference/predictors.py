@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data.decode import printable
-from ..data.workers import default_workers
+from ..data.workers import cores_of_process
 from ..loading import load_classifier, load_encoder, load_processor, pooled_features, size_options
 from ..processing import for_pixels, pixel_format_of
 from .acceleration import BATCH_SIZES, OTHER_BATCH_SIZE, choose_dtype, prepare_for_inference, uses_channels_last
@@ -69,7 +69,7 @@ class Predictor:
         self.device = _device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.batch_size = batch_size or BATCH_SIZES.get(self.device.type, OTHER_BATCH_SIZE)
-        self.num_workers = min(default_workers(), MOST_THREADS) if num_workers is None else num_workers
+        self.num_workers = min(cores_of_process(), MOST_THREADS) if num_workers is None else num_workers
         self.bad_images = bad_images
         self.model = self.load(model)
         processor = load_processor(model, self.model.config)

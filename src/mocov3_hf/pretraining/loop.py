@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from ..data.bad_images import TooManyBadImagesError
-from ..data.workers import LostWorkerError
+from ..data.workers import LostWorkerError, cores_shared_with
 from ..hub import BackgroundPusher
 from ..option_values import resume_command
 from ..precision import this_device
@@ -197,7 +197,9 @@ class Run:
     def train(self, stop: StopRequest) -> None:
         """Train to the end, or until a signal; weights, metrics and the resolved recipe are in the output folder."""
         accelerator, folder, step = self.accelerator, self.output_dir, self.step
+        workers = num_workers(self.recipe, accelerator)
         with (
+            cores_shared_with(workers, accelerator.num_processes),
             closing(self.loader),
             Trackers(accelerator, self.recipe, folder, step) as trackers,
             closing(TrainingLog(accelerator, trackers, self.plan, self.temperature, folder, self.watch, step)) as log,

@@ -223,7 +223,7 @@ class HardwareOptions:
     )
     dataloader_num_workers: int | None = option(
         None,
-        "data-loading workers per process, 0 for none; defaults to its share of the CPU cores",
+        "data-loading workers per process, 0 for none; defaults to a quarter of its cores, beside a GPU all but one",
         at_least=0,
         at_most=10_000,
     )
