@@ -22,7 +22,9 @@ from transformers import (
     AutoModelForPreTraining,
 )
 
+from . import report
 from ._version import __version__
+from .api import Run, evaluate, finetune, knn, linear_probe, pretrain
 from .model import (
     MoCoV3Backbone,
     MoCoV3Config,
@@ -36,7 +38,6 @@ from .model import (
     MoCoV3ViTModel,
     MoCoV3ViTPreTrainedModel,
 )
-from .pretraining import pretrain
 
 
 AutoConfig.register(MoCoV3ViTConfig.model_type, MoCoV3ViTConfig, exist_ok=True)
@@ -60,6 +61,12 @@ __all__ = [
     "MoCoV3ViTConfig",
     "MoCoV3ViTModel",
     "MoCoV3ViTPreTrainedModel",
+    "Run",
     "__version__",
+    "evaluate",
+    "finetune",
+    "knn",
+    "linear_probe",
     "pretrain",
+    "report",
 ]

@@ -14,7 +14,7 @@ from ..data.classes import open_labeled_splits
 from ..data.labeled import LabeledImages, open_labeled
 from ..data.workers import default_workers
 from ..hints import describe_missing
-from ..loading import resolve_model
+from ..loading import MODEL_IN_MEMORY, resolve_model
 from ..options import option
 from ..process_group import joined_processes
 from ..processing import ProcessorTransform
@@ -272,7 +272,8 @@ def record_and_print(
         settings={**evaluation_settings(options), "transform": repr(transform), **(settings or {})},
         **result,
     )
-    for note in (*notes, f"recorded in {Path(folder) / RESULTS}"):
+    is_kept = options.output_dir is not None or options.model != MODEL_IN_MEMORY
+    for note in (*notes, *([f"recorded in {Path(folder) / RESULTS}"] if is_kept else [])):
         print(note)
 
 
