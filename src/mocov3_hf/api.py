@@ -118,7 +118,7 @@ def pretrain(
     from .pretraining.recipe import recipe_of_call
     from .reporting import UsageError
 
-    with named(dataset) as (name, split):
+    with _own_processes(), named(dataset) as (name, split):
         options["dataset_name"] = name
         if split is not None:
             options.setdefault("train_split", split)
@@ -229,6 +229,21 @@ def finetune(
 
 
 @contextmanager
+def _own_processes() -> Iterator[None]:
+    """Leave no state of accelerate behind that was not there: `notebook_launcher` then starts processes again."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    from .process_group import is_joined
+
+    was_there = bool(PartialState._shared_state)
+    try:
+        yield
+    finally:
+        if not was_there and not is_joined():
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
 def _options_of_call(
     command: Any,
     model: Any,
@@ -243,7 +258,7 @@ def _options_of_call(
     from .data.memory import named
     from .options import values_of_keywords
 
-    with named_model(model, processor) as model_name, named(dataset) as (name, split):
+    with _own_processes(), named_model(model, processor) as model_name, named(dataset) as (name, split):
         given = {**options, "model": model_name, "dataset_name": name}
         if output_dir is not None:
             given["output_dir"] = output_dir

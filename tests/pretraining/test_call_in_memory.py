@@ -1,5 +1,8 @@
 """`mocov3_hf.pretrain()` as in a notebook: data in memory, recipes as mappings, callbacks, and what it returns."""
 
+import json
+from pathlib import Path
+
 import datasets
 import pytest
 import torch
@@ -10,6 +13,7 @@ from transformers import TrainerCallback
 
 import mocov3_hf
 from mocov3_hf.reporting import UsageError
+from tests.fork_server import Forked
 
 
 class Recorder(TrainerCallback):
@@ -132,3 +136,10 @@ def test_through_the_notebook_launcher(tmp_path, options, pictures):
     images = [Image.open(file) for file in sorted(pictures.glob("*.png"))]
     notebook_launcher(lambda: mocov3_hf.pretrain(images, output_dir=tmp_path, **options), num_processes=1)
     assert len(mocov3_hf.Run(tmp_path).metrics) == 4
+
+
+@pytest.mark.slow
+def test_in_two_processes_of_the_notebook_launcher_after_a_run(tmp_path, options):
+    worker = Forked([str(Path(__file__).parent / "notebook_worker.py"), str(tmp_path), json.dumps(options)])
+    output, _ = worker.communicate()
+    assert worker.returncode == 0, output

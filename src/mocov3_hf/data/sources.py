@@ -141,12 +141,12 @@ def _open_memory(split: str, image_column: str | None, labeled: bool) -> _Opened
     if isinstance(splits, datasets.IterableDataset):
         if labeled:
             raise ValueError(NO_RANDOM_ACCESS)
-        account = Account(IN_MEMORY, split, "stream of datasets", None, None)
+        account = Account(IN_MEMORY, split, "stream in memory", None, None)
         return _Opened(splits, account, find_images(splits, image_column))
     chosen = choose_parts(splits, split, IN_MEMORY)
     dataset = chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
     sizes = {name: len(part) for name, part in splits.items()} if len(splits) > 1 else {}
-    account = Account(IN_MEMORY, split, "Dataset of datasets", len(dataset), len(dataset), splits=sizes)
+    account = Account(IN_MEMORY, split, "in memory", None, len(dataset), splits=sizes)
     return _Opened(_checked_not_empty(dataset, IN_MEMORY, split), account)
 
 

@@ -1,7 +1,6 @@
 """The model card of a run or a converted model, from what its folder holds."""
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,8 @@ def original_license(run: RunFolder) -> str | None:
 
 def is_hub_id(name: str) -> bool:
     """Whether a name is one of the Hub; the name of a local folder has no place in a public card."""
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not is_local(name)
+    parts = name.split("/")
+    return len(parts) in (1, 2) and all(parts) and not is_local(name)
 
 
 def eval_results(run: RunFolder) -> list[EvalResult]:
