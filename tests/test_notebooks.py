@@ -18,7 +18,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # What a run on a CPU in seconds needs: shorter training.
 SHORTER = {
     "own_images": {"EPOCHS = 36": "EPOCHS = 2"},
-    "few_labels": {"PRETRAINING_EPOCHS = 36": "PRETRAINING_EPOCHS = 1", "EPOCHS = 20": "EPOCHS = 3"},
+    "few_labels": {"PRETRAINING_EPOCHS = 12": "PRETRAINING_EPOCHS = 1", "EPOCHS = 20": "EPOCHS = 3"},
     "from_other_codebases": {},
 }
 

@@ -123,7 +123,7 @@ def pretrain(
         if split is not None:
             options.setdefault("train_split", split)
         resolved = recipe_of_call(recipe, options if output_dir is None else {**options, "output_dir": output_dir})
-        if not resolved.run.output_dir and not resolved.run.dry_run:
+        if resolved.run.output_dir is None and not resolved.run.dry_run:
             raise UsageError("output_dir is missing: pass a folder for weights and metrics")
         return Run(run_recipe(resolved, _resume("pretrain"), callbacks=_instances(callbacks)))
 

@@ -101,8 +101,8 @@ def test_finetune_stopped_by_a_callback_resumes(model_folder, images, tmp_path, 
     assert read_run_folder(tmp_path).metrics[-1]["step"] == 4
 
 
-def test_data_are_forgotten_after_the_call(model_folder, images):
-    mocov3_hf.knn(model_folder, images, k=[1])
+def test_data_are_forgotten_after_the_call(model_folder, images, tmp_path):
+    mocov3_hf.knn(model_folder, images, k=[1], output_dir=tmp_path)
     with pytest.raises(ValueError, match="images of this recipe were in memory"):
         mocov3_hf.knn(model_folder, "data in memory")
 
