@@ -23,7 +23,9 @@ from transformers import (
     AutoModelForPreTraining,
 )
 
+from . import report
 from ._version import __version__
+from .api import Run, evaluate, finetune, knn, linear_probe, pretrain
 from .model import (
     MoCoV3Backbone,
     MoCoV3Config,
@@ -37,7 +39,6 @@ from .model import (
     MoCoV3ViTModel,
     MoCoV3ViTPreTrainedModel,
 )
-from .pretraining import pretrain
 
 
 AutoConfig.register(MoCoV3ViTConfig.model_type, MoCoV3ViTConfig, exist_ok=True)
@@ -61,6 +62,12 @@ __all__ = [
     "MoCoV3ViTConfig",
     "MoCoV3ViTModel",
     "MoCoV3ViTPreTrainedModel",
+    "Run",
     "__version__",
+    "evaluate",
+    "finetune",
+    "knn",
+    "linear_probe",
     "pretrain",
+    "report",
 ]

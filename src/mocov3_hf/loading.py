@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,11 @@ DEFAULT_IMAGE_SIZE = 224
 WHAT_LOADS = "a folder written by save_pretrained, a Hub id, or a name that mocov3 zoo lists"
 
 
+# Options are text: while a call runs, its model in memory has this name there, and is saved in a temporary folder.
+MODEL_IN_MEMORY = "model in memory"
+folder_of_model: ContextVar[str | None] = ContextVar("folder_of_model", default=None)
+
+
 def resolve_model(model: str | os.PathLike) -> str:
     """
     What `from_pretrained` takes for a model: a local folder, a Hub id, or the folder of a published model, which is
@@ -67,6 +73,8 @@ def resolve_model(model: str | os.PathLike) -> str:
         ValueError: A path that does not exist or holds no model.
     """
     name = os.path.expanduser(os.fspath(model))
+    if name == MODEL_IN_MEMORY and (folder := folder_of_model.get()) is not None:
+        return folder
     if not os.path.exists(name) and name in load_zoo():
         return fetch(name)
     if "://" in name:

@@ -68,12 +68,14 @@ OTHER_NAMES = {
     "output": ("output_dir",),
     "output_file": ("output",),
     "output_path": ("output_dir", "output"),
+    "p": ("logging_steps",),
     "overwrite": ("overwrite_output_dir",),
     "per_device_eval_batch_size": ("batch_size",),
     "precision": ("mixed_precision", "dtype"),
     "pretrained": ("model",),
     "print_freq": ("logging_steps",),
     "repo_id": ("hub_model_id",),
+    "resume": ("resume_from_checkpoint",),
     "split": ("test_split", "train_split"),
     "steps": ("max_steps",),
     "stop_grad_conv1": ("backbone_config",),
@@ -103,6 +105,28 @@ def values_of_recipe(command: Command, path: str | Path, quiet: bool = False) ->
     path = Path(path)
     content = without_command(read_yaml(path), path, command.name)
     return _converted(command, content.items(), path.name, "", quiet)
+
+
+def recipe_values(
+    command: Command, recipe: str | os.PathLike | Mapping[str, Any], quiet: bool = False
+) -> dict[str, Any]:
+    """
+    The options that a recipe sets, converted.
+
+    Args:
+        command: What may be set.
+        recipe: Name, YAML file, or the options themselves.
+        quiet: As `values_of_recipe`.
+
+    Raises:
+        UsageError: No such recipe, and as `values_of_recipe`.
+    """
+    if isinstance(recipe, Mapping):
+        content = without_command(recipe, Path("recipe"), command.name)
+        return _converted(command, content.items(), "recipe", "", quiet)
+    if command.recipes is None or not isinstance(recipe, str | os.PathLike):
+        raise UsageError(f"recipe takes a name, a YAML file or a mapping of options, got {shown(recipe)}")
+    return values_of_recipe(command, find_recipe(os.fspath(recipe), command.recipes, command.name), quiet)
 
 
 def values_of_arguments(command: Command, arguments: Iterable[str]) -> dict[str, Any]:
@@ -171,15 +195,22 @@ def values_of_arguments(command: Command, arguments: Iterable[str]) -> dict[str,
     return _converted(command, given, "command line", "--", False)
 
 
-def values_of_keywords(command: Command, options: Mapping[str, Any]) -> dict[str, Any]:
+def values_of_keywords(
+    command: Command, options: Mapping[str, Any], recipe: str | os.PathLike | Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """
-    The options of a Python call, converted. None is a value here, as `null` is on a command line.
+    The options of a Python call over those of a recipe, converted. None is a value here, as `null` is on a command
+    line.
 
     Raises:
-        UsageError: an option that does not exist, a value of another type.
+        UsageError: an option that does not exist, a value of another type, no such recipe.
     """
-    given = [(name, "null" if value is None else value) for name, value in options.items()]
-    return _converted(command, given, f"{command.name}()", "", False)
+    given = [
+        (name, "null" if value is None else os.fspath(value) if isinstance(value, os.PathLike) else value)
+        for name, value in options.items()
+    ]
+    values = _converted(command, given, f"{command.name.replace('-', '_')}()", "", False)
+    return values if recipe is None else merged(recipe_values(command, recipe), values)
 
 
 def _converted(
@@ -308,7 +339,7 @@ def given_values(command: Command, arguments: Iterable[str]) -> dict[str, Any]:
     values = values_of_arguments(command, arguments)
     recipe = values.pop("recipe", None)
     if recipe is not None and command.recipes is not None:
-        values = merged(values_of_recipe(command, find_recipe(recipe, command.recipes, command.name)), values)
+        values = merged(recipe_values(command, recipe), values)
         if "recipe" in command.fields():
             values["recipe"] = recipe
     return values

@@ -1,5 +1,6 @@
 """A folder of small pictures, and accelerate and torch as a fresh process finds them."""
 
+import json
 import signal
 
 import numpy as np
@@ -80,3 +81,11 @@ def tiny(pictures):
     sizes = ["--head_hidden_size", "16", "--projection_dim", "8", "--train_batch_size", "8"]
     length = ["--max_steps", "4", "--logging_steps", "1", "--dataloader_num_workers", "0"]
     return ["--recipe", "quickstart", "--dataset_name", str(pictures), "--backbone_config", backbone, *sizes, *length]
+
+
+@pytest.fixture
+def options(tiny):
+    """The options of `tiny` as Python values."""
+    values = dict(zip(tiny[4::2], tiny[5::2], strict=True))
+    numbers = {name[2:]: int(value) for name, value in values.items() if value.isdigit()}
+    return numbers | {"recipe": tiny[1], "backbone_config": json.loads(values["--backbone_config"])}

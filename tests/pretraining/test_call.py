@@ -1,6 +1,5 @@
 """`mocov3_hf.pretrain()`: the run of the command, with Python values and exceptions; and the commands in messages."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -21,18 +20,11 @@ from tests.launch import ROOT, search_path
 from tests.pretraining.test_run import read_metrics, without_times
 
 
-@pytest.fixture
-def options(tiny):
-    """The options of `tiny` as Python values."""
-    values = dict(zip(tiny[4::2], tiny[5::2], strict=True))
-    numbers = {name[2:]: int(value) for name, value in values.items() if value.isdigit()}
-    return numbers | {"recipe": tiny[1], "backbone_config": json.loads(values["--backbone_config"])}
-
-
 def test_the_call_is_the_command(tmp_path, tiny, options, pictures, fresh):
     main([*tiny, "--output_dir", str(tmp_path / "command")])
     fresh()
-    folder = mocov3_hf.pretrain(pictures, output_dir=tmp_path / "call", **options)
+    run = mocov3_hf.pretrain(pictures, output_dir=tmp_path / "call", **options)
+    folder = run.output_dir
     assert folder == tmp_path / "call"
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("command", "call"))
     assert first.keys() == second.keys()
@@ -49,13 +41,13 @@ def test_calls_with_another_precision_in_one_process(tmp_path, options, pictures
 
 
 def test_a_call_outside_the_main_thread(tmp_path, options, pictures):
-    folders = []
+    runs = []
     thread = threading.Thread(
-        target=lambda: folders.append(mocov3_hf.pretrain(pictures, output_dir=tmp_path / "run", **options))
+        target=lambda: runs.append(mocov3_hf.pretrain(pictures, output_dir=tmp_path / "run", **options))
     )
     thread.start()
     thread.join()
-    assert folders == [tmp_path / "run"]
+    assert runs == [mocov3_hf.Run(tmp_path / "run")]
 
 
 def test_mistakes_raise(tmp_path, options, pictures):

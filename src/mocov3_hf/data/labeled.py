@@ -13,6 +13,7 @@ from ..storage import is_local
 from .account import Account
 from .decode import BadImageError
 from .image_files import NAMED_BUT_MISSING, NO_CLASS
+from .memory import IN_MEMORY
 from .photometric import IMAGENET_MEAN, IMAGENET_STD
 from .pixels import RGB8, read_image
 from .scan import SPLIT_NAMES
@@ -135,7 +136,7 @@ def open_labeled(
             f" {account.examples[NAMED_BUT_MISSING]}: restore them, or remove their rows"
         )
     source = MapSource(dataset, image_column, account)
-    if is_local(dataset_name) and not account.kind.startswith("CSV"):
+    if is_local(dataset_name) and dataset_name != IN_MEMORY and not account.kind.startswith("CSV"):
         _check_class_folders(dataset, account, dataset_name, source.image_column)
     column = find_label_column(dataset, label_column)
     if label_column is None and "folder" in account.kind:

@@ -5,7 +5,7 @@ after splits, parquet files with images, images and archives. Other formats are 
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,24 +186,38 @@ def choose_rows(
         ValueError: A split does not exist or is empty, or a slice is not valid.
     """
     chosen, names = [], []
-    for part in (part.strip() for part in split.split("+")):
-        base, bracket, rest = part.partition("[")
-        matching = [base] if base in splits else split_aliases(base, splits)
-        if not matching:
-            reason = f"; {notes[0]}" if notes else ""
-            raise ValueError(
-                f"split {base!r} does not exist in {dataset_name!r}; it has: {', '.join(splits)}. Pass one of them as"
-                f" --train_split or --test_split{reason}"
-            )
+    for matching, part in split_parts(split, splits, dataset_name, f"; {notes[0]}" if notes else ""):
         rows = np.concatenate([splits[name] for name in matching])
-        if bracket:
-            rows = _sliced(rows, f"[{rest}")
-        chosen.append(rows)
+        chosen.append(_sliced(rows, part) if part else rows)
         names += matching
     rows = np.concatenate(chosen)
     if len(rows) == 0:
         raise ValueError(f"split {split!r} of {dataset_name!r} is empty")
     return rows, names
+
+
+def choose_parts(splits: Mapping[str, datasets.Dataset], split: str, dataset_name: str) -> list[datasets.Dataset]:
+    """The data sets that a split expression names; arguments and errors are those of `choose_rows`."""
+    chosen = []
+    for matching, part in split_parts(split, splits, dataset_name):
+        for dataset in (splits[name] for name in matching):
+            chosen.append(dataset.select(_sliced(np.arange(len(dataset)), part)) if part else dataset)
+    return chosen
+
+
+def split_parts(
+    split: str, known: Iterable[str], dataset_name: str, reason: str = ""
+) -> Iterator[tuple[list[str], str]]:
+    """The names of splits and the slice, such as `[:10%]` or empty, of each part of a split expression."""
+    for part in (part.strip() for part in split.split("+")):
+        base, bracket, rest = part.partition("[")
+        matching = [base] if base in known else split_aliases(base, known)
+        if not matching:
+            raise ValueError(
+                f"split {base!r} does not exist in {dataset_name!r}; it has: {', '.join(known)}. Pass one of them as"
+                f" --train_split or --test_split{reason}"
+            )
+        yield matching, bracket + rest
 
 
 def split_aliases(name: str, known: Iterable[str]) -> list[str]:

@@ -16,8 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
+from PIL import Image
 
 from .decode import BadImageError
+from .memory import encoded
 from .references import read_reference
 from .remote import RemoteFile, is_remote, read_file
 
@@ -110,6 +113,8 @@ def encoded_image(value) -> bytes | str | np.ndarray | None:
     """The image in a cell of an undecoded column: its bytes, or else its path, an array, or else None."""
     if isinstance(value, list):
         return np.asarray(value)
+    if isinstance(value, Image.Image | torch.Tensor):  # of a stream in memory
+        return encoded(value)
     if isinstance(value, dict):
         data = value.get("bytes")
         value = data if data is not None else value.get("path")
@@ -294,10 +299,14 @@ def builder_shards(builder: datasets.DatasetBuilder, parts: list[str], image_col
         if images:
             return [PathShard(images[start : start + ROWS_PER_SHARD]) for start in _shard_starts(len(images))]
     streams = [builder.as_streaming_dataset(split=part) for part in parts]
+    return [shard for stream in streams for shard in stream_shards(stream, image_column)]
+
+
+def stream_shards(stream: datasets.IterableDataset, image_column: str) -> list[IterableShard]:
+    """The shards of an `IterableDataset`, in its order."""
+    number = stream.num_shards
     return [
-        IterableShard(undecoded(stream.shard(stream.num_shards, index, contiguous=True)), image_column)
-        for stream in streams
-        for index in range(stream.num_shards)
+        IterableShard(undecoded(stream.shard(number, index, contiguous=True)), image_column) for index in range(number)
     ]
 
 

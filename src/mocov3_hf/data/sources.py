@@ -23,13 +23,15 @@ from .account import Account
 from .bad_images import ImageReader
 from .damaged_files import check_saved, damaged_parquet, num_parquet_rows, one_line
 from .decode import printable
-from .local import LocalParquet, LocalTable, open_local, parquet_builder, split_aliases
+from .local import LocalParquet, LocalTable, choose_parts, open_local, parquet_builder, split_aliases
+from .memory import IN_MEMORY, data_in_memory, find_images
 from .references import shown
-from .shards import builder_shards, cell, table_shards, undecoded
+from .shards import builder_shards, cell, stream_shards, table_shards, undecoded
 
 
 # Of a path, and of a name in it.
 _LONGEST_NAME, _LONGEST_PART = 4096, 255
+NO_RANDOM_ACCESS = "an IterableDataset has no random access, which all but pre-training needs: pass a Dataset"
 
 
 def open_dataset(
@@ -58,6 +60,8 @@ def open_dataset(
         ValueError: The folder does not exist or holds no data, the split does not exist, or the data set is empty.
     """
     opened = _open(dataset_name, config_name, split, streaming, revision, data_files)
+    if not streaming and not isinstance(opened.dataset, datasets.Dataset):
+        raise ValueError(NO_RANDOM_ACCESS)
     if isinstance(opened.dataset, datasets.Dataset) and streaming:
         return undecoded(opened.dataset.to_iterable_dataset())
     return undecoded(opened.dataset)
@@ -93,6 +97,8 @@ def _open(
     if len(name) > _LONGEST_NAME or max(map(len, map(os.fsencode, name.split("/")))) > _LONGEST_PART:
         raise ValueError(f"{printable(name, 60)!r} with {len(name)} characters is too long for a path or a Hub id")
     builder = None
+    if name == IN_MEMORY:
+        return _open_memory(split, image_column, labeled)
     if data_files is None and is_local(name):
         kind = "data set of datasets"
         saved = _load_saved(name, split)
@@ -127,6 +133,21 @@ def _open(
         raise ValueError(f"split {split!r} of {name!r} is empty")
     dataset = _checked_not_empty(builder.as_dataset(split=split), name, split)
     return _Opened(dataset, account(len(dataset)), image_column)
+
+
+def _open_memory(split: str, image_column: str | None, labeled: bool) -> _Opened:
+    """The data of the call that is running."""
+    splits = data_in_memory()
+    if isinstance(splits, datasets.IterableDataset):
+        if labeled:
+            raise ValueError(NO_RANDOM_ACCESS)
+        account = Account(IN_MEMORY, split, "stream in memory", None, None)
+        return _Opened(splits, account, find_images(splits, image_column))
+    chosen = choose_parts(splits, split, IN_MEMORY)
+    dataset = chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
+    sizes = {name: len(part) for name, part in splits.items()} if len(splits) > 1 else {}
+    account = Account(IN_MEMORY, split, "in memory", None, len(dataset), splits=sizes)
+    return _Opened(_checked_not_empty(dataset, IN_MEMORY, split), account)
 
 
 def _prepare(builder: datasets.DatasetBuilder, name: str) -> None:
@@ -391,7 +412,10 @@ def open_source(
     image_column = opened.image_column
     if opened.dataset.features is not None or image_column is None:
         image_column = find_image_column(opened.dataset, image_column)
-    shards = builder_shards(opened.builder, list(opened.parts), image_column)
+    if opened.builder is None:
+        shards = stream_shards(opened.dataset, image_column)
+    else:
+        shards = builder_shards(opened.builder, list(opened.parts), image_column)
     sizes = [shard.num_rows for shard in shards]
     total = None if None in sizes else sum(sizes)
     num_files = None if None in (total, opened.num_skipped) else total + opened.num_skipped
@@ -420,14 +444,7 @@ def _load_saved(name: str, split: str) -> datasets.Dataset | None:
             f"{name!r} was saved by datasets, but cannot be opened: {type(error).__name__}: {one_line(error)}"
         ) from error
     if isinstance(saved, datasets.DatasetDict):
-        parts = [part.strip() for part in split.split("+")]
-        for part in parts:
-            if part not in saved:
-                raise ValueError(
-                    f"split {part!r} does not exist in {name!r}; it has: {', '.join(saved)}. Pass one of "
-                    "them as --train_split or --test_split"
-                )
-        chosen = [saved[part] for part in parts]
+        chosen = choose_parts(saved, split, name)
         saved = chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
     elif saved.split is not None and str(saved.split) != split:
         raise ValueError(f"split {split!r} does not exist in {name!r}; it has: {saved.split}")

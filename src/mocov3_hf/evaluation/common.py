@@ -15,7 +15,7 @@ from ..data.classes import open_labeled_splits
 from ..data.labeled import LabeledImages, open_labeled
 from ..data.workers import cores_shared_with, default_workers
 from ..hints import describe_missing
-from ..loading import resolve_model
+from ..loading import MODEL_IN_MEMORY, resolve_model
 from ..options import option
 from ..precision import resolve_precision, this_device
 from ..process_group import joined_processes
@@ -282,7 +282,8 @@ def record_and_print(
         settings={**evaluation_settings(options), "transform": repr(transform), **(settings or {})},
         **result,
     )
-    for note in (*notes, f"recorded in {Path(folder) / RESULTS}"):
+    is_kept = options.output_dir is not None or options.model != MODEL_IN_MEMORY
+    for note in (*notes, *([f"recorded in {Path(folder) / RESULTS}"] if is_kept else [])):
         print(note)
 
 

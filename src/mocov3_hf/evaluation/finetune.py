@@ -1,12 +1,13 @@
 """The command `mocov3 finetune`: the whole network trained on labels, from pre-trained or new weights."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..loading import enable_gradient_checkpointing, weights_hash, with_input_channels
 from ..model.batchnorm_mocov3 import use_global_statistics
@@ -295,14 +296,16 @@ def build_training(options: FinetuneOptions, splits: Splits, folder: str, num_pr
     return Training(trainer, transform, start)
 
 
-def run(options: FinetuneOptions) -> dict[str, float]:
+def run(
+    options: FinetuneOptions, callbacks: Sequence[TrainerCallback] = (), how_to_resume: str | None = None
+) -> dict[str, float]:
     """Load, train, evaluate, save, record, push. Raises ValueError for a user's mistake, RunError for divergence."""
     if options.warmup_epochs >= options.num_train_epochs:
         raise UsageError(
             f"--warmup_epochs {options.warmup_epochs:g} must be below --num_train_epochs {options.num_train_epochs}:"
             " pass a smaller one"
         )
-    return run_training(options, "finetune", build_training)
+    return run_training(options, "finetune", build_training, callbacks, how_to_resume)
 
 
 def main(arguments: list[str]) -> dict[str, float]:

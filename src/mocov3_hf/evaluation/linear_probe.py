@@ -3,9 +3,12 @@ The command `mocov3 linear-probe`: the published linear protocol, a classifier t
 a frozen encoder; with `--cached`, classifiers on features of the images without augmentation.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from ..loading import weights_hash
 from ..options import Command, build, given_values, option
@@ -63,7 +66,11 @@ def parse_options(arguments: list[str]) -> LinearProbeOptions | CachedLinearOpti
     Raises:
         UsageError: As `parse`, and for options that only the other of the two has.
     """
-    given = given_values(COMMAND, arguments)
+    return choose_protocol(given_values(COMMAND, arguments))
+
+
+def choose_protocol(given: Mapping[str, Any]) -> LinearProbeOptions | CachedLinearOptions:
+    """The options of the protocol that `cached` chooses; UsageError as `parse_options`."""
     cached = given.get("cached", False)
     group = CachedLinearOptions if cached else LinearProbeOptions
     misplaced = next((name for name in given if name not in {field.name for field in fields(group)}), None)
@@ -116,11 +123,15 @@ def build_training(options: LinearProbeOptions, splits: Splits, folder: str, num
     return Training(trainer, transform, start)
 
 
-def run(options: LinearProbeOptions | CachedLinearOptions) -> dict[str, float]:
+def run(
+    options: LinearProbeOptions | CachedLinearOptions,
+    callbacks: Sequence[TrainerCallback] = (),
+    how_to_resume: str | None = None,
+) -> dict[str, float]:
     """Load, train, evaluate, save, record, push. Raises ValueError for a user's mistake, RunError for divergence."""
     if isinstance(options, CachedLinearOptions):
         return cached_linear.run(options)
-    return run_training(options, "linear", build_training)
+    return run_training(options, "linear", build_training, callbacks, how_to_resume)
 
 
 def main(arguments: list[str]) -> dict[str, float]:

@@ -4,14 +4,14 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, PreTrainedModel
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ..data.fingerprint import labeled_fingerprint
@@ -268,7 +268,11 @@ def _check_metric(name: str, splits: Splits, has_average: bool) -> None:
 
 
 def run_training(
-    options: SupervisedOptions, task: str, build_training: Callable[[Any, Splits, str, int], Training]
+    options: SupervisedOptions,
+    task: str,
+    build_training: Callable[[Any, Splits, str, int], Training],
+    callbacks: Sequence[TrainerCallback] = (),
+    how_to_resume: str | None = None,
 ) -> dict[str, float]:
     """
     Open, train, evaluate, save, record, push, on all processes of this run. SIGTERM, SIGINT and SIGUSR1 end the
@@ -278,6 +282,8 @@ def run_training(
         options: Of the command.
         task: Name of the evaluation in `results.json`, and prefix of its metrics.
         build_training: What differs between the commands: from options, splits, output folder, number of processes.
+        callbacks: Added to the trainer.
+        how_to_resume: What messages say; None for the command that was typed.
 
     Raises:
         ValueError: A user's mistake.
@@ -292,7 +298,8 @@ def run_training(
                 trainer = training.trainer
                 checkpoint = _checkpoint_of(options, folder)
                 on_signal = StopOnSignal(trainer, stop)
-                trainer.add_callback(on_signal)
+                for callback in (on_signal, *callbacks):
+                    trainer.add_callback(callback)
                 stop.start_training()
                 started = time.perf_counter()
                 trainer.train(resume_from_checkpoint=checkpoint)
@@ -303,7 +310,8 @@ def run_training(
         if step is not None:
             if state.is_main_process:
                 when = f"after step {step}" if step else "before training"
-                print(f"stopped by {stop.describe()} {when}; to resume:\n  {resume_command(sys.argv[1:])}")
+                print(f"stopped by {stop.describe()} {when}; to resume:")
+                print(f"  {how_to_resume or resume_command(sys.argv[1:])}")
             return {}
         check_finite(trainer.model)
         if trainer.frozen is not None and weights_hash(trainer.frozen) != training.start:

@@ -2,13 +2,15 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from ..data.bad_images import TooManyBadImagesError
@@ -30,6 +32,7 @@ from .build import (
     doubtful_choices,
     num_workers,
 )
+from .callbacks import Callbacks
 from .checkpoint import RunState, is_published, load_checkpoint, publish, read_state, save_checkpoint
 from .data_change import describe_change, identify, plan_to_resume
 from .dry_run import describe, describe_as_json
@@ -70,7 +73,9 @@ def main(arguments: Iterable[str]) -> None:
             raise
 
 
-def run_recipe(recipe: Recipe, resume_command: str, is_command: bool = False) -> Path:
+def run_recipe(
+    recipe: Recipe, resume_command: str, is_command: bool = False, callbacks: Sequence[TrainerCallback] = ()
+) -> Path:
     """
     Run a recipe, or print its plan with `--dry_run`.
 
@@ -78,6 +83,7 @@ def run_recipe(recipe: Recipe, resume_command: str, is_command: bool = False) ->
         recipe: Options of the run.
         resume_command: What messages say about how to resume.
         is_command: Whether the process exits afterwards.
+        callbacks: See `Callbacks`. Their errors are raised as they are.
 
     Returns:
         The output folder.
@@ -99,7 +105,7 @@ def run_recipe(recipe: Recipe, resume_command: str, is_command: bool = False) ->
         with output_to_full_disk(is_command), StopRequest(is_command) as stop:
             try:
                 with FolderLock(Path(recipe.run.output_dir)) as lock:
-                    run = Run(recipe, resume_command, lock)
+                    run = Run(recipe, resume_command, lock, callbacks)
                     run.train(stop)
             except Stopped:
                 print(f"stopped by {stop.describe()} before training; to resume:\n  {resume_command}")
@@ -111,7 +117,7 @@ def run_recipe(recipe: Recipe, resume_command: str, is_command: bool = False) ->
             announce_error()
         raise
     except ValueError as error:
-        if run is None or isinstance(error, UsageError):
+        if run is None or isinstance(error, UsageError) or error is run.callbacks.error:
             raise
         if isinstance(error, CheckpointError):
             raise RunError(str(error)) from error
@@ -133,7 +139,9 @@ class Run:
         UsageError, ValueError: options that cannot work, in one line with the fix.
     """
 
-    def __init__(self, recipe: Recipe, resume_command: str, lock: FolderLock):
+    def __init__(
+        self, recipe: Recipe, resume_command: str, lock: FolderLock, callbacks: Sequence[TrainerCallback] = ()
+    ):
         self.resume_command, self.lock = resume_command, lock
         self.output_dir = Path(recipe.run.output_dir)
         disable_progress_bar()  # transformers' own, for every file of a checkpoint
@@ -189,6 +197,7 @@ class Run:
             self.knn = OnlineKNN(recipe, self.accelerator, num_workers(recipe, self.accelerator))
         self.photometric = build_photometric(recipe, self.accelerator.device)
         compile_augmentation(self.photometric, settings, self.accelerator.device)
+        self.callbacks = Callbacks(callbacks, recipe, self.plan, self.accelerator.is_main_process)
         self.pusher = None
         if recipe.hub.push_to_hub and self.accelerator.is_main_process:
             name = recipe.hub.hub_model_id or self.output_dir.resolve().name
@@ -204,6 +213,7 @@ class Run:
             Trackers(accelerator, self.recipe, folder, step) as trackers,
             closing(TrainingLog(accelerator, trackers, self.plan, self.temperature, folder, self.watch, step)) as log,
         ):
+            self.notify("on_train_begin")
             if self.step > 0:
                 log.resume(self.log_state, self.step, self.num_rollbacks)
                 if self.data_change is not None:
@@ -223,6 +233,7 @@ class Run:
                     log.is_alone = self.accelerator.num_processes > 1
                     self.save_finished_steps(log)
                     raise self.explain(error) from error
+        self.notify("on_train_end")
         wait_for_others()
         if self.pusher is not None:
             self.pusher.finish()
@@ -230,7 +241,8 @@ class Run:
         if lost is not None:
             raise self.explain(lost)
         if stopping:
-            self.accelerator.print(f"stopped by {stop.describe()} after step {self.step}; to resume:")
+            reason = "a callback" if self.callbacks.control.should_training_stop else stop.describe()
+            self.accelerator.print(f"stopped by {reason} after step {self.step}; to resume:")
             self.accelerator.print(f"  {self.resume_command}")
         elif self.accelerator.is_main_process:
             if self.loader.num_filled_images:
@@ -246,6 +258,7 @@ class Run:
             learning_rate = learning_rate_at(self.step, self.plan)
             learning_rate *= recipe.monitoring.rollback_learning_rate_factor**self.num_rollbacks
             ema_decay = ema_decay_at(self.step, recipe, self.plan)
+            self.notify("on_step_begin")
             seed_step(seed, self.step, self.accelerator.process_index)
             output = train_step(
                 self.model,
@@ -260,9 +273,11 @@ class Run:
             )
             log.record(output)
             self.step += 1
+            self.notify("on_step_end")
 
             is_last = self.step == self.plan.total_steps
-            stopping = stop.agreed(self.accelerator, self.lost_worker() is not None) and not is_last
+            must_stop = self.lost_worker() is not None or self.callbacks.control.should_training_stop
+            stopping = stop.agreed(self.accelerator, must_stop) and not is_last
             logging = is_last or self.step % recipe.monitoring.logging_steps == 0
             saving = is_last or self.step % recipe.run.save_steps == 0 or stopping
             if logging or saving:
@@ -271,7 +286,8 @@ class Run:
                     self.roll_back(instability, log)
                     return False
             if logging:
-                log.write(self.step, output.projection, learning_rate, ema_decay, self.loader.num_bad_images)
+                logs = log.write(self.step, output.projection, learning_rate, ema_decay, self.loader.num_bad_images)
+                self.notify("on_log", logs=logs)
             if stopping:  # first what must not be lost: the time may be short
                 self.save(log, is_last=True)
             if self.knn is not None and self.step % recipe.monitoring.knn_steps == 0:
@@ -281,6 +297,9 @@ class Run:
             if saving:
                 self.save(log, is_last)
         return False
+
+    def notify(self, event: str, **values: Any) -> None:
+        self.callbacks(event, self.accelerator.unwrap_model(self.model), self.step, **values)
 
     def lost_worker(self) -> LostWorkerError | None:
         """Of this process; it has decoded the images itself since then."""
@@ -307,7 +326,9 @@ class Run:
         """kNN accuracy at this step; its time does not count."""
         start = time.perf_counter()
         encoder = self.accelerator.unwrap_model(self.model).mocov3
-        log.write_knn(self.step, self.knn.measure(encoder))
+        accuracy = self.knn.measure(encoder)
+        log.write_knn(self.step, accuracy)
+        self.notify("on_evaluate", metrics={"knn_top1": accuracy})
         log.exclude(time.perf_counter() - start)
 
     def roll_back(self, instability: Instability, log: TrainingLog) -> None:
@@ -407,6 +428,7 @@ class Run:
         if failure is None:
             if self.pusher is not None:
                 self.pusher.push(self.output_dir, f"Step {self.step}")
+            self.notify("on_save")
             return
         if self.recipe.run.on_save_error == "stop" or is_last:
             checkpoints = list_checkpoints(self.output_dir)

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ..data.memory import IN_MEMORY
 from ..metrics.collapse import collapse_summary
 from ..model.loss_mocov3 import chance_loss, floor_loss
 from ..reporting import RunError
@@ -233,9 +234,9 @@ class TrainingLog:
         learning_rate: float,
         ema_decay: float,
         num_bad_images: int,
-    ) -> None:
+    ) -> dict[str, float]:
         """
-        Write a line about the steps since the last, which have been examined.
+        Write a line about the steps since the last, which have been examined. Returns what trackers receive.
 
         Args:
             steps_done: Steps done.
@@ -279,6 +280,7 @@ class TrainingLog:
             self.show(metrics, num_bad_images)
         self.trackers.log(METRICS, flat(metrics), steps_done)
         self.start_window()
+        return flat(metrics)
 
     def write_knn(self, steps_done: int, accuracy: float) -> None:
         """Write a line about a kNN evaluation."""
@@ -381,6 +383,8 @@ def describe_training(metrics: list[dict], plan: Plan) -> dict[str, str]:
 def next_command(recipe: Recipe) -> str:
     """kNN on the labeled images of the recipe, or on its own images, if they have labels."""
     options, folder = recipe.monitoring, recipe.run.output_dir
+    if IN_MEMORY in (options.knn_dataset_name, recipe.data.dataset_name):
+        return f"mocov3_hf.knn({str(folder)!r}, labeled_images)"
     words = ["mocov3", "knn", "--model", folder, "--output_dir", folder]
     words += ["--dataset_name", options.knn_dataset_name or recipe.data.dataset_name]
     return shlex.join([*words, "--train_split", options.knn_train_split, "--test_split", options.knn_test_split])

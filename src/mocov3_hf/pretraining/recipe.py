@@ -5,6 +5,7 @@ A recipe is flat where it is written (`key: value`, `--key value`) and grouped w
 """
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,12 @@ from ..options import (
     Command,
     build,
     merged,
+    recipe_values,
     show_help,
     values_of_arguments,
     values_of_keywords,
-    values_of_recipe,
 )
-from ..recipe_files import COMMAND_KEY, RECIPES, find_recipe
+from ..recipe_files import COMMAND_KEY, RECIPES
 from ..reporting import UsageError
 from ..run_folder import RECIPE, is_file_whole, list_checkpoints
 from ..storage import write_text
@@ -128,19 +129,25 @@ def load_recipe(name: str | Path, arguments: Iterable[str] = ()) -> Recipe:
     return resolve(name, values_of_arguments(COMMAND, arguments))
 
 
-def recipe_of_call(name: str | Path, options: Mapping[str, Any]) -> Recipe:
-    """A recipe by name or path with typed Python values over it; UsageError as `load_recipe`."""
-    return resolve(name, values_of_keywords(COMMAND, options))
+def recipe_of_call(recipe: str | os.PathLike | Mapping[str, Any] | None, options: Mapping[str, Any]) -> Recipe:
+    """
+    The recipe of a Python call: name, path or mapping, with typed values over it; UsageError as `load_recipe`.
+
+    None is where the automatic plan belongs.
+    """
+    if recipe is None:
+        raise UsageError("recipe is missing: pass a YAML file, a mapping, or a name that mocov3 recipes lists")
+    return resolve(recipe, values_of_keywords(COMMAND, options))
 
 
-def resolve(name: str | Path, values: Mapping[str, Any]) -> Recipe:
-    """The recipe that a file gives with other values over it; mappings are merged by key."""
-    path = find_recipe(str(name), RECIPES, COMMAND.name)
+def resolve(recipe: str | os.PathLike | Mapping[str, Any], values: Mapping[str, Any]) -> Recipe:
+    """The recipe that a name, a file or a mapping gives, with other values over it; mappings are merged by key."""
     # A run writes recipe.yaml itself: one of an earlier version is taken without a word.
-    from_file = values_of_recipe(COMMAND, path, quiet=path.name == RECIPE)
-    together = merged(from_file, values)
-    if "backbone_config" in from_file and "backbone_config" in values:
-        together["backbone_config"] = merge_backbone_config(from_file["backbone_config"], values["backbone_config"])
+    quiet = isinstance(recipe, str | os.PathLike) and os.path.basename(recipe) == RECIPE
+    below = recipe_values(COMMAND, recipe, quiet)
+    together = merged(below, values)
+    if "backbone_config" in below and "backbone_config" in values:
+        together["backbone_config"] = merge_backbone_config(below["backbone_config"], values["backbone_config"])
     return Recipe(**{group.name: build(group.type, together) for group in dataclasses.fields(Recipe)})
 
 
