@@ -64,6 +64,13 @@ def read_to(process, mark, times=1):
     return "".join(lines)
 
 
+def read_rest(process):
+    """The output from there to the end. `communicate` would lose what `readline` has read ahead."""
+    text = process.stdout.read()
+    process.wait(timeout=120)
+    return text
+
+
 def members(process_group):
     found = []
     for process in psutil.process_iter():
@@ -167,7 +174,7 @@ def test_a_signal_to_torchrun(tmp_path, slow, options, expected, place, times):
     text = read_to(process, place, times)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
-    text += process.communicate(timeout=120)[0]
+    text += read_rest(process)
     assert psutil.wait_procs(children, timeout=20)[1] == []
     finished = text.count("MARK step") // 2
     assert newest_step(tmp_path) == finished, text
@@ -235,7 +242,7 @@ def test_a_killed_worker_of_one_of_two_processes(tmp_path, slow, options, expect
     ]
     (worker,) = workers_of(rank_process.pid)
     worker.send_signal(number)
-    text += process.communicate(timeout=120)[0]
+    text += read_rest(process)
     assert process.returncode == 1, text
     (line,) = [line for line in text.splitlines() if "error: a" in line] or [text]
     assert f"a data-loading worker died (worker {worker.pid}: {cause}" in line
