@@ -66,7 +66,8 @@ def read_to(process, mark, times=1):
 
 def read_rest(process):
     """The output from there to the end. `communicate` would lose what `readline` has read ahead."""
-    text = process.stdout.read()
+    with process.stdout as stream:
+        text = stream.read()
     process.wait(timeout=120)
     return text
 
