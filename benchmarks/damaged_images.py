@@ -107,7 +107,7 @@ def originals() -> dict[str, bytes]:
         found["jp2"] = encode(rgb, "JPEG2000")
         found["jp2 gray 16"] = encode(deep, "JPEG2000")
         found["j2k tiles"] = encode(rgba, "JPEG2000", no_jp2=True, tile_size=(32, 32), num_resolutions=3)
-    if features.check("avif"):
+    if "avif" in features.get_supported():
         found["avif"] = encode(rgb, "AVIF", exif=exif, speed=10)
         found["avif animated"] = encode(rgb, "AVIF", speed=10, **frames)
     return found

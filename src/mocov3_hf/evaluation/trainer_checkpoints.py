@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,6 +20,11 @@ from ..loading import from_pretrained
 from ..reporting import warn
 from ..run_folder import TRAINER_STATE, CheckpointError, list_checkpoints
 
+
+# `Trainer` loads optimizer states to "cpu:0" in several processes on CPUs, which early versions of torch do not know.
+torch.serialization.register_package(
+    100, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
 
 AVERAGE, SETTINGS = "average.safetensors", "settings.json"
 # The settings that say which images a run is trained on: their number and their fingerprint.
