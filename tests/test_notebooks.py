@@ -17,7 +17,7 @@ from tests.launch import ROOT
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # What a run on a CPU in seconds needs: shorter training.
 SHORTER = {
-    "own_images": {"EPOCHS = 36": "EPOCHS = 2"},
+    "own_images": {"EPOCHS = 36": "EPOCHS = 1"},
     "few_labels": {"PRETRAINING_EPOCHS = 12": "PRETRAINING_EPOCHS = 1", "EPOCHS = 20": "EPOCHS = 3"},
     "from_other_codebases": {},
 }
@@ -52,7 +52,8 @@ def test_executed(name, tmp_path, monkeypatch):
             cell.source = cell.source.replace(f"\n{long}", f"\n{short}")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")])))
     monkeypatch.setenv("MPLBACKEND", "agg")
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    for name_of_folder in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(name_of_folder, str(tmp_path / name_of_folder))
     NotebookClient(notebook, timeout=200, resources={"metadata": {"path": tmp_path}}).execute()
     if name == "own_images":
         assert (tmp_path / "runs/own-images/report.html").is_file()
