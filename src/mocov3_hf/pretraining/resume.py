@@ -66,6 +66,8 @@ FREE_OPTIONS = (
     "resume_from_checkpoint",
     "rollback_learning_rate_factor",
     "run_name",
+    "size",
+    "time_budget",
     "save_steps",
     "save_total_limit",
     "spike_factor",
