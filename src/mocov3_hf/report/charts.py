@@ -29,6 +29,10 @@ LOSS = LineChart(
     "InfoNCE loss. Healthy: leaves chance during warmup, then falls steadily and slowly towards the floor.",
     ({"loss": "loss"},),
 )
+# Comparable across batch sizes and temperatures.
+NORMALIZED_LOSS = LineChart(
+    "loss", "Normalized contrastive loss", "0 is chance, 1 the floor.", ({"normalized loss": "loss_normalized"},)
+)
 GRADIENTS = LineChart(
     "gradients",
     "Gradient norm",

@@ -25,13 +25,14 @@ def render_comparison(folders: list[RunFolder], plots: Path) -> str:
     runs = dict(zip(names_of(folders), folders, strict=True))
     for run, folder in runs.items():
         notes = folder.notes
-        known[run] = dict(attempt(notes, "the summary", lambda folder=folder: facts(folder), []))
+        summary = attempt(notes, "the summary", lambda folder=folder: facts(folder), [])
+        known[run] = {name: value for name, value in summary if not name.startswith("Evaluated")}
         options[run] = flat({name: value for name, value in folder.recipe.items() if name not in PLACES})
         read = attempt(notes, "the training curves", lambda folder=folder: read_curves(folder), None)
         curves |= {run: (folder, read)} if read is not None else {}
         results[run] = attempt(notes, "the results", lambda folder=folder: result_cells(folder), {})
         found = attempt(notes, "the findings", lambda folder=folder: findings(folder), [])
-        noticed += [(kind, f"{run}: {text}") for kind, text in found]
+        noticed += [(kind, f"{run}: {text}") for kind, text in found if not text.startswith("No ")]
     notes = [f"{run}: {note}" for run, folder in runs.items() for note in folder.notes]
     kind = next((folder.kind for folder, read in curves.values() if read.kept), "")
     charts = (

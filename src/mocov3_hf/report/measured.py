@@ -142,7 +142,9 @@ def describe_protocol(result: dict[str, Any]) -> str:
     """Task, data set, splits and classes of an evaluation."""
     dataset = mapping(result.get("dataset"))
     task = TASKS.get(result.get("task"), ("", str(result.get("task"))))[1]
-    words = f"{task[:1].upper()}{task[1:]} on {shown_name(dataset.get('name', 'unknown'))}"
+    precision = mapping(result.get("settings")).get("mixed_precision", "no")
+    words = f"{task[:1].upper()}{task[1:]}{'' if precision == 'no' else f' in {precision}'}"
+    words += f" on {shown_name(dataset.get('name', 'unknown'))}"
     if split := dataset.get("split") or dataset.get("test_split"):
         words += f", split {split}{size_of(dataset.get('size'))}"
     if result.get("task") in LEARNING_TASKS and dataset.get("train_split"):

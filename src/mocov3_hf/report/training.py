@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from ..run_folder import METRICS, RECIPE, RunFolder
-from .charts import CLASSIFIER_CHARTS, GRADIENTS, KNN, LOSS, PRETRAINING_CHARTS, LineChart
+from .charts import CLASSIFIER_CHARTS, GRADIENTS, KNN, LOSS, NORMALIZED_LOSS, PRETRAINING_CHARTS, LineChart
 from .curves import Curves, Lines, Series, chances, loss_bounds, number, read_curves, series
 from .parts import (
     BAD,
@@ -71,9 +71,11 @@ def training_section(folder: RunFolder, plots: Path) -> Section:
 def draw_charts(runs: Runs, plots: Path, notes: list[str]) -> list[Chart]:
     """The charts of the first run's kind, each with the lines of all runs."""
     kinds = [folder.kind for folder, _ in runs.values()]
+    specs = CLASSIFIER_CHARTS if kinds[0] == "classifier" else PRETRAINING_CHARTS
+    if len({loss_bounds(folder) for folder, _ in runs.values()}) > 1:
+        specs = tuple(NORMALIZED_LOSS if spec is LOSS else spec for spec in specs)
     drawn = [
-        attempt(notes, f"the chart {spec.title!r}", partial(draw_chart, spec, runs, plots), None)
-        for spec in (CLASSIFIER_CHARTS if kinds[0] == "classifier" else PRETRAINING_CHARTS)
+        attempt(notes, f"the chart {spec.title!r}", partial(draw_chart, spec, runs, plots), None) for spec in specs
     ]
     return [chart for chart in drawn if chart is not None]
 
@@ -113,7 +115,7 @@ def draw_chart(spec: LineChart, runs: Runs, plots: Path) -> Chart | None:
     alt = [describe(line.label, line.values, spec.percent) for _, lines in panels for line in lines]
     caption = spec.caption
     if is_comparison:
-        caption = caption.partition(" Healthy:")[0]
+        caption = caption.partition("Healthy:")[0].strip()
     elif spec is LOSS:
         caption += annotate_loss(rows[0], folder, curves)
     elif spec is GRADIENTS:
