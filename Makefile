@@ -11,7 +11,7 @@ OLDEST_INSTALLED := $(OLDEST)/.installed
 TEST_PROCESSES ?= 2
 PYTEST := -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_OPTIONS)
 
-.PHONY: test test-fast test-oldest lint format build conformance quickstart bench cifar10-study clean
+.PHONY: test test-fast test-oldest lint format build docs conformance quickstart bench cifar10-study clean
 
 $(INSTALLED): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -50,6 +50,11 @@ format: $(INSTALLED)
 # The wheel and the sdist, in dist/.
 build: $(INSTALLED)
 	$(BIN)/python -m build
+
+# The documentation with the API reference, as a site in build/site.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --progress-bar off --quiet --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 # The common model tests of transformers, about three minutes. The first run downloads them.
 conformance: $(INSTALLED)

@@ -219,7 +219,8 @@ def save_run(folder):
     rolled_back = list(metric_lines(25, 25, loss=1.9, grad_norm=30.0))
     written = [*metric_lines(5, 20), *rolled_back, *metric_lines(25, 40, gradient_spikes=1, skipped_steps=1)]
     write_lines(folder / "metrics.jsonl", written)
-    write_lines(folder / "knn.jsonl", [{"step": step, "epoch": 1, "knn_top1": step / 50} for step in (10, 20, 40)])
+    knn = {"epoch": 1, "knn_chance": 1 / 3, "knn_test_images": 36}
+    write_lines(folder / "knn.jsonl", [{"step": step, "knn_top1": step / 50} | knn for step in (10, 20, 40)])
     events = [
         {"step": 17, "event": "spike", "grad_norm": 25.0, "times_usual": 12.0},
         {"step": 19, "event": "skipped", "grad_norm": None},

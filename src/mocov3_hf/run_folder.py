@@ -138,7 +138,7 @@ class RunFolder:
 
     Attributes:
         path: The folder.
-        kind: `"pretraining"`, `"classifier"` or `"encoder"`.
+        kind: `"pretraining"`, `"classifier"`, `"encoder"`, or `"evaluation"` for a folder that holds only results.
         config: Of `config.json`; empty before the first checkpoint.
         recipe: Of `recipe.yaml`: flat, resolved, by the option names of today; empty without one.
         state: `run` of the newest checkpoint's `state.json`; empty without one.
@@ -209,15 +209,17 @@ def read_run_folder(path: str | Path) -> RunFolder:
         fix = "pass the output folder of a run, or a model folder"
         is_file = f"folder {str(path)!r} is a file: {fix}"
         raise ValueError(is_file if path.exists() else describe_missing(path, fix=fix))
-    if not any((path / name).is_file() for name in (CONFIG, METRICS, RECIPE)):
+    is_evaluation = not any((path / name).is_file() for name in (CONFIG, METRICS, RECIPE))
+    if is_evaluation and not (path / RESULTS).is_file():
         raise ValueError(
-            f"folder {str(path)!r} is neither a run nor a model (no {CONFIG}, {METRICS} or {RECIPE}): pass the output"
-            " folder of mocov3 pretrain, linear-probe or finetune, or a folder written by save_pretrained"
+            f"folder {str(path)!r} is neither a run nor a model (no {CONFIG}, {METRICS}, {RECIPE} or {RESULTS}): pass"
+            " the output folder of mocov3 pretrain, knn, linear-probe or finetune, or a folder written by"
+            " save_pretrained"
         )
     notes: list[str] = []
     config, recipe = read_object(path / CONFIG, notes), read_recipe(path / RECIPE, notes)
     architecture = RunFolder(path, "encoder", config=config).architecture or ""
-    kind = "encoder"
+    kind = "evaluation" if is_evaluation else "encoder"
     if architecture.endswith("ForImageClassification"):
         kind = "classifier"
     elif architecture == "MoCoV3ForPreTraining" or (path / RECIPE).is_file():
@@ -303,6 +305,23 @@ def _trainer_history(checkpoints: list[Path], notes: list[str]) -> list[dict[str
         if isinstance(history, list):
             return [line for line in history if isinstance(line, dict) and is_number(line.get("step"))]
     return []
+
+
+def has_throughput(line: dict[str, Any]) -> bool:
+    return is_number(line.get("images_per_second")) and line["images_per_second"] > 0
+
+
+def training_time(metrics: list[dict[str, Any]], global_batch_size: int) -> tuple[float, int]:
+    """Seconds and images of all parts of an interrupted run together, from the lines that have a throughput, without
+    the steps that a kill or a rollback undid, evaluations and saves."""
+    steps = [line["step"] for line in metrics]
+    images = [(step - before) * global_batch_size for step, before in zip(steps, [0, *steps[:-1]], strict=True)]
+    seconds = sum(
+        number / line["images_per_second"]
+        for number, line in zip(images, metrics, strict=True)
+        if has_throughput(line)
+    )
+    return seconds, sum(images)
 
 
 def count_parameters(path: Path, notes: list[str]) -> dict[str, int]:

@@ -44,6 +44,9 @@ def test_the_accuracy_is_that_of_the_saved_model(tmp_path, arguments, labeled):
 
     expected = knn_accuracy(*features("test"), *features("train"), 3)[3]
     assert lines[-1]["knn_top1"] == pytest.approx(expected)
+    labels = features("test")[1]
+    assert lines[-1]["knn_test_images"] == len(labels)
+    assert lines[-1]["knn_chance"] == max((labels == label).sum() for label in labels) / len(labels)
     assert expected > 0.9, "dark and bright are easy to separate"
 
 

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from markupsafe import Markup
 
+from mocov3_hf.report import training
+from mocov3_hf.report.parts import Chart
 from tests.factories import save_labeled, save_run, save_trained_classifier, save_unlabeled
 
 
@@ -32,3 +35,13 @@ def run(tmp_path):
 @pytest.fixture
 def classifier(tmp_path):
     return save_trained_classifier(tmp_path / "classifier")
+
+
+@pytest.fixture
+def quick_charts(monkeypatch):
+    """Charts are composed but not rendered, which takes most of the time of a report."""
+
+    def finish(figure, name, plots, *, title, caption, alt, hovers=()):
+        return Chart(name, title, caption, Markup('<svg viewBox="0 0 1 1"></svg>'), figure.get_figwidth())
+
+    monkeypatch.setattr(training, "finish_chart", finish)

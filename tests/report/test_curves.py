@@ -2,6 +2,7 @@
 
 import json
 import math
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -96,6 +97,39 @@ def test_bounds_are_drawn_at_their_height(run, drawn):
     low, high = axes.get_ylim()
     assert low < floor
     assert high > 4 * 0.2 * math.log(8)
+
+
+def test_the_axis_of_an_accuracy_begins_at_zero_and_has_the_chance_line(run, drawn):
+    (axes,) = drawn(read_run_folder(run))["knn"]
+    low, high = axes.get_ylim()
+    assert low == 0
+    assert 0.8 < high <= 1.02
+    assert [1 / 3, 1 / 3] in [list(line.get_ydata()) for line in axes.lines]
+    assert "chance 33.3 %" in [text.get_text() for text in axes.texts]
+    (positives,) = drawn(read_run_folder(run))["positives"]
+    assert [1 / 8, 1 / 8] in [list(line.get_ydata()) for line in positives.lines]
+
+
+def test_hovers_show_the_values_at_their_step(run, tmp_path):
+    folder = read_run_folder(run)
+    runs = {"run": (folder, read_curves(folder))}
+    chart = training.draw_chart(training.LOSS, runs, tmp_path)
+    svg = ElementTree.fromstring(str(chart.svg))
+    (group,) = [element for element in svg.iter() if element.get("class") == "hover"]
+    titles = [element.find("{*}title").text for element in group]
+    assert titles == [f"step {step}\nloss: {1.6 - 0.02 * step:.4g}" for step in range(5, 41, 5)]
+    boxes = [element.find("{*}rect").attrib for element in group]
+    spots = [element.find("{*}circle").attrib for element in group]
+    for box, spot in zip(boxes, spots, strict=True):
+        assert float(box["x"]) <= float(spot["cx"]) <= float(box["x"]) + float(box["width"])
+        assert float(box["y"]) <= float(spot["cy"]) <= float(box["y"]) + float(box["height"])
+    heights = [float(spot["cy"]) for spot in spots]
+    assert heights == sorted(heights)  # the loss falls, and y points down
+    # The circle lies on the line that matplotlib drew.
+    marks = [element for element in svg.iter() if element.tag.endswith("use") and element.get("style")]
+    drawn_at = [(float(mark.get("x")), float(mark.get("y"))) for mark in marks if "--chart-0" in mark.get("style")]
+    for spot in spots:
+        assert min(abs(x - float(spot["cx"])) + abs(y - float(spot["cy"])) for x, y in drawn_at) < 0.2
 
 
 def test_divergence_is_marked_on_the_loss(run, drawn):

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from markupsafe import Markup
 
-from mocov3_hf.report import image_sections, training, write
-from mocov3_hf.report.parts import Chart, attempt
+from mocov3_hf.report import image_sections, write
+from mocov3_hf.report.parts import attempt
 from tests.factories import save_run
 from tests.report.test_report import Page, check, report
 
@@ -36,16 +35,6 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def run(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "run")
-
-
-@pytest.fixture
-def quick_charts(monkeypatch):
-    """Charts are composed but not rendered, which takes most of the time of a report."""
-
-    def finish(figure, name, plots, *, title, caption, alt):
-        return Chart(name, title, caption, Markup('<svg viewBox="0 0 1 1"></svg>'), figure.get_figwidth())
-
-    monkeypatch.setattr(training, "finish_chart", finish)
 
 
 def places(value, path=()):

@@ -100,13 +100,23 @@ def test_run_with_images(run, labeled, capsys):
     page = Page(run / "report.html")
     check(page)
     assert all(name in page.text for name in AWKWARD_NAMES[:2])
-    for words in ("Contrastive loss", "chance 1.66", "floor 0.04", "rollback", "81.50 %", "<em>set", "head 2"):
+    for words in (
+        "Contrastive loss",
+        "chance 1.66",
+        "floor 0.04",
+        "rollback",
+        "81.50 %",
+        "<em>set",
+        "head 2",
+        "view 2",
+        "random weights",
+    ):
         assert words in page.text, words
     assert "/secret" not in page.source
     drawn = {path.stem for path in (run / "plots").glob("*.png")}
     assert drawn == {
         *("loss", "knn", "positives", "gradients", "layers", "schedule", "collapse", "throughput", "blocks"),
-        *("attention", "components", "tsne", "neighbors"),
+        *("views", "attention", "components", "tsne", "neighbors"),
     }
     assert not list(run.glob(".report*"))
 
@@ -222,6 +232,8 @@ def test_same_folder_gives_the_same_page(run, labeled):
         (["{tmp}/nowhere"], "does not exist"),
         (["{tmp}"], "is neither a run nor a model"),
         (["{run}", "--output", "{tmp}"], "is a folder: pass a file"),
+        (["{run}", "{run}/"], "a folder is named twice"),
+        (["{run}", "{tmp}/other", "--dataset_name", "{data}"], "shows images of one model"),
         (["{run}", "--dataset_name", "{tmp}/nothing"], "nothing' does not exist"),
         (["{run}", "--dataset_name", "{data}", "--test_split", "train"], "split 'train' does not exist"),
         (["{run}", "--dataset_name", "{data}", "--image_column", "x"], "image column 'x' does not exist"),
@@ -232,6 +244,7 @@ def test_same_folder_gives_the_same_page(run, labeled):
     ],
 )
 def test_what_cannot_be_done_ends_in_one_line(arguments, words, run, labeled, tmp_path, capsys):
+    save_run(tmp_path / "other")
     given = [argument.format(tmp=tmp_path, run=run, data=labeled) for argument in arguments]
     assert words in refused(given, capsys)
     assert not (run / "report.html").exists()
@@ -281,7 +294,7 @@ def test_suggested_commands_run_as_printed(bare_folders):
         if "recipe" in values:
             assert find_recipe(values["recipe"]).is_file()
         if name in ("report", "knn", "evaluate"):
-            assert values["model"] in map(str, bare_folders)
+            assert set(values["model"] if name == "report" else [values["model"]]) <= set(map(str, bare_folders))
             assert [group for group in parse(module.COMMAND, arguments) if hasattr(group, "dataset_name")]
     assert names == {"report", "knn", "evaluate", "pretrain", "finetune"}
 

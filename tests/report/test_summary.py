@@ -3,12 +3,16 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import yaml
 
 from mocov3_hf import MoCoV3ForPreTraining
-from mocov3_hf.report.summary import facts, findings, lead, results_section
+from mocov3_hf.report.curves import Series
+from mocov3_hf.report.measured import results_section
+from mocov3_hf.report.summary import accuracy_findings, facts, findings, lead
 from mocov3_hf.run_folder import read_run_folder
+from tests.factories import write_lines
 
 
 def test_facts(run):
@@ -17,6 +21,10 @@ def test_facts(run):
     assert found["Global batch size"] == "8 on 2 processes"
     assert found["Peak learning rate"] == "0.002 × batch size / 256 = 6.25e-05"
     assert found["EMA decay"] == "0.9, cosine"
+    # 40 steps of 8 images at 100 images/s, on two processes.
+    assert found["Training time"] == "0:00:03"
+    assert found["Throughput"] == "100 images/s; 320 images seen"
+    assert found["Cost"] == f"{3.2 * 2 / 3600:.3g} process-hours"
     assert found["Dataset"] == "<u>"  # only the last part of a path: the rest is private
     total = sum(parameter.numel() for parameter in MoCoV3ForPreTraining.from_pretrained(run).parameters())
     assert found["Parameters"].startswith(f"{total / 1e6:.2f} M: ")
@@ -26,7 +34,7 @@ def test_facts(run):
 def test_findings_of_an_unstable_run(run):
     found = findings(read_run_folder(run))
     assert ("bad", "Instability: 1 gradient spike, 1 skipped step, 1 rollback. See the gradient norm.") in found
-    assert ("good", "kNN accuracy is 80.0 %, up from 20.0 % at step 10.") in found
+    assert ("good", "kNN accuracy is 80.0 %, up from 20.0 % at step 10; chance is 33.3 %.") in found
     assert any(kind == "good" and "of the way from chance (1.66)" in text for kind, text in found)
 
 
@@ -48,6 +56,35 @@ def test_findings_of_what_goes_wrong(run, changes, kind, words):
 def test_findings_of_an_accuracy_that_fell(classifier):
     expected = "Test accuracy fell from 70.0 % at step 10 to 60.0 %."
     assert findings(read_run_folder(classifier)) == [("look", expected)]
+
+
+@pytest.mark.parametrize(
+    ("last", "chance", "images", "kind"),
+    [
+        (0.10, 0.1, 100, "bad"),
+        (0.02, 0.1, 100, "bad"),
+        (0.15, 0.1, 100, "bad"),  # chance reaches 0.16 on 100 images in 1 of 20 runs
+        (0.17, 0.1, 100, "good"),
+        (0.15, 0.1, 10_000, "good"),
+        (0.15, 0.1, np.nan, "good"),
+        (0.15, None, 100, "look"),  # of earlier versions, which did not record it
+        (0.60, 0.1, 100, "look"),  # fell from 0.7
+    ],
+)
+def test_an_accuracy_is_good_only_above_chance(last, chance, images, kind):
+    accuracy = Series(np.array([1.0, 2.0]), np.array([0.7 if last == 0.6 else 0.01, last]))
+    ((found, text),) = accuracy_findings("Accuracy", accuracy, chance, images)
+    assert found == kind
+    assert f"{100 * last:.1f} %" in text
+
+
+def test_nothing_is_good_in_a_run_that_has_learned_nothing(run):
+    lines = [json.loads(line) | {"loss": 1.67} for line in (run / "metrics.jsonl").read_text().splitlines()]
+    write_lines(run / "metrics.jsonl", lines)
+    knn = [json.loads(line) | {"knn_top1": 0.34} for line in (run / "knn.jsonl").read_text().splitlines()]
+    write_lines(run / "knn.jsonl", knn)
+    found = {text.partition(" ")[0]: kind for kind, text in findings(read_run_folder(run))}
+    assert found["The"] == found["kNN"] == "bad"
 
 
 @pytest.mark.parametrize("value", ["many", [1], {}, True, False, 10**400, float("nan")])

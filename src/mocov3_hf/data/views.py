@@ -8,7 +8,9 @@ Shapes: B batch size, C channels, S image size of a view, K number of parameters
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch.utils.data import get_worker_info
@@ -113,6 +115,14 @@ def two_views(**overrides) -> tuple[ViewSettings, ViewSettings]:
     first = {"blur_probability": 1.0, "solarize_probability": 0.0}
     second = {"blur_probability": 0.1, "solarize_probability": 0.2}
     return ViewSettings(**{**first, **overrides}), ViewSettings(**{**second, **overrides})
+
+
+def view_settings(options: Mapping[str, Any]) -> tuple[ViewSettings, ViewSettings]:
+    """The settings of both views from the options of a recipe; what they leave out is MoCo v3's."""
+    names = [item.name for item in fields(ViewSettings)]
+    first, second = two_views(**{name: options[name] for name in names if name in options})
+    own = [{name: options[f"{name}_{number}"] for name in names if f"{name}_{number}" in options} for number in (1, 2)]
+    return replace(first, **own[0]), replace(second, **own[1])
 
 
 @dataclass(frozen=True)

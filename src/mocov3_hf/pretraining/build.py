@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..data.loader import TwoViewLoader
 from ..data.sources import open_source
-from ..data.views import ViewSettings, two_views
+from ..data.views import view_settings
 from ..data.workers import default_workers
 from ..hints import nearest
 from ..hub import check_repo_id
@@ -284,36 +284,11 @@ def build_source(recipe: Recipe):
     )
 
 
-def build_view_settings(recipe: Recipe) -> tuple[ViewSettings, ViewSettings]:
-    """The two asymmetric augmentations."""
-    views = recipe.views
-    first, second = two_views(
-        image_size=views.image_size,
-        crop_scale=tuple(views.crop_scale),
-        crop_ratio=tuple(views.crop_ratio),
-        jitter_probability=views.jitter_probability,
-        brightness=views.brightness,
-        contrast=views.contrast,
-        saturation=views.saturation,
-        hue=views.hue,
-        grayscale_probability=views.grayscale_probability,
-        blur_sigma=tuple(views.blur_sigma),
-        flip_probability=views.flip_probability,
-        vertical_flip_probability=views.vertical_flip_probability,
-        rotation_probability=views.rotation_probability,
-        channel_drop_probability=views.channel_drop_probability,
-    )
-    return (
-        replace(first, blur_probability=views.blur_probability_1, solarize_probability=views.solarize_probability_1),
-        replace(second, blur_probability=views.blur_probability_2, solarize_probability=views.solarize_probability_2),
-    )
-
-
 def build_loader(recipe: Recipe, source, plan: Plan, accelerator: Accelerator) -> TwoViewLoader:
     """The batches of this process."""
     return TwoViewLoader(
         source,
-        build_view_settings(recipe),
+        view_settings(asdict(recipe.views)),
         global_batch_size=plan.global_batch_size,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,

@@ -12,7 +12,7 @@ The output folder itself holds the model files of the newest checkpoint.
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from .._version import __version__
 from ..data.order import ORDER_VERSION
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
+from ..results import hardware
 from ..run_folder import (
     CHECKPOINT_PREFIX,
     CONFIG,
@@ -62,6 +63,7 @@ class RunState:
     order_version: int = ORDER_VERSION
     version: str = __version__
     torch_version: str = torch.__version__
+    hardware: dict = field(default_factory=hardware)
 
 
 def save_checkpoint(

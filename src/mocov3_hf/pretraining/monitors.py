@@ -15,7 +15,7 @@ from ..data.account import Account
 from ..metrics.collapse import collapse_summary
 from ..model.loss_mocov3 import chance_loss, floor_loss
 from ..reporting import RunError
-from ..run_folder import EVENTS, KNN, METRICS
+from ..run_folder import EVENTS, KNN, METRICS, has_throughput, training_time
 from ..storage import RecordFile, is_number, read_lines
 from .instability import DivergenceDetector, GradientWatch, Instability
 from .labels import next_commands
@@ -282,12 +282,11 @@ class TrainingLog:
         self.start_window()
         return flat(metrics)
 
-    def write_knn(self, steps_done: int, accuracy: float) -> None:
-        """Write a line about a kNN evaluation."""
+    def write_knn(self, steps_done: int, measured: dict[str, float]) -> None:
+        """Write a line about a kNN evaluation, `OnlineKNN.measure`."""
         if self.accelerator.is_main_process:
-            self.knn.append(
-                {"step": steps_done, "epoch": steps_done / self.plan.steps_per_epoch, "knn_top1": accuracy}
-            )
+            self.knn.append({"step": steps_done, "epoch": steps_done / self.plan.steps_per_epoch} | measured)
+        accuracy = measured["knn_top1"]
         self.trackers.log(KNN, {"knn_top1": accuracy}, steps_done)
         self.notes["kNN"] = f"{accuracy:.3f}"
 
@@ -348,20 +347,10 @@ def summarize(recipe: Recipe, plan: Plan, account: Account | None) -> str:
     return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items()) + f"\nnext\n{following}"
 
 
-def has_throughput(line: dict) -> bool:
-    return is_number(line.get("images_per_second")) and line["images_per_second"] > 0
-
-
 def describe_training(metrics: list[dict], plan: Plan) -> dict[str, str]:
     """Numbers of all parts of an interrupted run together, without the steps that a kill or a rollback undid."""
-    steps = [line["step"] for line in metrics]
-    lengths = [step - before for step, before in zip(steps, [0, *steps[:-1]], strict=True)]
-    seconds = sum(
-        length * plan.global_batch_size / line["images_per_second"]
-        for length, line in zip(lengths, metrics, strict=True)
-    )
-    stall = statistics.fmean(line["data_wait_fraction"] for line in metrics)
-    images, last = sum(lengths) * plan.global_batch_size, metrics[-1]
+    seconds, images = training_time(metrics, plan.global_batch_size)
+    stall, last = statistics.fmean(line["data_wait_fraction"] for line in metrics), metrics[-1]
     facts = {
         "training time": str(timedelta(seconds=round(seconds))),
         "throughput": f"{images / seconds:,.0f} images/s, data-loading stall {stall:.1%} of the time",

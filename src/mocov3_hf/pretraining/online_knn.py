@@ -49,13 +49,18 @@ class OnlineKNN:
         self.skips_bad_images, self.reported = data.on_bad_image == "skip", {"test": 0, "training": 0}
         self.transform = evaluation_transform(recipe)
 
-    def measure(self, encoder: MoCoV3Model) -> float:
-        """Top-1 accuracy. The encoder is left in its mode."""
+    def measure(self, encoder: MoCoV3Model) -> dict[str, float]:
+        """Top-1 accuracy, that of always answering the most frequent class, and the number of images classified. The
+        encoder is left in its mode."""
         was_training = encoder.training
         encoder.eval()
         (features, labels), (bank, bank_labels) = (self.features(encoder, part) for part in (self.test, self.train))
         encoder.train(was_training)
-        return knn_accuracy(features, labels, bank, bank_labels, self.k)[self.k]
+        return {
+            "knn_top1": knn_accuracy(features, labels, bank, bank_labels, self.k)[self.k],
+            "knn_chance": labels.bincount().max().item() / len(labels),
+            "knn_test_images": len(labels),
+        }
 
     @torch.no_grad()
     def features(self, encoder: MoCoV3Model, images: LabeledImages) -> tuple[torch.Tensor, torch.Tensor]:

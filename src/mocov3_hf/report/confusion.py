@@ -16,11 +16,13 @@ from .parts import (
     Chart,
     Charts,
     Gallery,
+    Hover,
     Picture,
     Table,
     Text,
     finish_chart,
     new_figure,
+    percent,
     save_sheet,
     shorten,
 )
@@ -103,6 +105,16 @@ def matrix_chart(matrix: np.ndarray, names: list[str], plots: Path) -> Chart:
     if len(shown) < len(present):
         caption += f" The {len(shown)} most confused of {len(present)} classes."
     caption += " Healthy: a strong diagonal, and confusion only within small groups of similar classes."
+    hovers = [
+        Hover(
+            axes,
+            (column - 0.5, row - 0.5),
+            (column + 0.5, row + 0.5),
+            f"{names[shown[row]]} → {names[shown[column]]}: {matrix[shown[row], shown[column]]} images"
+            f" ({percent(shares[row, column])})",
+        )
+        for row, column in np.argwhere(shares)
+    ]
     return finish_chart(
         figure,
         "confusion-matrix",
@@ -110,6 +122,7 @@ def matrix_chart(matrix: np.ndarray, names: list[str], plots: Path) -> Chart:
         title="Confusion matrix",
         caption=caption,
         alt=f"Confusion matrix of {len(shown)} classes; mean of the diagonal {100 * shares.diagonal().mean():.0f} %.",
+        hovers=hovers,
     )
 
 

@@ -134,6 +134,19 @@ def counted_events(lines: Lines) -> list[Event]:
     return sorted(events, key=lambda event: event.step)
 
 
+def chances(folder: RunFolder, lines: Lines) -> dict[str, float]:
+    """Accuracy of a model that has learned nothing, by metric; those that are unknown are left out."""
+    knn, names = series(lines, "knn_chance").known.values, folder.config.get("id2label")
+    classes = len(names) if folder.kind == "classifier" and isinstance(names, dict) else 0
+    found = {
+        "knn_top1": float(knn[-1]) if len(knn) else 0.0,
+        "positive_top1": 1 / (folder.global_batch_size or math.inf),
+        "eval_top1": 1 / (classes or math.inf),
+        "eval_top1_ema": 1 / (classes or math.inf),
+    }
+    return {key: chance for key, chance in found.items() if 0 < chance < 1}
+
+
 def loss_bounds(folder: RunFolder) -> tuple[float, float] | None:
     """Loss at chance, and with aligned positives and orthogonal negatives; None if temperature or batch size are
     unknown."""

@@ -17,28 +17,37 @@ from sklearn.metrics import pairwise_distances
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
+from ..data.photometric import PhotometricStage
+from ..data.sources import MapBatch
+from ..data.views import make_views, view_settings
+from ..run_folder import RunFolder
 from .confusion import confusion_parts
 from .images import Samples, Seen, Viewer
 from .parts import (
+    CHART_SIZE,
     INK,
     MUTED,
     PAPER,
     SERIES,
     Charts,
     Gallery,
+    Hover,
     Picture,
     Section,
+    Table,
     Text,
     attempt,
     finish_chart,
     new_figure,
+    percent,
     save_sheet,
     shorten,
 )
+from .summary import margin
 
 
 # Number of images shown in each section, and of neighbors of each query.
-ATTENTION_IMAGES, COMPONENT_IMAGES, QUERIES, NEIGHBORS = 6, 12, 8, 6
+ATTENTION_IMAGES, COMPONENT_IMAGES, QUERIES, NEIGHBORS, VIEW_IMAGES = 6, 12, 4, 6, 8
 MAX_HEADS = 16
 # A class needs this many images for a color on the map; t-SNE needs this many for a meaningful perplexity.
 MAP_IMAGES, MIN_POINTS = 3, 10
@@ -46,23 +55,50 @@ PERPLEXITY = 30
 
 
 def image_sections(
-    viewer: Viewer, samples: Samples, seen: Seen, plots: Path, seed: int, notes: list[str]
+    folder: RunFolder, viewer: Viewer, samples: Samples, seen: Seen, start: Seen | None, plots: Path, seed: int
 ) -> list[Section]:
     """All sections that need images. Writes the PNG files of charts and galleries to `plots`."""
     build: dict[tuple[str, str], Callable[[], list]] = {
+        ("views", "Augmented views"): partial(view_parts, folder, viewer, samples, seen, plots),
         ("attention", "Attention"): partial(attention_parts, viewer, samples, seen, plots),
         ("components", "Patch features"): partial(component_parts, viewer, samples, seen, plots),
         ("map", "t-SNE map"): partial(map_parts, samples, seen, plots, seed),
-        ("neighbors", "Nearest neighbors"): partial(neighbor_parts, samples, seen, plots),
+        ("neighbors", "Nearest neighbors"): partial(neighbor_parts, samples, seen, start, plots),
     }
     if viewer.is_classifier:
         build["confusion", "Confusion matrix"] = partial(confusion_parts, viewer, samples, seen, plots)
     sections = []
     for (name, title), parts in build.items():
-        found = attempt(notes, f"the section {title!r}", parts, [])
+        found = attempt(folder.notes, f"the section {title!r}", parts, [])
         if found:
             sections.append(Section(name, title, found))
     return sections
+
+
+def view_parts(folder: RunFolder, viewer: Viewer, samples: Samples, seen: Seen, plots: Path) -> list:
+    """Both views of some images, as the run would draw them; nothing for other folders than pre-training runs."""
+    if folder.kind != "pretraining" or not folder.recipe:
+        return []
+    settings = view_settings(folder.recipe)
+    rows = torch.as_tensor(samples.rows[:VIEW_IMAGES])
+    made = make_views(MapBatch(samples.source, rows), settings, 0, 0, viewer.transform.pixel_format)
+    stage = PhotometricStage(*viewer.normalization, max_blur_sigma=settings[0].blur_sigma[1], optional_operations=True)
+    views = [stage(*both) for both in zip(made["pixels"], made["parameters"], strict=True)]
+    strips = []
+    for index, pair in enumerate(zip(*views, strict=True)):
+        name = samples.name_of(index)
+        pictures = [Picture(seen.views[index], f"Image of {name}", name)]
+        for number, view in enumerate(map(viewer.view, pair), start=1):
+            pictures.append(Picture(view, f"Augmented view {number} of an image of {name}", f"view {number}"))
+        strips.append(("", pictures))
+    save_sheet(strips, plots / "views.png", per_row=6)
+    caption = (
+        "An image, and two augmented views of it: a positive pair, which the loss pulls together. Healthy: both views"
+        " recognizably show the same thing, and differ in color, position and scale. If a view shows nothing of the"
+        " object, raise the first number of --crop_scale; if color or orientation carries the meaning, lower --hue,"
+        " --saturation or --flip_probability."
+    )
+    return [Gallery(strips, caption, size=84, columns=True)]
 
 
 def attention_parts(viewer: Viewer, samples: Samples, seen: Seen, plots: Path) -> list:
@@ -122,7 +158,7 @@ def map_parts(samples: Samples, seen: Seen, plots: Path, seed: int) -> list:
         return [Text(f"No t-SNE map: {len(samples)} images are too few, it needs at least {MIN_POINTS}.")]
     points, labels = embed(seen.features, seed), samples.labels
     shown = [] if labels is None else most_frequent(labels, len(SERIES), at_least=MAP_IMAGES)
-    figure = new_figure((5.4, 4.3))
+    figure = new_figure((CHART_SIZE[0], 3.8))
     axes = figure.subplots()
     axes.set_axis_off()
     axes.set_aspect("equal", adjustable="datalim")
@@ -151,17 +187,20 @@ def map_parts(samples: Samples, seen: Seen, plots: Path, seed: int) -> list:
         caption += "Healthy: several clusters, not one even cloud. " + samples.why_unlabeled
         if labels is not None:
             caption += f"Classes are not colored: none has {MAP_IMAGES} images here."
-    return [Charts([finish_chart(figure, "tsne", plots, title="t-SNE", caption=caption, alt=f"{alt}.")])]
+    hovers = [Hover(axes, point, point, samples.name_of(index), margin=3) for index, point in enumerate(points)]
+    chart = finish_chart(figure, "tsne", plots, title="t-SNE", caption=caption, alt=f"{alt}.", hovers=hovers)
+    return [Charts([chart])]
 
 
-def neighbor_parts(samples: Samples, seen: Seen, plots: Path) -> list:
+def neighbor_parts(samples: Samples, seen: Seen, start: Seen | None, plots: Path) -> list:
     k = min(NEIGHBORS, len(samples) - 1)
     similarities, rows = nearest_others(seen.features, k)
     labels = samples.labels
     chance = 0.0 if labels is None else chance_of_agreement(labels)
     is_judged = chance > 0  # with one image of every class no neighbor can be right
-    strips = []
-    for query in range(min(QUERIES, len(samples))):
+    before = None if start is None else nearest_others(start.features, k)
+
+    def strip(query: int, similarities: np.ndarray, rows: np.ndarray) -> list[Picture]:
         name = samples.name_of(query)
         pictures = [Picture(seen.views[query], f"Query: {name}", name, mark="query")]
         for similarity, row in zip(similarities[query], rows[query], strict=True):
@@ -172,23 +211,55 @@ def neighbor_parts(samples: Samples, seen: Seen, plots: Path) -> list:
                 label = f"{similarity:.3f} ✓" if mark == "right" else f"{similarity:.3f} ✕ {other}"
             alt = f"Neighbor: {other}, similarity {similarity:.3f}"
             pictures.append(Picture(seen.views[row], alt, label, mark))
-        strips.append(("", pictures))
+        return pictures
+
+    strips = []
+    for query in range(min(QUERIES, len(samples))):
+        strips.append(("" if before is None else "trained", strip(query, similarities, rows)))
+        if before is not None:
+            strips.append(("random weights", strip(query, *before)))
     save_sheet(strips, plots / "neighbors.png", per_row=k + 1)
-    caption = (
-        f"A query (left) and the {k} most similar of the other {len(samples) - 1} images, with cosine similarity (mean"
-        f" of the nearest: {similarities[:, 0].mean():.3f})."
-    )
-    if is_judged:
-        agreement = (labels[rows] == labels[:, None]).mean()
-        caption += (
-            f" ✓ same class, ✕ another class. Over all images, {100 * agreement:.1f} % of the {k} nearest neighbors"
-            f" share the class of the query; chance is {100 * chance:.1f} %."
-        )
+    caption = f"A query (left) and the {k} most similar of the other images, with cosine similarity."
+    caption += " ✓ same class, ✕ another class." if is_judged else ""
     caption += (
         " Healthy: neighbors show the same kind of object, not just the same colors. If all similarities are close to"
         " 1, the features have collapsed."
     )
-    return [Gallery(strips, caption)]
+    table_rows = []
+    for weights, found in (("random weights", before), ("trained", (similarities, rows))):
+        if found is not None:
+            share = percent(agreement(labels, found[1])) if is_judged else ""
+            table_rows.append([weights, share, f"{found[0][:, 0].mean():.3f}"])
+    if is_judged:
+        table_rows.insert(0, ["chance", percent(chance), ""])
+    columns = ["weights", f"class of the query, among {k} neighbors", "similarity of the nearest"]
+    words = f"Over all {len(samples)} images of {samples.description}."
+    if before is not None:
+        words += " Random weights: the same architecture before any training."
+    if not is_judged:
+        columns, table_rows = columns[::2], [row[::2] for row in table_rows]
+    numeric = tuple(range(1, len(columns)))
+    return [Table(columns, table_rows, words, numeric), Gallery(strips, caption)]
+
+
+def neighbor_findings(samples: Samples, seen: Seen, start: Seen | None) -> list[tuple[str, str]]:
+    """Whether neighbors share a class more often than at chance, and than with random weights."""
+    k = min(NEIGHBORS, len(samples) - 1)
+    chance = 0.0 if samples.labels is None else chance_of_agreement(samples.labels)
+    if not chance > 0:
+        return []
+    after, before = (
+        None if one is None else agreement(samples.labels, nearest_others(one.features, k)[1]) for one in (seen, start)
+    )
+    text = f"{percent(after)} of the {k} nearest neighbors in {len(samples)} images share the class of the query"
+    compared = "" if before is None else f", {percent(before)} with random weights"
+    is_better = after > chance + margin(chance, len(samples)) and (before is None or after > before)
+    return [("good" if is_better else "bad", f"{text}{compared}; chance is {percent(chance)}.")]
+
+
+def agreement(labels: np.ndarray, rows: np.ndarray) -> float:
+    """Share of the neighbors (n, k) that have the class of their query."""
+    return float((labels[rows] == labels[:, None]).mean())
 
 
 def heat_map(values: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 Legend: n images, B batch, H W image, h w grid of patches or last feature map, L tokens, D width, C classes.
 """
 
+import copy
 import math
 import sys
 from collections import Counter
@@ -199,6 +200,24 @@ class Viewer:
                 f" {' '.join(map(str, self.shown))}"
             )
 
+    @property
+    def normalization(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation by channel."""
+        if getattr(self.processor, "do_normalize", False):
+            return list(self.processor.image_mean), list(self.processor.image_std)
+        number = self.transform.pixel_format.num_channels
+        return [0.0] * number, [1.0] * number
+
+    def untrained(self, seed: int) -> "Viewer":
+        """The same with random weights: what training started from, or would start from."""
+        other = copy.copy(self)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            other.model = type(self.model)(self.model.config).eval()
+        other.encoder = other.model.base_model
+        other.backbone = getattr(other.encoder, "backbone", other.encoder)
+        return other
+
     def preprocess(self, samples: Samples, indices: range) -> torch.Tensor:
         """Some images of a sample as `pixel_values`, (B, C, H, W) float32."""
         pixel_format = self.transform.pixel_format
@@ -209,12 +228,8 @@ class Viewer:
         The shown channels of (C, H, W) without the normalization: uint8 (H, W, 3), at most `VIEW_SIZE` on the longer
         side.
         """
-        if getattr(self.processor, "do_normalize", False):
-            mean, std = (
-                torch.tensor(values).view(-1, 1, 1) for values in (self.processor.image_mean, self.processor.image_std)
-            )
-            pixel_values = pixel_values * std + mean
-        pixel_values = pixel_values[self.shown].expand(3, -1, -1)
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in self.normalization)
+        pixel_values = (pixel_values * std + mean)[self.shown].expand(3, -1, -1)
         scale = VIEW_SIZE / max(pixel_values.shape[-2:])
         if scale < 1:
             size = [max(1, round(side * scale)) for side in pixel_values.shape[-2:]]

@@ -4,7 +4,8 @@ import base64
 import io
 import itertools
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -13,6 +14,7 @@ import matplotlib
 import numpy as np
 import torch
 from markupsafe import Markup, escape
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.utils import make_grid
@@ -77,11 +79,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """`numeric` lists the right-aligned columns."""
+    """`numeric` lists the right-aligned columns. A row that is a text heads the rows below it."""
 
     kind: ClassVar[str] = "table"
     columns: list[str]
-    rows: list[list[str]]
+    rows: list[list[str] | str]
     caption: str
     numeric: tuple[int, ...] = ()
 
@@ -106,6 +108,45 @@ class Chart:
 class Charts:
     kind: ClassVar[str] = "charts"
     charts: list[Chart]
+
+
+@dataclass(frozen=True)
+class Hover:
+    """
+    A text that the page shows where the pointer is.
+
+    Attributes:
+        axes: that it belongs to.
+        low, high: opposite corners of the rectangle; in data coordinates, but y in fractions of the axes if `is_band`.
+        text: one or several lines.
+        dots: x, y and color of marks that appear with the text, in data coordinates.
+        margin: added to each side, in points.
+    """
+
+    axes: Axes
+    low: tuple[float, float]
+    high: tuple[float, float]
+    text: str
+    dots: tuple[tuple[float, float, str], ...] = ()
+    is_band: bool = False
+    margin: float = 0.0
+
+    def svg(self) -> str:
+        """As an element of the SVG document, whose unit is the point and whose y axis points down."""
+        figure = self.axes.figure
+        height = 72 * figure.get_figheight()
+
+        def place(points, transform) -> np.ndarray:
+            return transform.transform(np.asarray(points, dtype=float)) * 72 / figure.dpi * [1, -1] + [0, height]
+
+        transform = self.axes.get_xaxis_transform() if self.is_band else self.axes.transData
+        corners = place([self.low, self.high], transform)
+        (x, y), (right, bottom) = corners.min(axis=0) - self.margin, corners.max(axis=0) + self.margin
+        box = f'<rect x="{x:.1f}" y="{y:.1f}" width="{right - x:.1f}" height="{bottom - y:.1f}"/>'
+        for *point, color in self.dots:
+            ((x, y),) = place([point], self.axes.transData)
+            box += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" style="fill: {color}"/>'
+        return f"<g><title>{escape(self.text)}</title>{box}</g>"
 
 
 @dataclass(frozen=True)
@@ -146,12 +187,25 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """HTML of an earlier page."""
+
+    kind: ClassVar[str] = "kept"
+    html: Markup
+
+
+@dataclass(frozen=True)
 class Section:
-    """`name` is the anchor."""
+    """`name` is the anchor; `made` is the date of a section that comes from an earlier page."""
 
     name: str
     title: str
-    parts: list[Text | Table | Charts | Gallery]
+    parts: list[Text | Table | Charts | Gallery | Kept]
+    made: str = ""
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
 
 
 def attempt(notes: list[str], what: str, build: Callable[[], Built], otherwise: Built) -> Built:
@@ -176,17 +230,21 @@ def new_figure(size: tuple[float, float] = CHART_SIZE) -> Figure:
     return Figure(figsize=size)
 
 
-def finish_chart(figure: Figure, name: str, plots: Path, *, title: str, caption: str, alt: str) -> Chart:
+def finish_chart(
+    figure: Figure, name: str, plots: Path, *, title: str, caption: str, alt: str, hovers: Iterable[Hover] = ()
+) -> Chart:
     """Turn a figure into a `Chart`, described by `alt` for screen readers, and write it to `plots/name.png`."""
     stream = io.StringIO()
     # Salted with the name, ids are unique in the page and the same in every run.
     with matplotlib.rc_context({"svg.hashsalt": name}):
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(stream, format="svg", transparent=True, metadata=metadata, dpi=PNG_DPI)
+    texts = "".join(hover.svg() for hover in hovers)
+    svg = stream.getvalue().replace("</svg>", f'<g class="hover">{texts}</g></svg>' if texts else "</svg>")
     figure.suptitle(title)
     with atomic_file(plots / f"{name}.png") as aside:
         figure.savefig(aside, format="png", dpi=PNG_DPI, facecolor=PAPER)
-    return Chart(name, title, caption, inline_svg(stream.getvalue(), alt), figure.get_figwidth())
+    return Chart(name, title, caption, inline_svg(svg, alt), figure.get_figwidth())
 
 
 def inline_svg(svg: str, alt: str) -> Markup:
@@ -218,6 +276,11 @@ def shown_name(name: Any) -> str:
     name = str(name)
     name = Path(name).name if is_local(name) else name
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")  # any bytes in names of files
+
+
+def quoted(path: Path) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
 
 
 def shorten(name: str, length: int = 22) -> str:

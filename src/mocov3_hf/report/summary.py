@@ -1,29 +1,28 @@
-"""The summary of a folder and its results: what it is, how training went, and what was measured."""
+"""The summary of a folder: what it is, and how training went."""
 
 import math
-import shlex
-from functools import partial
-from pathlib import Path
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 
 from ..metrics.collapse import COLLAPSED_STD_RATIO
-from ..results import RESULTS, TASKS
-from ..run_folder import RunFolder
-from ..zoo import load_zoo
-from .curves import Series, loss_bounds, number, read_curves, series
-from .parts import Section, Table, Text, attempt, mapping, shorten, shown_name
-from .published import Reference, find_references, reference_for
+from ..run_folder import RunFolder, training_time
+from .curves import Series, chances, loss_bounds, number, read_curves, series
+from .parts import mapping, percent, shorten, shown_name
 
 
 # Stalls above this share of the time are reported, and accuracies this far below their best.
 LONG_STALL, ACCURACY_DROP = 0.1, 0.01
 # Share of the way from chance to floor below which nothing has been learned.
 LITTLE_PROGRESS = 0.02
-KINDS = {"pretraining": "Pre-training run", "classifier": "Classifier", "encoder": "Encoder"}
+KINDS = {
+    "pretraining": "Pre-training run",
+    "classifier": "Classifier",
+    "encoder": "Encoder",
+    "evaluation": "Evaluation",
+}
 PARTS = {"mocov3": "backbone", "momentum_encoder": "momentum encoder"}
-STAGES = {"linear": "linear probe", "finetuned": "fine-tuning"}
 SIZES = {
     "hidden_size": "width {}",
     "num_hidden_layers": "{} blocks",
@@ -41,6 +40,9 @@ def lead(folder: RunFolder) -> str:
     if folder.kind == "classifier":
         classes = len(mapping(folder.config.get("id2label"))) or folder.config.get("num_labels")
         return f"Classifier{f' with {classes} classes' if classes else ''}, backbone {backbone}."
+    if folder.kind == "evaluation":
+        models = {shown_name(mapping(result.get("model")).get("name", "a model")) for result in folder.results}
+        return f"Evaluation of {', '.join(sorted(models))}."
     return f"Encoder: {backbone}."
 
 
@@ -70,14 +72,10 @@ def facts(folder: RunFolder) -> list[tuple[str, str]]:
         found += run_facts(folder)
     if folder.results:
         last = folder.results[-1]
-        hardware = mapping(last.get("hardware"))
-        device = f"{hardware.get('cpu', '')}, {hardware['cpu_count']} cores" if hardware.get("cpu_count") else None
-        if hardware.get("gpu"):
-            device = f"{hardware.get('gpu_count', 1)} × {hardware['gpu']}"
         found += [
             ("Evaluated", str(last.get("date") or "")[:10]),
             ("Evaluated with", versions(mapping(last.get("versions")))),
-            ("Evaluated on", device),
+            ("Evaluated on", describe_hardware(mapping(last.get("hardware")))),
         ]
     return [(name, shorten(str(value), 300)) for name, value in found if value not in (None, "")]
 
@@ -94,11 +92,17 @@ def run_facts(folder: RunFolder) -> list[tuple[str, Any]]:
         length = f"{steps:,.0f}{'' if math.isnan(total) else f' of {total:,.0f}'}"
         length += f" ({steps / per_epoch:.4g} epochs)" if per_epoch > 0 else ""
     processes = number(state.get("num_processes", 1))
+    timed = [line for line in read_curves(folder).kept if "images_per_second" in line]
+    seconds, images = training_time(timed, batch) if timed and batch else (0.0, 0)
     return [
         ("Dataset", shown_name(recipe["dataset_name"]) if recipe.get("dataset_name") else None),
         ("Images", describe_data(folder.data)),
         ("Steps", length),
         ("Global batch size", batch and f"{batch:,}{f' on {processes:.0f} processes' if processes > 1 else ''}"),
+        ("Training time", seconds and str(timedelta(seconds=round(seconds)))),
+        ("Throughput", seconds and f"{images / seconds:,.0f} images/s; {images:,} images seen"),
+        ("Cost", seconds and f"{seconds * max(1, processes) / 3600:.3g} process-hours"),
+        ("Trained on", describe_hardware(mapping(state.get("hardware")))),
         ("Optimizer", recipe.get("optimizer")),
         ("Peak learning rate", peak_learning_rate(recipe, batch)),
         ("Weight decay", recipe.get("weight_decay")),
@@ -108,6 +112,12 @@ def run_facts(folder: RunFolder) -> list[tuple[str, Any]]:
         ("Seed", recipe.get("seed")),
         ("Trained with", versions({"mocov3_hf": state.get("version"), "torch": state.get("torch_version")})),
     ]
+
+
+def describe_hardware(hardware: dict[str, Any]) -> str | None:
+    if hardware.get("gpu"):
+        return f"{hardware.get('gpu_count', 1)} × {hardware['gpu']}"
+    return f"{hardware.get('cpu', '')}, {hardware['cpu_count']} cores" if hardware.get("cpu_count") else None
 
 
 def describe_data(data: dict[str, Any]) -> str | None:
@@ -155,10 +165,12 @@ def versions(found: dict[str, Any]) -> str:
 def findings(folder: RunFolder) -> list[tuple[str, str]]:
     """What to notice in the curves: "good", "look" or "bad", and a sentence."""
     curves = read_curves(folder)
-    kept = curves.kept
+    kept, chance = curves.kept, chances(folder, curves.kept)
     if folder.kind == "classifier":
-        return accuracy_findings("Test accuracy", series(kept, "eval_top1").known)
-    found = accuracy_findings("kNN accuracy", series(kept, "knn_top1").known)
+        return accuracy_findings("Test accuracy", series(kept, "eval_top1").known, chance.get("eval_top1"))
+    images = series(kept, "knn_test_images").known.values
+    knn = series(kept, "knn_top1").known
+    found = accuracy_findings("kNN accuracy", knn, chance.get("knn_top1"), images[-1] if len(images) else math.nan)
     if not folder.metrics:
         return found
     found = loss_findings(folder, series(kept, "loss").known) + found
@@ -201,72 +213,22 @@ def loss_findings(folder: RunFolder, loss: Series) -> list[tuple[str, str]]:
     return [("good", f"{text} floor ({floor:.2f}).")]
 
 
-def accuracy_findings(name: str, accuracy: Series) -> list[tuple[str, str]]:
+def accuracy_findings(name: str, accuracy: Series, chance: float | None, images: float = math.nan) -> list:
+    """The last of the accuracies against chance and against the best; good only if it is above chance for sure."""
     if not len(accuracy):
         return []
     first, last, best = accuracy.values[0], accuracy.values[-1], accuracy.values.max()
+    if chance is not None and last <= chance + margin(chance, images):
+        return [("bad", f"{name} is {percent(last)}, which is at chance ({percent(chance)}).")]
     if last < best - ACCURACY_DROP:
         step = accuracy.steps[accuracy.values.argmax()]
-        return [("look", f"{name} fell from {100 * best:.1f} % at step {step:,.0f} to {100 * last:.1f} %.")]
-    start = f", up from {100 * first:.1f} % at step {accuracy.steps[0]:,.0f}" if len(accuracy) > 1 else ""
-    return [("good", f"{name} is {100 * last:.1f} %{start}.")]
+        return [("look", f"{name} fell from {percent(best)} at step {step:,.0f} to {percent(last)}.")]
+    start = f", up from {percent(first)} at step {accuracy.steps[0]:,.0f}" if last > first else ""
+    if chance is None:
+        return [("look", f"{name} is {percent(last)}{start}; chance is unknown.")]
+    return [("good", f"{name} is {percent(last)}{start}; chance is {percent(chance)}.")]
 
 
-def results_section(folder: RunFolder) -> Section:
-    """Measured metrics and published accuracies."""
-    references = attempt(folder.notes, "the comparison with published results", lambda: find_references(folder), [])
-    if folder.results:
-        parts: list = [results_table(folder, references)]
-    else:
-        command = f"mocov3 {'evaluate' if folder.kind == 'classifier' else 'knn'} --model {quoted(folder.path)}"
-        text = f"No results yet. Evaluation adds them to {RESULTS}:"
-        parts = [Text(text, f"{command} --dataset_name DATA")]
-    if references:
-        rows = []
-        for entry, is_same_recipe in references:
-            epochs = load_zoo()[entry.pretrained].epochs
-            same = "recipe and backbone" if is_same_recipe else "backbone"
-            rows.append([f"{entry.top1:.2f} %", STAGES[entry.stage], f"{epochs} epochs", entry.publisher.title, same])
-        columns = ["top-1", "protocol", "pre-training", "published by", "same"]
-        caption = "Published ImageNet-1k accuracy of models with this backbone. Not measured here."
-        parts.append(Table(columns, rows, caption, numeric=(0,)))
-    return Section("results", "Results", parts)
-
-
-def results_table(folder: RunFolder, references: list[Reference]) -> Table:
-    rows = []
-    for index, result in enumerate(folder.results, start=1):
-        rows += attempt(folder.notes, f"result {index}", partial(result_rows, folder, result, references), [])
-    columns = ["metric", "measured", "published, ImageNet-1k", "task", "dataset", "date"]
-    caption = f"From {RESULTS}. docs/evaluation.md defines the metrics."
-    if any(row[2] for row in rows):
-        caption += (
-            " Published values are of the same protocol and recipe; they are comparable only if the dataset is"
-            " ImageNet-1k."
-        )
-        return Table(columns, rows, caption, numeric=(1, 2))
-    return Table(columns[:2] + columns[3:], [row[:2] + row[3:] for row in rows], caption, numeric=(1,))
-
-
-def result_rows(folder: RunFolder, result: dict[str, Any], references: list[Reference]) -> list[list[str]]:
-    """The metrics of one evaluation."""
-    dataset = mapping(result.get("dataset"))
-    split = dataset.get("split") or dataset.get("test_split")
-    where = f"{shown_name(dataset.get('name', 'unknown'))}{f', {split}' if split else ''}"
-    task = TASKS.get(result.get("task"), ("", str(result.get("task"))))[1]
-    rows = []
-    for metric, value in result["metrics"].items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue  # metrics by class
-        is_share = "top" in metric or metric.endswith("mean_per_class")
-        measured = f"{100 * value:.2f} %" if is_share else f"{value:.4g}"
-        reference = reference_for(result, metric, references, folder.kind)
-        published = f"{reference.entry.top1:.2f} %" if reference else ""
-        row = (metric, measured, published, task, where, str(result.get("date", ""))[:10])
-        rows.append([shorten(cell, 100) for cell in row])
-    return rows
-
-
-def quoted(path: Path) -> str:
-    """A path as a shell takes it."""
-    return shlex.quote(str(path))
+def margin(chance: float, images: float) -> float:
+    """Two standard deviations of the accuracy at chance on a number of images; 0 if it is unknown."""
+    return 2 * math.sqrt(chance * (1 - chance) / images) if images > 0 else 0.0

@@ -1,6 +1,6 @@
 """The section about training: learning curves of a pre-training run or a classifier."""
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,144 +10,50 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from ..run_folder import METRICS, RECIPE, RunFolder
-from .curves import Curves, Lines, Series, loss_bounds, number, read_curves, series
-from .parts import BAD, MUTED, SERIES, Chart, Charts, Section, Text, attempt, finish_chart, new_figure
-from .summary import quoted
+from .charts import CLASSIFIER_CHARTS, GRADIENTS, KNN, LOSS, NORMALIZED_LOSS, PRETRAINING_CHARTS, LineChart
+from .curves import Curves, Lines, Series, chances, loss_bounds, number, read_curves, series
+from .parts import (
+    BAD,
+    CHART_SIZE,
+    MUTED,
+    SERIES,
+    Chart,
+    Charts,
+    Hover,
+    Section,
+    Text,
+    attempt,
+    finish_chart,
+    new_figure,
+    quoted,
+    shorten,
+)
 
 
 LABEL_UNIT = "offset points"
-MOST_BLOCKS = 200
+MOST_BLOCKS, MOST_HOVERS = 200, 60
+Runs = dict[str, tuple[RunFolder, Curves]]  # by the name that charts show
 
 
 @dataclass(frozen=True)
-class LineChart:
-    """
-    Metrics over steps. Discarded lines are dashed, and the steps that they cover are shaded.
+class Line:
+    """One line of a chart: a metric of a run."""
 
-    Attributes:
-        name, title, caption: as in `Chart`.
-        panels: for each panel, one above the other, the labels of its lines and their keys in the logs.
-        percent, log, from_zero: format and range of the y axes.
-    """
-
-    name: str
-    title: str
-    caption: str
-    panels: tuple[dict[str, str], ...]
-    percent: bool = False
-    log: bool = False
-    from_zero: bool = False
-
-
-LOSS = LineChart(
-    "loss",
-    "Contrastive loss",
-    "InfoNCE loss. Healthy: leaves chance during warmup, then falls steadily and slowly towards the floor.",
-    ({"loss": "loss"},),
-)
-GRADIENTS = LineChart(
-    "gradients",
-    "Gradient norm",
-    "L2 norm of all gradients, mean since the previous log line; spikes are single steps. Healthy: falls or stays"
-    " within a factor of 2 of its usual value, without spikes (▼), skipped steps (×) or rollbacks (shaded).",
-    ({"gradient norm": "grad_norm"},),
-    log=True,
-)
-PRETRAINING_CHARTS = (
-    LOSS,
-    LineChart(
-        "knn",
-        "kNN accuracy",
-        "Top-1 on labeled images during training. Healthy: rises throughout. A dip indicates instability (paper §4):"
-        " it follows a spike in the gradient, and the run ends with lower accuracy.",
-        ({"kNN top-1": "knn_top1"},),
-        percent=True,
-    ),
-    LineChart(
-        "positives",
-        "Contrastive accuracy",
-        "Share of queries whose positive is the most similar of all keys in the batch; chance is 1 in the global batch"
-        " size. Healthy: rises as the loss falls.",
-        ({"positive top-1": "positive_top1"},),
-        percent=True,
-    ),
-    GRADIENTS,
-    LineChart(
-        "layers",
-        "Largest gradient, first and last layer",
-        "Largest gradient component since the previous log line. Healthy: level. In an unstable run the first layer"
-        " spikes tens of steps before the last layer (paper §4.2, figure 4).",
-        ({"first layer": "first_layer_grad_max", "last layer": "last_layer_grad_max"},),
-        log=True,
-    ),
-    LineChart(
-        "schedule",
-        "Learning rate and EMA decay",
-        "Healthy: linear warmup of the learning rate, then cosine decay; the EMA decay of the momentum encoder rises"
-        " to 1 at the end. A step down that the recipe does not contain is a rollback with a lower learning rate.",
-        ({"learning rate": "learning_rate"}, {"EMA decay": "ema_decay"}),
-    ),
-    LineChart(
-        "collapse",
-        "Spread and rank of the projections",
-        "Spread: standard deviation of the L2-normalized projections times the square root of their dimension; 1 if"
-        " uniform on the sphere, 0 if collapsed. Effective rank: number of directions in use. Healthy: spread near 1"
-        " and rank well above 1. A fall towards 0 and 1 is collapse.",
-        ({"spread": "projection_std_ratio"}, {"effective rank": "projection_effective_rank"}),
-        from_zero=True,
-    ),
-    LineChart(
-        "throughput",
-        "Throughput and data-loading stall",
-        "Stall: share of the time spent waiting for data. Healthy: constant throughput and a stall below 0.1. A larger"
-        " stall means that decoding is the bottleneck: raise --dataloader_num_workers.",
-        ({"images/s": "images_per_second"}, {"stall": "data_wait_fraction"}),
-        from_zero=True,
-    ),
-)
-CLASSIFIER_CHARTS = (
-    LineChart(
-        "loss",
-        "Training loss",
-        "Cross-entropy on augmented images. Healthy: falls fast, then slowly, without jumps. Mixup and label smoothing"
-        " keep it well above 0.",
-        ({"training loss": "loss"},),
-    ),
-    LineChart(
-        "accuracy",
-        "Test accuracy",
-        "Top-1 after every epoch. Healthy: still rising slightly at the end of the schedule; a decline from the middle"
-        " on is overfitting. The EMA of the weights usually leads until the end.",
-        ({"weights": "eval_top1", "EMA of the weights": "eval_top1_ema"},),
-        percent=True,
-    ),
-    LineChart(
-        "gradients",
-        "Gradient norm",
-        "L2 norm of all gradients. Healthy: stays within a small factor of its usual value.",
-        ({"gradient norm": "grad_norm"},),
-        log=True,
-    ),
-    LineChart(
-        "schedule",
-        "Learning rate",
-        "Healthy: the schedule of the recipe, ending near 0.",
-        ({"learning rate": "learning_rate"},),
-    ),
-)
+    label: str
+    key: str
+    values: Series
+    curves: Curves
+    color: str
+    style: str = "-"
 
 
 def training_section(folder: RunFolder, plots: Path) -> Section:
     """Charts of all metrics that were logged, and the command for those that were not."""
     is_classifier, notes = folder.kind == "classifier", folder.notes
     curves = attempt(notes, "the training curves", lambda: read_curves(folder), Curves([], [], [], {}))
-    draw: dict[str, Callable[[], Chart | None]] = {
-        spec.title: partial(draw_chart, spec, folder, curves, plots)
-        for spec in (CLASSIFIER_CHARTS if is_classifier else PRETRAINING_CHARTS)
-    }
-    draw["Gradient norm by block"] = partial(draw_blocks, curves, plots)
-    drawn = [attempt(notes, f"the chart {title!r}", build, None) for title, build in draw.items()]
-    charts = [chart for chart in drawn if chart is not None]
+    charts = draw_charts({folder.path.name: (folder, curves)}, plots, notes)
+    blocks = attempt(notes, "the chart 'Gradient norm by block'", lambda: draw_blocks(curves, plots), None)
+    charts += [blocks] if blocks is not None else []
     pretrain = "mocov3 pretrain DATA --recipe quickstart --output_dir DIR"
     if folder.recipe:
         pretrain = f"mocov3 pretrain --recipe {quoted(folder.path / RECIPE)} --output_dir DIR"
@@ -162,43 +68,122 @@ def training_section(folder: RunFolder, plots: Path) -> Section:
     return Section("training", "Training", parts)
 
 
-def draw_chart(spec: LineChart, folder: RunFolder, curves: Curves, plots: Path) -> Chart | None:
+def draw_charts(runs: Runs, plots: Path, notes: list[str]) -> list[Chart]:
+    """The charts of the first run's kind, each with the lines of all runs."""
+    kinds = [folder.kind for folder, _ in runs.values()]
+    specs = CLASSIFIER_CHARTS if kinds[0] == "classifier" else PRETRAINING_CHARTS
+    if len({loss_bounds(folder) for folder, _ in runs.values()}) > 1:
+        specs = tuple(NORMALIZED_LOSS if spec is LOSS else spec for spec in specs)
+    drawn = [
+        attempt(notes, f"the chart {spec.title!r}", partial(draw_chart, spec, runs, plots), None) for spec in specs
+    ]
+    return [chart for chart in drawn if chart is not None]
+
+
+def draw_chart(spec: LineChart, runs: Runs, plots: Path) -> Chart | None:
     """None if no metric of the chart was logged."""
-    panels = [{label: series(curves.kept, key) for label, key in panel.items()} for panel in spec.panels]
-    panels = [{label: values for label, values in panel.items() if len(values.known)} for panel in panels]
-    panels = [panel for panel in panels if panel]
+    panels = [(next(iter(labels)), lines) for labels in spec.panels if (lines := lines_of(spec, labels, runs))]
     if not panels:
         return None
-    keys = {label: key for panel in spec.panels for label, key in panel.items()}
-    colors = iter(SERIES)
+    folder, curves = next(iter(runs.values()))
+    is_comparison = len(runs) > 1
     figure = new_figure()
+    hovers: list[Hover] = []
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, panel in zip(rows, panels, strict=True):
+    for axes, (label, lines) in zip(rows, panels, strict=True):
         axes.grid(axis="y")
-        for label, values in panel.items():
-            draw_line(axes, series(curves.discarded, keys[label]), MUTED, linestyle=(0, (2, 2)))
-            draw_line(axes, values, next(colors), label=label)
-        if len(panel) > 1:
+        for line in lines:
+            if not is_comparison:
+                draw_line(axes, series(line.curves.discarded, line.key), MUTED, linestyle=(0, (2, 2)))
+            draw_line(axes, line.values, line.color, label=line.label, linestyle=line.style)
+        if len(lines) > 1 and (axes is rows[0] or not is_comparison):
             axes.legend()
         if len(panels) > 1:
-            axes.set_ylabel(next(iter(panel)))
+            axes.set_ylabel(label)
+        largest = max(line.values.known.values.max() for line in lines)
         if spec.percent:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-        if spec.log and all((values.known.values > 0).all() for values in panel.values()):
+            largest = max(largest, draw_chance(axes, lines, runs))
+        if spec.log and all((line.values.known.values > 0).all() for line in lines):
             use_log_scale(axes)
-        if spec.from_zero:
-            axes.set_ylim(0, max(1e-12, 1.1 * max(values.known.values.max() for values in panel.values())))
-        shade_rollbacks(axes, curves, label=axes is rows[0])
+        if spec.from_zero or spec.percent:  # an axis cut close to the values makes noise look like progress
+            axes.set_ylim(0, min(1.1 * max(1e-12, largest), 1.02 if spec.percent else math.inf))
+        if not is_comparison:
+            shade_rollbacks(axes, curves, label=axes is rows[0])
     rows[-1].set_xlabel("step")
     figure.align_ylabels()
-    alt = [describe(label, values, spec.percent) for panel in panels for label, values in panel.items()]
+    alt = [describe(line.label, line.values, spec.percent) for _, lines in panels for line in lines]
     caption = spec.caption
-    if spec is LOSS:
+    if is_comparison:
+        caption = caption.partition("Healthy:")[0].strip()
+    elif spec is LOSS:
         caption += annotate_loss(rows[0], folder, curves)
-    if spec is GRADIENTS:
+    elif spec is GRADIENTS:
         annotate_gradients(rows[0], curves)
         alt.append("Marked: {spike} spikes, {skipped} skipped steps, {rollback} rollbacks.".format(**curves.counts))
-    return finish_chart(figure, spec.name, plots, title=spec.title, caption=caption, alt=" ".join(alt))
+    elif spec is KNN:
+        caption += describe_knn(folder, curves)
+    for axes, (_, lines) in zip(rows, panels, strict=True):
+        hovers += hovers_of(axes, lines, spec.percent)
+    return finish_chart(figure, spec.name, plots, title=spec.title, caption=caption, alt=" ".join(alt), hovers=hovers)
+
+
+def lines_of(spec: LineChart, labels: dict[str, str], runs: Runs) -> list[Line]:
+    """The lines of one panel: by color the metrics of one run, or several runs, with their second metric dashed."""
+    colors = [key for panel in spec.panels for key in panel.values()]
+    found = []
+    for position, (run, (_, curves)) in enumerate(runs.items()):
+        for index, (label, key) in enumerate(labels.items()):
+            values, color, style = series(curves.kept, key), SERIES[colors.index(key)], "-"
+            if len(runs) > 1:
+                label = shorten(run) if len(labels) == 1 else f"{shorten(run)}: {label}"
+                color, style = SERIES[position % len(SERIES)], ("-", "--")[index % 2]
+            if len(values.known):
+                found.append(Line(label, key, values, curves, color, style))
+    return found
+
+
+def draw_chance(axes: Axes, lines: list[Line], runs: Runs) -> float:
+    """Mark the accuracy at chance, if it is the same for all lines; returns it, 0 if unknown."""
+    found = {chances(folder, curves.kept).get(line.key) for folder, curves in runs.values() for line in lines}
+    chance = found.pop() if len(found) == 1 else None
+    if chance is None:
+        return 0.0
+    axes.axhline(chance, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": LABEL_UNIT, "ha": "right"}
+    axes.annotate(f"chance {100 * chance:.3g} %", (1, chance), (-2, 3), **place)
+    return chance
+
+
+def describe_knn(folder: RunFolder, curves: Curves) -> str:
+    """Protocol of the kNN accuracy in the chart."""
+    recipe, images = folder.recipe, series(curves.kept, "knn_test_images").known.values
+    words = {name: shorten(str(recipe.get(f"knn_{name}"))) for name in ("k", "train_split", "test_split")}
+    count = f" ({images[-1]:,.0f} images)" if len(images) else ""
+    return (
+        f" k = {words['k']}; split {words['test_split']}{count}, neighbors from split {words['train_split']}."
+        " Chance: the share of the most frequent class."
+    )
+
+
+def hovers_of(axes: Axes, lines: list[Line], percent: bool) -> list[Hover]:
+    """The values of all lines of a panel at up to `MOST_HOVERS` steps."""
+    known = [line.values.known for line in lines]
+    steps = np.unique(np.concatenate([values.steps for values in known]))
+    steps = steps[np.unique(np.linspace(0, len(steps) - 1, MOST_HOVERS).round().astype(int))]
+    begin, end = axes.get_xlim()
+    edges = [begin, *(steps[1:] + steps[:-1]) / 2, end]
+    hovers = []
+    for step, low, high in zip(steps, edges, edges[1:], strict=False):
+        texts, dots = [f"step {step:,.0f}"], []
+        for line, values in zip(lines, known, strict=True):
+            nearest = np.abs(values.steps - step).argmin()
+            if low <= values.steps[nearest] <= high:
+                value = values.values[nearest]
+                texts.append(f"{line.label}: {f'{100 * value:.2f} %' if percent else f'{value:.4g}'}")
+                dots.append((values.steps[nearest], value, line.color))
+        hovers.append(Hover(axes, (low, 0), (high, 1), "\n".join(texts), tuple(dots), is_band=True))
+    return hovers
 
 
 def annotate_loss(axes: Axes, folder: RunFolder, curves: Curves) -> str:
@@ -245,7 +230,7 @@ def draw_blocks(curves: Curves, plots: Path) -> Chart | None:
     known = np.concatenate(known) if known else np.empty(0)
     if not len(known):
         return None
-    figure = new_figure((7.0, 1.5 + 0.16 * len(names)))
+    figure = new_figure((CHART_SIZE[0], 1.3 + 0.17 * len(names)))
     widths = [max(values.shape[1], 4) for values in norms.values()]
     row = figure.subplots(1, len(norms), squeeze=False, sharey=True, width_ratios=widths)[0]
     for axes, (title, values) in zip(row, norms.items(), strict=True):
@@ -257,7 +242,7 @@ def draw_blocks(curves: Curves, plots: Path) -> Chart | None:
         axes.set_xlabel("step")
         axes.set_title(title, color=BAD)
         axes.tick_params(axis="y", length=0)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     row[0].set_yticks(np.arange(len(names)) + 0.5, names, fontsize=7)
     row[0].invert_yaxis()
     bar = figure.colorbar(mesh, ax=row, pad=0.02, aspect=30, label="log₁₀ of the norm")

@@ -19,8 +19,14 @@ NEEDED = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "jinja2": "jinj
 class FolderOptions:
     """Report"""
 
-    model: str = option(help="Output folder of a run, or a model folder.", metavar="FOLDER")
-    output: str | None = option(None, "HTML file to write. Defaults to report.html in the folder.", metavar="FILE")
+    model: list[str] = option(
+        help="Output folder of a run, a model folder, or a folder of results; several are compared.", metavar="FOLDER"
+    )
+    output: str | None = option(
+        None,
+        "HTML file to write. Defaults to report.html in the folder, or comparison.html beside the first of several.",
+        metavar="FILE",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +55,10 @@ class ImageOptions:
 
 COMMAND = Command(
     "report",
-    "Write an HTML report about a run or a model: training curves and results; with images also attention maps,\n"
-    "patch features, a t-SNE map, nearest neighbors and the confusion matrix. The plots are also saved as PNG in\n"
-    "plots/ next to the report, for the model card.",
+    "Write an HTML report about a run or a model: training curves and results; with images also augmented views,\n"
+    "attention maps, patch features, a t-SNE map, nearest neighbors before and after training, and the confusion\n"
+    "matrix. The plots are also saved as PNG in plots/ next to the report, for the model card. Several runs are\n"
+    "compared on one page.",
     (FolderOptions, ImageOptions),
     "model",
 )
@@ -59,40 +66,60 @@ COMMAND = Command(
 
 def write_report(chosen: FolderOptions, images: ImageOptions) -> Path:
     """
-    Write the report and return its path. What the folder holds and the report cannot show is left out, and named on
+    Write the report and return its path. What the folders hold and the report cannot show is left out, and named on
     the page and on stderr.
 
     Raises:
         ValueError: not a run or model, unreadable images or weights, or a missing package.
         OSError: a folder that cannot be written.
     """
-    folder = read_run_folder(chosen.model)
+    paths = [chosen.model] if isinstance(chosen.model, str) else chosen.model
+    folders = [read_run_folder(path) for path in paths]
     require_packages("a report", "report", NEEDED)
-    output = folder.path / "report.html" if chosen.output is None else Path(chosen.output).expanduser()
+    first, is_comparison = folders[0].path, len(folders) > 1
+    usual = first.absolute().parent / "comparison.html" if is_comparison else first / "report.html"
+    output = usual if chosen.output is None else Path(chosen.output).expanduser()
     if output.is_dir():
         raise UsageError(f"--output {str(output)!r} is a folder: pass a file, such as {str(output / 'report.html')!r}")
+    if is_comparison and images.dataset_name is not None:
+        raise UsageError("--dataset_name shows images of one model: leave it out, or pass one folder")
+    if len({folder.path.resolve() for folder in folders}) < len(folders):
+        raise UsageError(f"a folder is named twice among {', '.join(map(repr, paths))}: pass each once")
     # Imported here, because the checks above must work without the plotting packages.
+    from .comparison import render_comparison
     from .page import render_page
 
-    looked = look(folder, images)
-    plots = output.parent / "plots"
+    looked = look(folders[0], images)
+    plots = output.parent / (f"{output.stem}_plots" if is_comparison else "plots")
     plots.mkdir(parents=True, exist_ok=True)
-    page = render_page(folder, looked, plots, images.seed)
+    if is_comparison:
+        page = render_comparison(folders, plots)
+    else:
+        earlier = output.read_text(encoding="utf-8", errors="replace") if output.is_file() else ""
+        page = render_page(folders[0], looked, plots, images.seed, earlier)
     write_text(output, page.encode("utf-8", errors="replace").decode("utf-8"))  # JSON can hold halves of characters
-    for note in folder.notes:
-        warn(note.removesuffix("."))
+    for folder in folders:
+        for note in folder.notes:
+            warn(f"{f'{folder.path.name}: ' if is_comparison else ''}{note.removesuffix('.')}")
     return output
 
 
 def look(folder: RunFolder, options: ImageOptions) -> tuple | None:
-    """Load images and model and run the model: `(viewer, samples, seen)`, None without images. Called before anything
-    is written, because bad input fails here."""
+    """
+    Load images and model and run the model.
+
+    Returns:
+        `(viewer, samples, seen, start)`, where `start` is what the same architecture sees with random weights, None
+        for a classifier. None without images. Called before anything is written, because bad input fails here.
+    """
     if options.dataset_name is None:
         return None
     if not folder.config:
+        has_run = folder.kind != "evaluation"
+        fix = " or wait for the first checkpoint" if has_run else " or pass the folder of the model"
         raise UsageError(
-            f"folder {str(folder.path)!r} has no {CONFIG} yet, so there is no model to run on images: leave out"
-            " --dataset_name or wait for the first checkpoint"
+            f"folder {str(folder.path)!r} has no {CONFIG}{' yet' if has_run else ''}, so there is no model to run on"
+            f" images: leave out --dataset_name{fix}"
         )
     from .images import Viewer, open_samples
 
@@ -107,7 +134,9 @@ def look(folder: RunFolder, options: ImageOptions) -> tuple | None:
         bad_images=options.on_bad_image,
     )
     viewer = Viewer(folder, options.display_channels)
-    return viewer, samples, viewer.look(samples, options.batch_size)
+    seen = viewer.look(samples, options.batch_size)
+    start = None if viewer.is_classifier else viewer.untrained(options.seed).look(samples, options.batch_size)
+    return viewer, samples, seen, start
 
 
 def main(arguments: Iterable[str]) -> None:
