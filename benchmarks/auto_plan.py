@@ -35,20 +35,11 @@ def measure(data: str, options: Mapping[str, Any], folder: Path, splits: Mapping
     seconds = time.process_time() - start
     found = knn(run, data, k=[K], **splits)
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    keys = (
-        "backbone_config",
-        "image_size",
-        "crop_scale",
-        "train_batch_size",
-        "num_train_epochs",
-        "base_learning_rate",
-    )
+    keys = ("backbone_config", "image_size", "crop_scale", "train_batch_size", "num_train_epochs", "base_learning_rate")
     return {
         "knn_top1": found[f"knn{K}_top1"],
         "cpu_seconds": seconds,
-        "recipe": {
-            key: recipe[key] for key in (*keys, "base_learning_rate", "ema_decay", "warmup_epochs", "flip_probability")
-        },
+        "recipe": {key: recipe[key] for key in (*keys, "ema_decay", "warmup_epochs", "flip_probability")},
     }
 
 

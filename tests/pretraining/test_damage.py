@@ -169,6 +169,6 @@ def test_no_flipped_bit_of_the_metrics_raises(tmp_path, finished, arguments, mon
             steps = [line["step"] for line in lines]
             assert steps == sorted(set(steps))
             assert all(0 < step <= 4 for step in steps)
-            summarize(recipe, plan, None)
+            summarize(recipe, plan)
         (tmp_path / name).write_bytes(content)
     assert damaged > 1000

@@ -28,7 +28,7 @@ def error_of(capsys, arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to learn from: pass a folder of images or a Hub id"),
+        ([], "--recipe is missing: pass a YAML file or a name that mocov3 recipes lists"),
         (["--recipe", "quickstrat"], "there is no recipe 'quickstrat'; did you mean 'quickstart'?"),
         (["--recipe", "quickstart", "--sede", "1"], "there is no option '--sede'; did you mean '--seed'?"),
         (["--recipe", "quickstart"], "--output_dir is missing"),

@@ -10,10 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .labeled import LabeledImages, open_labeled, stratified_split
-
-
-HELD_OUT = 0.2  # of a split that is both learned from and tested on
+from .labeled import LabeledImages, open_labeled
 
 
 def open_labeled_splits(
@@ -27,22 +24,11 @@ def open_labeled_splits(
     revision: str | None = None,
 ) -> tuple[LabeledImages, LabeledImages]:
     """
-    The split to learn from and the split to test on, with the same numbering of classes. Of one split for both, a
-    fifth of each class is held out for the test: the same images in every command.
+    The split to learn from and the split to test on, with the same numbering of classes.
 
     Raises:
         ValueError: As `open_labeled`; or a class that only the test split has, or a single class.
     """
-    if train_split == test_split:
-        images = open_labeled(dataset_name, config_name, train_split, image_column, label_column, revision=revision)
-        held_out = stratified_split(images.labels, HELD_OUT, seed=0)
-        if not held_out.any():
-            raise ValueError(
-                f"split {train_split!r} has {len(images)} images, too few to hold out {HELD_OUT:.0%} of each class:"
-                " pass another --test_split"
-            )
-        train, test = (images.select(np.flatnonzero(rows)) for rows in (~held_out, held_out))
-        return match_splits(train, test, train_split, f"held-out part of {test_split}")
     train, test = (
         open_labeled(dataset_name, config_name, split, image_column, label_column, revision=revision)
         for split in (train_split, test_split)

@@ -15,7 +15,7 @@ from ..zoo import VIT_SIZES
 
 
 GIB = 2**30
-FEWEST_IMAGES = 16
+FEWEST_IMAGES = 32
 SIZES = ("small", "base", "large")
 # Widths, depths and heads by name. The three last are the paper's; the others are narrower, as in the CIFAR-10 study.
 VITS: dict[str, dict[str, Any]] = {
@@ -30,7 +30,6 @@ BASE_LEARNING_RATES = {"ViT-nano": 4e-3, "ViT-tiny": 1e-3}
 # Of the memory of a device; the estimate leaves out the allocator's overhead and temporary buffers.
 USABLE_MEMORY = 0.7
 KNN_SHARE, PASSES_OF_A_STEP = 0.1, 8
-IMAGES_PER_BATCH = 320  # of the data set, for each image of the global batch: 1.28 million to 4096
 
 
 @dataclass(frozen=True)
@@ -186,8 +185,10 @@ def choose_length(choices: Choices, facts: Facts) -> tuple[float, int, int]:
     else:
         reason = f"at most {most:,}: more repetitions add little"
     epochs = choices.add("num_train_epochs", epochs, reason)
-    batch = least = 256 if on_gpu else 64
-    while on_gpu and batch < min(4096, number / IMAGES_PER_BATCH):
+    # The smallest power of two with at most 20,000 steps of it, within what the method and the data allow.
+    least, limit = (256, 4096) if on_gpu else (64, 256)
+    batch = least
+    while batch < limit and number * epochs / batch > 20_000 * (batch // least):
         batch *= 2
     while batch > max(16, number // 4):
         batch //= 2
@@ -197,11 +198,7 @@ def choose_length(choices: Choices, facts: Facts) -> tuple[float, int, int]:
         batch = choices.given["per_device_train_batch_size"] * share
         choices.add("per_device_train_batch_size", None, "given")
     else:
-        why = "a short run needs many updates more than many negatives"
-        if on_gpu:
-            why = "as published for as many images: 256 for CIFAR-10, 512 for ImageNet-100, 4096 for ImageNet"
-        if batch < least:
-            why = "a quarter of the images"
+        why = "many updates on few samples" if batch < 256 else "more negatives, as the paper, while updates suffice"
         batch = choices.add("train_batch_size", batch, why)
     steps = choices.given.get("max_steps") or max(1, epochs * (number // batch))
     if choices.given.get("max_steps") is not None:

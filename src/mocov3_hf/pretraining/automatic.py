@@ -16,6 +16,7 @@ import psutil
 import torch
 from PIL import Image
 
+from ..data.classes import open_labeled_splits
 from ..data.pixel_statistics import sample_images
 from ..data.sources import MapSource, StreamSource
 from ..options import build
@@ -34,7 +35,6 @@ from .auto import (
 )
 from .build import build_config, build_source
 from .estimate import estimate
-from .labels import labeled_splits
 from .plan import make_plan
 from .recipe import Recipe, resolve
 from .trial import seconds_per_step
@@ -142,8 +142,8 @@ def seconds_of(budget: str) -> float:
     """
     parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]+)", budget.lower())
     seconds = sum(float(number) * UNITS.get(unit, 0) for number, unit in parts)
-    is_whole = re.fullmatch(r"(\s*[0-9]+(\.[0-9]+)?\s*[a-z]+\s*)+", budget.lower())
-    if not is_whole or any(unit not in UNITS for _, unit in parts) or not 0 < seconds < 1e9:
+    is_whole = re.sub(r"[0-9.\s]+[a-z]+", "", budget.lower()).strip() == ""
+    if not is_whole or not parts or any(unit not in UNITS for _, unit in parts) or not 0 < seconds < 1e9:
         raise UsageError(f"--time_budget takes a duration such as 30m, 8h or 1d12h, got {budget!r}")
     return seconds
 
@@ -161,13 +161,13 @@ def look_at(recipe: Recipe, source: MapSource | StreamSource) -> Facts:
     device = this_device()
     precision, reason = resolve_precision(recipe.hardware.mixed_precision, device)
     sides, channels = zip(*sizes_of(source), strict=True) if number else ((0,), (3,))
-    labeled, why_not = labeled_splits(recipe, source.account)
+    splits, num_labeled, why_not = labeled_splits(recipe, source)
     return Facts(
         num_images=number,
         short_side=round(median(sides)),
         num_channels=round(median(channels)),
-        labeled_splits=None if labeled is None else (labeled.train, labeled.test),
-        num_labeled=0 if labeled is None else labeled.num_train + labeled.num_test,
+        labeled_splits=splits,
+        num_labeled=num_labeled,
         no_labels=why_not,
         device=device.type,
         memory=memory_of(device),
@@ -198,6 +198,23 @@ def sizes_of(source: MapSource | StreamSource) -> list[tuple[int, int]]:
     if not found:
         raise UsageError("the sizes of the images cannot be read: pass --recipe and --image_size")
     return found
+
+
+def labeled_splits(recipe: Recipe, source: MapSource | StreamSource) -> tuple[tuple[str, str] | None, int, str]:
+    """Splits for kNN with their number of images, or why there are none."""
+    options, data = recipe.monitoring, recipe.data
+    known = () if source.account is None else tuple(source.account.splits)
+    is_one_split = not {"+", "["} & set(data.train_split)
+    train = data.train_split if is_one_split else options.knn_train_split
+    held_out = next((name for name in ("validation", "test", *known) if name in known and name != train), None)
+    if held_out is None:
+        return None, 0, "there is no held-out split, such as a folder test/"
+    name = options.knn_dataset_name or data.dataset_name
+    try:
+        parts = open_labeled_splits(name, data.dataset_config_name, train, held_out, data.image_column)
+    except ValueError as error:
+        return None, 0, str(error).partition(":")[0]
+    return (train, held_out), sum(map(len, parts)), ""
 
 
 def memory_of(device: torch.device) -> int:

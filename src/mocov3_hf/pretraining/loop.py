@@ -151,7 +151,7 @@ class Run:
         source = build_source(recipe)
         self.recipe = recipe = settle_pixels_together(recipe, source, self.accelerator)
         self.plan = make_plan(recipe, source.num_samples, self.accelerator.num_processes)
-        self.data, self.account = identify(source, self.accelerator.is_main_process), source.account
+        self.data = identify(source, self.accelerator.is_main_process)
         found = find_common_checkpoint(recipe, self.plan, lock, self.data)
         if source.account is not None:
             self.accelerator.print("\n".join(source.account.lines()), file=sys.stderr)
@@ -248,7 +248,7 @@ class Run:
             if self.loader.num_filled_images:
                 number = f"{self.loader.num_filled_images:,}"
                 print(f"pixels without data were filled with the mean of their channel in {number} decoded images")
-            print(summarize(self.recipe, self.plan, self.account))
+            print(summarize(self.recipe, self.plan))
 
     def train_until_stopped(self, stop: StopRequest, log: TrainingLog) -> bool:
         """Step after step: until the end, a rollback, or a signal. Returns whether it was a signal."""
