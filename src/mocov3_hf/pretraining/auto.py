@@ -29,7 +29,6 @@ VITS: dict[str, dict[str, Any]] = {
 BASE_LEARNING_RATES = {"ViT-nano": 4e-3, "ViT-tiny": 1e-3}
 # Of the memory of a device; the estimate leaves out the allocator's overhead and temporary buffers.
 USABLE_MEMORY = 0.7
-KNN_SHARE, PASSES_OF_A_STEP = 0.1, 8
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,6 @@ class Facts:
         short_side: Median of the shorter sides of a sample of images, in pixels.
         num_channels: Of the images.
         labeled_splits: The splits to learn from and to test on; None without labels.
-        num_labeled: Images of both.
         no_labels: Why there are none, as a clause.
         device: "cpu", "cuda", "mps", ...
         memory: Bytes of the device, for each process.
@@ -54,7 +52,6 @@ class Facts:
     short_side: int
     num_channels: int = 3
     labeled_splits: tuple[str, str] | None = None
-    num_labeled: int = 0
     no_labels: str = "the images have no labels"
     device: str = "cpu"
     memory: int = 16 * GIB
@@ -108,6 +105,7 @@ def choose(facts: Facts, given: Mapping[str, Any] | None = None, size: str | Non
             " published weights (mocov3 zoo)"
         )
     choices = Choices(given or {})
+    on_gpu = facts.device != "cpu"
     image_size = choose_image_size(choices, facts)
     backbone = choose_backbone(choices, facts, image_size, size or SIZES[0])
     choose_views(choices, image_size, facts.short_side)
@@ -117,7 +115,15 @@ def choose(facts: Facts, given: Mapping[str, Any] | None = None, size: str | Non
     if image_size <= 64 and facts.num_images * 3 * image_size**2 <= facts.memory // 8 and facts.num_channels == 3:
         choices.add("cache_images_on_device", True, "all decoded images fit into memory: no image is decoded twice")
         choices.add("dataloader_num_workers", 0, "cropping cached images needs no worker")
-    choose_monitoring(choices, facts, num_steps, batch)
+    if facts.labeled_splits is not None:
+        every = max(1, num_steps // 10)
+        train, test = facts.labeled_splits
+        choices.add("knn_steps", every, "ten times: the images have labels, and kNN accuracy shows what is learned")
+        choices.add("knn_train_split", train, "neighbors")
+        choices.add("knn_test_split", test, "images to classify")
+    else:
+        choices.add("knn_steps", None, f"{facts.no_labels}: no kNN accuracy during training")
+    choices.add("save_steps", max(1, min(500 if on_gpu else 100, num_steps)), "at most a few minutes are lost")
     return choices
 
 
@@ -226,21 +232,6 @@ def choose_optimization(choices: Choices, backbone: str, epochs: float, steps: i
     decay = round(min(0.99, max(0.9, 1 - 20 / steps)), 3)
     reason = "as published" if decay == 0.99 else f"averages over a twentieth of {steps:,} steps"
     choices.add("ema_decay", decay, f"{reason}; rises to 1 by a cosine")
-
-
-def choose_monitoring(choices: Choices, facts: Facts, steps: int, batch: int) -> None:
-    if facts.labeled_splits is None:
-        choices.add("knn_steps", None, f"{facts.no_labels}: no kNN accuracy during training")
-    else:
-        train, test = facts.labeled_splits
-        # An image of kNN passes one encoder once; one of a step passes both with both views, and one of them backward.
-        affordable = KNN_SHARE * PASSES_OF_A_STEP * steps * batch / max(1, facts.num_labeled)
-        times = max(1, min(10, int(affordable)))
-        choices.add("knn_steps", -(-steps // times), "kNN accuracy of labeled images, for at most a tenth of the time")
-        choices.add("knn_train_split", train, "neighbors")
-        choices.add("knn_test_split", test, "images to classify")
-    most = 500 if facts.device != "cpu" else 100
-    choices.add("save_steps", max(1, min(most, steps)), "a run that is killed loses a few minutes at most")
 
 
 def describe_choices(choices: Choices) -> str:

@@ -23,16 +23,7 @@ from ..options import build
 from ..precision import resolve_precision, this_device
 from ..reporting import UsageError, is_first_process, warn
 from ..run_folder import RECIPE
-from .auto import (
-    KNN_SHARE,
-    USABLE_MEMORY,
-    Choices,
-    Facts,
-    choose,
-    choose_monitoring,
-    choose_optimization,
-    describe_choices,
-)
+from .auto import USABLE_MEMORY, Choices, Facts, choose, choose_optimization, describe_choices
 from .build import build_config, build_source
 from .estimate import estimate
 from .plan import make_plan
@@ -45,6 +36,8 @@ TIMED_STEPS, TRIAL_SHARE = 20, 0.05  # steps that are timed at most, and the sha
 # Of what is left, for checkpoints, the report, and steps that are slower than those of the trial.
 RESERVE = 0.1
 FEWEST_STEPS = 10
+# An image of the kNN splits passes one encoder once; one of a step passes both, twice, and one of them backward.
+PASSES_OF_A_STEP = 8
 UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
@@ -161,13 +154,12 @@ def look_at(recipe: Recipe, source: MapSource | StreamSource) -> Facts:
     device = this_device()
     precision, reason = resolve_precision(recipe.hardware.mixed_precision, device)
     sides, channels = zip(*sizes_of(source), strict=True) if number else ((0,), (3,))
-    splits, num_labeled, why_not = labeled_splits(recipe, source)
+    splits, why_not = labeled_splits(recipe, source)
     return Facts(
         num_images=number,
         short_side=round(median(sides)),
         num_channels=round(median(channels)),
         labeled_splits=splits,
-        num_labeled=num_labeled,
         no_labels=why_not,
         device=device.type,
         memory=memory_of(device),
@@ -200,21 +192,23 @@ def sizes_of(source: MapSource | StreamSource) -> list[tuple[int, int]]:
     return found
 
 
-def labeled_splits(recipe: Recipe, source: MapSource | StreamSource) -> tuple[tuple[str, str] | None, int, str]:
-    """Splits for kNN with their number of images, or why there are none."""
+def labeled_splits(recipe: Recipe, source: MapSource | StreamSource) -> tuple[tuple[str, str] | None, str]:
+    """Splits for kNN, or why there are none."""
     options, data = recipe.monitoring, recipe.data
     known = () if source.account is None else tuple(source.account.splits)
-    is_one_split = not {"+", "["} & set(data.train_split)
-    train = data.train_split if is_one_split else options.knn_train_split
+    train = (
+        data.train_split if "+" not in data.train_split and "[" not in data.train_split else options.knn_train_split
+    )
     held_out = next((name for name in ("validation", "test", *known) if name in known and name != train), None)
     if held_out is None:
-        return None, 0, "there is no held-out split, such as a folder test/"
-    name = options.knn_dataset_name or data.dataset_name
+        return None, "there is no held-out split, such as a folder test/"
     try:
-        parts = open_labeled_splits(name, data.dataset_config_name, train, held_out, data.image_column)
+        open_labeled_splits(
+            options.knn_dataset_name or data.dataset_name, data.dataset_config_name, train, held_out, data.image_column
+        )
     except ValueError as error:
-        return None, 0, str(error).partition(":")[0]
-    return (train, held_out), sum(map(len, parts)), ""
+        return None, str(error).partition(":")[0]
+    return (train, held_out), ""
 
 
 def memory_of(device: torch.device) -> int:
@@ -297,8 +291,10 @@ def within_budget(
         if value is not None:
             again.add(name, value, f"what {budget} affords at about {rate:.0f} images/s")
     choose_optimization(again, str(backbone), length["num_train_epochs"], steps, plan.global_batch_size)
-    choose_monitoring(again, facts, steps, plan.global_batch_size)
     again.rows = [row for row in again.rows if row.option in dependent]
+    if facts.labeled_splits is not None:
+        again.add("knn_steps", max(1, steps // 10), "ten times")
+    again.add("save_steps", max(1, min(100, steps)), "at most a few minutes are lost")
     choices.rows = kept + again.rows
     values = {name: value for name, value in recipe.to_dict().items() if name not in dependent}
     return resolve(values, choices.values())
@@ -322,7 +318,12 @@ def affordable_steps(
     step, startup = seconds_per_step(recipe, source, TIMED_STEPS, TRIAL_SHARE * seconds)
     # The run itself starts once more.
     left = seconds - (time.monotonic() - started) - startup
-    steps = left * (1 - RESERVE - (KNN_SHARE if recipe.monitoring.knn_steps is not None else 0)) / step
+    plan = make_plan(recipe, source.num_samples, int(os.environ.get("WORLD_SIZE", "1")))
+    steps = left * (1 - RESERVE) / step
+    if recipe.monitoring.knn_steps is not None:
+        account = source.account
+        images = sum(account.splits.values()) if account is not None else 2 * (source.num_samples or 0)
+        steps -= 10 * images / PASSES_OF_A_STEP / plan.global_batch_size
     if steps < FEWEST_STEPS:
         needed = seconds - left + FEWEST_STEPS * step / (1 - RESERVE)
         raise UsageError(
