@@ -82,11 +82,11 @@ class Recipe:
 COMMAND = Command(
     "pretrain",
     "Pre-train an encoder with MoCo v3 on unlabeled images, such as:\n"
-    "mocov3 pretrain path/to/images\n"
-    "Without --recipe, all options are chosen for the images and the hardware.",
+    "mocov3 pretrain path/to/images --recipe quickstart --output_dir runs/first",
     groups=tuple(group.type for group in dataclasses.fields(Recipe)),
     positional="dataset_name",
     recipes=RECIPES,
+    recipe_required=True,
     hints={"gradient_accumulation_steps": NO_ACCUMULATION},
     removed={
         "fsdp": "every process holds the whole model (DDP), and ViT-H fits into 80 GB; for less memory pass"
@@ -106,12 +106,14 @@ def parse(arguments: Iterable[str]) -> Recipe:
     The recipe of a command line. `--help` prints and exits.
 
     Raises:
-        UsageError: no images, no `--output_dir` beside a recipe, or options that are not valid.
+        UsageError: no `--recipe`, no `--output_dir`, or options that are not valid.
     """
     arguments = list(arguments)
     show_help(COMMAND, arguments)
     values = values_of_arguments(COMMAND, arguments)
-    recipe = resolve_or_choose(values.pop("recipe", None), values)
+    if "recipe" not in values:
+        raise UsageError("--recipe is missing: pass a YAML file or a name that mocov3 recipes lists")
+    recipe = resolve(values.pop("recipe"), values)
     if not (recipe.run.output_dir or "").strip() and not recipe.run.dry_run:
         raise UsageError("--output_dir is missing: pass a folder for weights and metrics")
     return recipe
@@ -129,21 +131,13 @@ def load_recipe(name: str | Path, arguments: Iterable[str] = ()) -> Recipe:
 
 def recipe_of_call(recipe: str | os.PathLike | Mapping[str, Any] | None, options: Mapping[str, Any]) -> Recipe:
     """
-    The recipe of a Python call: name, path or mapping, with typed values over it, or None to choose one; UsageError as
-    `load_recipe`.
+    The recipe of a Python call: name, path or mapping, with typed values over it; UsageError as `load_recipe`.
+
+    None is where the automatic plan belongs.
     """
-    return resolve_or_choose(recipe, values_of_keywords(COMMAND, options))
-
-
-def resolve_or_choose(recipe: str | os.PathLike | Mapping[str, Any] | None, values: dict[str, Any]) -> Recipe:
-    """A recipe with other values over it, or one that is chosen for the images and the hardware."""
-    from .automatic import automatic_recipe, with_time_budget  # which import this module
-
     if recipe is None:
-        return automatic_recipe(values)
-    if values.get("size") is not None:
-        raise UsageError("--size chooses a backbone where there is no --recipe: leave one of them out")
-    return with_time_budget(resolve(recipe, values))
+        raise UsageError("recipe is missing: pass a YAML file, a mapping, or a name that mocov3 recipes lists")
+    return resolve(recipe, values_of_keywords(COMMAND, options))
 
 
 def resolve(recipe: str | os.PathLike | Mapping[str, Any], values: Mapping[str, Any]) -> Recipe:

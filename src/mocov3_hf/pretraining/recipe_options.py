@@ -129,9 +129,6 @@ class ModelOptions:
         old=("model_name_or_path",),
         metavar="FOLDER|NAME",
     )
-    size: Literal["small", "base", "large"] | None = option(
-        None, "backbone to choose where there is no --recipe; small is for this device"
-    )
     adapt_input_channels: bool = option(
         False,
         "start from --model with another number of channels: sum the weights of its first layer for one channel, else"
@@ -185,9 +182,6 @@ class OptimizationOptions:
     warmup_epochs: float = option(40.0, "epochs of linear warmup", at_least=0)
     max_steps: int | None = option(
         None, "steps, instead of num_train_epochs; warmup keeps its fraction of the run", at_least=1
-    )
-    time_budget: str | None = option(
-        None, "duration of the run, such as 8h, instead of num_train_epochs: trial steps are timed first", metavar="8h"
     )
     ema_decay: float = option(
         0.99, "EMA decay of the momentum encoder at the start", at_least=0, at_most=1, old=("momentum",)

@@ -66,8 +66,6 @@ FREE_OPTIONS = (
     "resume_from_checkpoint",
     "rollback_learning_rate_factor",
     "run_name",
-    "size",
-    "time_budget",
     "save_steps",
     "save_total_limit",
     "spike_factor",
