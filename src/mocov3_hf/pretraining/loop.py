@@ -326,9 +326,9 @@ class Run:
         """kNN accuracy at this step; its time does not count."""
         start = time.perf_counter()
         encoder = self.accelerator.unwrap_model(self.model).mocov3
-        accuracy = self.knn.measure(encoder)
-        log.write_knn(self.step, accuracy)
-        self.notify("on_evaluate", metrics={"knn_top1": accuracy})
+        measured = self.knn.measure(encoder)
+        log.write_knn(self.step, measured)
+        self.notify("on_evaluate", metrics=measured)
         log.exclude(time.perf_counter() - start)
 
     def roll_back(self, instability: Instability, log: TrainingLog) -> None:
