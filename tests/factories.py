@@ -215,6 +215,7 @@ def save_run(folder):
     save_recipe(folder, "quickstart", *arguments)
     (folder / "checkpoint-40").mkdir()
     state = {"step": 40, "global_batch_size": 8, "steps_per_epoch": 4, "total_steps": 40, "num_processes": 2}
+    state["hardware"] = {"cpu": "a cpu", "cpu_count": 2}
     (folder / "checkpoint-40" / "state.json").write_text(json.dumps({"run": state}))
     rolled_back = list(metric_lines(25, 25, loss=1.9, grad_norm=30.0))
     written = [*metric_lines(5, 20), *rolled_back, *metric_lines(25, 40, gradient_spikes=1, skipped_steps=1)]

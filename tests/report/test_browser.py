@@ -13,6 +13,13 @@ pytestmark = [
 ]
 
 
+# Elements that reach beyond the window, and tables and charts that must be scrolled to be seen whole.
+CUT = (
+    "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1"
+    " || (e.matches('.scroll') && e.scrollWidth > e.clientWidth + 1)).map(e => e.outerHTML.slice(0, 80))"
+)
+
+
 @pytest.fixture(scope="module")
 def browser():
     with Browser() as browser:
@@ -40,11 +47,38 @@ def test_page(width, page, browser):
     links = browser.run("[...document.querySelectorAll('nav a')].map(a => document.querySelector(a.hash) !== null)")
     assert len(links) > 6
     assert all(links)
-    outside = browser.run(
-        "[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll') &&"
-        " e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"
-    )
-    assert outside == []
+    assert browser.run(CUT) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1400])
+def test_comparison(width, browser, tmp_path):
+    folders = [save_run(tmp_path / f"a <i>run & more {number}") for number in range(3)]
+    (folders[1] / "recipe.yaml").write_text((folders[1] / "recipe.yaml").read_text() + "blur_sigma: [0.25, 4.0]\n")
+    write.main(list(map(str, folders)))
+    browser.show(width)
+    browser.open((tmp_path / "comparison.html").as_uri())
+    assert browser.complaints == []
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    assert browser.run(CUT) == []
+    assert "blur_sigma" in browser.run("document.body.innerText")
+
+
+@pytest.mark.slow
+def test_the_values_of_a_chart_appear_at_the_pointer(page, browser):
+    browser.show(1400)
+    browser.open(page)
+    marks = "document.querySelectorAll('#chart-loss .hover g')"
+    place = f"(() => {{ const r = {marks}[1].getBoundingClientRect(); return [r.x + r.width / 2, r.y + 9]; }})()"
+    browser.run("document.documentElement.style.scrollBehavior = 'auto'")
+    browser.run("document.querySelector('#chart-loss').scrollIntoView()")
+    x, y = browser.run(place)
+    assert browser.run(f"document.elementFromPoint({x}, {y}).parentNode.querySelector('title').textContent")
+    opacity = f"[...{marks}].map(e => getComputedStyle(e.querySelector('circle')).opacity)"
+    assert set(browser.run(opacity)) == {"0"}
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    shown = browser.run(opacity)
+    assert (shown[1], shown.count("1")) == ("1", 1)
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ def test_facts(run):
     assert found["Training time"] == "0:00:03"
     assert found["Throughput"] == "100 images/s; 320 images seen"
     assert found["Cost"] == f"{3.2 * 2 / 3600:.3g} process-hours"
+    assert found["Trained on"] == "a cpu, 2 cores"
     assert found["Dataset"] == "<u>"  # only the last part of a path: the rest is private
     total = sum(parameter.numel() for parameter in MoCoV3ForPreTraining.from_pretrained(run).parameters())
     assert found["Parameters"].startswith(f"{total / 1e6:.2f} M: ")
