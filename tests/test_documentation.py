@@ -5,6 +5,7 @@ import pydoc
 import re
 import unicodedata
 from functools import cache
+from importlib.util import find_spec
 
 import pytest
 
