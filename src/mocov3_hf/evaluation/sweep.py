@@ -110,9 +110,8 @@ def sweep_linear_classifiers(
     weight = start.to(device).repeat(groups, 1, 1)
     bias = torch.zeros(groups, num_classes, 1, dtype=dtype, device=device)
     weight_momentum, bias_momentum = torch.zeros_like(weight), torch.zeros_like(bias)
-    loss = torch.zeros(
-        groups, dtype=dtype if device.type == "mps" else torch.float64, device=device
-    )  # MPS: no float64
+    # MPS has no float64.
+    loss = torch.zeros(groups, dtype=dtype if device.type == "mps" else torch.float64, device=device)
     steps_per_epoch = -(-count // batch_size)
     step = 0
     with tqdm(total=num_epochs * steps_per_epoch, unit="step", desc="linear sweep", disable=not progress) as bar:
