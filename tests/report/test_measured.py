@@ -56,6 +56,15 @@ def test_repeated_evaluations_are_one_group(run, tmp_path):
     assert other_top1[1] == "70.00 %"
 
 
+def test_top5_stands_beside_top1(run):
+    (run / "results.json").unlink()
+    save_result(
+        run, weights_hash(load_encoder(run)), task="evaluate", metrics={"top1": 0.5, "top5": 0.75, "loss": 1.25}
+    )
+    assert table(run).columns == ["metric", "measured", "top-5"]
+    assert table(run).rows[1:] == [["top-1", "50.00 %", "75.00 %"], ["loss", "1.25", ""]]
+
+
 def test_results_of_the_same_weights_in_other_folders_are_shown(run, tmp_path):
     weights = weights_hash(load_encoder(run))
     save_result(tmp_path / "linear", weights, 0.77, task="linear_cached", metrics={"linear_top1": 0.77})

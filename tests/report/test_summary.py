@@ -11,6 +11,7 @@ from mocov3_hf import MoCoV3ForPreTraining
 from mocov3_hf.report.curves import Series
 from mocov3_hf.report.measured import results_section
 from mocov3_hf.report.summary import accuracy_findings, facts, findings, lead
+from mocov3_hf.results import append_result
 from mocov3_hf.run_folder import read_run_folder
 from tests.factories import write_lines
 
@@ -57,6 +58,16 @@ def test_findings_of_what_goes_wrong(run, changes, kind, words):
 def test_findings_of_an_accuracy_that_fell(classifier):
     expected = "Test accuracy fell from 70.0 % at step 10 to 60.0 %."
     assert findings(read_run_folder(classifier)) == [("look", expected)]
+
+
+def test_a_classifier_is_judged_by_the_size_of_its_test_split(classifier):
+    lines = [{"step": 10, "eval_top1": 0.3}, {"step": 20, "eval_top1": 0.4}]
+    write_lines(classifier / "metrics.jsonl", lines)  # of three classes
+    for size, expected in ((10, "bad"), (1000, "good")):
+        append_result(
+            classifier, task="linear", dataset={"size": size}, metrics={"top1": 0.4}, settings={}, seconds=1.0
+        )
+        assert [kind for kind, _ in findings(read_run_folder(classifier))] == [expected]
 
 
 @pytest.mark.parametrize(

@@ -122,9 +122,9 @@ def group_rows(folder: RunFolder, group: list[Measured], references: list[Refere
     metrics = {name: value for name, value in result["metrics"].items() if is_value(value)}  # others: by class
     rows: list = []
     for metric, value in metrics.items():
-        if metric.endswith("_top5") and f"{metric[:-1]}1" in metrics:
+        if metric.endswith("top5") and f"{metric[:-1]}1" in metrics:
             continue  # beside top-1
-        top5 = metrics.get(f"{metric[:-1]}5") if metric.endswith("_top1") else None
+        top5 = metrics.get(f"{metric[:-1]}5") if metric.endswith("top1") else None
         measured = [each.result["metrics"].get(metric) for each in group]
         low, high = (shown(metric, end(filter(is_value, measured))) for end in (min, max))
         reference = reference_for(result, metric, references, folder.kind)

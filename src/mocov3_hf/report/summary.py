@@ -167,7 +167,9 @@ def findings(folder: RunFolder) -> list[tuple[str, str]]:
     curves = read_curves(folder)
     kept, chance = curves.kept, chances(folder, curves.kept)
     if folder.kind == "classifier":
-        return accuracy_findings("Test accuracy", series(kept, "eval_top1").known, chance.get("eval_top1"))
+        sizes = [number(mapping(result.get("dataset")).get("size")) for result in folder.results]
+        accuracy = series(kept, "eval_top1").known
+        return accuracy_findings("Test accuracy", accuracy, chance.get("eval_top1"), sizes[-1] if sizes else math.nan)
     images = series(kept, "knn_test_images").known.values
     knn = series(kept, "knn_top1").known
     found = accuracy_findings("kNN accuracy", knn, chance.get("knn_top1"), images[-1] if len(images) else math.nan)
