@@ -18,7 +18,7 @@ from typing import NoReturn
 
 # Name: module and function, called with the arguments after the name; what the command does.
 COMMANDS = {
-    "pretrain": ("mocov3_hf.pretraining.loop:main", "pre-train an encoder on unlabeled images"),
+    "pretrain": ("mocov3_hf.api:pretrain_command", "pre-train an encoder on unlabeled images"),
     "knn": ("mocov3_hf.evaluation.knn:main", "evaluate an encoder by its nearest neighbors"),
     "linear-probe": ("mocov3_hf.evaluation.linear_probe:main", "train a linear classifier on a frozen encoder"),
     "finetune": ("mocov3_hf.evaluation.finetune:main", "fine-tune an encoder as a classifier"),

@@ -90,7 +90,8 @@ def pretrain(
         dataset: Path or Hub id, as for the command; a `Dataset`, `DatasetDict` or `IterableDataset`; a sequence of PIL
             images, arrays or tensors (H, W), (H, W, C) or (C, H, W), or paths, possibly in pairs (image, label);
             or a mapping of splits to these.
-        recipe: Name of a recipe of the package (`mocov3 recipes`), path of a YAML file, or a mapping of options.
+        recipe: Name of a recipe of the package (`mocov3 recipes`), path of a YAML file, or a mapping of options. None
+            chooses all options for the images and the machine, and prints them with the reasons (docs/choosing.md).
         output_dir: Folder for weights, checkpoints, metrics and the resolved recipe.
         callbacks: Of the type `transformers.TrainerCallback`, see docs/python.md.
         options: Any option of `mocov3 pretrain --help all`, as a Python value: `max_steps=100`,
@@ -126,6 +127,31 @@ def pretrain(
         if resolved.run.output_dir is None and not resolved.run.dry_run:
             raise UsageError("output_dir is missing: pass a folder for weights and metrics")
         return Run(run_recipe(resolved, _resume("pretrain"), callbacks=_instances(callbacks)))
+
+
+def pretrain_command(arguments: Sequence[str]) -> None:
+    """The command `mocov3 pretrain`. A finished run that named no recipe also gets its report."""
+    from .pretraining.loop import main
+    from .reporting import is_first_process, reporting
+
+    arguments = list(arguments)
+    recipe = main(arguments)
+    is_named = any(argument.split("=")[0] == "--recipe" for argument in arguments)
+    if is_named or recipe.run.dry_run or not is_first_process():
+        return
+    from .pretraining.checkpoint import read_state
+    from .report import report_on
+    from .requirements import MissingPackageError
+    from .run_folder import list_checkpoints
+
+    folder = str(recipe.run.output_dir)
+    with reporting():
+        states = [read_state(checkpoint) for checkpoint in list_checkpoints(folder)[:1]]
+        if any(state.step == state.total_steps for state in states):
+            try:
+                print(f"report: {report_on(folder)}")
+            except MissingPackageError as error:  # of an optional part of the installation
+                print(f"report: {error}")
 
 
 def knn(model: Any, dataset: Any, *, processor: Any = None, **options: Any) -> dict[str, float]:

@@ -67,7 +67,6 @@ class Command:
         recipes: Folder of the recipes that `--recipe` finds by name; None for a command without recipes.
         hints: What to say about an option that does not exist, by name.
         removed: Options of earlier versions that no longer exist, with the reason.
-        recipe_required: Whether a command line must name a recipe.
     """
 
     name: str
@@ -77,7 +76,6 @@ class Command:
     recipes: Path | None = None
     hints: Mapping[str, str] = field(default_factory=dict)
     removed: Mapping[str, str] = field(default_factory=dict)
-    recipe_required: bool = False
 
     def fields(self) -> dict[str, dataclasses.Field]:
         return {item.name: item for group in self.groups for item in dataclasses.fields(group)}

@@ -33,8 +33,7 @@ def help_text(command: Command, everything: bool = False) -> str:
     if command.recipes is not None:
         names = recipe_names(command.name, command.recipes)
         section = parser.add_argument_group("Recipe", "\n".join(names))
-        note = " (required)" if command.recipe_required else ""
-        section.add_argument("--recipe", metavar="NAME|FILE", help=f"one of these, or a YAML file of options{note}")
+        section.add_argument("--recipe", metavar="NAME|FILE", help="one of these, or a YAML file of options")
     hidden, required = 0, "required" if command.recipes is None else "required, here or in the recipe"
     for title, names in _sections(command).items():
         section = parser.add_argument_group(title)
@@ -63,7 +62,7 @@ def _usage(command: Command) -> str:
         word = f"{word} ..." if is_list(kinds[command.positional]) else word
         words.append(word if is_required(item) else f"[{word}]")
     if command.recipes is not None:
-        words.append("--recipe NAME|FILE" if command.recipe_required else "[--recipe NAME|FILE]")
+        words.append("[--recipe NAME|FILE]")
     for name, item in fields.items():
         if is_required(item) and name != command.positional:
             words.append(f"--{name} {item.metadata['metavar'] or _metavar(kinds[name])}")

@@ -28,7 +28,8 @@ def error_of(capsys, arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--recipe is missing: pass a YAML file or a name that mocov3 recipes lists"),
+        ([], "--output_dir is missing"),
+        (["--output_dir", "{tmp}"], "--dataset_name is missing: pass a folder of images or a Hub id"),
         (["--recipe", "quickstrat"], "there is no recipe 'quickstrat'; did you mean 'quickstart'?"),
         (["--recipe", "quickstart", "--sede", "1"], "there is no option '--sede'; did you mean '--seed'?"),
         (["--recipe", "quickstart"], "--output_dir is missing"),

@@ -10,7 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from .labeled import LabeledImages, open_labeled
+from .labeled import LabeledImages, open_labeled, stratified_split
+
+
+HELD_OUT = 0.2  # of each class, if a single split is there
 
 
 def open_labeled_splits(
@@ -26,9 +29,21 @@ def open_labeled_splits(
     """
     The split to learn from and the split to test on, with the same numbering of classes.
 
+    Of a single split, given twice, a fifth of each class is the test split, always the same images.
+
     Raises:
         ValueError: As `open_labeled`; or a class that only the test split has, or a single class.
     """
+    if train_split == test_split:
+        images = open_labeled(dataset_name, config_name, train_split, image_column, label_column, revision=revision)
+        held_out = stratified_split(images.labels, HELD_OUT, seed=0)
+        if not held_out.any():
+            raise ValueError(
+                f"split {train_split!r} has too few images of each class to hold out a fifth of them: pass another"
+                " --test_split"
+            )
+        train, test = (images.select(np.flatnonzero(rows)) for rows in (~held_out, held_out))
+        return match_splits(train, test, train_split, test_split)
     train, test = (
         open_labeled(dataset_name, config_name, split, image_column, label_column, revision=revision)
         for split in (train_split, test_split)

@@ -20,13 +20,18 @@ def check_chunkable(model: MoCoV3ForPreTraining) -> None:
     Raises:
         UsageError: a backbone with batch normalization, which would see other statistics in a chunk than in the batch.
     """
-    kinds = {type(m).__name__ for m in model.mocov3.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    kinds = batch_norms_of(model)
     if kinds:
         raise UsageError(
             f"--gradient_cache_chunk_size cannot be used with {', '.join(sorted(kinds))} in the backbone: it would"
             " normalize a chunk by its own statistics, not the batch's. Use a backbone with LayerNorm or a smaller"
             " batch"
         )
+
+
+def batch_norms_of(model: MoCoV3ForPreTraining) -> set[str]:
+    """Kinds of batch normalization in the backbone."""
+    return {type(m).__name__ for m in model.mocov3.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
 
 
 def cached_backward(

@@ -60,7 +60,7 @@ class SaveError(RunError):
     """A checkpoint that could not be written."""
 
 
-def main(arguments: Iterable[str]) -> None:
+def main(arguments: Iterable[str]) -> Recipe:
     """The command `mocov3 pretrain`. A run stopped by a signal is not a failure: the exit code is 0."""
     with reporting():
         recipe = parse(arguments)
@@ -71,6 +71,7 @@ def main(arguments: Iterable[str]) -> None:
             if has_announced_error():  # which the other process reports
                 sys.exit(1)
             raise
+    return recipe
 
 
 def run_recipe(

@@ -1,7 +1,6 @@
 """What a run reports: metrics.jsonl, events.jsonl, trackers, the progress bar and the summary at the end."""
 
 import math
-import shlex
 import statistics
 import sys
 import time
@@ -12,13 +11,13 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..data.memory import IN_MEMORY
 from ..metrics.collapse import collapse_summary
 from ..model.loss_mocov3 import chance_loss, floor_loss
 from ..reporting import RunError
 from ..run_folder import EVENTS, KNN, METRICS, has_throughput, training_time
 from ..storage import RecordFile, is_number, read_lines
 from .instability import DivergenceDetector, GradientWatch, Instability
+from .next_commands import next_commands
 from .plan import Plan
 from .recipe import Recipe
 from .resume import truncate_lines
@@ -342,9 +341,9 @@ def summarize(recipe: Recipe, plan: Plan) -> str:
         best, last = max(knn, key=lambda line: line["knn_top1"]), knn[-1]["knn_top1"]
         facts["best kNN"] = f"{best['knn_top1']:.1%} at step {best['step']:,} (last {last:.1%})"
     facts["weights"] = f"{folder}, loads with AutoModel.from_pretrained"
-    facts["next"] = next_command(recipe)
     width = max(map(len, facts))
-    return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
+    lines = [f"{name:<{width}}  {fact}" for name, fact in facts.items()]
+    return "\n".join([*lines, "next:", *(f"  {command}" for command in next_commands(recipe))])
 
 
 def describe_training(metrics: list[dict], plan: Plan) -> dict[str, str]:
@@ -367,13 +366,3 @@ def describe_training(metrics: list[dict], plan: Plan) -> dict[str, str]:
     }
     facts["problems"] = ", ".join(f"{number} {name}" for name, number in problems.items() if number) or "none"
     return facts
-
-
-def next_command(recipe: Recipe) -> str:
-    """kNN on the labeled images of the recipe, or on its own images, if they have labels."""
-    options, folder = recipe.monitoring, recipe.run.output_dir
-    if IN_MEMORY in (options.knn_dataset_name, recipe.data.dataset_name):
-        return f"mocov3_hf.knn({str(folder)!r}, labeled_images)"
-    words = ["mocov3", "knn", "--model", folder, "--output_dir", folder]
-    words += ["--dataset_name", options.knn_dataset_name or recipe.data.dataset_name]
-    return shlex.join([*words, "--train_split", options.knn_train_split, "--test_split", options.knn_test_split])

@@ -6,11 +6,13 @@ A recipe is flat where it is written (`key: value`, `--key value`) and grouped w
 
 import dataclasses
 import os
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from ..options import (
@@ -33,6 +35,7 @@ from .recipe_options import (
     ModelOptions,
     MonitoringOptions,
     OptimizationOptions,
+    PlanOptions,
     RunOptions,
     ViewOptions,
 )
@@ -43,6 +46,8 @@ NO_ACCUMULATION = (
     "gradient_accumulation_steps is not supported: small batches have fewer negatives, which is a different objective."
     " For a batch larger than memory pass --gradient_cache_chunk_size, which computes the exact gradient"
 )
+# Options of a command line or call that are not part of a recipe: what they choose is.
+PLAN_OPTIONS = tuple(item.name for item in dataclasses.fields(PlanOptions))
 AUTOMATIC = "it is chosen for the hardware and the backbone"
 
 
@@ -82,11 +87,11 @@ class Recipe:
 COMMAND = Command(
     "pretrain",
     "Pre-train an encoder with MoCo v3 on unlabeled images, such as:\n"
-    "mocov3 pretrain path/to/images --recipe quickstart --output_dir runs/first",
-    groups=tuple(group.type for group in dataclasses.fields(Recipe)),
+    "mocov3 pretrain path/to/images --output_dir runs/first\n"
+    "Without a recipe, all options are chosen for the images and the machine, and printed with the reasons.",
+    groups=(PlanOptions, *(group.type for group in dataclasses.fields(Recipe))),
     positional="dataset_name",
     recipes=RECIPES,
-    recipe_required=True,
     hints={"gradient_accumulation_steps": NO_ACCUMULATION},
     removed={
         "fsdp": "every process holds the whole model (DDP), and ViT-H fits into 80 GB; for less memory pass"
@@ -103,20 +108,29 @@ COMMAND = Command(
 
 def parse(arguments: Iterable[str]) -> Recipe:
     """
-    The recipe of a command line. `--help` prints and exits.
+    The recipe of a command line, chosen for data and hardware where it names none. `--help` prints and exits.
 
     Raises:
-        UsageError: no `--recipe`, no `--output_dir`, or options that are not valid.
+        UsageError, ValueError: no `--output_dir`, options that are not valid, or data without a plan.
     """
     arguments = list(arguments)
     show_help(COMMAND, arguments)
     values = values_of_arguments(COMMAND, arguments)
-    if "recipe" not in values:
-        raise UsageError("--recipe is missing: pass a YAML file or a name that mocov3 recipes lists")
-    recipe = resolve(values.pop("recipe"), values)
-    if not (recipe.run.output_dir or "").strip() and not recipe.run.dry_run:
+    without_plan = resolve(
+        values.get("recipe", {}), {k: v for k, v in values.items() if k not in ("recipe", *PLAN_OPTIONS)}
+    )
+    if not (without_plan.run.output_dir or "").strip() and not without_plan.run.dry_run:
         raise UsageError("--output_dir is missing: pass a folder for weights and metrics")
-    return recipe
+    return planned(values, without_plan, psutil.Process().create_time())
+
+
+def planned(values: Mapping[str, Any], without_plan: Recipe, started: float) -> Recipe:
+    """The recipe itself if it is named and has no time budget, else the automatic plan; see `automatic_recipe`."""
+    if values.get("recipe") is not None and all(values.get(name) is None for name in PLAN_OPTIONS):
+        return without_plan
+    from .probe import automatic_recipe  # which needs recipes itself
+
+    return automatic_recipe(values, started)
 
 
 def load_recipe(name: str | Path, arguments: Iterable[str] = ()) -> Recipe:
@@ -133,11 +147,13 @@ def recipe_of_call(recipe: str | os.PathLike | Mapping[str, Any] | None, options
     """
     The recipe of a Python call: name, path or mapping, with typed values over it; UsageError as `load_recipe`.
 
-    None is where the automatic plan belongs.
+    With None, it is the automatic plan.
     """
-    if recipe is None:
-        raise UsageError("recipe is missing: pass a YAML file, a mapping, or a name that mocov3 recipes lists")
-    return resolve(recipe, values_of_keywords(COMMAND, options))
+    values = values_of_keywords(COMMAND, options)
+    without_plan = resolve(
+        {} if recipe is None else recipe, {k: v for k, v in values.items() if k not in PLAN_OPTIONS}
+    )
+    return planned({**values, "recipe": recipe}, without_plan, time.time())
 
 
 def resolve(recipe: str | os.PathLike | Mapping[str, Any], values: Mapping[str, Any]) -> Recipe:
@@ -145,6 +161,9 @@ def resolve(recipe: str | os.PathLike | Mapping[str, Any], values: Mapping[str, 
     # A run writes recipe.yaml itself: one of an earlier version is taken without a word.
     quiet = isinstance(recipe, str | os.PathLike) and os.path.basename(recipe) == RECIPE
     below = recipe_values(COMMAND, recipe, quiet)
+    for name in PLAN_OPTIONS:
+        if name in below:
+            raise UsageError(f"recipe: {name} is an option of the command line: leave it out of the recipe")
     together = merged(below, values)
     if "backbone_config" in below and "backbone_config" in values:
         together["backbone_config"] = merge_backbone_config(below["backbone_config"], values["backbone_config"])

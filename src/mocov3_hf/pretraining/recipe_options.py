@@ -8,6 +8,21 @@ from ..reporting import UsageError
 
 
 @dataclass(frozen=True)
+class PlanOptions:
+    """Automatic plan, without --recipe"""
+
+    size: Literal["nano", "tiny", "small", "base", "large"] | None = option(
+        None, "size of the ViT; by default the backbone is chosen for the images and the device"
+    )
+    time_budget: str | None = option(
+        None,
+        "time in which the run ends, such as 8h or 1h30m: its first steps are measured for the length of the schedule;"
+        " also with --recipe",
+        metavar="TIME",
+    )
+
+
+@dataclass(frozen=True)
 class DataOptions:
     """Data"""
 
