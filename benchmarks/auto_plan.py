@@ -22,8 +22,9 @@ from typing import Any
 import mocov3_hf
 from benchmarks.channels import CHANGES, OPTIONS, write_bands, write_radiographs
 from mocov3_hf.data.digits import write_digits
+from mocov3_hf.pretraining.checkpoint import read_state
 from mocov3_hf.pretraining.probe import automatic_recipe
-from mocov3_hf.run_folder import read_run_folder
+from mocov3_hf.run_folder import list_checkpoints, read_run_folder
 
 
 OUTPUT = Path(__file__).parent / "results" / "auto_plan_cpu.json"
@@ -55,12 +56,15 @@ def measure(data: str, folder: Path, splits: dict[str, str], options: dict[str, 
     started = time.process_time()
     run = mocov3_hf.pretrain(data, output_dir=folder, train_split=splits["train_split"], **options)
     seconds = time.process_time() - started
+    state = read_state(list_checkpoints(folder)[0])
+    if state.step < state.total_steps:
+        raise SystemExit(f"{folder} was stopped after step {state.step} of {state.total_steps}: nothing to compare")
     recipe = read_run_folder(folder).recipe
     found = mocov3_hf.knn(run, data, k=[K], **splits)
     return {
         f"knn{K}_top1": found[f"knn{K}_top1"],
         "pretraining_cpu_seconds": round(seconds, 1),
-        "steps": int(run.metrics["step"].max()),
+        "steps": state.total_steps,
         "recipe": {name: recipe[name] for name in PLANNED},
     }
 

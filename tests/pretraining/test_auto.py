@@ -141,7 +141,7 @@ def test_a_time_budget_sets_the_length_up_to_1000_epochs():
 
 
 def test_too_few_images_and_too_little_memory():
-    with pytest.raises(UsageError, match=r"^3 images are too few to learn from: .* at least 32, better thousands$"):
+    with pytest.raises(UsageError, match=r"^3 images are too few to learn from: .* at least 16, better thousands$"):
         plan(dataclasses.replace(LAPTOP, num_images=3))
     with pytest.raises(
         UsageError, match=r"^a batch of 2 images needs 1\.2 GiB, and cpu has 1 GiB: pass a smaller --size"
@@ -190,9 +190,9 @@ def test_budgets_that_are_no_time(text):
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory):
-    """Two class folders without a split, of 20 images each."""
+    """Two class folders without a split, of 15 images each."""
     folder = tmp_path_factory.mktemp("data") / "my images"
-    write_images(folder, {"cat": 20, "dog": 20})
+    write_images(folder, {"cat": 15, "dog": 15})
     return folder
 
 
@@ -220,9 +220,9 @@ def error_of(capsys, arguments):
 
 def test_facts_of_folders(classes, pictures):
     facts, _ = look({"dataset_name": str(classes)})
-    assert (facts.num_images, facts.side, facts.num_channels, facts.num_classes) == (40, 40, 3, 2)
+    assert (facts.num_images, facts.side, facts.num_channels, facts.num_classes) == (30, 40, 3, 2)
     assert facts.knn_splits == ("train", "train")
-    assert facts.num_labeled == 40
+    assert facts.num_labeled == 30
     facts, _ = look({"dataset_name": str(pictures)})
     assert (facts.num_images, facts.num_classes, facts.knn_splits) == (24, 0, None)
 
@@ -280,7 +280,7 @@ def test_dry_run_prints_the_plan_and_makes_no_step(classes, capsys, monkeypatch)
     monkeypatch.setattr(probe, "timed_steps", lambda *_: pytest.fail("a step"))
     main([str(classes), "--dry_run"])
     printed = capsys.readouterr().out
-    assert printed.startswith("plan for 40 images of 40 pixels, 3 channels, 2 classes, on cpu")
+    assert printed.startswith("plan for 30 images of 40 pixels, 3 channels, 2 classes, on cpu")
     assert "warmup steps" in printed
 
 
@@ -297,7 +297,7 @@ def test_out_of_memory_halves_what_is_kept_at_once(classes, monkeypatch):
     monkeypatch.setattr(probe, "memory_model", lambda _: SMALL)
     given = {"dataset_name": str(classes), "output_dir": "unused", "max_steps": 3}
     recipe = probe.automatic_recipe(given, 0.0)
-    assert tried == [(8, None), (8, 4), (8, 2)]
+    assert tried == [(4, None), (4, 2)]
     assert recipe.hardware.gradient_cache_chunk_size == 2
     tried.clear()
     monkeypatch.setattr(probe, "memory_model", lambda _: RESNET)
@@ -308,7 +308,7 @@ def test_out_of_memory_halves_what_is_kept_at_once(classes, monkeypatch):
         },
         0.0,
     )
-    assert tried == [(8, None), (4, None), (2, None)]
+    assert tried == [(4, None), (2, None)]
     assert recipe.optimization.train_batch_size == 2
     monkeypatch.setattr(probe, "memory_model", lambda _: SMALL)
     with pytest.raises(UsageError, match="runs out of memory: pass a smaller --gradient_cache_chunk_size"):
@@ -318,7 +318,7 @@ def test_out_of_memory_halves_what_is_kept_at_once(classes, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{pictures}"], "error: 24 images are too few to learn from"),
+        (["{three}"], "error: 3 images are too few to learn from"),
         (["{videos}"], "error: no images, parquet files or tars found in"),
         (["{classes}", "--time_budget", "1s"], "--time_budget 1s is too short: starting takes"),
         (
@@ -331,11 +331,13 @@ def test_out_of_memory_halves_what_is_kept_at_once(classes, monkeypatch):
         (["{classes}", "--recipe", "{videos}/recipe.yaml"], "recipe: time_budget is an option of the command line"),
     ],
 )
-def test_mistakes_in_one_line(capsys, tmp_path, classes, pictures, arguments, message):
+def test_mistakes_in_one_line(capsys, tmp_path, classes, arguments, message):
     for number in range(3):
         (tmp_path / f"{number}.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
     (tmp_path / "recipe.yaml").write_text("command: pretrain\ntime_budget: 8h\n")
-    names = {"{pictures}": str(pictures), "{videos}": str(tmp_path), "{classes}": str(classes)}
+    if "{three}" in arguments:
+        write_images(tmp_path / "three", {"": 3})
+    names = {"{three}": str(tmp_path / "three"), "{videos}": str(tmp_path), "{classes}": str(classes)}
     for word, path in names.items():
         arguments = [argument.replace(word, path) for argument in arguments]
     assert message in error_of(capsys, [*arguments, "--output_dir", str(tmp_path / "out")])

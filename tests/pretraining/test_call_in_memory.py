@@ -118,7 +118,7 @@ def test_a_recipe_as_a_mapping_and_a_stream(tmp_path, options, pictures):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"recipe": None, "train_batch_size": 1}, "^24 images are too few to learn from"),
+        ({"recipe": None, "time_budget": "soon"}, "^--time_budget takes a time such as 8h"),
         ({"output_dir": None}, "^output_dir is missing: pass a folder"),
         ({"recipe": 3}, "^recipe takes a name, a YAML file or a mapping of options, got 3$"),
         ({"callbacks": print}, "^callbacks takes a list of transformers.TrainerCallback, got a builtin_function"),

@@ -33,7 +33,7 @@ RESNET = {
 VIEW_SIZES = (16, 32, 64, 96, 128, 160, 192, 224)
 SMALL_VIEWS = 64  # up to here images are treated as in the literature on CIFAR
 LARGE_DATA = 500_000  # images; from here on the values of the paper, which are for 1,281,167
-FEWEST_IMAGES = 32
+FEWEST_IMAGES = 16
 # Images seen in training, an epoch of N images being N.
 SAMPLES_CPU, SAMPLES_GPU, SAMPLES_LARGE = 200_000, 40_000_000, 128_000_000
 MOST_EPOCHS = 1000  # the longest schedule in the literature
