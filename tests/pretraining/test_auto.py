@@ -276,6 +276,16 @@ def test_a_resumed_run_keeps_its_plan(classes, tmp_path, capsys, monkeypatch, fr
     assert "all 12 steps are done" in capsys.readouterr().out
 
 
+def test_a_time_budget_with_a_recipe_keeps_the_rest_of_it(classes, monkeypatch):
+    monkeypatch.setattr(probe, "timed_steps", lambda *_: (0.9, 100.0))
+    monkeypatch.setattr(probe.time, "time", lambda: 0.0)
+    given = {"recipe": "quickstart", "dataset_name": str(classes), "train_batch_size": 8, "time_budget": "20d"}
+    recipe = probe.automatic_recipe(given, 0.0)
+    assert recipe.optimization.max_steps == 1_727_900  # 20 days less 100 s, of which a tenth is kept in reserve
+    expected = resolve("quickstart", {name: given[name] for name in ("dataset_name", "train_batch_size")}).to_dict()
+    assert recipe.to_dict() == {**expected, "max_steps": 1_727_900}
+
+
 def test_dry_run_prints_the_plan_and_makes_no_step(classes, capsys, monkeypatch):
     monkeypatch.setattr(probe, "timed_steps", lambda *_: pytest.fail("a step"))
     main([str(classes), "--dry_run"])

@@ -78,7 +78,7 @@ def automatic_recipe(values: Mapping[str, Any], started: float) -> Recipe:
         length = {"max_steps": resumed.optimization.max_steps}
         return resolve(resumed.to_dict() if named is None else below.to_dict() | length, given)
     if named is not None:
-        return with_budget(below, seconds_of(str(budget)), started)
+        return with_budget(below, str(budget), started)
 
     facts, source = look(given)
     decided, why = with_model(given)
@@ -141,11 +141,11 @@ def seconds_of(budget: str) -> float:
     return seconds
 
 
-def with_budget(recipe: Recipe, seconds: float, started: float) -> Recipe:
+def with_budget(recipe: Recipe, budget: str, started: float) -> Recipe:
     """A recipe with the number of steps that a time budget allows; its epochs and warmup keep their proportion."""
     recipe, _ = settle_precision(recipe, this_device())
-    trial = agreed(recipe, try_steps(recipe, build_source(recipe), None, False, seconds))
-    steps = steps_within(f"{seconds:g}s", started, trial, recipe.monitoring.knn_steps is not None)
+    trial = agreed(recipe, try_steps(recipe, build_source(recipe), None, False, seconds_of(budget)))
+    steps = steps_within(budget, started, trial, recipe.monitoring.knn_steps is not None)
     if is_first_process():
         print(f"time budget: {steps:,} steps of {trial.seconds:.3g} s (measured)", file=sys.stderr)
     return replace(recipe, optimization=replace(recipe.optimization, max_steps=steps))
