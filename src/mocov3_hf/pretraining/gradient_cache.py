@@ -6,6 +6,8 @@ the gradient of each chunk's features is then propagated through the backbone. T
 the whole batch; the cost is one more forward pass of the backbone.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -79,16 +81,18 @@ def cached_backward(
 
 def encode(model: MoCoV3ForPreTraining, pixel_values: torch.Tensor, states: list[dict]) -> torch.Tensor:
     """Features of a chunk; the state of the random number generators before it is appended to `states`."""
-    states.append(generator_state(pixel_values.device))
+    states.append(generator_state(pixel_values.device.type))
     return model.encode(model.mocov3, (pixel_values,))[0]
 
 
-def generator_state(device: torch.device) -> dict:
-    """State of the random number generators that a forward pass on `device` draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+def generator_state(device_type: str) -> dict[str, torch.Tensor]:
+    """States of the random number generators that a forward pass on a device draws from, by type of device."""
+    return {name: generator_of(name).get_rng_state() for name in {"cpu", device_type}}
+
+
+def generator_of(device_type: str) -> Any:
+    """The module with `get_rng_state` and `set_rng_state` of a device."""
+    return torch if device_type == "cpu" else torch.get_device_module(device_type)
 
 
 class Replayed:
@@ -98,18 +102,16 @@ class Replayed:
         self.state = state
 
     def __enter__(self) -> None:
-        device = torch.device("cuda", torch.cuda.current_device()) if "cuda" in self.state else torch.device("cpu")
-        self.before = generator_state(device)
+        self.before = {name: generator_of(name).get_rng_state() for name in self.state}
         set_generator_state(self.state)
 
     def __exit__(self, *_) -> None:
         set_generator_state(self.before)
 
 
-def set_generator_state(state: dict) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
+def set_generator_state(state: dict[str, torch.Tensor]) -> None:
+    for name, values in state.items():
+        generator_of(name).set_rng_state(values)
 
 
 def average_gradients(model: nn.Module) -> None:
