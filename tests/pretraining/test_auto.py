@@ -255,12 +255,13 @@ def test_one_line_and_every_printed_command_runs(classes, tmp_path, capsys, monk
 def test_without_labels_the_next_command_extracts_features(tmp_path, capsys, monkeypatch, fresh):
     write_images(tmp_path / "images", {"": 36})
     monkeypatch.chdir(tmp_path)
-    main(["images", "--output_dir", "run", *SHORT])
+    main(["images", *SHORT])
     commands = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  mocov3 ")]
     assert [command[1] for command in commands] == ["report", "extract"]
     fresh()
     mocov3_cli.main(commands[1][1:])
-    assert load_file(tmp_path / "run" / "features.safetensors")["features"].shape[0] == 36
+    features = load_file(tmp_path / "runs" / "images" / "features.safetensors")
+    assert features["features"].shape[0] == 36
 
 
 @pytest.mark.slow

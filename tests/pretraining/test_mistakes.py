@@ -28,7 +28,7 @@ def error_of(capsys, arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--output_dir is missing"),
+        ([], "--dataset_name is missing: pass a folder of images or a Hub id"),
         (["--output_dir", "{tmp}"], "--dataset_name is missing: pass a folder of images or a Hub id"),
         (["--recipe", "quickstrat"], "there is no recipe 'quickstrat'; did you mean 'quickstart'?"),
         (["--recipe", "quickstart", "--sede", "1"], "there is no option '--sede'; did you mean '--seed'?"),

@@ -6,6 +6,7 @@ A recipe is flat where it is written (`key: value`, `--key value`) and grouped w
 
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ class Recipe:
 COMMAND = Command(
     "pretrain",
     "Pre-train an encoder with MoCo v3 on unlabeled images, such as:\n"
-    "mocov3 pretrain path/to/images --output_dir runs/first\n"
+    "mocov3 pretrain path/to/images\n"
     "Without a recipe, all options are chosen for the images and the machine, and printed with the reasons.",
     groups=(PlanOptions, *(group.type for group in dataclasses.fields(Recipe))),
     positional="dataset_name",
@@ -115,13 +116,23 @@ def parse(arguments: Iterable[str]) -> Recipe:
     """
     arguments = list(arguments)
     show_help(COMMAND, arguments)
-    values = values_of_arguments(COMMAND, arguments)
+    values = with_output_dir(values_of_arguments(COMMAND, arguments))
     without_plan = resolve(
         values.get("recipe", {}), {k: v for k, v in values.items() if k not in ("recipe", *PLAN_OPTIONS)}
     )
+    if values.get("recipe") is None and without_plan.data.dataset_name is None and not without_plan.run.dry_run:
+        raise UsageError("--dataset_name is missing: pass a folder of images or a Hub id")
     if not (without_plan.run.output_dir or "").strip() and not without_plan.run.dry_run:
         raise UsageError("--output_dir is missing: pass a folder for weights and metrics")
     return planned(values, without_plan, psutil.Process().create_time())
+
+
+def with_output_dir(values: dict[str, Any]) -> dict[str, Any]:
+    """With `runs/NAME OF THE DATA` as the output folder of a run that names neither a folder nor a recipe."""
+    if values.get("recipe") is not None or values.get("output_dir") is not None or not values.get("dataset_name"):
+        return values
+    name = re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.abspath(values["dataset_name"])))
+    return {**values, "output_dir": os.path.join("runs", name.strip(".-") or "images")}
 
 
 def planned(values: Mapping[str, Any], without_plan: Recipe, started: float) -> Recipe:
@@ -149,11 +160,11 @@ def recipe_of_call(recipe: str | os.PathLike | Mapping[str, Any] | None, options
 
     With None, it is the automatic plan.
     """
-    values = values_of_keywords(COMMAND, options)
+    values = with_output_dir({**values_of_keywords(COMMAND, options), "recipe": recipe})
     without_plan = resolve(
-        {} if recipe is None else recipe, {k: v for k, v in values.items() if k not in PLAN_OPTIONS}
+        {} if recipe is None else recipe, {k: v for k, v in values.items() if k not in ("recipe", *PLAN_OPTIONS)}
     )
-    return planned({**values, "recipe": recipe}, without_plan, time.time())
+    return planned(values, without_plan, time.time())
 
 
 def resolve(recipe: str | os.PathLike | Mapping[str, Any], values: Mapping[str, Any]) -> Recipe:

@@ -266,7 +266,10 @@ class RunOptions:
     """Run"""
 
     output_dir: str | None = option(
-        None, "folder for weights, checkpoints, metrics and the resolved recipe", metavar="DIR", required=True
+        None,
+        "folder for weights, checkpoints, metrics and the resolved recipe; without a recipe, defaults to runs/ and the"
+        " name of the data",
+        metavar="DIR",
     )
     run_name: str | None = option(
         None, "name of the run in the trackers of report_to; defaults to the name of output_dir", metavar="NAME"
