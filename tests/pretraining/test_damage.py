@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from mocov3_hf import run_folder, storage
-from mocov3_hf.pretraining import resume
+from mocov3_hf.pretraining import monitors, resume
 from mocov3_hf.pretraining.loop import main
 from mocov3_hf.pretraining.monitors import summarize
 from mocov3_hf.pretraining.plan import make_plan
@@ -151,6 +151,7 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path, finished):
 def test_no_flipped_bit_of_the_metrics_raises(tmp_path, finished, arguments, monkeypatch, capsys):
     """Neither when the lines are read again nor in the summary at the end. A changed digit cannot be noticed."""
     monkeypatch.setattr(storage, "flush", lambda path: None)
+    monkeypatch.setattr(monitors, "next_commands", lambda recipe: [])  # which look at the images
     recipe = load_recipe("quickstart", [*arguments[2:], "--output_dir", str(tmp_path)])
     plan = make_plan(recipe, 16, 1)
     damaged = 0

@@ -34,7 +34,7 @@ def labeled_splits(
             continue
         try:
             train, queries = open_labeled_splits(dataset_name, config_name, train_split, test, image_column)
-        except ValueError:  # no such split, no labels, or other classes
+        except (ValueError, OSError):  # no such split, no labels, other classes, or out of reach
             continue
         if len(np.unique(train.labels)) > 1 and len(train) >= FEWEST_NEIGHBORS:
             return train_split, test, train.num_classes, len(train) + len(queries)
