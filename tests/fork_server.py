@@ -133,24 +133,31 @@ class Forked:
         return text, None
 
 
-def ranks(num_processes: int, file: Path, *arguments: str) -> None:
-    """Run `file` in several processes with the variables of torchrun; the first failure ends all and is raised."""
+def ranks(num_processes: int, file: Path, *arguments: str, check: bool = True) -> tuple[list[int], str]:
+    """
+    Run `file` in several processes with the variables of torchrun.
+
+    Returns their exit codes and outputs. With `check`, the first failure ends all and is raised instead.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {name: str(num_processes) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    codes: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, str(rank)) for rank in range(num_processes)]
         running = {}
-        for rank in range(num_processes):
+        for rank, output in enumerate(outputs):
             environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            output = Path(folder, str(rank))
             running[start([str(file), *arguments], environment, output)] = output
         try:
             while running:
                 process_id, code = ask({"wait": list(running)})
                 output = running.pop(process_id)
-                if code != 0:
+                codes.append(code)
+                if check and code != 0:
                     raise AssertionError(f"{file} {' '.join(arguments)} ended with {code}:\n{output.read_text()}")
         finally:
             for process_id in running:
                 os.kill(process_id, signal.SIGKILL)
+        return codes, "".join(output.read_text() for output in outputs)

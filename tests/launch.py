@@ -1,4 +1,4 @@
-"""Starts a Python file in several processes over gloo."""
+"""Starts a Python file in an interpreter of its own."""
 
 import os
 import subprocess
@@ -9,14 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def torchrun(num_processes: int, file: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    """Run `file` in `num_processes` processes of one thread each; a failure shows their output."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    return run([*command, str(file), *arguments], check)
-
-
 def python(file: Path, *arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
-    """Run `file` in one process."""
+    """Run `file` in one process of one thread; a failure shows its output."""
     return run([sys.executable, str(file), *arguments], check, **environment)
 
 

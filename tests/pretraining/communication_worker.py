@@ -1,4 +1,4 @@
-"""Counts what one training step really exchanges; run by test_communication.py through torchrun.
+"""Counts what one training step really exchanges; run by test_communication.py in two processes.
 
 Usage: communication_worker.py OUTPUT, which gets, for each case, the bytes counted and those predicted.
 """

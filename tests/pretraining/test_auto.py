@@ -355,6 +355,15 @@ def test_mistakes_in_one_line(capsys, tmp_path, classes, arguments, message):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("options", [[], ["--recipe", "quickstart", "--time_budget", "1h"]])
+def test_a_folder_in_use_is_refused_before_anything_is_tried(capsys, tmp_path, classes, monkeypatch, options):
+    monkeypatch.setattr(probe, "look", lambda _: pytest.fail("the images are opened"))
+    monkeypatch.setattr(probe, "timed_steps", lambda *_: pytest.fail("a step"))
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    message = error_of(capsys, [str(classes), *options, "--output_dir", str(tmp_path)])
+    assert message.startswith(f"error: {tmp_path} already holds a run: pass --resume_from_checkpoint auto")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is fine on a GPU")
 def test_fp16_without_a_gpu(capsys, tmp_path, classes):
     message = error_of(capsys, [str(classes), "--mixed_precision", "fp16", "--output_dir", str(tmp_path / "out")])

@@ -8,7 +8,7 @@ import torch
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
 from mocov3_hf.pretraining.estimate import describe_exchanges, exchanges
-from tests.launch import torchrun
+from tests.fork_server import ranks
 
 
 WORKER = Path(__file__).parent / "communication_worker.py"
@@ -16,8 +16,8 @@ WORKER = Path(__file__).parent / "communication_worker.py"
 
 @pytest.mark.slow
 def test_a_step_communicates_what_is_predicted(tmp_path):
-    done = torchrun(2, WORKER, str(tmp_path / "counts.json"))
-    assert "Warning" not in done.stderr, done.stderr
+    _, output = ranks(2, WORKER, str(tmp_path / "counts.json"))
+    assert "Warning" not in output, output
     results = json.loads((tmp_path / "counts.json").read_text())
     assert len(results) == 4
     for case, result in results.items():

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from mocov3_hf.data.sources import open_source
 from mocov3_hf.pretraining import loop, pixels, resume
 from mocov3_hf.pretraining.recipe import parse
-from tests.launch import torchrun
+from tests.fork_server import ranks
 
 
 WORKER = Path(__file__).parent / "agreement_worker.py"
@@ -84,10 +84,10 @@ def test_a_process_lost_before_the_start(tmp_path, tiny, monkeypatch, capsys, al
 def test_hosts_without_a_shared_file_system_are_refused(tmp_path, tiny):
     """If one process finds a checkpoint and another does not, they would start from different steps."""
     loop.main([*tiny, "--output_dir", str(tmp_path / "0")])
-    done = torchrun(2, WORKER, str(tmp_path), *tiny, "--resume_from_checkpoint", "auto", check=False)
-    assert done.returncode != 0
-    assert "sees checkpoint-4 and process 1 on" in done.stderr
-    assert "must be on a file system that all hosts share" in done.stderr
+    codes, output = ranks(2, WORKER, str(tmp_path), *tiny, "--resume_from_checkpoint", "auto", check=False)
+    assert all(codes)
+    assert "sees checkpoint-4 and process 1 on" in output
+    assert "must be on a file system that all hosts share" in output
 
 
 def test_equal_copies_on_all_hosts_are_accepted(tmp_path, tiny, monkeypatch, capsys, fresh):

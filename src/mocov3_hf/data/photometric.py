@@ -76,8 +76,10 @@ class PhotometricStage(nn.Module):
         """
         if pixels.device.type == "cpu" and not torch.compiler.is_compiling():
             number = max(1, _CHUNK // pixels[:1].numel())
-            chunks = zip(pixels.split(number), parameters.split(number), strict=True)
-            return torch.cat([self.selected(*chunk).to(dtype) for chunk in chunks])
+            images = torch.empty(pixels.shape, dtype=dtype)
+            for part, *chunk in zip(*(each.split(number) for each in (images, pixels, parameters)), strict=True):
+                part.copy_(self.selected(*chunk))
+            return images
         return self.batched(pixels, parameters, dtype)
 
     def batched(self, pixels: torch.Tensor, parameters: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

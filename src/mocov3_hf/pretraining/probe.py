@@ -29,6 +29,7 @@ from .hardware import choose_settings, compile_augmentation, set_up, settle_prec
 from .pixels import build_photometric, settle_pixels
 from .plan import batches, make_plan
 from .recipe import PLAN_OPTIONS, Recipe, resolve, resumed_recipe
+from .resume import check_output_is_free
 from .step import train_step
 
 
@@ -77,6 +78,8 @@ def automatic_recipe(values: Mapping[str, Any], started: float) -> Recipe:
     if resumed is not None:  # keeps its plan
         length = {"max_steps": resumed.optimization.max_steps}
         return resolve(resumed.to_dict() if named is None else below.to_dict() | length, given)
+    if below.run.output_dir and not below.run.dry_run and below.run.resume_from_checkpoint is None:
+        check_output_is_free(below)  # before a trial, which takes a while
     if named is not None:
         return with_budget(below, str(budget), started)
 

@@ -124,13 +124,7 @@ def find_checkpoint(recipe: Recipe, plan: Plan, data: DataIdentity) -> tuple[Pat
     """
     asked, output_dir = recipe.run.resume_from_checkpoint, Path(recipe.run.output_dir)
     if asked is None:
-        if not recipe.run.overwrite_output_dir and (list_checkpoints(output_dir) or (output_dir / METRICS).exists()):
-            raise UsageError(
-                f"{output_dir} already holds a run: pass --resume_from_checkpoint auto to resume it,"
-                " --overwrite_output_dir to start again, or another --output_dir"
-            )
-        if not recipe.run.overwrite_output_dir:
-            check_is_ours(output_dir)
+        check_output_is_free(recipe)
         return None
     if asked == "auto":
         found = newest_whole_checkpoint(output_dir)
@@ -151,6 +145,22 @@ def find_checkpoint(recipe: Recipe, plan: Plan, data: DataIdentity) -> tuple[Pat
         state = read_state(folder)
     check_same_run(recipe, plan, folder, state, data)
     return folder, state
+
+
+def check_output_is_free(recipe: Recipe) -> None:
+    """
+    Raises:
+        UsageError: the output folder of a new run holds a run or other things.
+    """
+    output_dir = Path(recipe.run.output_dir)
+    if recipe.run.overwrite_output_dir:
+        return
+    if list_checkpoints(output_dir) or (output_dir / METRICS).exists():
+        raise UsageError(
+            f"{output_dir} already holds a run: pass --resume_from_checkpoint auto to resume it,"
+            " --overwrite_output_dir to start again, or another --output_dir"
+        )
+    check_is_ours(output_dir)
 
 
 def newest_whole_checkpoint(output_dir: Path) -> tuple[Path, RunState] | None:
