@@ -71,6 +71,25 @@ def test_pil_images_of_any_mode(tmp_path):
         assert found.std() > 0.05
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.uint16, np.float64])
+def test_a_device_without_float64_gets_float32(monkeypatch, dtype):
+    original, moved = torch.Tensor.to, []
+
+    def to(tensor, *where, **options):
+        if where != (torch.device("mps"),):
+            return original(tensor, *where, **options)
+        moved.append(tensor.dtype)
+        return tensor
+
+    image = BANDS[..., :3].astype(dtype)
+    processor = build_image_processor(32, pixel_format=PixelFormat(1, (0, 4096)))
+    expected = processor.process_image(image, pixel_range=(0, 4096))
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    found = processor.process_image(image, pixel_range=(0, 4096), device="mps")
+    assert moved == [torch.float32]
+    assert torch.equal(found, expected)
+
+
 def test_pixels_without_data_do_not_reach_the_model():
     image = RANDOM.normal(size=(5, 40, 48)).astype(np.float32)
     image[0, :20], image[1], image[2, 3, 4] = np.nan, -9999, np.inf

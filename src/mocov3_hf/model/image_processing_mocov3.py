@@ -95,8 +95,12 @@ class MoCoV3ImageProcessor(TorchvisionBackend):
         if isinstance(image, np.ndarray):
             image = as_tensor(image)
         axis = None if input_data_format is None else str(getattr(input_data_format, "value", input_data_format))
+        target = image.device if device is None else torch.device(device)
+        # MPS has no float64, in which wide integers are scaled and colors made gray: there, the CPU does it.
+        image = image.cpu() if image.device.type == "mps" else image
         image = with_channels(channels_first(image, num_channels, axis), num_channels)
-        return scale_pixels(image.to(device) if device is not None else image, pixel_range, nodata, image_mean)[0]
+        image = image if target.type == "mps" else image.to(target)
+        return scale_pixels(image, pixel_range, nodata, image_mean)[0].to(target)
 
 
 class PixelError(ValueError):
