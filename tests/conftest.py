@@ -16,11 +16,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+SIGNALS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+
+
 @pytest.fixture(autouse=True)
-def signals_as_before():
-    """A command ignores some signals from its end on, and processes that a later test starts would inherit that."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
+def signals_as_at_the_start():
+    """
+    A command ignores some signals from its end on, and processes that a test starts would inherit that. Fixtures of a
+    module or session run commands before this one.
+    """
+    for number, handler in SIGNALS.items():
+        signal.signal(number, handler)
     yield
-    for number, handler in before.items():
+    for number, handler in SIGNALS.items():
         signal.signal(number, handler)
