@@ -54,6 +54,14 @@ def error_of(capsys, arguments):
         (["{tiny}", "--backbone_config", '{{"hidden_act": "glue"}}'], "from backbone_config: unknown name 'glue'"),
         (["{tiny}", "--report_to", "wandbb"], "--report_to takes aim, "),
         (["{tiny}", "--report_to", "wandbb", "--dry_run"], "--report_to takes aim, "),
+        (
+            ["{tiny}", "--resume_from_checkpoint", "/nowhere"],
+            "--resume_from_checkpoint /nowhere is not a folder: pass a",
+        ),
+        (
+            ["{tiny}", "--resume_from_checkpoint", "/nowhere", "--dry_run"],
+            "--resume_from_checkpoint /nowhere is not a folder: pass a checkpoint folder, or auto",
+        ),
         (["{tiny}", "--report_to", "aim"], "needs a package that is not installed: pip install aim"),
         (["{tiny}", "--model", "{tmp}/nowhere"], "nowhere' does not exist"),
         (["{tiny}", "--push_to_hub", "--hub_model_id", "a/b/c"], "'a/b/c' is not a valid repository name: pass USER"),

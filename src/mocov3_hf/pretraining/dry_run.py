@@ -17,6 +17,7 @@ from .launch import check_trackers
 from .pixels import settle_pixels
 from .plan import Plan, make_plan
 from .recipe import Recipe
+from .resume import check_resume_folder
 
 
 GIB = 2**30
@@ -57,6 +58,7 @@ def plan_run(recipe: Recipe) -> PlannedRun:
     device = this_device()
     recipe, precision = settle_precision(recipe, device)
     check_trackers(recipe.monitoring.report_to)
+    check_resume_folder(recipe)
     source = open_images(recipe)
     num_images = recipe.data.num_train_images if source is None else source.num_samples
     plan = make_plan(recipe, num_images, num_processes)

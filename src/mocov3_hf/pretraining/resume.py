@@ -138,13 +138,22 @@ def find_checkpoint(recipe: Recipe, plan: Plan, data: DataIdentity) -> tuple[Pat
             return None
         folder, state = found
     else:
+        check_resume_folder(recipe)
         folder = Path(asked)
-        if not folder.is_dir():
-            raise UsageError(f"--resume_from_checkpoint {asked} is not a folder: pass a checkpoint folder, or auto")
         check_manifest(folder)
         state = read_state(folder)
     check_same_run(recipe, plan, folder, state, data)
     return folder, state
+
+
+def check_resume_folder(recipe: Recipe) -> None:
+    """
+    Raises:
+        UsageError: `resume_from_checkpoint` is neither auto nor a folder.
+    """
+    asked = recipe.run.resume_from_checkpoint
+    if asked not in (None, "auto") and not Path(asked).is_dir():
+        raise UsageError(f"--resume_from_checkpoint {asked} is not a folder: pass a checkpoint folder, or auto")
 
 
 def check_output_is_free(recipe: Recipe) -> None:
