@@ -91,7 +91,14 @@ def test_stochastic_depth_and_dropout_are_replayed():
     assert not torch.equal(other, gradients[0][0]), "without random masks there is nothing to replay"
 
 
-@pytest.mark.parametrize("backbone", [{"model_type": "resnet"}, {**NANO_VIT, "stem": "conv", "patch_size": 16}])
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {"model_type": "resnet"},
+        {**NANO_VIT, "stem": "conv", "patch_size": 16},
+        {**NANO_VIT, "mlp_norm": "batch_norm"},
+    ],
+)
 def test_batch_normalization_in_the_backbone_is_refused(backbone):
     with torch.device("meta"):
         model = MoCoV3ForPreTraining(MoCoV3Config(backbone_config=backbone))
