@@ -80,6 +80,11 @@ def eager_attention_forward(
     return attn_output.transpose(1, 2).contiguous(), attn_weights
 
 
+def first_tokens(hidden_states: torch.Tensor, number: int | None) -> torch.Tensor:
+    """The first `number` tokens of `(B, L, D)`, or all if it is `None`."""
+    return hidden_states if number is None else hidden_states[:, :number]
+
+
 class MoCoV3ViTAttention(nn.Module):
     """
     Multi-head self-attention, `(B, L, D)` to `(B, L, D)`. With `num_queries`, only the first `num_queries` tokens
@@ -102,7 +107,7 @@ class MoCoV3ViTAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, num_queries: int | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        queries = hidden_states if num_queries is None else hidden_states[:, :num_queries]
+        queries = first_tokens(hidden_states, num_queries)
         query, key, value = (
             projection(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection, tokens in (
@@ -185,9 +190,9 @@ class MoCoV3ViTLayer(GradientCheckpointingLayer):
         needs_all = self.norm2.training and isinstance(self.norm2, MoCoV3TokenBatchNorm)
         num_attending = None if needs_all else num_queries
         attended, _ = self.attention(self.norm1(hidden_states), num_queries=num_attending, **kwargs)
-        hidden_states = hidden_states[:, :num_attending] + self.drop_path(self.dropout(attended))
-        normalized = self.norm2(hidden_states)
-        return hidden_states[:, :num_queries] + self.drop_path(self.mlp(normalized[:, :num_queries]))
+        hidden_states = first_tokens(hidden_states, num_attending) + self.drop_path(self.dropout(attended))
+        normalized = first_tokens(self.norm2(hidden_states), num_queries)
+        return first_tokens(hidden_states, num_queries) + self.drop_path(self.mlp(normalized))
 
 
 @auto_docstring
