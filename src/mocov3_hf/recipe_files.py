@@ -32,7 +32,8 @@ def find_recipe(name: str, folder: Path = RECIPES, command: str | None = None) -
     The file of a recipe given by name or path.
 
     Args:
-        name: Of a recipe in `folder` or its subfolders, or a YAML file.
+        name: Of a recipe in `folder` or its subfolders, the backbone's part of the name of one of the paper's
+            (`vit-bn-large-p7`), or a YAML file.
         folder: Of recipes.
         command: The command that asks: its recipes are offered first.
 
@@ -46,13 +47,16 @@ def find_recipe(name: str, folder: Path = RECIPES, command: str | None = None) -
         if given.is_dir():
             raise IsADirectoryError
         named = next(folder.rglob(f"{glob.escape(given.stem)}.yaml"), None)
+        of_backbone = list(folder.glob(f"mocov3_{glob.escape(name)}_*.yaml"))
     except IsADirectoryError as error:
         known = "pass a YAML file, or a name that mocov3 recipes lists"
         raise UsageError(f"recipe {shown(name)} is a folder: {known}") from error
     except (OSError, ValueError):  # names that no file can have
-        named = None
+        named, of_backbone = None, []
     if named is not None and named.stem == name:
         return named
+    if len(of_backbone) == 1:
+        return of_backbone[0]
     if given.suffix in (".yaml", ".yml") or "/" in name:
         hint = f"; did you mean the recipe {named.stem!r}?" if named is not None else ""
         raise UsageError(f"{describe_missing(name, 'recipe file')}{hint}")

@@ -71,6 +71,14 @@ CASES = [
         has_attentions=False,
     ),
     Case(
+        name="ViTBN",
+        config_class=MoCoV3ViTConfig,
+        config_arguments={**VIT, "mlp_norm": "batch_norm"},
+        models=(MoCoV3ViTModel,),
+        sizes=VIT_SIZES,
+        config_attributes=COMMON_ATTRIBUTES,
+    ),
+    Case(
         name="BareViT",
         config_class=MoCoV3ViTConfig,
         config_arguments=VIT,

@@ -14,7 +14,7 @@ from mocov3_hf.evaluation import evaluate
 from mocov3_hf.evaluation.classifier import load_with_new_head, unfrozen, with_fresh_backbone
 from mocov3_hf.evaluation.finetune import FinetuneOptions, build_finetune_trainer, main
 from mocov3_hf.evaluation.supervised import Splits
-from mocov3_hf.model.modeling_mocov3_vit import sincos_position_embedding
+from mocov3_hf.model.modeling_mocov3_vit_embeddings import sincos_position_embedding
 from mocov3_hf.processing import ProcessorTransform, build_image_processor
 from mocov3_hf.results import read_results
 from tests.evaluation.finetuning import ALL, NAMES, command, same

@@ -47,6 +47,15 @@ def test_a_misspelled_recipe_of_another_command():
         given_values(COMMANDS["linear-probe"], ["m", "--recipe", wrong])
 
 
+def test_the_backbone_is_name_enough_where_it_has_one_recipe():
+    assert find_recipe("vit-bn-large-p7").stem == "mocov3_vit-bn-large-p7_64xb64-amp-coslr-300e_in1k"
+    assert find_recipe("vit-small-p16").stem == "mocov3_vit-small-p16_16xb256-amp-coslr-300e_in1k"
+    with pytest.raises(UsageError, match=r"^there is no recipe 'resnet50'; did you mean"):
+        find_recipe("resnet50", command="pretrain")
+    with pytest.raises(UsageError, match=r"-300e_in1k' is for mocov3 pretrain, not mocov3 finetune: run mocov3 pre"):
+        given_values(COMMANDS["finetune"], ["m", "--recipe", "vit-bn-large-p7"])
+
+
 def test_recipes_of_users(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("seed: 3\n")

@@ -25,7 +25,9 @@ from mocov3_hf.interop import convert_checkpoint, convert_state_dict
 from mocov3_hf.interop import export as export_module
 from mocov3_hf.interop.export import export_model, main
 from mocov3_hf.interop.export_timm import vit_arguments
+from mocov3_hf.processing import build_image_processor
 from mocov3_hf.reporting import RunError
+from tests.factories import randomize
 from tests.interop.conftest import (
     IMAGE_SIZES,
     OVERRIDES,
@@ -133,6 +135,8 @@ def test_timm_needs_twelve_heads_for_the_small_vit():
         hidden_size=1024, num_attention_heads=16, intermediate_size=4096, num_hidden_layers=24, image_size=384
     )
     assert vit_arguments(large) == ("vit_large_patch16_224", {"img_size": 384})
+    large.image_size, large.patch_size = 224, 7
+    assert vit_arguments(large) == ("vit_large_patch16_224", {"patch_size": 7})
 
 
 # Which head a program ends in changes nothing about how it is traced: one kind for each body keeps this fast.
@@ -162,6 +166,52 @@ def test_torch_export_runs_any_batch(body, folders, images, features, logits, tm
     expected = logits if body == "vit" else features
     for batch in (images, images[:1]):
         torch.testing.assert_close(program(batch), expected[: len(batch)], rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def vit_bn(tmp_path_factory):
+    """A folder with a ViT-BN of patch size 7, and its outputs with statistics that are not the initial ones."""
+    folder = tmp_path_factory.mktemp("vit_bn")
+    config = MoCoV3ViTConfig(
+        mlp_norm="batch_norm",
+        patch_size=7,
+        image_size=28,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    model = MoCoV3Model(MoCoV3Config(backbone_config=config)).eval()
+    randomize(model)
+    model.save_pretrained(folder)
+    build_image_processor(28).save_pretrained(folder)
+    images = torch.randn(4, 3, 28, 28, generator=torch.manual_seed(3))
+    with torch.no_grad():
+        return folder, images, model(images).pooler_output
+
+
+@pytest.mark.slow
+def test_onnx_of_a_vit_bn_uses_the_running_statistics(vit_bn, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    folder, images, expected = vit_bn
+    assert export_model(folder, tmp_path / "out", "onnx").max_error <= 1e-5  # which begins as torch_export
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    for batch in (images, images[:1]):
+        (result,) = session.run(None, {"pixel_values": batch.numpy()})
+        np.testing.assert_allclose(result, expected[: len(batch)].numpy(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["vit", "timm"])
+def test_a_vit_bn_has_no_other_class(vit_bn, format, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([str(vit_bn[0]), "--format", format, "--output_dir", str(tmp_path / "out")])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: --format {format} has no batch normalization in a ViT (mlp_norm): pass --format onnx or --format"
+        " torch_export\n"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_export_that_differs_is_refused(folders, body, tmp_path, monkeypatch):

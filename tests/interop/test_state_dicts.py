@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mocov3_hf import MoCoV3ForImageClassification, MoCoV3ForPreTraining, MoCoV3Model
+from mocov3_hf import MoCoV3Config, MoCoV3ForImageClassification, MoCoV3ForPreTraining, MoCoV3Model
 from mocov3_hf.interop import ConversionError, convert_state_dict, revert_state_dict
+from tests.factories import VIT
 from tests.fixtures.fill import reference_views, sincos_position_embedding
 from tests.interop.conftest import (
     FIXTURES,
@@ -288,6 +289,23 @@ def test_a_state_dict_that_does_not_fit_is_refused_by_name(change, message):
     with pytest.raises(ConversionError, match=message) as error:
         convert_state_dict(broken(change), num_attention_heads=2)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("layout", ["official_pretraining", "mmpretrain_pretraining", "solo_learn_pretraining"])
+def test_no_layout_takes_a_vit_bn(layout):
+    with torch.device("meta"):
+        model = MoCoV3ForPreTraining(MoCoV3Config(backbone_config={**VIT, "mlp_norm": "batch_norm"}))
+    with pytest.raises(ConversionError, match=f"^the layout '{layout}' has no batch normalization in a ViT") as raised:
+        revert_state_dict(model.state_dict(), model.config, layout=layout)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_foreign_vit_bn_is_refused():
+    state_dict = official("vit") | {"base_encoder.blocks.0.norm2.running_mean": torch.zeros(32)}
+    with pytest.raises(ConversionError, match=r"unexpected keys: base_encoder\.blocks\.0\.norm2\.running_mean"):
+        convert_state_dict(state_dict, **OVERRIDES["vit"])
+    with pytest.raises(ConversionError, match="'official_pretraining' has no batch normalization in a ViT"):
+        convert_state_dict(official("vit"), mlp_norm="batch_norm", **OVERRIDES["vit"])
 
 
 def test_own_naming_and_wrong_layout_are_told():

@@ -1,6 +1,7 @@
 """Training steps in each of several processes; run by test_distributed.py through torchrun, or alone for one process.
 
-Usage: distributed_worker.py OUTPUT BACKBONE:SIZES ..., where SIZES are the images of each process, as in "vit:4,2".
+Usage: distributed_worker.py OUTPUT BACKBONE[+checkpointing]:SIZES ..., where SIZES are the images of each process, as
+in "vit:4,2".
 """
 
 import os
@@ -11,11 +12,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
+from mocov3_hf.loading import enable_gradient_checkpointing
 from tests.factories import NANO_VIT
 
 
 BACKBONES = {
     "vit": NANO_VIT,
+    "vit_bn": {**NANO_VIT, "mlp_norm": "batch_norm"},
     "conv_stem": {**NANO_VIT, "stem": "conv", "image_size": 32, "patch_size": 16, "num_hidden_layers": 1},
     "resnet": {
         "model_type": "resnet",
@@ -45,9 +48,12 @@ def main(output: str, cases: list[str]) -> None:
         dist.destroy_process_group()
 
 
-def one_step(backbone: str, sizes: list[int], world_size: int, rank: int) -> dict:
+def one_step(name: str, sizes: list[int], world_size: int, rank: int) -> dict:
+    backbone, _, checkpointing = name.partition("+")
     torch.manual_seed(0)
     model = MoCoV3ForPreTraining(MoCoV3Config(backbone_config=BACKBONES[backbone], **HEADS)).double()
+    if checkpointing:
+        enable_gradient_checkpointing(model.mocov3)
     # Away from the start, where both branches agree and a ResNet's blocks are the identity.
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

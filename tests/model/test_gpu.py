@@ -13,7 +13,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("backbone", ["vit", "conv_stem", "resnet"])
+@pytest.mark.parametrize("backbone", ["vit", "vit_bn", "conv_stem", "resnet"])
 def test_loss_and_gradients_are_those_of_the_cpu(backbone):
     torch.manual_seed(0)
     model = MoCoV3ForPreTraining(MoCoV3Config(backbone_config=dict(BACKBONES[backbone]), **HEADS)).double()

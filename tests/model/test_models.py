@@ -28,6 +28,7 @@ from tests.factories import VIT
 
 BACKBONES = {
     "mocov3_vit": VIT,
+    "vit_bn": {**VIT, "mlp_norm": "batch_norm"},
     "conv_stem": {**VIT, "stem": "conv", "patch_size": 16},
     "resnet": {
         "model_type": "resnet",
@@ -60,7 +61,7 @@ BACKBONES = {
         "patch_size": 4,
     },
 }
-WIDTHS = {"mocov3_vit": 32, "conv_stem": 32, "resnet": 16, "dinov2": 32, "convnext": 32, "swin": 32}
+WIDTHS = {"mocov3_vit": 32, "vit_bn": 32, "conv_stem": 32, "resnet": 16, "dinov2": 32, "convnext": 32, "swin": 32}
 
 
 def tiny_config(backbone="mocov3_vit", **overrides):

@@ -5,15 +5,16 @@ import torch
 from accelerate import cpu_offload
 
 from mocov3_hf import MoCoV3ViTConfig, MoCoV3ViTModel
-from mocov3_hf.model.modeling_mocov3_vit import MoCoV3ViTPatchEmbeddings, MoCoV3ViTPatchProjection
+from mocov3_hf.model.modeling_mocov3_vit_embeddings import MoCoV3ViTPatchEmbeddings, MoCoV3ViTPatchProjection
 
 
 @pytest.mark.parametrize(
-    ("patch_size", "image"), [(4, (3, 16, 24)), ((4, 8), (3, 16, 32)), ((4, 8), (3, 18, 35)), (1, (1, 3, 2))]
+    ("patch_size", "image"),
+    [(4, (3, 16, 24)), (7, (3, 21, 28)), ((4, 8), (3, 16, 32)), ((4, 8), (3, 18, 35)), (1, (1, 3, 2))],
 )
 def test_both_ways_give_the_same(patch_size, image):
     config = MoCoV3ViTConfig(
-        patch_size=patch_size, num_channels=image[0], hidden_size=12, num_attention_heads=2, image_size=64
+        patch_size=patch_size, num_channels=image[0], hidden_size=12, num_attention_heads=2, image_size=56
     )
     torch.manual_seed(0)
     embeddings = MoCoV3ViTPatchEmbeddings(config).double()

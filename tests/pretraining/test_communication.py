@@ -19,7 +19,7 @@ def test_a_step_communicates_what_is_predicted(tmp_path):
     _, output = ranks(2, WORKER, str(tmp_path / "counts.json"))
     assert "Warning" not in output, output
     results = json.loads((tmp_path / "counts.json").read_text())
-    assert len(results) == 4
+    assert len(results) == 5
     for case, result in results.items():
         predicted = {}
         for exchange in result["predicted"]:

@@ -1,5 +1,7 @@
 """The plan of a run: published numbers from our own count, and memory from the tensors that autograd saves."""
 
+import json
+
 import pytest
 import torch
 
@@ -31,10 +33,11 @@ def test_counts_equal_the_published_ones(name):
 
 
 @pytest.mark.slow
-def test_activations_are_those_of_a_real_step():
+@pytest.mark.parametrize(("size", "backbone"), [(32, {}), (28, {"patch_size": 7, "mlp_norm": "batch_norm"})])
+def test_activations_are_those_of_a_real_step(size, backbone):
     """Counted on tensors without data, and on real ones by what autograd keeps alive."""
-    recipe = load_recipe("quickstart")
-    costs = estimate(build_config(recipe), 32, 16, "adamw", "no")
+    recipe = load_recipe("quickstart", ["--image_size", str(size), "--backbone_config", json.dumps(backbone)])
+    costs = estimate(build_config(recipe), size, 16, "adamw", "no")
     model = build_model(recipe)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
@@ -46,7 +49,7 @@ def test_activations_are_those_of_a_real_step():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(pixel_values=torch.randn(16, 3, 32, 32), pixel_values_2=torch.randn(16, 3, 32, 32))
+        output = model(pixel_values=torch.randn(16, 3, size, size), pixel_values_2=torch.randn(16, 3, size, size))
     real = sum(storage.nbytes() for storage in kept.values())
     assert torch.isfinite(output.loss)
     assert costs.activation_bytes == pytest.approx(real, rel=0.02)
@@ -79,6 +82,8 @@ def test_memory_grows_with_the_batch_and_shrinks_with_the_precision():
             ],
         ),
         ("mocov3_resnet50_8xb512-amp-coslr-100e_in1k", ["68,012,160", "4.11", "31,200", "3,120", "9.6"]),
+        ("vit-huge-p14", ["1,309,805,056", "167.40", "93,600", "0.0024"]),
+        ("vit-bn-large-p7", ["653,205,504", "361.52", "93,600", "mlp_norm: batch_norm"]),
     ],
 )
 def test_dry_run_prints_the_plan(name, numbers):

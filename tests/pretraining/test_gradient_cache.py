@@ -91,7 +91,14 @@ def test_stochastic_depth_and_dropout_are_replayed():
     assert not torch.equal(other, gradients[0][0]), "without random masks there is nothing to replay"
 
 
-@pytest.mark.parametrize("backbone", [{"model_type": "resnet"}, {**NANO_VIT, "stem": "conv", "patch_size": 16}])
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {"model_type": "resnet"},
+        {**NANO_VIT, "stem": "conv", "patch_size": 16},
+        {**NANO_VIT, "mlp_norm": "batch_norm"},
+    ],
+)
 def test_batch_normalization_in_the_backbone_is_refused(backbone):
     with torch.device("meta"):
         model = MoCoV3ForPreTraining(MoCoV3Config(backbone_config=backbone))
@@ -99,11 +106,12 @@ def test_batch_normalization_in_the_backbone_is_refused(backbone):
         check_chunkable(model)
 
 
-def test_refusal_on_the_command_line(tmp_path, tiny, capsys):
+@pytest.mark.parametrize("dry_run", [[], ["--dry_run"]])
+def test_refusal_on_the_command_line(dry_run, tmp_path, tiny, capsys):
     resnet = '{"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}'
     chunks = ["--backbone_config", resnet, "--gradient_cache_chunk_size", "4"]
     with pytest.raises(SystemExit) as stop:
-        main([*tiny, *chunks, "--output_dir", str(tmp_path)])
+        main([*tiny, *chunks, *dry_run, "--output_dir", str(tmp_path)])
     assert stop.value.code == 2
     assert "error: --gradient_cache_chunk_size cannot be used with" in capsys.readouterr().err
 

@@ -5,7 +5,9 @@ import re
 import pytest
 import yaml
 
+from mocov3_hf.model.batchnorm_mocov3 import MoCoV3TokenBatchNorm
 from mocov3_hf.option_help import help_text
+from mocov3_hf.pretraining.build import build_config, check_buildable
 from mocov3_hf.pretraining.plan import make_plan
 from mocov3_hf.pretraining.recipe import COMMAND, load_recipe, parse, recipe_of_call
 from mocov3_hf.recipe_files import RECIPES, find_recipe, recipe_names
@@ -21,7 +23,21 @@ PUBLISHED = {
     "mocov3_vit-small-p16_16xb256-amp-coslr-300e_in1k": (2.4e-3, 0.1, 0.99, 0.2, 300, 40, "adamw", 0.08, None),
     VIT_B: (2.4e-3, 0.1, 0.99, 0.2, 300, 40, "adamw", 0.08, None),
     "mocov3_vit-large-p16_64xb64-amp-coslr-300e_in1k": (2.4e-3, 0.1, 0.99, 0.2, 300, 40, "adamw", 0.08, 5.0),
+    "mocov3_vit-huge-p14_64xb64-amp-coslr-300e_in1k": (2.4e-3, 0.1, 0.99, 0.2, 300, 40, "adamw", 0.08, None),
+    "mocov3_vit-bn-huge-p14_64xb64-amp-coslr-300e_in1k": (2.4e-3, 0.1, 0.99, 0.2, 300, 40, "adamw", 0.08, None),
+    "mocov3_vit-bn-large-p7_64xb64-amp-coslr-300e_in1k": (2.4e-3, 0.1, 0.99, 0.2, 300, 40, "adamw", 0.08, None),
 }
+# Millions of parameters with a classifier for ImageNet-1k, as the paper counts them, and patches of an image.
+PAPER = {
+    "vit-small-p16": (22, 196),
+    "vit-base-p16": (86, 196),
+    "vit-large-p16": (304, 196),
+    "vit-huge-p14": (632, 256),
+    "vit-bn-huge-p14": (632, 256),
+    "vit-bn-large-p7": (304, 1024),
+}
+# Linear evaluation in the paper, where the recipe names no other source first.
+LINEAR = {"vit-large-p16": 77.6, "vit-huge-p14": 78.1, "vit-bn-huge-p14": 79.1, "vit-bn-large-p7": 81.0}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -49,6 +65,32 @@ def test_published_recipes(name):
     assert recipe.views.blur_probability_2 == 0.1
     assert recipe.views.solarize_probability_1 == 0.0
     assert recipe.views.solarize_probability_2 == 0.2
+
+
+@pytest.mark.parametrize("name", recipe_names("pretrain"))
+def test_every_recipe_has_a_model(name):
+    config = build_config(load_recipe(name))
+    model = check_buildable(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 100_000
+    backbone = next((short for short in PAPER if f"_{short}_" in name), None)
+    assert (backbone is None) is not name.startswith("mocov3_vit-")
+    if backbone is None:
+        return
+    millions, patches = PAPER[backbone]
+    classifier = 1000 * (config.hidden_size + 1)
+    assert (sum(p.numel() for p in model.mocov3.parameters()) + classifier) // 10**6 == millions
+    embeddings = model.mocov3.backbone.embeddings
+    assert embeddings.grid[0] * embeddings.grid[1] == patches
+    assert not any(parameter.requires_grad for parameter in embeddings.patch_embeddings.parameters())
+    norms = [layer.norm2 for layer in model.mocov3.backbone.encoder.layer]
+    assert all(isinstance(norm, MoCoV3TokenBatchNorm) is backbone.startswith("vit-bn-") for norm in norms)
+
+
+@pytest.mark.parametrize("backbone", LINEAR)
+def test_the_accuracies_of_the_paper_are_named(backbone):
+    text = find_recipe(backbone).read_text(encoding="utf-8").replace("\n# ", " ")
+    assert f"{LINEAR[backbone]} % " in text.partition("Expected: ")[2]
+    assert "by linear evaluation in the paper" in text
 
 
 @pytest.mark.parametrize("name", recipe_names("pretrain"))

@@ -99,6 +99,11 @@ def test_six_heads_are_another_backbone(folder_of):
     assert find_references(folder_of("quickstart")) == []
 
 
+@pytest.mark.parametrize("change", ['{"mlp_norm": "batch_norm"}', '{"patch_size": 7}'])
+def test_a_vit_bn_and_small_patches_are_another_backbone(change, folder_of):
+    assert find_references(folder_of(SMALL, "--backbone_config", change)) == []
+
+
 @pytest.mark.parametrize(
     "backbone",
     [None, [], {"model_type": []}, {"model_type": "nothing"}, {"model_type": "mocov3_vit", "hidden_size": "wide"}],

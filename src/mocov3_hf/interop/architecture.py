@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig, ResNetConfig
 
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig
-from ..model.modeling_mocov3_vit import sincos_position_embedding
+from ..model.modeling_mocov3_vit_embeddings import sincos_position_embedding
 from .layouts import DIALECTS, ConversionError, Layout
 
 

@@ -307,8 +307,18 @@ def backbone_of(config: MoCoV3Config) -> str:
 def module_names(
     config: MoCoV3Config, layout: Layout, backbone: str, base: str, classifier: str | None
 ) -> dict[str, str]:
-    """Foreign names by native ones of all modules of a model; `base` is the native prefix of its encoder."""
+    """
+    Foreign names by native ones of all modules of a model; `base` is the native prefix of its encoder.
+
+    Raises:
+        ConversionError: A ViT-BN, which no layout has names for.
+    """
     if backbone == "vit":
+        if config.backbone_config.mlp_norm == "batch_norm":
+            raise ConversionError(
+                f"the layout {layout.name!r} has no batch normalization in a ViT (mlp_norm 'batch_norm'): no other"
+                " codebase has a ViT-BN; keep the folder of save_pretrained"
+            )
         inner = vit_module_names(layout.dialect, config.backbone_config.num_hidden_layers, config.backbone_config.stem)
     else:
         inner = resnet_module_names(config.backbone_config.depths, config.backbone_config.layer_type)

@@ -35,6 +35,11 @@ def require_backbone(config: MoCoV3Config, backbone: str, format: str) -> None:
         raise ConversionError(
             f"--format {format} has no convolutional stem: pass --format onnx or --format torch_export"
         )
+    if backbone == "vit" and config.backbone_config.mlp_norm == "batch_norm":
+        raise ConversionError(
+            f"--format {format} has no batch normalization in a ViT (mlp_norm): pass --format onnx or --format"
+            " torch_export"
+        )
 
 
 def backbone_state(model: MoCoV3Model | MoCoV3ForImageClassification) -> dict[str, torch.Tensor]:

@@ -13,15 +13,24 @@
 # limitations under the License.
 """Batch normalization with statistics of all processes, on any device."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules._functions import SyncBatchNorm as FusedSyncBatchNorm
+from torch.utils.module_tracker import ModuleTracker
 
 
 def num_processes() -> int:
     """Number of processes in the default process group, or 1 if it is not initialized."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_recomputation() -> bool:
+    """Whether this forward pass runs inside a backward pass, where gradient checkpointing repeats it."""
+    return not torch.compiler.is_compiling() and ModuleTracker().is_bw
 
 
 class GlobalBatchNormFunction(torch.autograd.Function):
@@ -82,11 +91,18 @@ def per_channel(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
-    Base of the two classes below. In training with several processes, the statistics are those of the batches of all
-    processes together, for any batch size of each. Otherwise it is torch's batch normalization.
+    Base of the classes below. In training with several processes, the statistics are those of the batches of all
+    processes together, for any batch size of each. Otherwise it is torch's batch normalization. Gradient checkpointing
+    does not count a batch twice.
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.training and is_recomputation():
+            with self.running_statistics_kept():
+                return self.normalize(hidden_states)
+        return self.normalize(hidden_states)
+
+    def normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not self.training or num_processes() == 1:
             return super().forward(hidden_states)
         self._check_input_dim(hidden_states)
@@ -115,6 +131,16 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             dist.get_world_size(),
         )
 
+    @contextmanager
+    def running_statistics_kept(self) -> Iterator[None]:
+        """Update copies. Without buffers, autograd would save other tensors than in the pass that is repeated."""
+        kept = self._buffers.copy()
+        self._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in kept.items()})
+        try:
+            yield
+        finally:
+            self._buffers.update(kept)
+
     @torch.no_grad()
     def update_running_statistics(self, mean: torch.Tensor, unbiased_variance: torch.Tensor) -> None:
         factor = self.average_factor()
@@ -135,6 +161,13 @@ class MoCoV3BatchNorm2d(GlobalBatchNorm, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` with statistics of all processes."""
 
 
+class MoCoV3TokenBatchNorm(MoCoV3BatchNorm1d):
+    """Batch normalization of tokens `(B, L, D)` over all images, tokens and processes."""
+
+    def normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().normalize(hidden_states.flatten(0, 1)).view_as(hidden_states)
+
+
 def use_global_statistics(module: nn.Module) -> nn.Module:
     """
     Make every `torch.nn.BatchNorm1d` and `BatchNorm2d` in `module` use the statistics of all processes, in place.
@@ -148,4 +181,4 @@ def use_global_statistics(module: nn.Module) -> nn.Module:
     return module
 
 
-__all__ = ["MoCoV3BatchNorm1d", "MoCoV3BatchNorm2d", "use_global_statistics"]
+__all__ = ["MoCoV3BatchNorm1d", "MoCoV3BatchNorm2d", "MoCoV3TokenBatchNorm", "use_global_statistics"]

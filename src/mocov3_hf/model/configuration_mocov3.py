@@ -26,6 +26,7 @@ from transformers.utils import auto_docstring
 
 STEMS = ("patch", "conv")
 POSITION_EMBEDDINGS = ("sincos2d", "learned")
+MLP_NORMS = ("layer_norm", "batch_norm")
 CONV_STEM_STRIDE = 16  # four convolutions of stride 2
 MAX_LAYERS = 10_000
 # What `MoCoV3Config` reads from its backbone.
@@ -91,6 +92,9 @@ class MoCoV3ViTConfig(PreTrainedConfig):
     position_embedding (`str`, *optional*, defaults to `"sincos2d"`):
         `"sincos2d"` for the fixed two-dimensional sine-cosine table, `"learned"` for a trained table. Both use the
         same key in checkpoints, so a fixed table can initialize a learned one.
+    mlp_norm (`str`, *optional*, defaults to `"layer_norm"`):
+        Normalization before the MLP of every block: `"layer_norm"`, or `"batch_norm"` over all images, tokens and
+        processes, which is the paper's ViT-BN (§6). Attention and output have LayerNorm in both.
 
     Example:
 
@@ -120,6 +124,7 @@ class MoCoV3ViTConfig(PreTrainedConfig):
     freeze_patch_projection: bool = True
     drop_path_rate: float | int = 0.0
     position_embedding: str = "sincos2d"
+    mlp_norm: str = "layer_norm"
 
     def __post_init__(self, **kwargs):
         check_unknown_keys(self, kwargs)
@@ -136,6 +141,8 @@ class MoCoV3ViTConfig(PreTrainedConfig):
             raise ValueError(
                 f"position_embedding must be one of {POSITION_EMBEDDINGS}, got {self.position_embedding!r}"
             )
+        if self.mlp_norm not in MLP_NORMS:
+            raise ValueError(f"mlp_norm must be one of {MLP_NORMS}, got {self.mlp_norm!r}")
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and"

@@ -13,7 +13,6 @@
 # limitations under the License.
 """The Vision Transformer of MoCo v3: fixed sine-cosine positions, and a frozen patch projection or a conv stem."""
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -30,133 +29,12 @@ from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_mocov3 import MoCoV3ViTConfig, to_pair
+from .batchnorm_mocov3 import MoCoV3TokenBatchNorm
+from .configuration_mocov3 import MoCoV3ViTConfig
+from .modeling_mocov3_vit_embeddings import MoCoV3ViTEmbeddings, freeze_fixed_parameters, sincos_position_embedding
 
 
-# Dimensions: B batch, C H W image, h w grid of patches, L = 1 + h·w tokens with the CLS token first, D hidden size.
-
-
-def sincos_position_embedding(hidden_size: int, grid: tuple[int, int]) -> torch.Tensor:
-    """
-    The fixed two-dimensional position embedding `(1, 1 + h·w, D)` in float32. It is zero for the CLS token.
-
-    A patch has `sin(row·ω) cos(row·ω) sin(column·ω) cos(column·ω)`, each of size `D/4`, `ω_i = 10000^(-i / (D/4))`.
-    """
-    quarter = hidden_size // 4
-    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
-    rows, columns = torch.meshgrid(
-        *(torch.arange(size, dtype=torch.float64, device="cpu") for size in grid), indexing="ij"
-    )
-    angles = [torch.outer(axis.flatten(), omega) for axis in (rows, columns)]
-    patches = torch.cat([table for angle in angles for table in (angle.sin(), angle.cos())], dim=1)
-    return torch.cat([patches.new_zeros(1, hidden_size), patches])[None].float()
-
-
-class MoCoV3ViTPatchProjection(nn.Conv2d):
-    """A convolution whose stride equals its kernel size. On CUDA it is computed as a matrix product."""
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.multiply(pixel_values) if pixel_values.is_cuda else super().forward(pixel_values)
-
-    def multiply(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The convolution as a matrix product. cuDNN's kernel is slow in half precision: 5 % of a ViT-B step."""
-        height, width = self.kernel_size
-        rows, columns = pixel_values.shape[2] // height, pixel_values.shape[3] // width
-        patches = pixel_values[:, :, : rows * height, : columns * width]
-        patches = patches.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # B C h p w q
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        projected = nn.functional.linear(patches, self.weight.flatten(1), self.bias)
-        return projected.transpose(1, 2).unflatten(2, (rows, columns))
-
-
-class MoCoV3ViTPatchEmbeddings(nn.Module):
-    """Projects non-overlapping patches: `(B, C, H, W)` to `(B, D, h, w)`."""
-
-    def __init__(self, config: MoCoV3ViTConfig):
-        super().__init__()
-        patch_size = to_pair(config.patch_size)
-        self.projection = MoCoV3ViTPatchProjection(
-            config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size
-        )
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.projection(pixel_values.to(self.projection.weight.dtype))
-
-
-class MoCoV3ViTConvLayer(nn.Module):
-    """3x3 convolution of stride 2, batch normalization, ReLU."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.convolution = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1, bias=False)
-        self.normalization = nn.BatchNorm2d(out_channels)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.normalization(self.convolution(hidden_states)).relu()
-
-
-class MoCoV3ViTConvStem(nn.Module):
-    """Convolutional stem (paper §4.2, after Xiao et al. 2021): `(B, C, H, W)` to `(B, D, H/16, W/16)`."""
-
-    def __init__(self, config: MoCoV3ViTConfig):
-        super().__init__()
-        widths = [config.num_channels, *(config.hidden_size // divisor for divisor in (8, 4, 2, 1))]
-        self.layers = nn.ModuleList(MoCoV3ViTConvLayer(*pair) for pair in itertools.pairwise(widths))
-        self.projection = nn.Conv2d(config.hidden_size, config.hidden_size, kernel_size=1)
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        hidden_states = pixel_values.to(self.projection.weight.dtype)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states)
-        return self.projection(hidden_states)
-
-
-class MoCoV3ViTEmbeddings(nn.Module):
-    """CLS token, patch embeddings and position embeddings: `(B, C, H, W)` to `(B, L, D)`."""
-
-    def __init__(self, config: MoCoV3ViTConfig):
-        super().__init__()
-        self.config = config
-        image_size, self.patch_size = to_pair(config.image_size), to_pair(config.patch_size)
-        self.image_size = image_size
-        self.grid = (image_size[0] // self.patch_size[0], image_size[1] // self.patch_size[1])
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        # A parameter even when it is fixed: published parameter counts include it, both kinds share one key in
-        # checkpoints, and it follows the dtype of the model.
-        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], config.hidden_size))
-        self.patch_embeddings = (
-            MoCoV3ViTConvStem(config) if config.stem == "conv" else MoCoV3ViTPatchEmbeddings(config)
-        )
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
-        _, channels, height, width = pixel_values.shape
-        if channels != self.config.num_channels:
-            raise ValueError(
-                f"pixel_values must have {self.config.num_channels} channels (config.num_channels), got {channels}"
-            )
-        if not interpolate_pos_encoding and (height, width) != self.image_size:
-            raise ValueError(
-                f"pixel_values of size {height}×{width} do not match the model's {self.image_size[0]}×"
-                f"{self.image_size[1]}: resize them, or pass interpolate_pos_encoding=True"
-            )
-        patches = self.patch_embeddings(pixel_values)
-        grid = tuple(patches.shape[-2:])
-        hidden_states = torch.cat(
-            [self.cls_token.expand(patches.shape[0], -1, -1), patches.flatten(2).transpose(1, 2)], dim=1
-        )
-        positions = self.interpolated_positions(grid) if interpolate_pos_encoding else self.position_embeddings
-        return self.dropout(hidden_states + positions)
-
-    def interpolated_positions(self, grid: tuple[int, int]) -> torch.Tensor:
-        """Position embeddings `(1, 1 + h·w, D)` for another grid, by bicubic interpolation in float32."""
-        if grid == self.grid:
-            return self.position_embeddings
-        cls_position, table = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
-        table = table.unflatten(1, self.grid).permute(0, 3, 1, 2).float()
-        table = nn.functional.interpolate(table, size=grid, mode="bicubic", align_corners=False)
-        table = table.to(cls_position.dtype).flatten(2).transpose(1, 2)
-        return torch.cat([cls_position, table], dim=1)
+# Dimensions: B batch, L tokens with the CLS token first, D hidden size.
 
 
 def eager_attention_forward(
@@ -202,6 +80,11 @@ def eager_attention_forward(
     return attn_output.transpose(1, 2).contiguous(), attn_weights
 
 
+def first_tokens(hidden_states: torch.Tensor, number: int | None) -> torch.Tensor:
+    """The first `number` tokens of `(B, L, D)`, or all if it is `None`."""
+    return hidden_states if number is None else hidden_states[:, :number]
+
+
 class MoCoV3ViTAttention(nn.Module):
     """
     Multi-head self-attention, `(B, L, D)` to `(B, L, D)`. With `num_queries`, only the first `num_queries` tokens
@@ -224,7 +107,7 @@ class MoCoV3ViTAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, num_queries: int | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        queries = hidden_states if num_queries is None else hidden_states[:, :num_queries]
+        queries = first_tokens(hidden_states, num_queries)
         query, key, value = (
             projection(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection, tokens in (
@@ -278,6 +161,13 @@ class MoCoV3ViTDropPath(nn.Module):
         return f"rate={self.rate}"
 
 
+def build_mlp_norm(config: MoCoV3ViTConfig) -> nn.Module:
+    """The normalization before an MLP; eps and momentum of batch normalization are torch's, as in the heads."""
+    if config.mlp_norm == "batch_norm":
+        return MoCoV3TokenBatchNorm(config.hidden_size)
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
 class MoCoV3ViTLayer(GradientCheckpointingLayer):
     """
     A pre-norm transformer block, `(B, L, D)` to `(B, L, D)`. With `num_queries`, it returns only the first
@@ -289,18 +179,20 @@ class MoCoV3ViTLayer(GradientCheckpointingLayer):
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = MoCoV3ViTAttention(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm2 = build_mlp_norm(config)
         self.mlp = MoCoV3ViTMLP(config)
         self.drop_path = MoCoV3ViTDropPath(drop_path_rate)
 
     def forward(
         self, hidden_states: torch.Tensor, num_queries: int | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> torch.Tensor:
-        attended, _ = self.attention(self.norm1(hidden_states), num_queries=num_queries, **kwargs)
-        if num_queries is not None:
-            hidden_states = hidden_states[:, :num_queries]
-        hidden_states = hidden_states + self.drop_path(self.dropout(attended))
-        return hidden_states + self.drop_path(self.mlp(self.norm2(hidden_states)))
+        # In training, the statistics of batch normalization need all tokens, and only the MLP can leave some out.
+        needs_all = self.norm2.training and isinstance(self.norm2, MoCoV3TokenBatchNorm)
+        num_attending = None if needs_all else num_queries
+        attended, _ = self.attention(self.norm1(hidden_states), num_queries=num_attending, **kwargs)
+        hidden_states = first_tokens(hidden_states, num_attending) + self.drop_path(self.dropout(attended))
+        normalized = first_tokens(self.norm2(hidden_states), num_queries)
+        return first_tokens(hidden_states, num_queries) + self.drop_path(self.mlp(normalized))
 
 
 @auto_docstring
@@ -356,17 +248,6 @@ def init_torch_default(layer: nn.Linear | nn.Conv2d) -> None:
     if layer.bias is not None:
         bound = 1 / math.sqrt(layer.weight[0].numel())
         init.uniform_(layer.bias, -bound, bound)
-
-
-def freeze_fixed_parameters(module: nn.Module) -> None:
-    """Freeze the sine-cosine table and the fixed patch projection of every MoCo v3 ViT inside `module`."""
-    for embeddings in module.modules():
-        if isinstance(embeddings, MoCoV3ViTEmbeddings):
-            config = embeddings.config
-            if config.position_embedding == "sincos2d":
-                embeddings.position_embeddings.requires_grad_(False)
-            if config.stem == "patch" and config.freeze_patch_projection:
-                embeddings.patch_embeddings.requires_grad_(False)
 
 
 class MoCoV3ViTEncoder(MoCoV3ViTPreTrainedModel):

@@ -12,6 +12,7 @@ from ..precision import this_device
 from ..reporting import UsageError
 from .build import build_config, build_source, check_buildable, check_keys, doubtful_choices
 from .estimate import Estimate, describe_exchanges, estimate, exchanges
+from .gradient_cache import check_chunkable
 from .hardware import choose_settings, settle_precision
 from .launch import check_trackers
 from .pixels import settle_pixels
@@ -68,6 +69,8 @@ def plan_run(recipe: Recipe) -> PlannedRun:
     config = build_config(recipe)
     check_keys(recipe.model.backbone_config, config.backbone_config)
     model = check_buildable(config)
+    if recipe.hardware.gradient_cache_chunk_size is not None:
+        check_chunkable(model)
     settings = choose_settings(recipe, model, device)
     costs = estimate(
         config,

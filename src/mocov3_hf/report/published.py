@@ -30,7 +30,7 @@ SHAPING_OPTIONS = (
 # Keys that identify a backbone: sizes, and what changes the output at equal sizes, such as the number of heads.
 BACKBONE_KEYS = (
     *("model_type", "stem", "hidden_size", "hidden_sizes", "depths", "layer_type", "num_hidden_layers"),
-    *("num_attention_heads", "intermediate_size", "image_size", "patch_size"),
+    *("num_attention_heads", "intermediate_size", "image_size", "patch_size", "mlp_norm"),
 )
 MOST_LAYERS = 10_000
 TASK_STAGES = {"linear": "linear", "linear_cached": "linear", "finetune": "finetuned"}
