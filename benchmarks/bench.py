@@ -13,15 +13,18 @@ tests in a few minutes that everything runs; its numbers are meaningless and go 
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -118,10 +121,10 @@ def revision() -> str:
         return "unknown"
 
 
-def run_part(part: Part, folder: Path, label: str) -> tuple[dict | None, dict]:
+def run_part(part: Part, folder: Path, label: str, limit: float | None = None) -> tuple[dict | None, dict]:
     """
     Run a part and forward its output. Returns its JSON result (None if it failed) and the record of the run: command,
-    seconds, date, load.
+    seconds, date, load. After `limit` seconds, the part and its processes are killed.
     """
     output = folder / f"{part.name}.json"
     command = [*part.command(), "--output", str(output)]
@@ -135,18 +138,39 @@ def run_part(part: Part, folder: Path, label: str) -> tuple[dict | None, dict]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     start, last = time.perf_counter(), deque(maxlen=LINES_OF_A_FAILURE)
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     ) as process:
-        for line in process.stdout:
-            if not line.startswith("{"):  # the JSON is in the file
-                last.append(line.rstrip())
-                print(f"    {line}", end="", flush=True)
+        watch = threading.Timer(limit or threading.TIMEOUT_MAX, kill_group, [process.pid])
+        watch.daemon = True
+        watch.start()
+        try:
+            for line in process.stdout:
+                if not line.startswith("{"):  # the JSON is in the file
+                    last.append(line.rstrip())
+                    print(f"    {line}", end="", flush=True)
+            process.wait()
+        except BaseException:
+            kill_group(process.pid)
+            raise
+        finally:
+            watch.cancel()
     record["seconds"] = time.perf_counter() - start
     if process.returncode != 0:
         return None, {**record, "exit_code": process.returncode, "last_lines": list(last)}
     if not output.exists():
         return None, {**record, "exit_code": 0, "last_lines": ["exited without writing its --output"]}
     return json.loads(output.read_text(encoding="utf-8")), record
+
+
+def kill_group(process_id: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended
+        os.killpg(process_id, signal.SIGKILL)
 
 
 def merge(before: dict, header: dict, finished: dict[str, dict], failed: dict[str, dict]) -> dict:

@@ -26,14 +26,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
 
 
+# Tiny shapes instead of real ones, to rehearse gpu_session.py.
+REHEARSAL = os.environ.get("MOCOV3_REHEARSAL") == "1"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 # Side of the square matrices. On a CPU the rate is the same within noise from 512 on, and for the shapes of ViT-S.
-GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
+GEMM_SIDE = {"cpu": 128 if REHEARSAL else 2048, "cuda": 8192}
 GEMM_REPEATS = {"cpu": 4, "cuda": 20}
 # Size of each tensor that is copied or added: much larger than the caches.
 TENSOR_BYTES = {"cpu": 2**28, "cuda": 2**31}
 # Input of a 3×3 convolution in ResNet-50's second stage: B, C, H, W.
-CONVOLUTION = {"cpu": (16, 128, 28, 28), "cuda": (256, 128, 28, 28)}
+CONVOLUTION = {"cpu": (1 if REHEARSAL else 16, 128, 28, 28), "cuda": (256, 128, 28, 28)}
 
 
 class Gemm:

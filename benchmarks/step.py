@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from limits import Convolution, Gemm, cpu_name, step_flop_per_image
+from limits import REHEARSAL, Convolution, Gemm, cpu_name, step_flop_per_image
 from plain_step import PlainStep
 
 from mocov3_hf import MoCoV3ForPreTraining
@@ -38,13 +38,15 @@ from mocov3_hf.pretraining.recipe import load_recipe
 from mocov3_hf.pretraining.step import train_step
 
 
-SIZE = 224
+SIZE = 32 if REHEARSAL else 224
 EMA_DECAY = 0.99
 RECIPES = {
     "vit_small": "mocov3_vit-small-p16_16xb256-amp-coslr-300e_in1k",
     "vit_base": "mocov3_vit-base-p16_16xb256-amp-coslr-300e_in1k",
     "resnet50": "mocov3_resnet50_8xb512-amp-coslr-100e_in1k",
 }
+if REHEARSAL:
+    RECIPES = {name: str(Path(__file__).parent / "rehearsal" / f"{name}.yaml") for name in RECIPES}
 BATCHES = {"vit_small": 16, "vit_base": 8, "resnet50": 16}
 LEARNING_RATE = {"adamw": 1e-4, "lars": 0.1}
 

@@ -1,0 +1,57 @@
+"""The tests that need a GPU, with their outcomes as JSON.
+
+    python -m benchmarks.gpu_tests --output FILE.json
+
+Exits with 1 if one fails. Without a GPU all are skipped, each with its reason.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from .bench import words
+from .data_path import finish
+
+
+TESTS = Path(__file__).parent.parent / "tests"
+# Where the tests marked `gpu` are: collecting all others takes longer than these.
+FILES = (
+    "data/test_photometric.py",
+    "evaluation/test_evaluation_gpu.py",
+    "model/test_gpu.py",
+    "pretraining/test_gpu.py",
+)
+# Packages that are imported already cannot be rewritten, which is a warning.
+ARGUMENTS = words("-m gpu -q -n 0 -p no:cacheprovider -W ignore::pytest.PytestAssertRewriteWarning")
+
+
+class Outcomes:
+    """Plugin of pytest: outcome, seconds and, unless it passed, the last line of every test."""
+
+    def __init__(self):
+        self.found: dict[str, dict] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.passed:
+            return
+        why = str(report.longrepr).strip().splitlines()[-1:] if not report.passed else []
+        self.found[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 2), "why": why}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", help="file to which the JSON is written as well")
+    options = parser.parse_args()
+    outcomes = Outcomes()
+    files = [str(TESTS / name) for name in FILES]
+    code = pytest.main([*ARGUMENTS, *files], plugins=[outcomes])
+    counts = Counter(test["outcome"] for test in outcomes.found.values())
+    finish({"counts": counts, "tests": outcomes.found}, options.output)
+    sys.exit(int(code))
+
+
+if __name__ == "__main__":
+    main()
