@@ -21,7 +21,6 @@ from ..loading import base_encoder, load_processor, pooled_features, size_option
 from ..process_group import process_state
 from ..processing import ProcessorTransform
 from ..reporting import RunError
-from ..results import MULTI_LABEL
 from .feature_cache import cache_path, data_fingerprint, read_cache, write_cache
 
 
@@ -40,7 +39,7 @@ class Features:
 
     Attributes:
         features: (n, D) float32 on the CPU; memory-mapped if they come from the cache.
-        labels: (n,) int64; of several classes per image float32 (n, C), of regression float64 (n, T).
+        labels: (n,) int64; of several classes per image uint8 (n, C), of regression float64 (n, T).
         class_names: By label, or None.
         num_classes: Of the split.
     """
@@ -86,8 +85,6 @@ def labeled_features(
     if transform is None:
         transform = ProcessorTransform(load_processor(None, encoder.config))
     labels = torch.as_tensor(images.labels)
-    if images.problem_type == MULTI_LABEL:
-        labels = labels.float()
     path = identity = features = None
     if cache_dir is not None:
         identity = {

@@ -144,11 +144,12 @@ class TargetScale:
                 parameter.copy_(parameter.double() * std + mean)
 
 
-def superclasses_of(images: LabeledImages, names: Sequence[str]) -> list[str] | None:
+def superclasses_of(images: LabeledImages, num_classes: int) -> list[str] | None:
     """The superclass of each class, None if they are unknown. UsageError for a class without one."""
     if not images.superclasses:
         return None
     known: Mapping[str, str] = images.superclasses
+    names = images.class_names or [str(number) for number in range(num_classes)]
     missing = next((name for name in names if name not in known), None)
     if missing is not None:
         raise UsageError(f"no training image tells the superclass of {missing!r}: leave out --superclass_column")

@@ -191,9 +191,9 @@ def build_trainer(
     Raises:
         UsageError: The metric of the best epoch is not computed.
     """
+    metric = metric_of_best(options, splits, trainer_options.get("ema_decay", 0) > 0)
     check_problem(options, splits)
     scale = TargetScale.of(splits.train)
-    metric = metric_of_best(options, splits, trainer_options.get("ema_decay", 0) > 0)
     if chooses(options):
         training |= {"metric_for_best_model": metric, "greater_is_better": greater_is_better(metric)}
     kept = {name: value for name, value in plain_options(options).items() if name not in FREE}
@@ -219,7 +219,7 @@ def build_trainer(
         free_settings=DATA_SETTINGS if options.allow_data_change else (),
         target_scale=scale,
         is_class_balanced=options.class_balanced_sampling,
-        superclasses=superclasses_of(splits.whole_train, splits.class_names()),
+        superclasses=superclasses_of(splits.whole_train, len(splits.class_names())),
         **trainer_options,
     )
     if options.early_stopping_patience is not None:

@@ -202,6 +202,7 @@ class ClassifierTrainer(Trainer):
                 model,
                 images,
                 self.test_transform,
+                None if images.problem_type == SINGLE_LABEL else list(model.config.id2label.values()),
                 thresholds=self.thresholds.get(suffix),
                 superclasses=self.superclasses,
                 target_scale=self.target_scale,

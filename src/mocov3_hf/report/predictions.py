@@ -70,15 +70,10 @@ def draw_reliability(bins: Any, plots: Path) -> list[Chart]:
     axes.bar(edges[:-1][used], accuracy[used], 1 / len(counts), align="edge", color=SERIES[0], alpha=0.7, linewidth=0)
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     axes.plot(confidence[used], accuracy[used], color=SERIES[1], marker="o", linestyle="none")
-    hovers = [
-        Hover(
-            axes,
-            (edges[index], 0),
-            (edges[index + 1], 1),
-            f"confidence {percent(confidence[index])}, accuracy {percent(accuracy[index])}: {counts[index]:,.0f} images",
-        )
-        for index in np.flatnonzero(used)
-    ]
+    hovers = []
+    for index in np.flatnonzero(used):
+        text = f"confidence {percent(confidence[index])}, accuracy {percent(accuracy[index])}"
+        hovers.append(Hover(axes, (edges[index], 0), (edges[index + 1], 1), f"{text}\n{counts[index]:,.0f} images"))
     return [
         finish_chart(
             figure,
@@ -176,16 +171,16 @@ def draw_scatter(values: Any, plots: Path) -> list[Chart]:
         limits = (low - margin, high + margin)
         axes.set(xlim=limits, ylim=limits, xlabel="true", ylabel="predicted")
         correlation = np.corrcoef(true, predicted)[0, 1] if len(true) > 1 and true.std() and predicted.std() else 0.0
-        of = f" of {len(columns)} targets" if len(columns) > MOST_TARGETS else ""
+        of = f"; the first {MOST_TARGETS} of {len(columns)} targets" if len(columns) > MOST_TARGETS else ""
         charts.append(
             finish_chart(
                 figure,
                 f"scatter-{index}",
                 plots,
                 title=f"Predicted against true: {shorten(str(name), 40)}",
-                caption=f"{shorten(str(name), 40)}: {len(true):,} test images{f', target {index + 1}{of}' if of else ''}."
-                " Healthy: points along the diagonal. A cloud that is flatter than the diagonal means predictions near"
-                " the mean; single points far away are worth a look.",
+                caption=f"{shorten(str(name), 40)}, {len(true):,} test images{of}. Healthy: points along the diagonal."
+                " A cloud that is flatter than the diagonal means predictions near the mean; single points far away"
+                " are worth a look.",
                 alt=f"Scatter plot of predicted against true values, {low:.4g} to {high:.4g}; correlation"
                 f" {correlation:.2f}.",
             )
