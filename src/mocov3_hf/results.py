@@ -26,8 +26,6 @@ TASKS = {
     "finetune": ("image-classification", "fine-tuning"),
     "evaluate": ("image-classification", "classification"),
 }
-# What the outputs of a classifier mean, in the words of transformers' `config.problem_type`.
-SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 # Metrics between 0 and 1, shown in percent: the last words of their names.
 _SHARES = re.compile(r"(^|_)(top\d+(_std)?|mean_per_class|map|micro_f1|macro_f1|ece)(_ema)?$")
 PACKAGES = ("mocov3_hf", "torch", "torchvision", "transformers", "accelerate", "datasets")

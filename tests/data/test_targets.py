@@ -8,7 +8,7 @@ from PIL import Image
 from mocov3_hf.data.classes import open_labeled_splits
 from mocov3_hf.data.labeled import open_labeled, stratified_split
 from mocov3_hf.data.memory import named
-from mocov3_hf.results import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from mocov3_hf.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from tests.factories import png, smooth
 
 

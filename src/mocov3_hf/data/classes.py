@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..results import REGRESSION, SINGLE_LABEL
+from ..problem_types import REGRESSION, SINGLE_LABEL
 from .labeled import LabeledImages, open_labeled, stratified_split
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
+from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from ..processing import PixelFormat
-from ..results import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from ..storage import is_local
 from .account import Account
 from .decode import BadImageError

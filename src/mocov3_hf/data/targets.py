@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ..results import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 
 # Between the names of the classes of an image in a column of text. The first that occurs is used.

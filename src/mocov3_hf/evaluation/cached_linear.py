@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from ..loading import load_encoder, weights_hash
 from ..options import option
-from ..results import MULTI_LABEL, REGRESSION
+from ..problem_types import MULTI_LABEL, REGRESSION
 from .common import (
     EvaluationOptions,
     TrainSplitOptions,

@@ -10,7 +10,7 @@ from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForIma
 from ..loading import from_pretrained, load_config, load_encoder, refuse_missing, resolve_model
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model, freeze_unused_parameters
-from ..results import SINGLE_LABEL
+from ..problem_types import SINGLE_LABEL
 from .linear import LinearClassifier
 
 

@@ -18,10 +18,11 @@ from ..hints import describe_missing
 from ..loading import MODEL_IN_MEMORY, resolve_model
 from ..options import option
 from ..precision import resolve_precision, this_device
+from ..problem_types import REGRESSION, SINGLE_LABEL
 from ..process_group import joined_processes
 from ..processing import ProcessorTransform
 from ..reporting import UsageError, is_first_process
-from ..results import REGRESSION, RESULTS, SINGLE_LABEL, append_result, is_share
+from ..results import RESULTS, append_result, is_share
 from .feature_cache import data_fingerprint
 from .usable_images import without_bad_images
 
@@ -61,7 +62,7 @@ class DataOptions:
         None, "Column of labels, or several of 0 and 1 or of numbers. Found if there is only one."
     )
     problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = option(
-        "auto", "What the labels are. auto infers it from their type: one class per image, several, or numbers."
+        "auto", "One class per image, several, or numbers. auto infers it from the labels."
     )
     on_bad_image: Literal["stop", "skip"] = option(
         "stop",

@@ -16,8 +16,8 @@ from ..data.labeled import LabeledImages
 from ..loading import base_encoder, load_classifier, size_options, weights_hash
 from ..metrics import accuracy_metrics
 from ..options import Command, option, parse
+from ..problem_types import REGRESSION, SINGLE_LABEL
 from ..reporting import UsageError, reporting
-from ..results import REGRESSION, SINGLE_LABEL
 from .common import EvaluationOptions, describe_split, evaluation_processes, open_split, record_and_print
 from .features import rows_of_split
 from .pixels import open_transform

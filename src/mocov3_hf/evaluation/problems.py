@@ -21,8 +21,8 @@ from ..metrics import (
     reliability,
     selective_accuracy,
 )
+from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from ..reporting import UsageError
-from ..results import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from .classifier import head_parameters
 
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..data.labeled import LabeledImages, stratified_split
+from ..problem_types import MULTI_LABEL, SINGLE_LABEL
 from ..reporting import UsageError
-from ..results import MULTI_LABEL, SINGLE_LABEL
 from .common import open_splits
 from .problems import LOWER_IS_BETTER, METRICS
 from .supervised_options import SupervisedOptions

@@ -30,7 +30,7 @@ class OptimizationOptions:
         None, "Images per forward pass and process. Overrides --train_batch_size.", at_least=1
     )
     class_balanced_sampling: bool = option(
-        False, "Draw the classes of the training images with equal probability, for imbalanced data sets."
+        False, "Draw training images of all classes equally often, for imbalanced sets."
     )
     seed: int = option(0, "Seed of initial weights, order and augmentation.", at_least=0)
 

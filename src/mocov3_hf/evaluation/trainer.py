@@ -20,9 +20,9 @@ from ..data.workers import end_workers, ignore_stop_signals
 from ..loading import base_encoder, size_options
 from ..metrics import best_thresholds
 from ..optim.seeding import step_seed
+from ..problem_types import MULTI_LABEL, SINGLE_LABEL
 from ..process_group import StopRequest
 from ..reporting import RunError, is_first_process, one_line
-from ..results import MULTI_LABEL, SINGLE_LABEL
 from ..run_folder import CHECKPOINT_PREFIX, METRICS
 from ..storage import RecordFile, rewrite_lines, write_json, writing
 from .evaluate import class_logits, evaluate_classifier

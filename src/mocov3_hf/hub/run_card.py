@@ -8,7 +8,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..model.image_processing_mocov3 import MoCoV3ImageProcessor
-from ..results import MULTI_LABEL, REGRESSION, TASKS, is_share
+from ..problem_types import MULTI_LABEL, REGRESSION
+from ..results import TASKS, is_share
 from ..run_folder import PROCESSOR, RunFolder, read_object
 from ..storage import is_local
 from ..zoo import load_zoo

@@ -14,8 +14,8 @@ from transformers.utils import logging
 from ..data.decode import printable
 from ..data.workers import cores_of_process
 from ..loading import load_classifier, load_encoder, load_processor, pooled_features, size_options
+from ..problem_types import REGRESSION
 from ..processing import for_pixels, pixel_format_of
-from ..results import REGRESSION
 from .acceleration import BATCH_SIZES, OTHER_BATCH_SIZE, choose_dtype, prepare_for_inference, uses_channels_last
 from .images import ImageInput, PreparedImage, find_images, prepared_images
 from .preprocessing import Preprocessing

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..data.photometric import PhotometricStage
 from ..data.sources import MapBatch
 from ..data.views import make_views, view_settings
-from ..results import SINGLE_LABEL
+from ..problem_types import SINGLE_LABEL
 from ..run_folder import RunFolder
 from .confusion import confusion_parts
 from .images import Samples, Seen, Viewer

@@ -19,8 +19,8 @@ from ..data.pixels import RGB8, check_image, read_image
 from ..data.sources import MapSource, open_dataset
 from ..loading import load_classifier, load_encoder, load_processor, pooled_of
 from ..model.modeling_mocov3 import token_grid
+from ..problem_types import SINGLE_LABEL
 from ..processing import PixelFormat, ProcessorTransform
-from ..results import SINGLE_LABEL
 from ..run_folder import RunFolder
 from .parts import shown_name
 

@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ..loading import load_classifier, load_encoder, weights_hash
-from ..results import MULTI_LABEL, REGRESSION, RESULTS, TASKS, is_share, read_results
+from ..problem_types import MULTI_LABEL, REGRESSION
+from ..results import RESULTS, TASKS, is_share, read_results
 from ..run_folder import CONFIG, RunFolder
 from ..zoo import load_zoo
 from .parts import Section, Table, Text, attempt, mapping, percent, quoted, shorten, shown_name

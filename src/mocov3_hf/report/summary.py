@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..metrics.collapse import COLLAPSED_STD_RATIO
-from ..results import MULTI_LABEL, REGRESSION
+from ..problem_types import MULTI_LABEL, REGRESSION
 from ..run_folder import RunFolder, training_time
 from .curves import Series, chances, loss_bounds, number, read_curves, series
 from .parts import mapping, percent, shorten, shown_name
