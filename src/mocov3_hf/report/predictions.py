@@ -58,10 +58,12 @@ def predictions_section(folder: RunFolder, measured: list[Measured], plots: Path
 
 def draw_reliability(bins: Any, plots: Path) -> list[Chart]:
     """Accuracy in bins of confidence."""
-    counts, confidence, accuracy = (
-        np.array([number(value) for value in bins[name]]) for name in ("count", "confidence", "accuracy")
-    )
+    counts = finite(bins["count"])
     used = counts > 0
+    confidence, accuracy = (
+        finite([0 if count == 0 else value for count, value in zip(counts, bins[name], strict=True)])
+        for name in ("confidence", "accuracy")
+    )
     error = float(np.sum(counts[used] * np.abs(confidence - accuracy)[used]) / counts.sum())
     edges = np.linspace(0, 1, len(counts) + 1)
     figure = new_figure(SQUARE)
@@ -91,7 +93,7 @@ def draw_reliability(bins: Any, plots: Path) -> list[Chart]:
 
 def draw_selective_accuracy(curve: Any, plots: Path) -> list[Chart]:
     """Accuracy of the most confident predictions over their share."""
-    coverage, accuracy = (np.array([number(value) for value in curve[name]]) for name in ("coverage", "accuracy"))
+    coverage, accuracy = (finite(curve[name]) for name in ("coverage", "accuracy"))
     figure = new_figure(SQUARE)
     axes = figure.subplots()
     percent_axes(axes, "coverage", "accuracy")
@@ -117,7 +119,8 @@ def draw_selective_accuracy(curve: Any, plots: Path) -> list[Chart]:
 
 def draw_average_precision(rows: Any, plots: Path) -> list[Chart]:
     """Bars of the average precision of the classes, the best first; of many, the best and the worst."""
-    rows = sorted(((str(name), number(value), number(count)) for name, value, count in rows), key=lambda row: -row[1])
+    names, *columns = zip(*rows, strict=True)
+    rows = sorted(zip(map(str, names), *map(finite, columns), strict=True), key=lambda row: -row[1])
     mean = float(np.mean([value for _, value, _ in rows]))
     shown = rows
     if len(rows) > MOST_BARS:
@@ -160,7 +163,7 @@ def draw_scatter(values: Any, plots: Path) -> list[Chart]:
     charts = []
     columns = list(zip(values["names"], values["true"], values["predicted"], strict=True))
     for index, (name, *sides) in enumerate(columns[:MOST_TARGETS]):
-        true, predicted = (np.array([number(value) for value in side]) for side in sides)
+        true, predicted = map(finite, sides)
         low, high = min(true.min(), predicted.min()), max(true.max(), predicted.max())
         margin = 0.03 * (high - low) or 1.0
         figure = new_figure(SQUARE)
@@ -186,6 +189,14 @@ def draw_scatter(values: Any, plots: Path) -> list[Chart]:
             )
         )
     return charts
+
+
+def finite(values: Any) -> np.ndarray:
+    """Numbers of a file, (n,), n ≥ 1; ValueError for anything else."""
+    found = np.array([number(value) for value in values])
+    if found.size == 0 or not np.isfinite(found).all():
+        raise ValueError("it holds values that are not numbers")
+    return found
 
 
 def percent_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
