@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 import mocov3_hf
 from mocov3_hf.data.labeled import LabeledImages
 from mocov3_hf.evaluation import finetune, linear_probe
+from mocov3_hf.evaluation.classifier import load_with_new_head
 from mocov3_hf.evaluation.linear import fit_linear_regressions
 from mocov3_hf.evaluation.problems import TargetScale
 from mocov3_hf.evaluation.sweep import choose_linear_classifier, choose_linear_regression, sweep_linear_classifiers
@@ -105,6 +106,9 @@ def test_multi_label(model_folder, tagged, tmp_path, capsys):
     for name, probability, threshold in zip(names, probabilities[0], thresholds, strict=True):
         assert by_name[name]["score"] == pytest.approx(probability, abs=1e-5)
         assert by_name[name]["is_predicted"] == (by_name[name]["score"] >= threshold)
+    again = load_with_new_head(tmp_path, ["a", "b"])
+    assert again.config.problem_type is None
+    assert "label_thresholds" not in again.config.to_dict()
 
 
 @pytest.mark.slow

@@ -16,14 +16,12 @@ from ..data.labeled import LabeledImages
 from ..loading import base_encoder, load_classifier, size_options, weights_hash
 from ..metrics import accuracy_metrics
 from ..options import Command, option, parse
-from ..problem_types import REGRESSION, SINGLE_LABEL
+from ..problem_types import REGRESSION, SINGLE_LABEL, SUPERCLASSES, THRESHOLDS
 from ..reporting import UsageError, reporting
 from .common import EvaluationOptions, describe_split, evaluation_processes, open_split, record_and_print
 from .features import rows_of_split
 from .pixels import open_transform
 from .problems import (
-    SUPERCLASSES,
-    THRESHOLDS,
     TargetScale,
     confidence_metrics,
     problem_type_of,

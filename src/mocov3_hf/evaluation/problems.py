@@ -26,8 +26,6 @@ from ..reporting import UsageError
 from .classifier import head_parameters
 
 
-# Names in `config.json`: the thresholds of a multi-label classifier, and the superclass of each class.
-THRESHOLDS, SUPERCLASSES = "label_thresholds", "superclasses"
 # The metrics of each problem, the first selects the best epoch; those that are better when lower.
 METRICS = {SINGLE_LABEL: ["top1"], MULTI_LABEL: ["map", "micro_f1", "macro_f1"], REGRESSION: ["r2", "mae", "rmse"]}
 LOWER_IS_BETTER = ("loss", "mae", "rmse")

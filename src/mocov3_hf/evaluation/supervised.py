@@ -18,6 +18,7 @@ from ..hints import describe_missing
 from ..hub.push import check_repo_id, push_folder
 from ..loading import resolve_model, weights_hash
 from ..option_values import resume_command
+from ..problem_types import SINGLE_LABEL, SUPERCLASSES, THRESHOLDS
 from ..process_group import Stopped, StopRequest, joined_processes, process_state
 from ..processing import ProcessorTransform
 from ..reporting import RunError, UsageError, one_line
@@ -27,7 +28,7 @@ from ..run_folder import CONFIG
 from ..storage import writing
 from .common import describe_splits, evaluation_settings, folder_to_write, plain_options, print_metrics
 from .evaluate import float32_if_regression, warn_of_one_answer
-from .problems import SUPERCLASSES, THRESHOLDS, TargetScale, superclasses_of
+from .problems import TargetScale, superclasses_of
 from .splits import Splits, check_problem, greater_is_better, metric_of_best, open_training_splits
 from .supervised_options import SupervisedOptions
 from .trainer import ClassifierTrainer, StopOnSignal, check_finite, training_arguments
@@ -198,6 +199,8 @@ def build_trainer(
         training |= {"metric_for_best_model": metric, "greater_is_better": greater_is_better(metric)}
     kept = {name: value for name, value in plain_options(options).items() if name not in FREE}
     kept["class_balanced_sampling"] = options.class_balanced_sampling
+    if splits.problem_type != SINGLE_LABEL:
+        kept["problem_type"] = splits.problem_type
     if scale is not None:  # the head is in units of these
         kept |= {"target_mean": scale.mean.tolist(), "target_std": scale.std.tolist()}
     batch = training["batch_size"] * training["gradient_accumulation_steps"] * process_state().num_processes

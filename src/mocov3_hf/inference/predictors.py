@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..data.decode import printable
 from ..data.workers import cores_of_process
 from ..loading import load_classifier, load_encoder, load_processor, pooled_features, size_options
-from ..problem_types import REGRESSION
+from ..problem_types import REGRESSION, THRESHOLDS
 from ..processing import for_pixels, pixel_format_of
 from .acceleration import BATCH_SIZES, OTHER_BATCH_SIZE, choose_dtype, prepare_for_inference, uses_channels_last
 from .images import ImageInput, PreparedImage, find_images, prepared_images
@@ -189,7 +189,7 @@ class ImageClassifier(Predictor):
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         function = self.function(function_to_apply)
         for batch, logits in self.batches(images):
-            thresholds = getattr(self.model.config, "label_thresholds", None) if function == "sigmoid" else None
+            thresholds = getattr(self.model.config, THRESHOLDS, None) if function == "sigmoid" else None
             rows = iter(self.best(apply(function, logits.numpy()), top_k, thresholds))
             for image in batch:
                 yield image.name, None if image.pixels is None else next(rows)
