@@ -25,7 +25,7 @@ from .problems import probabilities_of
 LEARNING_RATES = (0.1, 0.4, 1.2, 4.0, 12.0, 40.0)
 WEIGHT_DECAYS = (0.0, 1e-6, 1e-4)
 # Of ridge regression on standardized features.
-PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0)
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 MOMENTUM = 0.9
 INITIAL_STD = 0.01
 
