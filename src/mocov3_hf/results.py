@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,8 @@ TASKS = {
     "finetune": ("image-classification", "fine-tuning"),
     "evaluate": ("image-classification", "classification"),
 }
+# Metrics between 0 and 1, shown in percent: the last words of their names.
+_SHARES = re.compile(r"(^|_)(top\d+(_std)?|mean_per_class|map|micro_f1|macro_f1|ece)(_ema)?$")
 PACKAGES = ("mocov3_hf", "torch", "torchvision", "transformers", "accelerate", "datasets")
 
 
@@ -38,6 +41,7 @@ def append_result(
     seconds: float,
     seed: int | None = None,
     model: Mapping[str, Any] | None = None,
+    plots: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
     Append one evaluation to `output_dir/results.json`: `{"format": 1, "results": [...]}`, oldest first.
@@ -54,6 +58,7 @@ def append_result(
         seconds: Wall-clock time of the evaluation.
         seed: None if nothing was random.
         model: Name of the model and hash of its weights.
+        plots: What the charts of a report show, such as the bins of a reliability diagram.
 
     Returns:
         The result as stored: the arguments, date, versions and hardware.
@@ -72,6 +77,7 @@ def append_result(
         "seconds": round(seconds, 3),
         "versions": package_versions(),
         "hardware": hardware(),
+        **({"plots": dict(plots)} if plots else {}),
     }
     try:
         result = json.loads(json.dumps(result, allow_nan=False))
@@ -103,6 +109,11 @@ def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
     if found != RESULTS_FORMAT or not isinstance(results, list):
         raise ValueError(f"{str(path)!r} has format {found!r}, expected {RESULTS_FORMAT}: update mocov3_hf")
     return [row for row in results if isinstance(row, dict) and isinstance(row.get("metrics"), dict)]
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is an accuracy or another share, which people read in percent."""
+    return _SHARES.search(metric) is not None
 
 
 def _read_or_move_aside(path: Path) -> list[dict[str, Any]]:

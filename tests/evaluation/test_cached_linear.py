@@ -28,7 +28,7 @@ def command(model, images, *more):
 def test_command_trains_prints_and_records(model_folder, image_folder, tmp_path, capsys):
     metrics = main(command(model_folder, image_folder, "--output_dir", tmp_path, "--few_shot", 1, 5, "--seed", 4))
     assert set(metrics) == {
-        *("linear_top1", "linear_validation_top1", "feature_std_ratio", "effective_rank"),
+        *("linear_top1", "linear_mean_per_class", "linear_validation_top1", "feature_std_ratio", "effective_rank"),
         *("1shot_top1", "1shot_top1_std", "5shot_top1", "5shot_top1_std"),
     }
     assert metrics["linear_top1"] > 0.9, "three colors are easy, even for an untrained network"

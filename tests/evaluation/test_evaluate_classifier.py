@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from mocov3_hf.data.labeled import open_labeled
+from mocov3_hf.data.labeled import LabeledImages, open_labeled
 from mocov3_hf.evaluation.classifier import build_classifier
 from mocov3_hf.evaluation.evaluate import main, match_classes
 from mocov3_hf.evaluation.features import labeled_features
@@ -159,9 +159,8 @@ class Config:
         self.id2label, self.num_labels = dict(enumerate(names)), len(names)
 
 
-class Split:
-    def __init__(self, labels, class_names):
-        self.source, self.labels, self.class_names = None, np.asarray(labels), class_names
+def split_of(labels, class_names):
+    return LabeledImages(None, np.asarray(labels), class_names)
 
 
 @pytest.mark.parametrize(
@@ -176,13 +175,13 @@ class Split:
 )
 def test_classes_that_do_not_match_are_refused_in_one_line(labels, own, names, by, message):
     with pytest.raises(ValueError, match=message) as error:
-        match_classes(Split(labels, own), Config(names), by)
+        match_classes(split_of(labels, own), Config(names), by)
     assert "\n" not in str(error.value)
 
 
 def test_equal_lists_with_a_name_twice_need_no_matching():
     """ImageNet's crane is a bird and a machine."""
-    split = Split([0, 1], ["crane", "crane"])
+    split = split_of([0, 1], ["crane", "crane"])
     assert match_classes(split, Config(["crane", "crane"])) == (split, "by name", ["crane", "crane"])
 
 

@@ -282,7 +282,6 @@ def test_bf16_and_another_size_and_interpolation(model_folder, image_folder, tmp
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--warmup_epochs", "2"], "--warmup_epochs 2 must be below --num_train_epochs 2: pass a smaller one"),
         (["--label_smoothing_factor", "1"], "--label_smoothing_factor must be at least 0 and below 1, got 1"),
         (["--mixup_alpha", "-1"], "--mixup_alpha must be at least 0, got -1"),
         (

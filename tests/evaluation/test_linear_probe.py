@@ -234,7 +234,7 @@ def test_one_process_and_two_train_the_same_classifier(model_folder, image_folde
     (one,), (two,) = read_results(tmp_path / "1"), read_results(tmp_path / "2")
     assert two["hardware"]["num_processes"] == 2
     assert one["settings"] == two["settings"]
-    assert one["metrics"] == two["metrics"]
+    assert one["metrics"] == pytest.approx(two["metrics"], rel=1e-4)  # weights differ in the last bit
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in "12")
     assert same(backbone_of(first), backbone_of(second))
     torch.testing.assert_close(first["classifier.weight"], second["classifier.weight"], rtol=1e-3, atol=1e-5)

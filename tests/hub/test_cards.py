@@ -17,10 +17,14 @@ from mocov3_hf import (
     MoCoV3ViTConfig,
 )
 from mocov3_hf.hub.cards import FEATURE_WIDTHS, carded_models, main
+from mocov3_hf.hub.run_card import run_card
 from mocov3_hf.pretraining.estimate import multiply_adds
 from mocov3_hf.processing import build_image_processor
 from mocov3_hf.recipe_files import RECIPES
+from mocov3_hf.results import append_result
+from mocov3_hf.run_folder import read_run_folder
 from mocov3_hf.zoo import VIT_SIZES, load_zoo
+from tests.factories import save_classifier
 from tests.hub.conftest import tiny_config
 
 
@@ -137,3 +141,36 @@ def test_snippets_of_the_card_run(model, stand_ins, tmp_path, monkeypatch):
         assert seen["probabilities"].shape == (1, 1000)
     else:
         assert torch.isfinite(seen["loss"])
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "metrics", "kinds", "rows", "code"),
+    [
+        (
+            "regression",
+            {"linear_r2": 0.75, "linear_mae": 12.3456},
+            ["r_squared", "mae"],
+            ["| R² (linear) | 0.75 |", "| Mean absolute error (linear) | 12.35 |"],
+            "scores are the values of the targets",
+        ),
+        (
+            "multi_label_classification",
+            {"linear_map": 0.75, "linear_micro_f1": 0.5},
+            ["mean_average_precision", "f1"],
+            ["| Mean average precision (linear) | 75.00 |", "| Micro F1 (linear) | 50.00 |"],
+            "the probability of each class on its own",
+        ),
+    ],
+)
+def test_metrics_of_other_problems(problem_type, metrics, kinds, rows, code, tmp_path):
+    save_classifier(tmp_path, names=["age", "size"], problem_type=problem_type)
+    dataset = {"name": "someone/pets", "split": "test", "problem_type": problem_type}
+    append_result(tmp_path, task="linear", dataset=dataset, metrics=metrics, settings={}, seconds=1.0)
+    _, front, body = run_card(read_run_folder(tmp_path), "someone/pets-model").split("---\n", 2)
+    metadata = yaml.safe_load(front)
+    assert metadata["metrics"] == kinds
+    words = {"regression": "regression", "multi_label_classification": "multi-label"}[problem_type]
+    assert metadata["model-index"][0]["results"][0]["task"]["name"] == f"linear probe, {words}"
+    assert all(row in body for row in rows)
+    assert code in body
+    assert "accuracy" not in body.lower()

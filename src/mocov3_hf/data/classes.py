@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..problem_types import REGRESSION, SINGLE_LABEL
 from .labeled import LabeledImages, open_labeled, stratified_split
 
 
@@ -22,9 +23,11 @@ def open_labeled_splits(
     train_split: str = "train",
     test_split: str = "test",
     image_column: str | None = None,
-    label_column: str | None = None,
+    label_column: str | Sequence[str] | None = None,
     *,
     revision: str | None = None,
+    problem_type: str = SINGLE_LABEL,
+    superclass_column: str | None = None,
 ) -> tuple[LabeledImages, LabeledImages]:
     """
     The split to learn from and the split to test on, with the same numbering of classes.
@@ -34,8 +37,11 @@ def open_labeled_splits(
     Raises:
         ValueError: As `open_labeled`; or a class that only the test split has, or a single class.
     """
+    names = (image_column, label_column)
+    options = {"revision": revision, "superclass_column": superclass_column}
+    train = open_labeled(dataset_name, config_name, train_split, *names, problem_type=problem_type, **options)
     if train_split == test_split:
-        images = open_labeled(dataset_name, config_name, train_split, image_column, label_column, revision=revision)
+        images = train
         held_out = stratified_split(images.labels, HELD_OUT, seed=0)
         if not held_out.any():
             raise ValueError(
@@ -44,10 +50,7 @@ def open_labeled_splits(
             )
         train, test = (images.select(np.flatnonzero(rows)) for rows in (~held_out, held_out))
         return match_splits(train, test, train_split, test_split)
-    train, test = (
-        open_labeled(dataset_name, config_name, split, image_column, label_column, revision=revision)
-        for split in (train_split, test_split)
-    )
+    test = open_labeled(dataset_name, config_name, test_split, *names, problem_type=train.problem_type, **options)
     return match_splits(train, test, train_split, test_split)
 
 
@@ -62,6 +65,8 @@ def match_splits(
     Raises:
         ValueError: As `open_labeled_splits`.
     """
+    if train.problem_type != SINGLE_LABEL:
+        return _match_targets(train, test, train_split, test_split)
     present = np.unique(train.labels)
     if len(present) < 2:
         raise ValueError(
@@ -70,7 +75,7 @@ def match_splits(
         )
     if train.class_names is None and not np.array_equal(present, np.arange(len(present))):
         numbers = np.searchsorted(present, train.labels)
-        train = LabeledImages(train.source, numbers, [str(label) for label in present.tolist()], train.account)
+        train = train.relabel(numbers, [str(label) for label in present.tolist()])
     if train.class_names != test.class_names:
         test = _renumbered(train, test, train_split, test_split)
     without = np.setdiff1d(test.labels, train.labels)
@@ -85,7 +90,7 @@ def match_splits(
             f"classes of split {train_split!r} without images in split {test_split!r}: {len(absent)}, such as {some}"
         )
         account = replace(test.account, notes=[*test.account.notes, note])
-        test = LabeledImages(test.source, test.labels, test.class_names, account)
+        test = LabeledImages(test.source, test.labels, test.class_names, account, test.superclasses)
     return train, test
 
 
@@ -98,7 +103,7 @@ def _renumbered(train: LabeledImages, test: LabeledImages, train_split: str, tes
                 f"label {test.labels.max()} in split {test_split!r} has no name: split {train_split!r} has"
                 f" {len(known)} class names"
             )
-        return LabeledImages(test.source, test.labels, train.class_names, test.account)
+        return test.relabel(test.labels, train.class_names)
     numbers = {name: number for number, name in enumerate(known)}
     occurring = np.unique(test.labels)
     unknown = {_name(test, label): int((test.labels == label).sum()) for label in occurring.tolist()}
@@ -108,7 +113,43 @@ def _renumbered(train: LabeledImages, test: LabeledImages, train_split: str, tes
     table = np.array([numbers[_name(test, label)] for label in occurring.tolist()], dtype=np.int64)
     # Not indexed by the labels themselves, which may be large.
     labels = table[np.searchsorted(occurring, test.labels)]
-    return LabeledImages(test.source, labels, train.class_names, test.account)
+    return test.relabel(labels, train.class_names)
+
+
+def _match_targets(
+    train: LabeledImages, test: LabeledImages, train_split: str, test_split: str
+) -> tuple[LabeledImages, LabeledImages]:
+    """The columns of the test split in the order of the training split."""
+    if train.problem_type == REGRESSION:
+        if (train.num_classes, train.class_names) != (test.num_classes, test.class_names):
+            raise ValueError(
+                f"split {test_split!r} has {test.num_classes} targets, expected the {train.num_classes} of split"
+                f" {train_split!r}: give both the same columns"
+            )
+        return train, test
+    labels, unknown = columns_by_name(test, known := [_name(train, number) for number in range(train.num_classes)])
+    for number in np.flatnonzero(labels.any(axis=0) & ~train.labels.any(axis=0)):
+        unknown[known[number]] = int(labels[:, number].sum())
+    if unknown:
+        names = [name for name, is_used in zip(known, train.labels.any(axis=0), strict=True) if is_used]
+        raise ValueError(_refusal(unknown, names, train_split, test_split))
+    return train, test.relabel(labels, train.class_names)
+
+
+def columns_by_name(images: LabeledImages, names: Sequence[str]) -> tuple[np.ndarray, dict[str, int]]:
+    """
+    The labels of a multi-label split with a column for each of `names`; and its other classes, with their numbers of
+    images.
+    """
+    labels, unknown = np.zeros((len(images), len(names)), dtype=images.labels.dtype), {}
+    numbers = {name: number for number, name in enumerate(names)}
+    for column in range(images.num_classes):
+        name = _name(images, column)
+        if name in numbers:
+            labels[:, numbers[name]] = images.labels[:, column]
+        elif images.labels[:, column].any():
+            unknown[name] = int(images.labels[:, column].sum())
+    return labels, unknown
 
 
 def _name(images: LabeledImages, label: int) -> str:

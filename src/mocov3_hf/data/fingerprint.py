@@ -56,7 +56,7 @@ def labeled_fingerprint(images: LabeledImages) -> str:
     if isinstance(source, MapSource):
         digest.update(fingerprint(source).encode())
     digest.update(f"{len(images)} {images.class_names}".encode(errors="backslashreplace"))
-    digest.update(np.asarray(images.labels, dtype=np.int64).tobytes())
+    digest.update(np.asarray(images.labels, dtype=np.int64 if images.labels.ndim == 1 else None).tobytes())
     return digest.hexdigest()[:32]
 
 

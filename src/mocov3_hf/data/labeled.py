@@ -1,6 +1,7 @@
 """Labeled splits and their transforms, for evaluation and supervised training."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import datasets
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
+from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from ..processing import PixelFormat
 from ..storage import is_local
 from .account import Account
@@ -19,6 +21,7 @@ from .pixels import RGB8, read_image
 from .scan import SPLIT_NAMES
 from .shards import encoded_image
 from .sources import MapSource, open_table
+from .targets import infer_problem_type, read_targets
 
 
 # Names of a label column where no column is a ClassLabel.
@@ -47,10 +50,12 @@ class LabeledImages:
     """One labeled split, with images undecoded.
 
     Attributes:
-        labels: int64 numpy (N,), from 0.
-        class_names: List of str by label, or None if labels are plain integers.
-        num_classes: len(class_names), or the largest label + 1.
+        labels: int64 numpy (N,), from 0; of multi-label classification uint8 (N, C), 1 for the classes that apply; of
+            regression float64 (N, T).
+        class_names: List of str by label or target, or None without names.
+        num_classes: Of classes or targets.
         account: What was found where the split was opened; None for images of another kind.
+        superclasses: Class to superclass, of a split opened with a `superclass_column`; else empty.
     """
 
     def __init__(
@@ -59,16 +64,33 @@ class LabeledImages:
         labels: np.ndarray,
         class_names: list[str] | None,
         account: Account | None = None,
+        superclasses: dict[str, str] | None = None,
     ):
         self.source, self.labels, self.class_names, self.account = source, labels, class_names, account
-        self.num_classes = len(class_names) if class_names is not None else int(labels.max()) + 1
+        self.superclasses = superclasses or {}
+        if labels.ndim == 2:
+            self.num_classes = labels.shape[1]
+        else:
+            self.num_classes = len(class_names) if class_names is not None else int(labels.max()) + 1
+
+    @property
+    def problem_type(self) -> str:
+        """What the labels are, in the words of `config.problem_type`."""
+        if self.labels.ndim == 1:
+            return SINGLE_LABEL
+        return REGRESSION if self.labels.dtype.kind == "f" else MULTI_LABEL
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def select(self, rows: np.ndarray) -> "LabeledImages":
         """The images of some rows, int64 (n,). Class numbers do not change."""
-        return LabeledImages(SelectedRows(self.source, rows), self.labels[rows], self.class_names, self.account)
+        source = SelectedRows(self.source, rows)
+        return LabeledImages(source, self.labels[rows], self.class_names, self.account, self.superclasses)
+
+    def relabel(self, labels: np.ndarray, class_names: list[str] | None) -> "LabeledImages":
+        """The same images with other numbers of their classes."""
+        return LabeledImages(self.source, labels, class_names, self.account, self.superclasses)
 
     def read(self, index: int) -> bytes | str | None:
         """Encoded bytes or path of an image."""
@@ -88,16 +110,21 @@ class LabeledImages:
 
 
 def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Choose rows to hold out: `fraction` of each class, rounded.
+    """Choose rows to hold out: `fraction` of each class, rounded. Of images with several classes, the rarest counts.
 
     Args:
-        labels: (N,) integers.
+        labels: (N,) integers, or those of multi-label classification or regression.
         fraction: Between 0 and 1.
         seed: Seed of the split.
 
     Returns:
         bool (N,), True for held-out rows.
     """
+    if labels.ndim == 2 and labels.dtype.kind == "f":
+        labels = np.zeros(len(labels), dtype=np.int64)
+    elif labels.ndim == 2:
+        order = np.argsort(labels.sum(axis=0, dtype=np.int64), kind="stable")
+        labels = np.where(labels.any(axis=1), order[labels[:, order].argmax(axis=1)], labels.shape[1])
     held_out = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
@@ -111,19 +138,24 @@ def open_labeled(
     config_name: str | None = None,
     split: str = "test",
     image_column: str | None = None,
-    label_column: str | None = None,
+    label_column: str | Sequence[str] | None = None,
     *,
     class_names: list[str] | None = None,
     revision: str | None = None,
+    problem_type: str = SINGLE_LABEL,
+    superclass_column: str | None = None,
 ) -> LabeledImages:
     """Open a labeled split.
 
     Args:
         dataset_name, config_name, split, image_column, revision: As in `open_source`.
         label_column: None to detect it: the only ClassLabel column, or else a column named label, labels, class,
-            target or cls.
+            target or cls. Several for multi-label classification or regression, see `read_targets`.
         class_names: Names by label that the split must match, for example those of the training split. Without them,
             text labels are numbered in alphabetical order.
+        problem_type: "single_label_classification", "multi_label_classification", "regression", or "auto" to infer it
+            (`infer_problem_type`).
+        superclass_column: Column of the superclass of each class, text or classes; one per class.
 
     Raises:
         ValueError: The column does not exist; labels are missing, negative, or neither ClassLabel, integers nor text;
@@ -138,11 +170,40 @@ def open_labeled(
     source = MapSource(dataset, image_column, account)
     if is_local(dataset_name) and dataset_name != IN_MEMORY and not account.kind.startswith("CSV"):
         _check_class_folders(dataset, account, dataset_name, source.image_column)
-    column = find_label_column(dataset, label_column)
+    columns = _label_columns(dataset, label_column)
+    if problem_type == "auto":
+        problem_type = infer_problem_type(dataset, columns)
+    if problem_type != SINGLE_LABEL:
+        return LabeledImages(source, *read_targets(dataset, columns, problem_type), account)
+    if len(columns) > 1:
+        raise ValueError(
+            f"{len(columns)} label columns ({', '.join(columns)}) are for multi-label classification or regression:"
+            " pass one --label_column, or another --problem_type"
+        )
     if label_column is None and "folder" in account.kind:
-        dataset, source, account = _without_loose_images(dataset, source, account, column)
-    labels, names = _labels(dataset, column, class_names)
-    return LabeledImages(source, labels, names, account)
+        dataset, source, account = _without_loose_images(dataset, source, account, columns[0])
+    labels, names = _labels(dataset, columns[0], class_names)
+    superclasses = {} if superclass_column is None else _superclasses(dataset, superclass_column, labels, names)
+    return LabeledImages(source, labels, names, account, superclasses)
+
+
+def _label_columns(dataset: datasets.Dataset, label_column: str | Sequence[str] | None) -> list[str]:
+    chosen = [label_column] if label_column is None or isinstance(label_column, str) else list(label_column)
+    return [find_label_column(dataset, name) for name in dict.fromkeys(chosen)]
+
+
+def _superclasses(dataset: datasets.Dataset, column: str, labels: np.ndarray, names: list[str] | None) -> dict:
+    """Class to superclass. Raises ValueError for a class with several."""
+    numbers, parents = _labels(dataset, find_label_column(dataset, column), None)
+    found: dict[str, str] = {}
+    for label, number in np.unique(np.stack([labels, numbers], axis=1), axis=0).tolist():
+        name, parent = (str(n) if known is None else known[n] for n, known in ((label, names), (number, parents)))
+        if found.setdefault(name, parent) != parent:
+            raise ValueError(
+                f"column {column!r} has two superclasses of the class {name!r}, {found[name]!r} and {parent!r}: pass a"
+                " --superclass_column with one for each class"
+            )
+    return found
 
 
 def _without_loose_images(dataset: datasets.Dataset, source: MapSource, account: Account, column: str) -> tuple:
@@ -190,6 +251,9 @@ def find_label_column(dataset: datasets.Dataset, label_column: str | None = None
         return label_column
     found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     if not found:
+        inner = {name: getattr(feature, "feature", None) for name, feature in features.items()}
+        found = [name for name, feature in inner.items() if isinstance(feature, datasets.ClassLabel)]
+    if not found:
         found = [name for name in features if name in _LABEL_NAMES]
     if not found:
         raise ValueError(f"no label column found: name it with --label_column; columns: {columns}")
@@ -211,7 +275,10 @@ def _labels(dataset, column, wanted) -> tuple[np.ndarray, list[str] | None]:
     is_text = isinstance(feature, datasets.Value) and dtype in ("string", "large_string")
     is_integer = isinstance(feature, datasets.Value) and ("int" in dtype or dtype == "bool")
     if not (is_text or is_integer or isinstance(feature, datasets.ClassLabel)):
-        raise ValueError(f"label column {column!r} must hold classes, integers or text, got {feature}")
+        raise ValueError(
+            f"label column {column!r} must hold classes, integers or text, got {feature}: choose another with"
+            " --label_column, or the --problem_type of these labels"
+        )
     if is_text:
         names = sorted(set(values)) if wanted is None else list(wanted)
         return _renumber(values, names, column), names

@@ -157,7 +157,23 @@ def _image_column(images: Sequence[Any], what: str) -> pa.ChunkedArray:
 
 
 def _label_column(labels: Sequence[Any], what: str, classes: Any) -> tuple[pa.ChunkedArray, Any]:
-    """Integers, with the names in `classes` as torchvision has them, or text."""
+    """Integers, with the names in `classes` as torchvision has them, text, numbers, or lists of these."""
+    if isinstance(labels[0], list | tuple | np.ndarray | torch.Tensor):
+        lists = [label.tolist() if hasattr(label, "tolist") else label for label in labels]
+        wrong = next((row for row, label in enumerate(lists) if not isinstance(label, list | tuple)), None)
+        if wrong is not None:
+            raise UsageError(f"label {wrong} of {what} is {labels[wrong]!r}, expected a list as the first one")
+        try:
+            column = pa.array(lists)
+            return pa.chunked_array([column]), datasets.List(datasets.Value(str(column.type.value_type)))
+        except (pa.ArrowException, TypeError, AttributeError, ValueError) as error:
+            raise UsageError(f"the labels of {what} are lists of several kinds: pass numbers or text") from error
+    if any(isinstance(label, float | np.floating) for label in labels):
+        for row, label in enumerate(labels):
+            if not isinstance(label, int | float | np.number):
+                raise UsageError(f"label {row} of {what} is {label!r}, expected a number")
+        numbers = pa.chunked_array([pa.array([float(label) for label in labels], pa.float64())])
+        return numbers, datasets.Value("float64")
     is_text = isinstance(labels[0], str)
     wanted = str if is_text else int | np.integer
     for row, label in enumerate(labels):

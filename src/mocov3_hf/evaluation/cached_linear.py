@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from ..loading import load_encoder, weights_hash
 from ..options import option
+from ..problem_types import MULTI_LABEL, REGRESSION
 from .common import (
     EvaluationOptions,
     TrainSplitOptions,
@@ -26,7 +27,15 @@ from .features import Features, labeled_features, select_features
 from .knn import collapse_metrics
 from .linear import fit_linear_classifier
 from .pixels import open_transform
-from .sweep import LEARNING_RATES, WEIGHT_DECAYS, ChosenLinear, checked_grid, choose_linear_classifier
+from .problems import METRICS, TargetScale, target_metrics
+from .sweep import (
+    LEARNING_RATES,
+    WEIGHT_DECAYS,
+    ChosenLinear,
+    checked_grid,
+    choose_linear_classifier,
+    choose_linear_regression,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +84,24 @@ def linear_metrics(
         device: Where to compute.
 
     Returns:
-        `linear_top1`, `linear_top5` (for more than 5 classes) on the test features, `linear_validation_top1`, those of
-        `few_shot_metrics` on the first input and of `collapse_metrics` on the selected one; and the selection: input,
-        learning rate, weight decay, validation accuracy of every setting.
+        `linear_top1`, `linear_top5` (for more than 5 classes) and `linear_mean_per_class` on the test features,
+        `linear_validation_top1`, those of `few_shot_metrics` on the first input and of `collapse_metrics` on the
+        selected one; and the selection: input, learning rate, weight decay, validation accuracy of every setting. With
+        several classes per image or numbers, the metrics of `target_metrics` instead of accuracies; the selection then
+        has the `plots` of a report, and the thresholds of the classes or the penalty of ridge regression.
     """
     sides = {choice: _chosen(train, test, choice, options) for choice in options.features}
-    num_classes = max(train.num_classes, int(test.labels.max()) + 1)
+    is_single, is_regression = train.labels.dim() == 1, train.labels.dtype == torch.float64
+    num_classes = max(train.num_classes, int(test.labels.max()) + 1) if is_single else train.num_classes
+    shared: dict[str, Any] = {
+        "validation_fraction": options.validation_fraction,
+        "seed": options.seed,
+        "device": device,
+    }
     candidates: dict[str, ChosenLinear] = {
-        choice: choose_linear_classifier(
+        choice: choose_linear_regression(train_features.features, train.labels, **shared)
+        if is_regression
+        else choose_linear_classifier(
             train_features.features,
             train.labels,
             num_classes,
@@ -90,18 +109,33 @@ def linear_metrics(
             weight_decays=options.weight_decays,
             num_epochs=options.num_train_epochs,
             batch_size=options.train_batch_size,
-            validation_fraction=options.validation_fraction,
-            seed=options.seed,
             progress=progress,
-            device=device,
+            **shared,
         )
         for choice, (train_features, _) in sides.items()
     }
     best = max(candidates, key=lambda choice: candidates[choice].validation_accuracy)
     chosen, rows = candidates[best], sides[best][1].features
-    metrics = {"linear_top1": chosen.classifier.accuracy(rows, test.labels)}
+    choice = {
+        "feature": best,
+        "learning_rate": chosen.learning_rate,
+        "weight_decay": chosen.weight_decay,
+        "validation_accuracies": {name: found.validation_accuracies for name, found in candidates.items()},
+    }
+    if not is_single:
+        names = METRICS[REGRESSION if is_regression else MULTI_LABEL]
+        logits = chosen.classifier.logits(rows).cpu()
+        found = target_metrics(logits, test.labels.numpy(), train.class_names, chosen.thresholds)
+        metrics = {f"linear_{name}": found[name] for name in names}
+        metrics |= {f"linear_validation_{names[0]}": chosen.validation_accuracy, **collapse_metrics(rows)}
+        return metrics, choice | {"plots": found["plots"], "thresholds": chosen.thresholds}
+    predicted = chosen.classifier.predict(rows)[:, 0]
+    metrics = {"linear_top1": (predicted == test.labels).double().mean().item()}
     if num_classes > 5:
         metrics["linear_top5"] = chosen.classifier.accuracy(rows, test.labels, top=5)
+    of_class = test.labels.bincount(minlength=num_classes)
+    right = test.labels[predicted == test.labels].bincount(minlength=num_classes)
+    metrics["linear_mean_per_class"] = (right / of_class)[of_class > 0].double().mean().item()
     metrics["linear_validation_top1"] = chosen.validation_accuracy
     metrics |= few_shot_metrics(
         *sides[options.features[0]],
@@ -111,14 +145,7 @@ def linear_metrics(
         seed=options.seed,
         device=device,
     )
-    metrics |= collapse_metrics(rows)
-    choice = {
-        "feature": best,
-        "learning_rate": chosen.learning_rate,
-        "weight_decay": chosen.weight_decay,
-        "validation_accuracies": {name: found.validation_accuracies for name, found in candidates.items()},
-    }
-    return metrics, choice
+    return metrics | collapse_metrics(rows), choice
 
 
 def few_shot_rows(
@@ -219,6 +246,16 @@ def _check_tasks(options: CachedLinearOptions, labels: torch.Tensor) -> None:
     checked_grid(options.learning_rates, options.weight_decays)
     if not 0 < options.validation_fraction < 1:
         raise ValueError(f"--validation_fraction must be above 0 and below 1, got {options.validation_fraction}")
+    if labels.dim() == 2 and (options.few_shot or options.few_shot_fractions):
+        raise ValueError(
+            "few-shot images are drawn by class, these have several classes or numbers: leave out --few_shot"
+        )
+    if labels.dtype == torch.float64:
+        sgd = (list(options.learning_rates), list(options.weight_decays))
+        if sgd != (list(LEARNING_RATES), list(WEIGHT_DECAYS)):
+            raise ValueError(
+                "--learning_rates and --weight_decays are those of SGD, regression is solved exactly: leave them out"
+            )
     for count in options.few_shot:
         few_shot_rows(labels, per_class=count)
     for part in options.few_shot_fractions:
@@ -241,6 +278,7 @@ def run(options: CachedLinearOptions) -> dict[str, float]:
     with evaluation_processes(options) as state:
         splits = open_splits(options)
         _check_tasks(options, torch.as_tensor(splits[0].labels))
+        TargetScale.of(splits[0])  # refuses constant targets
         encoder = load_encoder(options.model).to(state.device)
         transform = open_transform(options, encoder.config, splits[0])
         started = time.perf_counter()
@@ -267,6 +305,8 @@ def run(options: CachedLinearOptions) -> dict[str, float]:
         if isinstance(outcome[0], ValueError):
             raise outcome[0]
         metrics, choice = outcome[0]
+        plots = choice.pop("plots", None)
+        rate = f"learning rate {choice['learning_rate']:g}, " if choice["learning_rate"] else ""
         if state.is_main_process:
             record_and_print(
                 options,
@@ -274,13 +314,11 @@ def run(options: CachedLinearOptions) -> dict[str, float]:
                 weights=weights_hash(encoder),
                 transform=transform,
                 settings={"chosen": choice},
-                notes=[
-                    f"  selected: {choice['feature']}, learning rate {choice['learning_rate']:g}, "
-                    f"weight decay {choice['weight_decay']:g}"
-                ],
+                notes=[f"  selected: {choice['feature']}, {rate}weight decay {choice['weight_decay']:g}"],
                 task="linear_cached",
                 dataset=describe_splits(options, *splits),
                 metrics=metrics,
+                plots=plots,
                 seed=options.seed,
                 seconds=time.perf_counter() - started,
             )

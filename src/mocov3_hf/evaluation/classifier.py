@@ -10,11 +10,17 @@ from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForIma
 from ..loading import from_pretrained, load_config, load_encoder, refuse_missing, resolve_model
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model, freeze_unused_parameters
+from ..problem_types import SINGLE_LABEL, SUPERCLASSES, THRESHOLDS
 from .linear import LinearClassifier
 
 
 def load_with_new_head(
-    model: str | os.PathLike, class_names: Sequence[str], *, std: float = 0.01, seed: int = 0
+    model: str | os.PathLike,
+    class_names: Sequence[str],
+    *,
+    std: float = 0.01,
+    seed: int = 0,
+    problem_type: str = SINGLE_LABEL,
 ) -> PreTrainedModel:
     """
     A classifier of the encoder of a model and a new linear head: weights normal, biases 0.
@@ -25,6 +31,7 @@ def load_with_new_head(
         class_names: By label.
         std: Standard deviation of the head's weights (0.01 in the linear protocol).
         seed: Of the head's weights.
+        problem_type: Saved as `config.problem_type`, unless it is that of a single label, the default of transformers.
 
     Raises:
         ValueError: As `load_encoder`; an architecture whose classification head is not a separate linear layer.
@@ -33,6 +40,7 @@ def load_with_new_head(
     labels = {
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: number for number, name in enumerate(class_names)},
+        "problem_type": None if problem_type == SINGLE_LABEL else problem_type,
     }
     if type(load_config(name)) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         classifier, info = from_pretrained(
@@ -45,6 +53,8 @@ def load_with_new_head(
         encoder = load_encoder(name)
         classifier = MoCoV3ForImageClassification(MoCoV3Config(backbone_config=encoder.config.to_dict(), **labels))
         classifier.mocov3.backbone.load_state_dict(encoder.state_dict())
+    for name in (THRESHOLDS, SUPERCLASSES):  # of the classes of an earlier head
+        classifier.config.__dict__.pop(name, None)
     head = head_parameters(classifier)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

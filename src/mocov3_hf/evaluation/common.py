@@ -18,10 +18,11 @@ from ..hints import describe_missing
 from ..loading import MODEL_IN_MEMORY, resolve_model
 from ..options import option
 from ..precision import resolve_precision, this_device
+from ..problem_types import REGRESSION, SINGLE_LABEL
 from ..process_group import joined_processes
 from ..processing import ProcessorTransform
 from ..reporting import UsageError, is_first_process
-from ..results import RESULTS, append_result
+from ..results import RESULTS, append_result, is_share
 from .feature_cache import data_fingerprint
 from .usable_images import without_bad_images
 
@@ -57,7 +58,12 @@ class DataOptions:
     dataset_revision: str | None = option(None, "Branch, tag or commit of a data set on the Hub.")
     test_split: str = option("test", "Split to test on.")
     image_column: str | None = option(None, "Column of images. Found if there is only one.")
-    label_column: str | None = option(None, "Column of labels. Found if there is only one.")
+    label_column: list[str] | None = option(
+        None, "Column of labels, or several of 0 and 1 or of numbers. Found if there is only one."
+    )
+    problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = option(
+        "auto", "One class per image, several, or numbers. auto infers it from the labels."
+    )
     on_bad_image: Literal["stop", "skip"] = option(
         "stop",
         "What to do with images that cannot be decoded. skip leaves them out of the metrics and names them.",
@@ -138,10 +144,22 @@ _NOT_SETTINGS = frozenset(
 )
 
 
+_RECORDED_IF_USED = ("class_balanced_sampling", "superclass_column")
+
+
 def evaluation_settings(options: EvaluationOptions) -> dict[str, Any]:
     """The options that have an influence on the metrics, as `results.json` holds them."""
-    settings = {name: value for name, value in asdict(options).items() if name not in _NOT_SETTINGS}
+    settings = {name: value for name, value in plain_options(options).items() if name not in _NOT_SETTINGS}
     return settings | {"mixed_precision": options.precision}
+
+
+def plain_options(options: EvaluationOptions) -> dict[str, Any]:
+    """Options as they are recorded: one label column as text, and later additions only where they are used."""
+    given = {name: value for name, value in asdict(options).items() if value or name not in _RECORDED_IF_USED}
+    if isinstance(columns := given["label_column"], list) and len(columns) == 1:
+        given["label_column"] = columns[0]
+    del given["problem_type"]  # recorded with the data
+    return given
 
 
 def results_folder(options: EvaluationOptions) -> str:
@@ -194,12 +212,14 @@ def open_splits(options: EvaluationOptions) -> tuple[LabeledImages, LabeledImage
         options.image_column,
         options.label_column,
         revision=options.dataset_revision,
+        problem_type=options.problem_type,
+        superclass_column=getattr(options, "superclass_column", None),
     )
     print_accounts(train, test)
     return usable(options, train, options.train_split), usable(options, test, options.test_split)
 
 
-def open_split(options: EvaluationOptions, split: str) -> LabeledImages:
+def open_split(options: EvaluationOptions, split: str, problem_type: str) -> LabeledImages:
     """One split, without the images that `--on_bad_image skip` leaves out. Raises as `open_labeled`."""
     images = open_labeled(
         options.dataset_name,
@@ -208,6 +228,7 @@ def open_split(options: EvaluationOptions, split: str) -> LabeledImages:
         options.image_column,
         options.label_column,
         revision=options.dataset_revision,
+        problem_type=problem_type,
     )
     print_accounts(images)
     return usable(options, images, split)
@@ -221,11 +242,16 @@ def usable(options: EvaluationOptions, images: LabeledImages, split: str) -> Lab
 
 
 def print_accounts(*splits: LabeledImages) -> None:
-    """What was found in each split, on stderr."""
+    """What was found in each split, and what its labels are, on stderr."""
     if is_first_process():
         for images in splits:
             for line in images.account.lines() if images.account is not None else ():
                 print(line, file=sys.stderr)
+        first = splits[0]
+        names = first.class_names or range(first.num_classes)
+        some = f"{', '.join(map(str, names[:3]))}{', ...' if len(names) > 3 else ''}"
+        what = "targets" if first.problem_type == REGRESSION else "classes"
+        print(f"labels: problem_type={first.problem_type}, {what}={len(names)} ({some})", file=sys.stderr)
 
 
 def describe_splits(options: EvaluationOptions, train: LabeledImages, test: LabeledImages) -> dict[str, Any]:
@@ -247,6 +273,7 @@ def describe_split(options: EvaluationOptions, test: LabeledImages) -> dict[str,
         "split": options.test_split,
         "size": len(test),
         "num_classes": test.num_classes,
+        **({} if test.problem_type == SINGLE_LABEL else {"problem_type": test.problem_type}),
         "fingerprint": data_fingerprint(test),
         "skipped": {} if test.account is None else test.account.skipped,
     }
@@ -294,15 +321,13 @@ def print_metrics(options: EvaluationOptions, title: str, metrics: Mapping[str, 
 
 def table(metrics: Mapping[str, Any], title: str) -> str:
     """
-    Metrics as text: accuracies (with `top` or `mean_per_class` in their name) in percent, other numbers as they are.
+    Metrics as text: accuracies and other shares (`is_share`) in percent, other numbers as they are.
     Values that are not numbers, such as the accuracy of every class, are left out.
     """
     metrics = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     width = max(map(len, metrics), default=0)
     lines = [
-        f"  {name:<{width}}  {100 * value:7.2f} %"
-        if "top" in name or "mean_per_class" in name
-        else f"  {name:<{width}}  {value:7.4g}"
+        f"  {name:<{width}}  {100 * value:7.2f} %" if is_share(name) else f"  {name:<{width}}  {value:7.4g}"
         for name, value in metrics.items()
     ]
     return "\n".join([title, *lines])

@@ -1,4 +1,4 @@
-"""The command `mocov3 evaluate`: accuracy of a saved classifier on a labeled split, every image once."""
+"""The command `mocov3 evaluate`: metrics of a saved classifier on a labeled split, every image once."""
 
 import time
 import warnings
@@ -11,15 +11,22 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..data.classes import alike
+from ..data.classes import alike, columns_by_name
 from ..data.labeled import LabeledImages
 from ..loading import base_encoder, load_classifier, size_options, weights_hash
 from ..metrics import accuracy_metrics
 from ..options import Command, option, parse
-from ..reporting import reporting
+from ..problem_types import REGRESSION, SINGLE_LABEL, SUPERCLASSES, THRESHOLDS
+from ..reporting import UsageError, reporting
 from .common import EvaluationOptions, describe_split, evaluation_processes, open_split, record_and_print
 from .features import rows_of_split
 from .pixels import open_transform
+from .problems import (
+    TargetScale,
+    confidence_metrics,
+    problem_type_of,
+    target_metrics,
+)
 
 
 # Legend: B batch, C channels, H W image, K classes.
@@ -42,30 +49,44 @@ def evaluate_classifier(
     images: LabeledImages,
     transform: Callable[[torch.Tensor], torch.Tensor],
     class_names: Sequence[str] | None = None,
+    *,
+    thresholds: Sequence[float] | None = None,
+    superclasses: Sequence[str] | None = None,
+    target_scale: TargetScale | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """
-    Accuracies of a classifier on a split. With several processes, all must call it.
+    Metrics of a classifier on a split. With several processes, all must call it.
 
     Args:
         model: A classifier of transformers, not wrapped; its modes are restored afterwards.
         images: The labeled split, labels numbered as the outputs of the model (`match_classes`).
         transform: From uint8 (C, H, W) to float32 (C, size, size).
         class_names: For the accuracies per class; None for numbers.
+        thresholds: Probabilities from which a multi-label classifier predicts each class; None for 0.5.
+        superclasses: Superclass of each class, for the accuracy `superclass_top1`.
+        target_scale: Of a regression whose outputs are standardized.
         options: `batch_size`, `num_workers`, `mixed_precision`, `progress`, `description` of `rows_of_split`.
 
     Returns:
-        `loss` (mean cross-entropy), the metrics of `accuracy_metrics`, and `answered_classes`, the number of classes
-        that were predicted for any image: the same on every process and for any number of processes.
+        `loss` (mean cross-entropy), the metrics of `accuracy_metrics` and `confidence_metrics`, and
+        `answered_classes`, the number of classes that were predicted for any image: the same on every process and for
+        any number of processes. Of multi-label classification and regression, those of `target_metrics`; regression is
+        evaluated in float32, since bfloat16 has 8 bits for a value.
 
     Raises:
         ValueError: Labels outside the head's classes, scores with NaN, and as `rows_of_split`.
     """
+    if images.problem_type == REGRESSION:
+        options["mixed_precision"] = "no"
     logits = rows_of_split(model, class_logits, images, transform, **options)
+    if images.problem_type != SINGLE_LABEL:
+        outputs = logits if target_scale is None else target_scale.outputs(logits)
+        return target_metrics(outputs, images.labels, class_names, thresholds)
     metrics = accuracy_metrics(logits.numpy(), images.labels, class_names)
     metrics["answered_classes"] = len(logits.argmax(dim=1).unique())
     loss = torch.nn.functional.cross_entropy(logits.double(), torch.as_tensor(images.labels, dtype=torch.int64))
-    return {**metrics, "loss": loss.item()}
+    return {**metrics, "loss": loss.item(), **confidence_metrics(logits, images.labels, superclasses)}
 
 
 def class_logits(classifier: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -74,8 +95,8 @@ def class_logits(classifier: PreTrainedModel, pixel_values: torch.Tensor) -> tor
     return classifier(pixel_values=pixel_values, **options).logits.float()
 
 
-def warn_of_one_answer(answered_classes: int, images: LabeledImages) -> None:
-    """A warning if a classifier predicts one class for all images of several classes."""
+def warn_of_one_answer(answered_classes: int | None, images: LabeledImages) -> None:
+    """A warning if a classifier predicts one class for all images of several classes; None of other models."""
     if answered_classes == 1 and images.labels.min() != images.labels.max():
         warnings.warn(
             f"the same class is predicted for all {len(images)} images: the model has collapsed or was not trained,"
@@ -116,11 +137,13 @@ def match_classes(
             classes, or labels outside the head's classes.
     """
     names, own = saved_class_names(config), images.class_names
+    if images.problem_type != SINGLE_LABEL:
+        return _matched_columns(images, names, config.num_labels, by)
     if by == "name" and own is None and names is not None and all(name.isdecimal() for name in names):
         # Integers with gaps were names for the classifier: 7, 13 and 900 are its classes "7", "13" and "900".
         present = np.unique(images.labels)
         own = [str(label) for label in present.tolist()]
-        images = LabeledImages(images.source, np.searchsorted(present, images.labels), own, images.account)
+        images = images.relabel(np.searchsorted(present, images.labels), own)
     if by == "name" and names is not None and own is not None and names != own:
         return _matched_by_name(images, names)
     if own is not None and len(own) != config.num_labels:
@@ -138,6 +161,33 @@ def match_classes(
     if names is not None and names == own:
         return images, "by name", names
     return images, "by number", names or own
+
+
+def _matched_columns(
+    images: LabeledImages, names: list[str] | None, num_labels: int, by: str
+) -> tuple[LabeledImages, str, list[str] | None]:
+    own, what = images.class_names, "targets" if images.problem_type == REGRESSION else "classes"
+    is_only = what == "targets" and images.num_classes == num_labels == 1  # whatever its column is called
+    if by == "name" and names is not None and own is not None and names != own and not is_only:
+        if what == "classes":
+            labels, unknown = columns_by_name(images, names)
+        else:
+            labels, unknown = images.labels, {name: len(images) for name in own if name not in names}
+            if not unknown and len(own) == len(names):
+                labels = images.labels[:, [own.index(name) for name in names]]
+        if unknown or labels.shape[1] != num_labels:
+            raise ValueError(
+                f"{what} of the data set and the model differ ({', '.join(map(repr, list(unknown or own)[:3]))}; the"
+                f" model has {', '.join(map(repr, names[:3]))}, ...): pass the data set that the model was trained"
+                " for, or --match_classes number if both number them alike"
+            )
+        return images.relabel(labels, names), "by name, in another order", names
+    if images.num_classes != num_labels:
+        raise ValueError(
+            f"the data set has {images.num_classes} {what}, the model {num_labels}: pass the data set that the model"
+            " was trained for"
+        )
+    return images, "by name" if names is not None and names == own else "by number", names or own
 
 
 def _matched_by_name(images: LabeledImages, names: list[str]) -> tuple[LabeledImages, str, list[str]]:
@@ -161,14 +211,14 @@ def _matched_by_name(images: LabeledImages, names: list[str]) -> tuple[LabeledIm
         )
     labels = np.asarray([numbers[name] for name in own], dtype=np.int64)[images.labels]
     how = "by name, in another order" if len(own) == len(names) else f"by name, {len(own)} of {len(names)}"
-    return LabeledImages(images.source, labels, names, images.account), how, names
+    return images.relabel(labels, names), how, names
 
 
 def run(options: EvaluateOptions) -> dict[str, Any]:
     """Load, evaluate, print, record, on all processes of this run. Raises ValueError for a user's mistake."""
     with evaluation_processes(options) as state:
         classifier = load_classifier(options.model).to(state.device)
-        images = open_split(options, options.test_split)
+        images = open_split(options, options.test_split, _problem_type(options, classifier.config))
         dataset = describe_split(options, images)
         images, matched, class_names = match_classes(images, classifier.config, options.match_classes)
         transform = open_transform(options, classifier.config, images)
@@ -178,23 +228,42 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
             images,
             transform,
             class_names if class_names is not None and len(set(class_names)) == len(class_names) else None,
+            thresholds=getattr(classifier.config, THRESHOLDS, None),
+            superclasses=getattr(classifier.config, SUPERCLASSES, None),
             **options.of_pass(),
         )
+        plots = metrics.pop("plots")
         if state.is_main_process:
-            warn_of_one_answer(metrics["answered_classes"], images)
+            warn_of_one_answer(metrics.get("answered_classes"), images)
             record_and_print(
                 options,
                 "classifier",
                 weights=weights_hash(classifier),
                 transform=transform,
-                settings={"classes": matched},
+                settings={"classes": matched} | float32_if_regression(images),
                 notes=[f"  {len(images)} images, classes matched {matched}"],
                 task="evaluate",
                 dataset=dataset,
                 metrics=metrics,
+                plots=plots,
                 seconds=time.perf_counter() - started,
             )
         return metrics
+
+
+def float32_if_regression(images: LabeledImages) -> dict[str, str]:
+    """The precision of `evaluate_classifier` as settings, where it is not that of the options."""
+    return {"mixed_precision": "no"} if images.problem_type == REGRESSION else {}
+
+
+def _problem_type(options: EvaluateOptions, config: PreTrainedConfig) -> str:
+    """That of the classifier. UsageError for options that contradict it."""
+    own = problem_type_of(config)
+    if options.problem_type in ("auto", own):
+        return own
+    if config.problem_type is None:
+        return options.problem_type  # of a model that does not tell
+    raise UsageError(f"{options.model!r} is a model of {own}: leave out --problem_type {options.problem_type}")
 
 
 def main(arguments: list[str]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def data_fingerprint(images: LabeledImages) -> str:
     digest = hashlib.sha256(f"{known} {len(images)} {images.class_names}".encode(errors="backslashreplace"))
     if isinstance(images.source, MapSource):
         digest.update(file_stamps(images.source))
-    digest.update(memoryview(torch.as_tensor(images.labels, dtype=torch.int64).numpy()).cast("B"))
+    digest.update(np.asarray(images.labels, dtype=np.int64 if images.labels.ndim == 1 else None).tobytes())
     for row in range(0, len(images), step):
         data = images.read(row)
         if isinstance(data, (str, os.PathLike)):

@@ -39,7 +39,7 @@ class Features:
 
     Attributes:
         features: (n, D) float32 on the CPU; memory-mapped if they come from the cache.
-        labels: (n,) int64.
+        labels: (n,) int64; of several classes per image uint8 (n, C), of regression float64 (n, T).
         class_names: By label, or None.
         num_classes: Of the split.
     """
@@ -84,7 +84,7 @@ def labeled_features(
     encoder = base_encoder(model)
     if transform is None:
         transform = ProcessorTransform(load_processor(None, encoder.config))
-    labels = torch.as_tensor(images.labels, dtype=torch.int64)
+    labels = torch.as_tensor(images.labels)
     path = identity = features = None
     if cache_dir is not None:
         identity = {

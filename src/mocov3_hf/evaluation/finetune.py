@@ -1,8 +1,9 @@
 """The command `mocov3 finetune`: the whole network trained on labels, from pre-trained or new weights."""
 
+import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,11 +15,12 @@ from ..model.batchnorm_mocov3 import use_global_statistics
 from ..optim.param_groups import is_decayed
 from ..options import Command, option, parse
 from ..recipe_files import RECIPES
-from ..reporting import UsageError, reporting
+from ..reporting import UsageError, is_first_process, reporting
 from .augmentation import RandAugmentOptions, batch_mixing
 from .classifier import load_with_new_head, unfrozen, with_fresh_backbone
 from .pixels import channels_of_images, open_transform
-from .supervised import Splits, Training, build_trainer, common_options, run_training
+from .splits import Splits
+from .supervised import Training, build_trainer, common_options, run_training
 from .supervised_options import SupervisedOptions
 from .trainer import ClassifierTrainer
 from .trainer_checkpoints import decay_of_momentum
@@ -59,7 +61,7 @@ class ScheduleOptions:
     layer_decay: float = option(
         1.0, "Factor of the learning rate from a layer to the one before it.", above=0, at_most=1
     )
-    warmup_epochs: float = option(5.0, "Epochs of linear warmup.", at_least=0)
+    warmup_epochs: float = option(5.0, "Epochs of linear warmup; a tenth of the run if they exceed it.", at_least=0)
     warmup_start_factor: float = option(1e-3, "First learning rate, as a fraction of the peak.", at_least=0, below=1)
     min_learning_rate: float = option(1e-5, "Final learning rate of the cosine schedule.", at_least=0)
     max_grad_norm: float = option(5.0, "Norm to clip gradients to. 0 disables clipping.", at_least=0)
@@ -280,7 +282,9 @@ def _train_transform(transform, options: FinetuneOptions):
 
 def build_training(options: FinetuneOptions, splits: Splits, folder: str, num_processes: int) -> Training:
     """Load the model with a new head, all weights trainable. Raises ValueError for a user's mistake."""
-    classifier = load_with_new_head(options.model, splits.class_names(), seed=options.seed)
+    classifier = load_with_new_head(
+        options.model, splits.class_names(), seed=options.seed, problem_type=splits.problem_type
+    )
     if options.adapt_input_channels:
         classifier = with_input_channels(classifier, channels_of_images(options, splits.whole_train))
     start = None if options.from_scratch else weights_hash(classifier.base_model)
@@ -301,10 +305,14 @@ def run(
 ) -> dict[str, float]:
     """Load, train, evaluate, save, record, push. Raises ValueError for a user's mistake, RunError for divergence."""
     if options.warmup_epochs >= options.num_train_epochs:
-        raise UsageError(
-            f"--warmup_epochs {options.warmup_epochs:g} must be below --num_train_epochs {options.num_train_epochs}:"
-            " pass a smaller one"
-        )
+        shortened = options.num_train_epochs / 10
+        if is_first_process():
+            print(
+                f"--warmup_epochs {options.warmup_epochs:g} does not fit into --num_train_epochs"
+                f" {options.num_train_epochs}: shortened to a tenth, {shortened:g}",
+                file=sys.stderr,
+            )
+        options = replace(options, warmup_epochs=shortened)
     return run_training(options, "finetune", build_training, callbacks, how_to_resume)
 
 

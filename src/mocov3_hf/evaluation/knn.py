@@ -11,7 +11,7 @@ from torch import nn
 
 from ..data.labeled import LabeledImages
 from ..loading import base_encoder, load_encoder, weights_hash
-from ..metrics import collapse_summary, knn_predict
+from ..metrics import collapse_summary, knn_average, knn_predict, multilabel_metrics, regression_metrics
 from ..options import Command, option, parse
 from ..reporting import reporting
 from .common import (
@@ -105,10 +105,24 @@ def knn_metrics(
     """
     Accuracies between 0 and 1, and collapse metrics, of given features.
 
+    With several classes per image or numbers, the neighbors' labels are averaged with the weights of their votes.
+
     Returns:
         `knn{k}_top1` for every `k`, `knn{k}_top5` for more than 5 classes and `k` ≥ 5, and the metrics of
-        `collapse_metrics` of the test features.
+        `collapse_metrics` of the test features. With several classes per image `knn{k}_map`, with numbers
+        `knn{k}_r2`, `knn{k}_mae` and `knn{k}_rmse` instead.
     """
+    metrics: dict[str, float] = {}
+    if train.labels.ndim == 2:
+        means = knn_average(
+            test.features, train.features, train.labels, sorted(set(k)), temperature=temperature, device=device
+        )
+        is_regression = train.labels.dtype == torch.float64
+        for number, mean in means.items():
+            found = (regression_metrics if is_regression else multilabel_metrics)(mean.numpy(), test.labels.numpy())
+            names = ("r2", "mae", "rmse") if is_regression else ("map",)
+            metrics |= {f"knn{number}_{name}": found[name] for name in names}
+        return metrics | collapse_metrics(test.features)
     top = 5 if train.num_classes > 5 else 1
     predictions = knn_predict(
         test.features,
@@ -120,7 +134,6 @@ def knn_metrics(
         top=top,
         device=device,
     )
-    metrics = {}
     for number, predicted in predictions.items():
         hits = predicted == test.labels[:, None]
         metrics[f"knn{number}_top1"] = hits[:, 0].double().mean().item()

@@ -1,8 +1,9 @@
-"""Logistic regression on frozen features.
+"""Logistic and ridge regression on frozen features.
 
 Legend: n features, D width, C classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,8 @@ class LinearClassifier:
     Attributes:
         weight: (C, D) float32.
         bias: (C,) float32.
-        loss: Final value of the objective, mean cross-entropy plus penalty; of SGD, its mean over the last epoch.
+        loss: Final value of the objective, mean cross-entropy plus penalty; of SGD, its mean over the last epoch; NaN
+            of ridge regression.
         iterations: Number of iterations; None for SGD.
         converged: Whether the gradient fell below the tolerance; None for SGD.
     """
@@ -155,12 +157,66 @@ def standardization(features: torch.Tensor, device: torch.device | str = "cpu") 
     return mean, torch.where(constant, 1.0, deviation)
 
 
+@torch.no_grad()
+def fit_linear_regressions(
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    penalties: Sequence[float],
+    *,
+    device: torch.device | str | None = None,
+) -> list[LinearClassifier]:
+    """
+    Ridge regressions, solved exactly in float64: minimizes `mean squared error + l2 · ‖W‖²` over weights on
+    standardized features and targets, for every penalty l2 from one eigendecomposition: scikit-learn's
+    `Ridge(alpha = l2 · n)`.
+
+    Args:
+        features: (n, D) floating point.
+        targets: (n, T) floating point, in their own units; none constant.
+        penalties: Values of l2, positive.
+        device: Where to compute; None for the device of the features.
+
+    Returns:
+        Of each penalty the regression for features and targets that are not standardized, on the CPU.
+
+    Raises:
+        ValueError: Shapes that do not match, NaN or infinity.
+    """
+    check_labeled(features, targets, None)
+    device = features.device if device is None else torch.device(device)
+    # MPS has no float64.
+    device = torch.device("cpu") if device.type == "mps" else device
+    mean, scale = standardization(features, device)
+    target_mean, target_scale = standardization(targets, device)
+    width = features.shape[1]
+    gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+    moment = torch.zeros(width, targets.shape[1], dtype=torch.float64, device=device)
+    for rows, target in zip(features.split(_ROWS), targets.split(_ROWS), strict=True):
+        x = (rows.to(device, torch.float64) - mean) / scale
+        gram.addmm_(x.T, x, alpha=1 / len(features))
+        moment.addmm_(x.T, (target.to(device, torch.float64) - target_mean) / target_scale, alpha=1 / len(features))
+    values, vectors = torch.linalg.eigh(gram)
+    rotated = vectors.T @ moment
+    found = []
+    for penalty in penalties:
+        weight = (vectors @ (rotated / (values + penalty)[:, None])).T * target_scale[:, None] / scale
+        bias = target_mean - weight @ mean
+        found.append(LinearClassifier(weight.float().cpu(), bias.float().cpu(), loss=float("nan")))
+    return found
+
+
 def check_labeled(features: torch.Tensor, labels: torch.Tensor, num_classes: int | None) -> tuple[torch.Tensor, int]:
-    """Labels as int64 and the number of classes; ValueError for features or labels that are not valid."""
+    """
+    Labels as int64, or (n, C) as they are, and the number of classes; ValueError for features or labels that are not
+    valid.
+    """
     if features.dim() != 2 or not features.is_floating_point() or len(features) == 0:
         raise ValueError(
             f"features must be a floating point tensor (n, D) with n ≥ 1, got {tuple(features.shape)} {features.dtype}"
         )
+    if labels.dim() == 2 and len(labels) == len(features) and labels.isfinite().all():
+        _check_finite(features)
+        return labels, labels.shape[1]
     if labels.shape != features.shape[:1] or labels.is_floating_point():
         raise ValueError(
             f"labels must be one integer for each of the {len(features)} features, got {tuple(labels.shape)} "
@@ -170,6 +226,10 @@ def check_labeled(features: torch.Tensor, labels: torch.Tensor, num_classes: int
     num_classes = largest + 1 if num_classes is None else num_classes
     if smallest < 0 or largest >= num_classes:
         raise ValueError(f"labels must be in 0..{num_classes - 1}, got {smallest}..{largest}")
+    _check_finite(features)
+    return labels.long(), num_classes
+
+
+def _check_finite(features: torch.Tensor) -> None:
     if not all(bool(chunk.isfinite().all()) for chunk in features.split(_ROWS)):
         raise ValueError("features contain NaN or infinity: the model has diverged")
-    return labels.long(), num_classes

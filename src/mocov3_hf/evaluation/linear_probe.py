@@ -19,7 +19,8 @@ from . import cached_linear
 from .cached_linear import CachedLinearOptions, CachedOptions
 from .classifier import head_parameters, load_with_new_head
 from .pixels import open_transform
-from .supervised import Splits, Training, build_trainer, common_options, run_training
+from .splits import Splits
+from .supervised import Training, build_trainer, common_options, run_training
 from .supervised_options import SupervisedOptions
 from .sweep import INITIAL_STD
 from .trainer import ClassifierTrainer
@@ -116,7 +117,9 @@ def build_linear_trainer(
 
 def build_training(options: LinearProbeOptions, splits: Splits, folder: str, num_processes: int) -> Training:
     """Load the model with a new head. Raises ValueError for a user's mistake."""
-    classifier = load_with_new_head(options.model, splits.class_names(), std=INITIAL_STD, seed=options.seed)
+    classifier = load_with_new_head(
+        options.model, splits.class_names(), std=INITIAL_STD, seed=options.seed, problem_type=splits.problem_type
+    )
     transform = open_transform(options, classifier.config, splits.whole_train)
     start = weights_hash(classifier.base_model)
     trainer = build_linear_trainer(classifier, splits, transform, options, folder, num_processes)

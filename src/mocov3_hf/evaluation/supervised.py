@@ -5,22 +5,20 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ..data.fingerprint import labeled_fingerprint
-from ..data.labeled import LabeledImages, stratified_split
 from ..data.workers import cores_shared_with
 from ..hints import describe_missing
 from ..hub.push import check_repo_id, push_folder
 from ..loading import resolve_model, weights_hash
 from ..option_values import resume_command
+from ..problem_types import SINGLE_LABEL, SUPERCLASSES, THRESHOLDS
 from ..process_group import Stopped, StopRequest, joined_processes, process_state
 from ..processing import ProcessorTransform
 from ..reporting import RunError, UsageError, one_line
@@ -28,14 +26,10 @@ from ..requirements import check_tracker
 from ..results import RESULTS, append_result
 from ..run_folder import CONFIG
 from ..storage import writing
-from .common import (
-    describe_splits,
-    evaluation_settings,
-    folder_to_write,
-    open_splits,
-    print_metrics,
-)
-from .evaluate import warn_of_one_answer
+from .common import describe_splits, evaluation_settings, folder_to_write, plain_options, print_metrics
+from .evaluate import float32_if_regression, warn_of_one_answer
+from .problems import TargetScale, superclasses_of
+from .splits import Splits, check_problem, greater_is_better, metric_of_best, open_training_splits
 from .supervised_options import SupervisedOptions
 from .trainer import ClassifierTrainer, StopOnSignal, check_finite, training_arguments
 from .trainer_checkpoints import DATA_SETTINGS, check_readable, newest_checkpoint, reload_strictly
@@ -55,6 +49,7 @@ NOT_SETTINGS = (
     "resume_from_checkpoint",
     "overwrite_output_dir",
     "allow_data_change",
+    "superclass_column",
 )
 # Options that may change when a run is resumed: they have no influence on its weights.
 FREE = (
@@ -69,28 +64,6 @@ FREE = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
 )
-
-
-class Splits(NamedTuple):
-    """
-    The images of a training run, with one numbering of classes.
-
-    Attributes:
-        train: What is trained on.
-        validation: Evaluated after every epoch: the held-out part of the training split, or the test split.
-        test: Evaluated at the end.
-        whole_train: The training split including the held-out part.
-    """
-
-    train: LabeledImages
-    validation: LabeledImages
-    test: LabeledImages
-    whole_train: LabeledImages
-
-    def class_names(self) -> list[str]:
-        """By label; LABEL_0, LABEL_1, ... if the data set has none."""
-        number = max(self.whole_train.num_classes, self.test.num_classes)
-        return self.whole_train.class_names or [f"LABEL_{label}" for label in range(number)]
 
 
 class Training(NamedTuple):
@@ -137,20 +110,6 @@ def chooses(options: SupervisedOptions) -> bool:
     return options.load_best_model_at_end or options.early_stopping_patience is not None
 
 
-def open_training_splits(options: SupervisedOptions) -> Splits:
-    """The splits of a training run; ValueError as `open_splits`, or if nothing or everything would be held out."""
-    whole, test = open_splits(options)
-    if options.validation_fraction == 0:
-        return Splits(whole, test, test, whole)
-    held_out = stratified_split(whole.labels, options.validation_fraction, options.seed)
-    if held_out.all() or not held_out.any():
-        raise UsageError(
-            f"--validation_fraction {options.validation_fraction} holds out {held_out.sum()} of {len(whole)} images:"
-            " pass another, images of a class must be held out and kept"
-        )
-    return Splits(whole.select(np.flatnonzero(~held_out)), whole.select(np.flatnonzero(held_out)), test, whole)
-
-
 def common_options(
     options: SupervisedOptions, num_images: int, num_processes: int, num_parts: int = 1
 ) -> dict[str, Any]:
@@ -175,7 +134,6 @@ def common_options(
         "gradient_accumulation_steps": num_parts,
         "dataloader_num_workers": options.num_workers,
         "max_steps": options.max_steps or -1,
-        "metric_for_best_model": options.metric_for_best_model if chooses(options) else None,
     }
 
 
@@ -234,8 +192,17 @@ def build_trainer(
     Raises:
         UsageError: The metric of the best epoch is not computed.
     """
-    _check_metric(options.metric_for_best_model, splits, trainer_options.get("ema_decay", 0) > 0)
-    kept = {name: value for name, value in asdict(options).items() if name not in FREE}
+    metric = metric_of_best(options, splits, trainer_options.get("ema_decay", 0) > 0)
+    check_problem(options, splits)
+    scale = TargetScale.of(splits.train)
+    if chooses(options):
+        training |= {"metric_for_best_model": metric, "greater_is_better": greater_is_better(metric)}
+    kept = {name: value for name, value in plain_options(options).items() if name not in FREE}
+    kept["class_balanced_sampling"] = options.class_balanced_sampling
+    if splits.problem_type != SINGLE_LABEL:
+        kept["problem_type"] = splits.problem_type
+    if scale is not None:  # the head is in units of these
+        kept |= {"target_mean": scale.mean.tolist(), "target_std": scale.std.tolist()}
     batch = training["batch_size"] * training["gradient_accumulation_steps"] * process_state().num_processes
     kept |= dict(zip(DATA_SETTINGS, (len(splits.train), labeled_fingerprint(splits.whole_train)), strict=True))
     kept |= {
@@ -253,18 +220,14 @@ def build_trainer(
         options.of_pass(),
         settings=kept,
         free_settings=DATA_SETTINGS if options.allow_data_change else (),
+        target_scale=scale,
+        is_class_balanced=options.class_balanced_sampling,
+        superclasses=superclasses_of(splits.whole_train, len(splits.class_names())),
         **trainer_options,
     )
     if options.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(options.early_stopping_patience))
     return trainer
-
-
-def _check_metric(name: str, splits: Splits, has_average: bool) -> None:
-    known = ["top1", *(["top5"] if len(splits.class_names()) > 5 else []), "mean_per_class", "loss"]
-    known += [f"{metric}_ema" for metric in known] if has_average else []
-    if name not in known:
-        raise UsageError(f"--metric_for_best_model takes one of {', '.join(known)}, got {name!r}")
 
 
 def run_training(
@@ -319,14 +282,17 @@ def run_training(
                 f"the backbone is not that of {options.model!r}: checkpoint {checkpoint!r} was trained on another"
                 " model, pass that one as --model"
             )
+        trainer.finish(splits.held_out())
         found = trainer.evaluate(splits.test, metric_key_prefix=task)
         metrics = {name: value for name, value in found.items() if not name.startswith(f"{task}_loss")}
         if trainer.is_world_process_zero():
             seconds = time.perf_counter() - started
-            warn_of_one_answer(metrics[f"{task}_answered_classes"], splits.test)
-            chosen = trainer.model
-            if trainer.average is not None and options.save_weights == "ema":
-                chosen = trainer.average
+            warn_of_one_answer(metrics.get(f"{task}_answered_classes"), splits.test)
+            suffix = "_ema" if trainer.average is not None and options.save_weights == "ema" else ""
+            chosen = trainer.models[suffix]
+            for name, value in ((THRESHOLDS, trainer.thresholds.get(suffix)), (SUPERCLASSES, trainer.superclasses)):
+                if value is not None:
+                    setattr(chosen.config, name, value)
             print_metrics(options, task, metrics)  # first, as the disk may be full
             append_result(
                 folder,
@@ -338,7 +304,8 @@ def run_training(
                 },
                 dataset=describe_splits(options, splits.whole_train, splits.test),
                 metrics=metrics,
-                settings=_settings(options, training),
+                plots=trainer.plots[suffix],
+                settings={**_settings(options, training), **float32_if_regression(splits.test)},
                 seed=options.seed,
                 seconds=seconds,
             )

@@ -29,6 +29,9 @@ class OptimizationOptions:
     per_device_train_batch_size: int | None = option(
         None, "Images per forward pass and process. Overrides --train_batch_size.", at_least=1
     )
+    class_balanced_sampling: bool = option(
+        False, "Draw training images of all classes equally often, for imbalanced sets."
+    )
     seed: int = option(0, "Seed of initial weights, order and augmentation.", at_least=0)
 
 
@@ -44,6 +47,9 @@ class AugmentationOptions:
 class ValidationOptions:
     """Validation"""
 
+    superclass_column: str | None = option(
+        None, "Column of the superclass of each class, for the accuracy superclass_top1."
+    )
     validation_fraction: float = option(
         0.0,
         "Fraction of the training split to hold out for validation. 0 validates on the test split.",
@@ -54,7 +60,8 @@ class ValidationOptions:
     load_best_model_at_end: bool = option(False, "Keep the best epoch instead of the last.")
     metric_for_best_model: str = option(
         "top1",
-        "Metric of the best epoch: top1, top5, mean_per_class or loss; with _ema, such as top1_ema, of the EMA.",
+        "Metric of the best epoch: top1, top5, mean_per_class or loss; of multi-label data map (the default then),"
+        " micro_f1 or macro_f1, of regression r2, mae or rmse; with _ema, such as top1_ema, of the EMA.",
     )
     early_stopping_patience: int | None = option(
         None, "End after this many epochs without improvement of --metric_for_best_model.", at_least=1

@@ -10,17 +10,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..data.labeled import stratified_split
-from .linear import LinearClassifier, check_labeled
+from ..metrics import best_thresholds, multilabel_metrics, regression_metrics
+from .linear import LinearClassifier, check_labeled, fit_linear_regressions
+from .problems import probabilities_of
 
 
 # Published at batch 1024: 0.4 for ResNet-50, 12 for ViT; here with a factor of about three between neighbors.
 LEARNING_RATES = (0.1, 0.4, 1.2, 4.0, 12.0, 40.0)
 WEIGHT_DECAYS = (0.0, 1e-6, 1e-4)
+# Of ridge regression on standardized features.
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 MOMENTUM = 0.9
 INITIAL_STD = 0.01
 
@@ -47,7 +52,17 @@ class LinearSweep:
         return LinearClassifier(self.weight[index].cpu(), self.bias[index].cpu(), loss=self.loss[index].item())
 
     def accuracies(self, features: torch.Tensor, labels: torch.Tensor, *, batch_size: int = 1024) -> torch.Tensor:
-        """(G,) float64: accuracy of each classifier on features (n, D) and labels (n,); 0 for a diverged one."""
+        """
+        (G,) float64: accuracy of each classifier on features (n, D) and labels (n,), or with labels (n, C) of several
+        classes per image the mean average precision; 0 for a diverged one.
+        """
+        if labels.dim() == 2:
+            finite = self.loss.isfinite().tolist()
+            scores = [
+                self.classifier(index).logits(features).cpu() if good else None for index, good in enumerate(finite)
+            ]
+            found = [0.0 if rows is None else mean_average_precision(rows, labels) for rows in scores]
+            return torch.tensor(found, dtype=torch.float64)
         groups, classes, width = self.weight.shape
         hits = torch.zeros(groups, dtype=torch.float64)
         for rows, target in zip(features.split(batch_size), labels.split(batch_size), strict=True):
@@ -81,7 +96,8 @@ def sweep_linear_classifiers(
 
     Args:
         features: (n, D) floating point, not standardized, as published.
-        labels: (n,) integers from 0.
+        labels: (n,) integers from 0; or (n, C), 1 for the classes that apply to an image, else 0: then the loss is the
+            mean binary cross-entropy.
         num_classes: None for the largest label + 1.
         learning_rates: At this batch size, positive.
         weight_decays: Not negative.
@@ -121,10 +137,16 @@ def sweep_linear_classifiers(
                 x, target = features[rows].to(device, dtype), labels[rows.to(labels.device)].to(device)
                 # (G, C, B): products of G·C rows without a transposed copy.
                 logits = torch.add((weight.view(-1, width) @ x.T).view(groups, num_classes, -1), bias)
-                log_probabilities = F.log_softmax(logits, dim=1)
-                index = target.expand(groups, 1, -1)
-                loss -= log_probabilities.gather(1, index).sum(dim=(1, 2)) / count
-                error = log_probabilities.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=dtype))
+                if labels.dim() == 2:
+                    applies = target.T.to(dtype).expand_as(logits)
+                    losses = F.binary_cross_entropy_with_logits(logits, applies, reduction="none")
+                    loss += losses.sum(dim=(1, 2)) / (count * num_classes)
+                    error = logits.sigmoid_().sub_(applies).div_(num_classes)
+                else:
+                    log_probabilities = F.log_softmax(logits, dim=1)
+                    index = target.expand(groups, 1, -1)
+                    loss -= log_probabilities.gather(1, index).sum(dim=(1, 2)) / count
+                    error = log_probabilities.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=dtype))
                 error /= len(rows)
                 rate = rates * (0.5 * (1 + math.cos(math.pi * step / (num_epochs * steps_per_epoch))))
                 gradient = (error.view(-1, len(rows)) @ x).view_as(weight).addcmul_(weight, decays)
@@ -145,8 +167,10 @@ class ChosenLinear:
     Attributes:
         classifier: Trained with this setting on all features.
         learning_rate, weight_decay: The setting.
-        validation_accuracy: Accuracy on the held-out part when trained without it.
+        validation_accuracy: Accuracy on the held-out part when trained without it; with several classes per image mean
+            average precision, of regression R².
         validation_accuracies: Of every setting, "lr=0.4 wd=1e-06" to accuracy.
+        thresholds: With several classes per image, of each class on the held-out part.
     """
 
     classifier: LinearClassifier
@@ -154,6 +178,7 @@ class ChosenLinear:
     weight_decay: float
     validation_accuracy: float
     validation_accuracies: dict[str, float]
+    thresholds: list[float] | None = None
 
 
 def choose_linear_classifier(
@@ -183,12 +208,7 @@ def choose_linear_classifier(
     labels, num_classes = check_labeled(features, labels, num_classes)
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be above 0 and below 1, got {validation_fraction}")
-    held_out = torch.from_numpy(stratified_split(labels.cpu().numpy(), validation_fraction, seed)).to(features.device)
-    if held_out.all() or not held_out.any():
-        raise ValueError(
-            f"validation_fraction {validation_fraction} holds out {int(held_out.sum())} of {len(labels)} features:"
-            " some of every class must be held out and kept"
-        )
+    held_out = _held_out(labels, validation_fraction, seed).to(features.device)
     grid = sweep_linear_classifiers(
         features[~held_out],
         labels[~held_out],
@@ -201,6 +221,10 @@ def choose_linear_classifier(
     accuracies = grid.accuracies(features[held_out], labels[held_out])
     # Of equal ones the first, which has the smallest learning rate if they are in ascending order.
     best = int(accuracies.argmax())
+    thresholds = None
+    if labels.dim() == 2:
+        logits = grid.classifier(best).logits(features[held_out])
+        thresholds = best_thresholds(probabilities_of(logits), labels[held_out].numpy())
     rate, decay = grid.settings[best]
     final = sweep_linear_classifiers(
         features, labels, num_classes, learning_rates=[rate], weight_decays=[decay], seed=seed, **options
@@ -214,7 +238,54 @@ def choose_linear_classifier(
             f"lr={rate:g} wd={decay:g}": accuracy
             for (rate, decay), accuracy in zip(grid.settings, accuracies.tolist(), strict=True)
         },
+        thresholds=thresholds,
     )
+
+
+def choose_linear_regression(
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    penalties: Sequence[float] = PENALTIES,
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> ChosenLinear:
+    """
+    Select the penalty of `fit_linear_regressions` on a held-out part of the training features by R², then fit all of
+    them. Of the result, `learning_rate` is 0 and `weight_decay` the penalty. Arguments and errors are those of
+    `choose_linear_classifier`.
+    """
+    held_out = _held_out(targets, validation_fraction, seed).to(features.device)
+    candidates = fit_linear_regressions(features[~held_out], targets[~held_out], penalties, device=device)
+    scores = [
+        regression_metrics(candidate.logits(features[held_out]).cpu().numpy(), targets[held_out].numpy())["r2"]
+        for candidate in candidates
+    ]
+    best = int(np.argmax(scores))
+    (final,) = fit_linear_regressions(features, targets, [penalties[best]], device=device)
+    return ChosenLinear(
+        final,
+        learning_rate=0.0,
+        weight_decay=penalties[best],
+        validation_accuracy=scores[best],
+        validation_accuracies={f"l2={l2:g}": score for l2, score in zip(penalties, scores, strict=True)},
+    )
+
+
+def _held_out(labels: torch.Tensor, validation_fraction: float, seed: int) -> torch.Tensor:
+    held_out = torch.from_numpy(stratified_split(labels.cpu().numpy(), validation_fraction, seed))
+    if held_out.all() or not held_out.any():
+        raise ValueError(
+            f"validation_fraction {validation_fraction} holds out {int(held_out.sum())} of {len(labels)} features:"
+            " some of every class must be held out and kept"
+        )
+    return held_out
+
+
+def mean_average_precision(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Mean average precision of logits (n, C); 0 for a held-out part without any class."""
+    return multilabel_metrics(logits.numpy(), labels.cpu().numpy())["map"] if labels.any() else 0.0
 
 
 def checked_grid(learning_rates: Sequence[float], weight_decays: Sequence[float]) -> list[tuple[float, float]]:

@@ -18,12 +18,16 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from ..data.labeled import LabeledImages
 from ..data.workers import end_workers, ignore_stop_signals
 from ..loading import base_encoder, size_options
+from ..metrics import best_thresholds
 from ..optim.seeding import step_seed
+from ..problem_types import MULTI_LABEL, SINGLE_LABEL
 from ..process_group import StopRequest
 from ..reporting import RunError, is_first_process, one_line
 from ..run_folder import CHECKPOINT_PREFIX, METRICS
 from ..storage import RecordFile, rewrite_lines, write_json, writing
-from .evaluate import evaluate_classifier
+from .evaluate import class_logits, evaluate_classifier
+from .features import rows_of_split
+from .problems import TargetScale, probabilities_of
 from .trainer_checkpoints import (
     SETTINGS,
     check_settings,
@@ -31,7 +35,7 @@ from .trainer_checkpoints import (
     reload_strictly,
     save_average,
 )
-from .training_images import TrainingImages, collate
+from .training_images import BalancedSampler, TrainingImages, collate
 
 
 # Keys in the log that summarize the whole run.
@@ -44,7 +48,8 @@ class ClassifierTrainer(Trainer):
     """
     `Trainer` for image classifiers.
 
-    The loss is the mean cross-entropy over the batch. A frozen part stays in evaluation mode (otherwise its BatchNorm
+    The loss is the mean cross-entropy over the batch, or with multi-label and regression data that of
+    `config.problem_type`, for standardized targets. A frozen part stays in evaluation mode (otherwise its BatchNorm
     statistics would drift). Validation is `evaluate_classifier`: every image once, for any number of processes.
     Checkpoints are loaded strictly: `Trainer` itself only warns about keys that do not match. The random numbers of a
     step (dropout, stochastic depth, Mixup and CutMix) are a function of seed, step and process, so that a resumed run
@@ -64,10 +69,15 @@ class ClassifierTrainer(Trainer):
             both, the EMA with the suffix `_ema`.
         settings: What must not change when a run is resumed, as JSON holds it.
         free_settings: Names of those that may.
+        target_scale: Of the targets of a regression.
+        is_class_balanced: Whether images are drawn by `BalancedSampler`.
+        superclasses: Superclass of each class, for `evaluate`.
         options: Other arguments of `Trainer`, such as `optimizers`.
 
     Attributes:
         average: The model with the EMA of the weights, or None.
+        thresholds: Of a multi-label classifier by suffix, after `finish`.
+        plots: Of the last evaluation by suffix, for reports.
     """
 
     def __init__(
@@ -83,8 +93,14 @@ class ClassifierTrainer(Trainer):
         ema_decay: float = 0.0,
         settings: Mapping[str, Any] | None = None,
         free_settings: Sequence[str] = (),
+        target_scale: TargetScale | None = None,
+        is_class_balanced: bool = False,
+        superclasses: Sequence[str] | None = None,
         **options: Any,
     ):
+        self.target_scale, self.is_class_balanced, self.superclasses = target_scale, is_class_balanced, superclasses
+        self.thresholds: dict[str, list[float]] = {}
+        self.plots: dict[str, dict[str, Any]] = {}
         self.test_images, self.test_transform = test_images, test_transform
         self.settings, self.free_settings = dict(settings or {}), tuple(free_settings)
         self.test_options, self.frozen, self.mixing = dict(test_options or {}), frozen, mixing
@@ -138,12 +154,15 @@ class ClassifierTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
-        if not self.args.dataloader_drop_last:
+        if not self.args.dataloader_drop_last and not self.is_class_balanced:
             return sampler
         # `Trainer` drops the rest of a forward pass; a step may have several passes.
         args, num_images = self.args, len(self.train_dataset)
         batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-        return RandomSampler(self.train_dataset, num_samples=num_images - num_images % batch)
+        used = num_images - num_images % batch if self.args.dataloader_drop_last else num_images
+        if self.is_class_balanced:
+            return BalancedSampler(self.train_dataset, used)
+        return RandomSampler(self.train_dataset, num_samples=used)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         if self.frozen is not None:
@@ -156,8 +175,12 @@ class ClassifierTrainer(Trainer):
         if self.mixing is not None:
             pixel_values, labels = self.mixing(pixel_values, labels)
         outputs = model(pixel_values=pixel_values, **size_options(base_encoder(self.model), pixel_values))
-        smoothing = self.args.label_smoothing_factor
-        loss = F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing)
+        if self.test_images.problem_type == SINGLE_LABEL:
+            smoothing = self.args.label_smoothing_factor
+            loss = F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing)
+        else:
+            target = labels if self.target_scale is None else self.target_scale.standardized(labels)
+            loss = self.model.loss_function(target, outputs.logits.float(), self.model.config)
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -174,14 +197,43 @@ class ClassifierTrainer(Trainer):
         check_finite(self.model)
         images = self.test_images if eval_dataset is None else eval_dataset
         metrics = {}
-        for model, suffix in ((self.model, ""), (self.average, "_ema")):
-            if model is not None:
-                found = evaluate_classifier(model, images, self.test_transform, **self.test_options)
-                found.pop("per_class")
-                metrics |= {f"{metric_key_prefix}_{name}{suffix}": value for name, value in found.items()}
+        for suffix, model in self.models.items():
+            found = evaluate_classifier(
+                model,
+                images,
+                self.test_transform,
+                None if images.problem_type == SINGLE_LABEL else list(model.config.id2label.values()),
+                thresholds=self.thresholds.get(suffix),
+                superclasses=self.superclasses,
+                target_scale=self.target_scale,
+                **self.test_options,
+            )
+            self.plots[suffix] = found.pop("plots")
+            del found["per_class"]
+            metrics |= {f"{metric_key_prefix}_{name}{suffix}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """The model and its EMA, by the suffix of their metrics."""
+        return {"": self.model} | ({} if self.average is None else {"_ema": self.average})
+
+    def finish(self, validation: LabeledImages | None) -> None:
+        """
+        After training: choose the thresholds of a multi-label classifier on held-out images, if there are any, and
+        give the outputs of a regression the units of its targets.
+        """
+        if self.target_scale is not None:  # autocast in the forward pass would round their last digits
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        for suffix, model in self.models.items():
+            if self.target_scale is not None:
+                self.target_scale.apply(model)
+            if validation is not None and validation.problem_type == MULTI_LABEL:
+                logits = rows_of_split(model, class_logits, validation, self.test_transform, **self.test_options)
+                self.thresholds[suffix] = best_thresholds(probabilities_of(logits), validation.labels)
+        self.target_scale = None
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
         folder = Path(self.args.output_dir) / f"{CHECKPOINT_PREFIX}{self.state.global_step}"

@@ -98,6 +98,7 @@ def check_settings(settings: Mapping[str, Any], folder: str | os.PathLike) -> No
         ) from error
     # Earlier versions had no such option, or one of another name.
     saved.setdefault("adapt_input_channels", False)
+    saved.setdefault("class_balanced_sampling", False)
     saved.setdefault("on_bad_image", saved.get("bad_images", "stop"))
     if "ema_momentum" in saved:
         saved["ema_decay"] = decay_of_momentum(saved["ema_momentum"])

@@ -1,10 +1,11 @@
 """Labeled images for training with `Trainer`: the augmentation is a function of seed, epoch and row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
 
 from ..data.decode import BadImageError
@@ -24,7 +25,8 @@ _EPOCH_STRIDE, _SEED_STRIDE = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
 
 class TrainingImages(Dataset):
     """
-    A labeled split for `Trainer`: `{"pixel_values": (C, H, W) float32, "labels": int}`.
+    A labeled split for `Trainer`: `{"pixel_values": (C, H, W) float32, "labels": int}`, or labels (num_labels,) of
+    multi-label classification (float32) and of regression (float64).
 
     The random numbers of a transform are a function of seed, epoch and row: they depend neither on the number of
     processes or workers nor on interruptions of the run.
@@ -64,17 +66,52 @@ class TrainingImages(Dataset):
         # `torch.manual_seed` would also queue a call for every device, for every image.
         torch.default_generator.manual_seed((self.seed * _SEED_STRIDE + self.epoch * _EPOCH_STRIDE + row) % 2**63)
         try:
-            return {"pixel_values": self.transform(image), "labels": int(self.images.labels[row])}
+            return {"pixel_values": self.transform(image), "labels": _label(self.images.labels[row])}
         finally:
             torch.set_rng_state(before)
 
 
+def _label(label: Any) -> int | torch.Tensor:
+    if label.ndim == 0:
+        return int(label)
+    return torch.as_tensor(label, dtype=torch.float64 if label.dtype.kind == "f" else torch.float32)
+
+
 def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """`pixel_values` (B, C, H, W) and `labels` (B,) int64."""
+    """`pixel_values` (B, C, H, W) and `labels` (B,) int64, or (B, num_labels)."""
+    labels = [sample["labels"] for sample in samples]
     return {
         "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
-        "labels": torch.tensor([sample["labels"] for sample in samples]),
+        "labels": torch.stack(labels) if isinstance(labels[0], torch.Tensor) else torch.tensor(labels),
     }
+
+
+class BalancedSampler(Sampler):
+    """
+    Class-balanced sampling: as many draws as there are images, each of a class at random and of one of its images at
+    random. The draws of an epoch are a function of seed and epoch.
+
+    Args:
+        dataset: Of a single label per image. Its `epoch` is that of the draws.
+        num_draws: Of an epoch.
+    """
+
+    def __init__(self, dataset: TrainingImages, num_draws: int):
+        self.dataset, self.num_draws = dataset, num_draws
+        _, counts = np.unique(dataset.images.labels, return_counts=True)
+        self.rows = torch.as_tensor(np.argsort(dataset.images.labels, kind="stable"))
+        self.counts = torch.as_tensor(counts)
+        self.starts = self.counts.cumsum(0) - self.counts
+
+    def __len__(self) -> int:
+        return self.num_draws
+
+    def __iter__(self) -> Iterator[int]:
+        seed = self.dataset.seed * _SEED_STRIDE + self.dataset.epoch * _EPOCH_STRIDE
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        classes = torch.randint(len(self.counts), (self.num_draws,), generator=generator)
+        places = torch.rand(self.num_draws, generator=generator, dtype=torch.float64) * self.counts[classes]
+        yield from self.rows[self.starts[classes] + places.long()].tolist()
 
 
 def training_transform(

@@ -8,7 +8,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..model.image_processing_mocov3 import MoCoV3ImageProcessor
-from ..results import TASKS
+from ..problem_types import MULTI_LABEL, REGRESSION
+from ..results import TASKS, is_share
 from ..run_folder import PROCESSOR, RunFolder, read_object
 from ..storage import is_local
 from ..zoo import load_zoo
@@ -27,7 +28,19 @@ CITATION = """```bibtex
   year      = {2021}
 }
 ```"""
-METRICS = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy"}
+# Last part of a metric's name: its type in the Hub's metadata, and its name.
+METRICS = {
+    "top1": ("accuracy", "Top-1 accuracy"),
+    "top5": ("accuracy", "Top-5 accuracy"),
+    "map": ("mean_average_precision", "Mean average precision"),
+    "micro_f1": ("f1", "Micro F1"),
+    "macro_f1": ("f1", "Macro F1"),
+    "r2": ("r_squared", "R²"),
+    "mae": ("mae", "Mean absolute error"),
+    "rmse": ("rmse", "Root mean squared error"),
+}
+SHARES = ("accuracy", "mean_average_precision", "f1")
+PROBLEMS = {MULTI_LABEL: ", multi-label", REGRESSION: ", regression"}
 PLOTS = (".png", ".svg")
 
 
@@ -79,7 +92,7 @@ def metadata(run: RunFolder, title: str, results: list[EvalResult], license: str
         tags=["moco-v3", "self-supervised-learning", "vision", "mocov3_hf"] + ["converted"] * bool(run.conversion),
         datasets=sorted({name for name in datasets if is_hub_id(name)}) or None,
         base_model=base_model if base_model and is_hub_id(base_model) else None,
-        metrics=["accuracy"] if results else None,
+        metrics=list(dict.fromkeys(entry.metric_type for entry in results)) or None,
         model_name=title,
         eval_results=results or None,
     )
@@ -98,7 +111,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def eval_results(run: RunFolder) -> list[EvalResult]:
-    """The last value of every accuracy on every data set, for the card's `model-index`."""
+    """The last value of every metric on every data set, for the card's `model-index`; shares in percent."""
     entries = {}
     for row in run.results:
         dataset = row.get("dataset") or {}
@@ -106,19 +119,20 @@ def eval_results(run: RunFolder) -> list[EvalResult]:
         shown = name if is_hub_id(name) else Path(name).name
         task_type, task_name = TASKS.get(row.get("task"), ("image-classification", str(row.get("task"))))
         for metric, value in row["metrics"].items():
-            prefix, _, kind = metric.rpartition("_")
-            if kind not in METRICS or not isinstance(value, int | float):
+            kind = next((kind for kind in METRICS if metric == kind or metric.endswith(f"_{kind}")), None)
+            if kind is None or not isinstance(value, int | float):
                 continue
+            prefix, (metric_type, metric_name) = metric.removesuffix(kind).rstrip("_"), METRICS[kind]
             entries[(row.get("task"), name, metric)] = EvalResult(
                 task_type=task_type,
-                task_name=task_name,
+                task_name=task_name + PROBLEMS.get(dataset.get("problem_type"), ""),
                 dataset_type=shown,
                 dataset_name=shown,
                 dataset_config=dataset.get("config"),
                 dataset_split=dataset.get("test_split") or dataset.get("split"),
-                metric_type="accuracy",
-                metric_name=METRICS[kind] + (f" ({prefix})" if prefix else ""),
-                metric_value=round(100 * value, 2),
+                metric_type=metric_type,
+                metric_name=metric_name + (f" ({prefix})" if prefix else ""),
+                metric_value=round(100 * value, 2) if is_share(metric) else float(f"{value:.4g}"),
             )
     return list(entries.values())
 
@@ -126,6 +140,7 @@ def eval_results(run: RunFolder) -> list[EvalResult]:
 def introduction(run: RunFolder) -> str:
     backbone = run.backbone.get("model_type", "vision")
     kind = "classifier" if run.kind == "classifier" else "encoder"
+    kind = {MULTI_LABEL: "multi-label classifier", REGRESSION: "regression model"}.get(problem_type(run), kind)
     method = f"MoCo v3 ([Chen et al., 2021]({PAPER}))"
     text = f"A `{backbone}` {kind}, pre-trained with {method} in `mocov3_hf`."
     if run.conversion:
@@ -140,6 +155,11 @@ def introduction(run: RunFolder) -> str:
     return text
 
 
+def problem_type(run: RunFolder) -> str | None:
+    """What the outputs of a classifier mean, if its configuration says it."""
+    return run.config.get("problem_type") if run.kind == "classifier" else None
+
+
 def usage(run: RunFolder, repo_id: str) -> str:
     processor = read_object(run.path / PROCESSOR, [])
     if processor.get("image_processor_type") == MoCoV3ImageProcessor.__name__:
@@ -148,7 +168,10 @@ def usage(run: RunFolder, repo_id: str) -> str:
         return (
             "from transformers import pipeline\n\n"
             f'classify = pipeline("image-classification", model="{repo_id}", trust_remote_code=True)\n'
-            'classify("image.jpg")'
+            + {
+                MULTI_LABEL: 'classify("image.jpg", top_k=None)  # the probability of each class on its own',
+                REGRESSION: 'classify("image.jpg", top_k=None)  # scores are the values of the targets',
+            }.get(problem_type(run), 'classify("image.jpg")')
         )
     return (
         "from transformers import pipeline\n\n"
@@ -162,7 +185,9 @@ def usage_with_arrays(run: RunFolder, repo_id: str, num_channels: int) -> str:
     """For images that PIL does not hold, and that the pipelines would convert to 8-bit RGB."""
     model_class, result = "AutoModel", "features = model(**inputs).pooler_output"
     if run.kind == "classifier":
-        model_class, result = "AutoModelForImageClassification", "scores = model(**inputs).logits.softmax(-1)"
+        model_class = "AutoModelForImageClassification"
+        function = {MULTI_LABEL: ".sigmoid()", REGRESSION: ""}.get(problem_type(run), ".softmax(-1)")
+        result = f"scores = model(**inputs).logits{function}"
     return (
         f"import numpy as np\nimport torch\nfrom transformers import AutoImageProcessor, {model_class}\n\n"
         f'options = {{"pretrained_model_name_or_path": "{repo_id}", "trust_remote_code": True}}\n'
@@ -178,11 +203,13 @@ def usage_with_arrays(run: RunFolder, repo_id: str, num_channels: int) -> str:
 def results_table(results: list[EvalResult]) -> str:
     if not results:
         return "No results yet."
-    lines = ["| task | data set | split | metric | value (%) |", "|---|---|---|---|---|"]
+    shares = [entry.metric_type in SHARES for entry in results]
+    unit = "" if all(shares) else " %"
+    lines = [f"| task | data set | split | metric | value{'' if unit else ' (%)'} |", "|---|---|---|---|---|"]
     lines += [
         f"| {entry.task_name} | {entry.dataset_name} | {entry.dataset_split or ''} | {entry.metric_name}"
-        f" | {entry.metric_value:.2f} |"
-        for entry in results
+        f" | {f'{entry.metric_value:.2f}{unit}' if share else f'{entry.metric_value:g}'} |"
+        for entry, share in zip(results, shares, strict=True)
     ]
     return "\n".join(lines)
 

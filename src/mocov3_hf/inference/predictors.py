@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..data.decode import printable
 from ..data.workers import cores_of_process
 from ..loading import load_classifier, load_encoder, load_processor, pooled_features, size_options
+from ..problem_types import REGRESSION, THRESHOLDS
 from ..processing import for_pixels, pixel_format_of
 from .acceleration import BATCH_SIZES, OTHER_BATCH_SIZE, choose_dtype, prepare_for_inference, uses_channels_last
 from .images import ImageInput, PreparedImage, find_images, prepared_images
@@ -72,6 +73,8 @@ class Predictor:
         self.num_workers = min(cores_of_process(), MOST_THREADS) if num_workers is None else num_workers
         self.bad_images = bad_images
         self.model = self.load(model)
+        if dtype == "auto" and self.model.config.problem_type == REGRESSION:
+            self.dtype = torch.float32  # bfloat16 has 8 bits for a value
         processor = load_processor(model, self.model.config)
         if pixel_range is not None:
             processor = for_pixels(processor, replace(pixel_format_of(processor), pixel_range=pixel_range))
@@ -158,7 +161,9 @@ class ImageClassifier(Predictor):
         function_to_apply: str | None = None,
     ) -> list[dict] | list[list[dict] | None]:
         """
-        Labels and scores, best first: one list for one image, a list of lists for several images or a folder.
+        Labels and scores, best first: one list for one image, a list of lists for several images or a folder. Of a
+        multi-label classifier with thresholds (`config.label_thresholds`), `is_predicted` says whether a score reaches
+        that of its class.
 
         Args:
             images: One image (path, encoded bytes, PIL image, array, tensor), a folder, or an iterable.
@@ -184,18 +189,24 @@ class ImageClassifier(Predictor):
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         function = self.function(function_to_apply)
         for batch, logits in self.batches(images):
-            rows = iter(self.best(apply(function, logits.numpy()), top_k))
+            thresholds = getattr(self.model.config, THRESHOLDS, None) if function == "sigmoid" else None
+            rows = iter(self.best(apply(function, logits.numpy()), top_k, thresholds))
             for image in batch:
                 yield image.name, None if image.pixels is None else next(rows)
 
-    def best(self, scores: np.ndarray, top_k: int) -> list[list[dict]]:
+    def best(self, scores: np.ndarray, top_k: int, thresholds: Sequence[float] | None = None) -> list[list[dict]]:
         """The `top_k` best of scores (B, C); ties in the order of the classes."""
         names = self.model.config.id2label
         order = np.argsort(-scores, axis=-1, kind="stable")[:, :top_k] if scores.size else []
-        return [
+        found = [
             [{"label": names[int(number)], "score": row[number].item()} for number in best]
             for row, best in zip(scores, order, strict=True)
         ]
+        if thresholds is not None:
+            for labels, best in zip(found, order, strict=True):
+                for label, number in zip(labels, best, strict=True):
+                    label["is_predicted"] = label["score"] >= thresholds[number]
+        return found
 
     def function(self, name: str | None) -> str:
         """The pipeline's choice: none for regression, sigmoid for one class or multi-label, else softmax."""

@@ -156,6 +156,43 @@ def _most_voted(votes: torch.Tensor, top: int) -> torch.Tensor:
     return torch.where(sorted_votes > 0, classes, -1)[:, :top]
 
 
+@torch.no_grad()
+def knn_average(
+    queries: torch.Tensor,
+    bank: torch.Tensor,
+    bank_values: torch.Tensor,
+    k: Sequence[int],
+    *,
+    temperature: float = 0.07,
+    device: torch.device | str | None = None,
+) -> dict[int, torch.Tensor]:
+    """
+    Means of the values of the neighbors, weighted as the votes of `knn_predict`: of 0 and 1 the shares of the votes of
+    each class, of numbers a regression.
+
+    Args:
+        queries, bank, k, temperature, device: As `knn_predict`.
+        bank_values: (N, C) numbers.
+
+    Returns:
+        For every `k` (Q, C) float64 on the CPU.
+
+    Raises:
+        ValueError: As `nearest_neighbors`.
+    """
+    similarities, rows = nearest_neighbors(queries, bank, max(k), device=device)
+    means = {number: torch.empty(len(queries), bank_values.shape[1], dtype=torch.float64) for number in k}
+    chunk = max(1, QUERY_CHUNK // bank_values.shape[1])  # k values of every class for each query
+    for begin in range(0, len(queries), chunk):
+        some = slice(begin, begin + chunk)
+        weights = ((similarities[some] - similarities[some, :1]).double() / temperature).exp()
+        values = bank_values[rows[some]].double()
+        for number, mean in means.items():
+            used = weights[:, :number, None]
+            mean[some] = (used * values[:, :number]).sum(dim=1) / used.sum(dim=1)
+    return means
+
+
 def knn_accuracy(
     queries: torch.Tensor,
     query_labels: torch.Tensor,

@@ -98,8 +98,8 @@ CLASSIFIER_CHARTS = (
     LineChart(
         "loss",
         "Training loss",
-        "Cross-entropy on augmented images. Healthy: falls fast, then slowly, without jumps. Mixup and label smoothing"
-        " keep it well above 0.",
+        "Cross-entropy on augmented images (of regression the squared error of standardized targets). Healthy: falls"
+        " fast, then slowly, without jumps. Mixup and label smoothing keep it well above 0.",
         ({"training loss": "loss"},),
     ),
     LineChart(
@@ -109,6 +109,20 @@ CLASSIFIER_CHARTS = (
         " on is overfitting. The EMA of the weights usually leads until the end.",
         ({"weights": "eval_top1", "EMA of the weights": "eval_top1_ema"},),
         percent=True,
+    ),
+    LineChart(
+        "map",
+        "Mean average precision",
+        "Mean over the classes (mAP), after every epoch. Healthy: still rising slightly at the end of the schedule.",
+        ({"weights": "eval_map", "EMA of the weights": "eval_map_ema"},),
+        percent=True,
+    ),
+    LineChart(
+        "r2",
+        "R²",
+        "After every epoch: 1 is exact, 0 no better than the mean. Healthy: still rising slightly at the end of the"
+        " schedule.",
+        ({"weights": "eval_r2", "EMA of the weights": "eval_r2_ema"},),
     ),
     LineChart(
         "gradients",

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..data.photometric import PhotometricStage
 from ..data.sources import MapBatch
 from ..data.views import make_views, view_settings
+from ..problem_types import SINGLE_LABEL
 from ..run_folder import RunFolder
 from .confusion import confusion_parts
 from .images import Samples, Seen, Viewer
@@ -65,7 +66,7 @@ def image_sections(
         ("map", "t-SNE map"): partial(map_parts, samples, seen, plots, seed),
         ("neighbors", "Nearest neighbors"): partial(neighbor_parts, samples, seen, start, plots),
     }
-    if viewer.is_classifier:
+    if viewer.is_classifier and viewer.model.config.problem_type in (None, SINGLE_LABEL):
         build["confusion", "Confusion matrix"] = partial(confusion_parts, viewer, samples, seen, plots)
     sections = []
     for (name, title), parts in build.items():

@@ -19,6 +19,7 @@ from ..data.pixels import RGB8, check_image, read_image
 from ..data.sources import MapSource, open_dataset
 from ..loading import load_classifier, load_encoder, load_processor, pooled_of
 from ..model.modeling_mocov3 import token_grid
+from ..problem_types import SINGLE_LABEL
 from ..processing import PixelFormat, ProcessorTransform
 from ..run_folder import RunFolder
 from .parts import shown_name
@@ -108,11 +109,14 @@ def open_samples(
         rows = usable_rows(source, choose_rows(len(source), None, len(source), seed), num_images, bad_images)
         samples = Samples(source, rows, None, None, why, description)
     else:
-        images = open_labeled(dataset_name, config_name, split, image_column, column)
-        rows = choose_rows(len(images), images.labels, len(images), seed)
+        images = open_labeled(dataset_name, config_name, split, image_column, column, problem_type="auto")
+        is_single = images.problem_type == SINGLE_LABEL
+        rows = choose_rows(len(images), images.labels if is_single else None, len(images), seed)
         rows = usable_rows(images.source, rows, num_images, bad_images)
         names = images.class_names or [str(number) for number in range(images.num_classes)]
-        samples = Samples(images.source, rows, images.labels[rows], list(names), "", description)
+        why = f"The labels are {images.problem_type.replace('_', ' ')}, and do not group the images."
+        known = (images.labels[rows], list(names), "") if is_single else (None, None, why)
+        samples = Samples(images.source, rows, *known, description)
     if len(samples) < 2:
         raise ValueError(f"{description} has {len(samples)} image, a report compares at least 2")
     return samples

@@ -6,13 +6,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ..loading import load_classifier, load_encoder, weights_hash
-from ..results import RESULTS, TASKS, read_results
+from ..problem_types import MULTI_LABEL, REGRESSION
+from ..results import RESULTS, TASKS, is_share, read_results
 from ..run_folder import CONFIG, RunFolder
 from ..zoo import load_zoo
 from .parts import Section, Table, Text, attempt, mapping, percent, quoted, shorten, shown_name
 from .published import Reference, find_references, reference_for
 
 
+WORDS = {"map": "mAP", "r2": "R²", "mae": "MAE", "rmse": "RMSE", "ece": "ECE", "f1": "F1"}
 STAGES = {"linear": "linear probe", "finetuned": "fine-tuning"}
 # Evaluations that learn from a training split.
 LEARNING_TASKS = ("knn", "linear", "linear_cached", "finetune")
@@ -26,12 +28,11 @@ class Measured(NamedTuple):
     is_current: bool = True
 
 
-def results_section(folder: RunFolder) -> Section:
-    """Measured metrics and published accuracies."""
+def results_section(folder: RunFolder, found: list[Measured] | None = None) -> Section:
+    """Measured metrics, those of `all_results` unless they are given, and published accuracies."""
     notes = folder.notes
     references = attempt(notes, "the comparison with published results", lambda: find_references(folder), [])
-    own = [Measured(result) for result in folder.results]
-    found = attempt(notes, "the results of other folders", lambda: all_results(folder), own)
+    found = known_results(folder) if found is None else found
     if found:
         parts: list = [results_table(folder, found, references)]
     else:
@@ -48,6 +49,12 @@ def results_section(folder: RunFolder) -> Section:
         caption = "Published ImageNet-1k accuracy of models with this backbone. Not measured here."
         parts.append(Table(columns, rows, caption, numeric=(0,)))
     return Section("results", "Results", parts)
+
+
+def known_results(folder: RunFolder) -> list[Measured]:
+    """Those of `all_results`, or only of the folder, with a note, where they cannot be found."""
+    own = [Measured(result) for result in folder.results]
+    return attempt(folder.notes, "the results of other folders", lambda: all_results(folder), own)
 
 
 def all_results(folder: RunFolder) -> list[Measured]:
@@ -150,8 +157,11 @@ def describe_protocol(result: dict[str, Any]) -> str:
     if result.get("task") in LEARNING_TASKS and dataset.get("train_split"):
         source = "neighbors from" if result["task"] == "knn" else "trained on"
         words += f", {source} {dataset['train_split']}{size_of(dataset.get('train_size'))}"
-    if is_value(dataset.get("num_classes")) and dataset["num_classes"] > 1:
-        words += f"; {dataset['num_classes']:,} classes, chance {100 / dataset['num_classes']:.3g} %"
+    number, problem_type = dataset.get("num_classes"), dataset.get("problem_type")
+    if problem_type in (MULTI_LABEL, REGRESSION) and is_value(number):
+        words += f"; {'regression, targets' if problem_type == REGRESSION else 'multi-label, classes'}: {number:,}"
+    elif is_value(number) and number > 1:
+        words += f"; {number:,} classes, chance {100 / number:.3g} %"
     return words
 
 
@@ -164,8 +174,7 @@ def is_value(value: Any) -> bool:
 
 
 def shown(metric: str, value: float) -> str:
-    is_share = "top" in metric or metric.endswith("mean_per_class")
-    return percent(value, 2) if is_share else f"{value:.4g}"
+    return percent(value, 2) if is_share(metric) else f"{value:.4g}"
 
 
 def name_of(metric: str) -> str:
@@ -173,5 +182,10 @@ def name_of(metric: str) -> str:
     knn = re.fullmatch(r"knn(\d+)_top(\d+)", metric)
     if knn is not None:
         return f"top-{knn[2]}, k = {knn[1]}"
+    knn = re.fullmatch(r"knn(\d+)_(map|r2|mae|rmse)", metric)
+    if knn is not None:
+        return f"{WORDS[knn[2]]}, k = {knn[1]}"
     own = re.fullmatch(r"(?:linear|linear_cached|finetune|evaluate)_(top\d+)", metric)
-    return re.sub(r"\btop(\d+)", r"top-\1", (own[1] if own else metric).replace("_", " "))
+    words = (own[1] if own else metric).replace("_", " ")
+    words = re.sub(r"\b(map|r2|mae|rmse|ece|f1)\b", lambda found: WORDS[found[1]], words)
+    return re.sub(r"\btop(\d+)", r"top-\1", words)

@@ -14,8 +14,9 @@ from .._version import __version__
 from ..run_folder import RunFolder
 from .image_sections import image_sections, neighbor_findings
 from .images import Samples, Seen, Viewer
-from .measured import results_section
+from .measured import known_results, results_section
 from .parts import CHART_STYLE, CSS_VARIABLES, SERIES, Kept, Section, Text, attempt, quoted
+from .predictions import predictions_section
 from .summary import facts, findings, lead
 from .training import training_section
 
@@ -38,7 +39,12 @@ def render_page(
     """
     notes = folder.notes
     sections = [] if folder.kind == "evaluation" else [training_section(folder, plots)]
-    sections.append(results_section(folder))
+    measured = known_results(folder)
+    sections.append(results_section(folder, measured))
+    predictions = attempt(
+        notes, "the section 'Predictions'", lambda: predictions_section(folder, measured, plots), None
+    )
+    sections += [predictions] if predictions is not None else []
     noticed = attempt(notes, "the findings", lambda: findings(folder), [])
     command = f"mocov3 report {quoted(folder.path)} --dataset_name DATA --test_split test"
     if looked is not None:

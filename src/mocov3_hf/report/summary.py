@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..metrics.collapse import COLLAPSED_STD_RATIO
+from ..problem_types import MULTI_LABEL, REGRESSION
 from ..run_folder import RunFolder, training_time
 from .curves import Series, chances, loss_bounds, number, read_curves, series
 from .parts import mapping, percent, shorten, shown_name
@@ -39,7 +40,11 @@ def lead(folder: RunFolder) -> str:
         return f"MoCo v3 pre-training of {backbone}{f' on {shown_name(dataset)}' if dataset else ''}."
     if folder.kind == "classifier":
         classes = len(mapping(folder.config.get("id2label"))) or folder.config.get("num_labels")
-        return f"Classifier{f' with {classes} classes' if classes else ''}, backbone {backbone}."
+        problem_type = folder.config.get("problem_type")
+        if problem_type == REGRESSION:
+            return f"Regression model{f' (number of targets: {classes})' if classes else ''}, backbone {backbone}."
+        kind = "Multi-label classifier" if problem_type == MULTI_LABEL else "Classifier"
+        return f"{kind}{f' with {classes} classes' if classes else ''}, backbone {backbone}."
     if folder.kind == "evaluation":
         models = {shown_name(mapping(result.get("model")).get("name", "a model")) for result in folder.results}
         return f"Evaluation of {', '.join(sorted(models))}."
