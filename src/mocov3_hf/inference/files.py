@@ -157,8 +157,8 @@ def extract_to_file(which: ImageOptions, how: PredictorOptions, out: ExtractOpti
     """The earlier form: `features` (n, D) float32, and their names as JSON under `images`."""
     if out.output_dir is not None:
         raise UsageError("pass --output_dir or --output, not both")
-    warn("--output is deprecated: use --output_dir, which needs no more memory for more images")
     images, path = open_inputs(which), file_to_write(str(out.output))
+    warn("--output is deprecated: use --output_dir, which needs no more memory for more images")
     predictor = build(FeatureExtractor, which, how)
     kept, rows = [], []
     with bar_of(images) as bar:
