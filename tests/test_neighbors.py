@@ -18,6 +18,7 @@ from mocov3_hf.inference.feature_files import FeatureWriter, read_feature_folder
 from mocov3_hf.inference.images import PreparedImage
 from mocov3_hf.metrics.search import duplicate_groups, nearest_others, outlier_scores, search
 from tests.factories import save_classifier, save_labeled, smooth
+from tests.report.browser import Browser, find_chromium
 
 
 COPIES = ["copy_exact.png", "copy_jpeg.jpg", "copy_small.png", "copy_crop.png"]
@@ -100,12 +101,28 @@ def test_the_table_of_all_images(found):
 
 def test_the_page_has_pictures_and_the_account(found):
     page = (found / "gallery.html").read_text(encoding="utf-8")
-    for text in ("Near-duplicates", "Outliers", "Nearest images", "broken.jpg", "1 images could not be decoded"):
+    for text in ("Near-duplicates", "Outliers", "Nearest images", "broken.jpg", "Could not be decoded: 1 image."):
         assert text in page
     assert page.count("<img src=") == 5 + 24 + 6  # group, outliers, query and its neighbors
     assert "cannot be read" not in page
     assert "http://" not in page
     assert "https://" not in page
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.skipif(find_chromium() is None, reason="no Chromium or Chrome on the PATH to open the page in")
+def test_the_page_in_a_browser(found):
+    with Browser() as browser:
+        for width in (390, 1400):
+            browser.show(width)
+            browser.open((found / "gallery.html").as_uri())
+            assert browser.complaints == []
+            assert browser.run("document.documentElement.scrollWidth") <= width
+            ends = "[...document.querySelectorAll('main *')].map(e => e.getBoundingClientRect().right)"
+            assert max(browser.run(ends)) <= width + 1
+            assert min(browser.run("[...document.images].map(i => i.naturalWidth)")) > 0
+            assert browser.run("[...document.querySelectorAll('nav a')].every(a => document.querySelector(a.hash))")
 
 
 def test_extracted_features_on_disk(found, model, photos):
@@ -246,5 +263,5 @@ def test_pictures_of_moved_images_are_accounted_for(model, photos, tmp_path):
     (tmp_path / "01.png").unlink()
     moved = mocov3_hf.neighbors(tmp_path / "features", output_dir=tmp_path / "out", device="cpu")
     page = moved.gallery.read_text(encoding="utf-8")
-    assert "pictures are missing, such as" in page
+    assert "1 picture, such as" in page or "pictures, such as" in page
     assert moved.summary["images"] == 3

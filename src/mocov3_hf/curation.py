@@ -380,7 +380,7 @@ def main(arguments: Iterable[str]) -> None:
     with reporting():
         found = run(*parse(COMMAND, arguments))
         summary = found.summary
-        print(f"near-duplicates: {summary['near_duplicates']} images in {summary['groups']} groups")
+        print(f"near-duplicates: {summary['near_duplicates']}, groups: {summary['groups']}")
         print(f"threshold {summary['threshold']:g}: {summary['threshold_chosen']}")
-        print(f"outliers: {summary['outliers']} images")
+        print(f"outliers: {summary['outliers']}")
         print(f"{found.output_dir}: {', '.join(sorted(path.name for path in found.output_dir.iterdir()))}")

@@ -50,14 +50,14 @@ def render_neighbors(
 
     def of_row(row: int, value: float) -> Picture:
         name = short(names[row])
-        return shown(picture(row), name, f"{value:.3f} {shorten(name, 30)}")
+        return shown(picture(row), name, f"{value:.4f} {shorten(name, 30)}")
 
     sections = []
     if groups:
         strips = []
         for rows in groups:
             values = [value for _, value in rows]
-            title = f"{len(rows)} images, similarity {min(values):.3f} to {max(values):.3f}"
+            title = f"{len(rows)} images, similarity {min(values):.4f} to {max(values):.4f}"
             title += f", {MOST_PICTURES} shown" if len(rows) > MOST_PICTURES else ""
             strips.append((title, [of_row(*row) for row in rows[:MOST_PICTURES]]))
         caption = (
@@ -87,7 +87,7 @@ def render_neighbors(
         more = f" The first {MOST_BAD_IMAGES}." if len(bad_images) > MOST_BAD_IMAGES else ""
         table = Table(["image", "reason"], listed, f"Images that could not be decoded, which have no features.{more}")
         sections.append(Section("bad", "Images that could not be decoded", [table]))
-    notes = [f"{len(missing)} pictures are missing, such as {missing[0]}."] if missing else []
+    notes = [f"{counted(len(missing), 'picture')}, such as {missing[0]}."] if missing else []
     return render(
         title="Neighbors",
         lead=f"Near-duplicates, outliers and nearest images among {summary['images']:,} images.",
@@ -120,16 +120,23 @@ def findings(summary: dict[str, Any]) -> list[tuple[str, str]]:
     images, similar, groups = summary["images"], summary["near_duplicates"], summary["groups"]
     if similar:
         left = images - similar + groups
-        text = f"{similar:,} images ({percent(similar / images)}) are near-duplicates, in {groups:,} groups: with one"
-        found = [("look", f"{text} image of each group, {left:,} images are left.")]
+        share, of = percent(similar / images), counted(groups, "group")
+        text = f"{similar:,} images ({share}) are near-duplicates, in {of}: with one of each group, {left:,} are left."
+        found = [("look", text)]
     else:
         found = [("good", "No near-duplicates.")]
     if summary["outliers"]:
-        found.append(("look", f"{summary['outliers']:,} images are far from all others."))
+        found.append(("look", f"Far from all others: {counted(summary['outliers'], 'image')}."))
     else:
         found.append(("good", "No image is far from all others."))
     if summary["bad_images"]:
-        found.append(("bad", f"{summary['bad_images']:,} images could not be decoded."))
+        found.append(("bad", f"Could not be decoded: {counted(summary['bad_images'], 'image')}."))
     if summary["bad_queries"]:
-        found.append(("bad", f"{len(summary['bad_queries'])} queries could not be decoded."))
+        found.append(
+            ("bad", f"Could not be decoded: {', '.join(map(short, summary['bad_queries'][:5]))} of the queries.")
+        )
     return found
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
