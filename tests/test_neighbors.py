@@ -213,6 +213,10 @@ def test_groups_are_the_connected_components():
     features = (centers.repeat(40, 1) + 0.02 * torch.randn(480, 16, generator=generator)).half()
     groups = duplicate_groups(features, nearest_others(features, 3), 0.9)  # a group has many more than 3
     assert groups.tolist() == [row % 12 for row in range(480)]
+    # Two tight halves: the three neighbors of each row are in its own half.
+    halves = torch.cat([torch.tensor([[1.0, 0.0]]).repeat(10, 1), torch.tensor([[1.0, 0.3]]).repeat(10, 1)])
+    halves += 1e-4 * torch.randn(20, 2, generator=generator)
+    assert duplicate_groups(halves, nearest_others(halves, 3), 0.9).tolist() == [0] * 20
     chain = torch.stack([torch.tensor([np.cos(angle), np.sin(angle)]) for angle in 0.1 * np.arange(10)]).float()
     assert duplicate_groups(chain, nearest_others(chain, 2), np.cos(0.11)).tolist() == [0] * 10
     assert duplicate_groups(chain, nearest_others(chain, 2), np.cos(0.09)).tolist() == list(range(10))
