@@ -16,7 +16,7 @@ from mocov3_cli import main
 from mocov3_hf.inference import FeatureExtractor
 from mocov3_hf.inference.feature_files import FeatureWriter, read_feature_folder
 from mocov3_hf.inference.images import PreparedImage
-from mocov3_hf.metrics.search import duplicate_groups, nearest_others, outlier_scores, search
+from mocov3_hf.metrics.search import choose_backend, duplicate_groups, nearest_others, outlier_scores, search
 from tests.factories import save_classifier, save_labeled, smooth
 from tests.report.browser import Browser, find_chromium
 
@@ -205,6 +205,18 @@ def test_backends_agree_with_the_whole_matrix(backend):
     found, where = search(bank[:3].half(), bank, 300, backend=backend)
     assert sorted(where[0].tolist()) == list(range(300))
     assert found.dtype == torch.float32
+
+
+def test_the_backend_is_chosen_by_what_is_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == "faiss" else None)
+    assert choose_backend("auto", torch.device("cpu")) == "faiss"
+    assert choose_backend("auto", torch.device("meta")) == "torch"
+    with pytest.raises(ValueError, match="'sklearn' is not installed: pip install scikit-learn"):
+        choose_backend("sklearn", torch.device("cpu"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose_backend("auto", torch.device("cpu")) == "torch"
+    with pytest.raises(ValueError, match="backend must be one of auto, faiss, sklearn, torch, got 'annoy'"):
+        choose_backend("annoy", torch.device("cpu"))
 
 
 def test_groups_are_the_connected_components():

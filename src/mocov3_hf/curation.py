@@ -80,7 +80,7 @@ class NeighborOptions:
     num_outliers: int = option(100, "Outliers to list.", at_least=0)
     num_shown: int = option(24, "Groups of near-duplicates, outliers and queries on the page.", at_least=1)
     backend: Literal["auto", "faiss", "sklearn", "torch"] = option(
-        "auto", "Library that searches, exactly. auto is torch on an accelerator, else the first that is installed."
+        "auto", "Library that searches, exactly. auto is faiss on a CPU if it is installed, else torch."
     )
     gallery: bool = option(True, "Whether to write the page with pictures.")
 

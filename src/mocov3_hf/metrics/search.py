@@ -1,5 +1,5 @@
 """
-Search among features: nearest neighbors by the fastest library that is installed, groups of near-duplicates, outliers.
+Search among features: nearest neighbors with faiss, scikit-learn or torch, groups of near-duplicates, outliers.
 
 All searches are exact, by cosine similarity. Legend: N features, Q queries, D width, k neighbors.
 """
@@ -24,7 +24,7 @@ Neighbors = tuple[torch.Tensor, torch.Tensor]
 
 def choose_backend(name: str, device: torch.device) -> str:
     """
-    The library that searches. `auto` is torch on an accelerator; on a CPU faiss, else scikit-learn, else torch.
+    The library that searches. `auto` is faiss on a CPU if it is installed, else torch (benchmarks/search.py).
 
     Raises:
         ValueError: An unknown name, or a library that is not installed.
@@ -34,7 +34,7 @@ def choose_backend(name: str, device: torch.device) -> str:
     packages = {"faiss": "faiss-cpu", "sklearn": "scikit-learn"}
     installed = [module for module in packages if importlib.util.find_spec(module) is not None]
     if name == "auto":
-        return "torch" if device.type != "cpu" or not installed else installed[0]
+        return "faiss" if device.type == "cpu" and "faiss" in installed else "torch"
     if name in packages and name not in installed:
         raise ValueError(f"backend {name!r} is not installed: pip install {packages[name]}, or pass auto")
     return name
