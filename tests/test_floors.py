@@ -44,7 +44,7 @@ FLOORS = {
     "trainer": 2,
 }
 # Whole calls, made of several rooms of floor 2.
-TOP = ("__main__", "__init__", "api")
+TOP = ("__main__", "__init__", "api", "curation")
 # Floor 1 knows neither options nor the layout of folders.
 PLAIN = {
     "_version",

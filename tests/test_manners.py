@@ -29,7 +29,8 @@ MODEL_COMMANDS = {
     "linear-probe": [*DATA, "--output_dir", "out"],
     "finetune": [*DATA, "--output_dir", "out"],
     "evaluate": DATA,
-    "extract": ["photos", "--output", "out.safetensors"],
+    "extract": ["photos", "--output_dir", "out"],
+    "neighbors": ["photos", "--output_dir", "out"],
     "classify": ["photos"],
     "export": ["--format", "vit", "--output_dir", "out"],
     "push": ["--hub_model_id", "me/model"],
@@ -60,7 +61,7 @@ def error_of(arguments, capsys):
     ],
 )
 def test_a_mistyped_model(command, name, hint, capsys, place):
-    if command in ("extract", "classify"):
+    if command in ("extract", "neighbors", "classify"):
         (place / "photos" / "1.png").write_bytes(b"")
     error = error_of([command, *MODEL_COMMANDS[command], "--model", name], capsys)
     assert f"folder {name.removeprefix('./')!r} does not exist{hint}" in error.replace("'./", "'")
@@ -78,7 +79,7 @@ def test_a_mistyped_published_name(command, capsys):
     [
         ["pretrain", "photos/cat", "--recipe", "quickstart", "--output_dir", "out"],
         ["pretrain", "photos/cat", "--recipe", "quickstart", "--output_dir", "out", "--streaming"],
-        ["extract", "--dataset_name", "photos/cat", "--model", "runs/first", "--output", "out.safetensors"],
+        ["extract", "--dataset_name", "photos/cat", "--model", "runs/first", "--output_dir", "out"],
         ["classify", "--dataset_name", "photos/cat", "--model", "runs/first"],
     ],
 )

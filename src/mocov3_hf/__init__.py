@@ -25,7 +25,7 @@ from transformers import (
 
 from . import report
 from ._version import __version__
-from .api import Run, evaluate, finetune, knn, linear_probe, pretrain
+from .api import Run, evaluate, finetune, knn, linear_probe, neighbors, pretrain
 from .model import (
     MoCoV3Backbone,
     MoCoV3Config,
@@ -68,6 +68,7 @@ __all__ = [
     "finetune",
     "knn",
     "linear_probe",
+    "neighbors",
     "pretrain",
     "report",
 ]

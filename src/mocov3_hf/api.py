@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback
+
+    from .curation import Neighbors
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,44 @@ def finetune(
         (group,) = command.COMMAND.groups
         chosen = _built(group, values)
         return Run(Path(results_folder(chosen)), command.run(chosen, _instances(callbacks), _resume("finetune")))
+
+
+def neighbors(
+    dataset: Any,
+    model: Any = None,
+    output_dir: str | os.PathLike | None = None,
+    query: Any = (),
+    *,
+    processor: Any = None,
+    **options: Any,
+) -> "Neighbors":
+    """
+    Find nearest images, near-duplicates and outliers: the command `mocov3 neighbors` as a Python call.
+
+    Args:
+        dataset: A folder of features of `mocov3 extract`; or, with a model, images: a folder, archive or file, a Hub
+            id with its `test_split`, or data in memory as for `pretrain`.
+        model: As for `knn`; None for features.
+        output_dir: Folder for the tables and the page.
+        query: Images to search for, or one of them: paths, bytes, PIL images, arrays or tensors.
+        processor: Image processor of a model in memory.
+        options: Any option of `mocov3 neighbors --help`, as a Python value: `threshold=0.97`.
+
+    Returns:
+        `images`, `duplicates`, `outliers` and `queries` as data frames, the `summary`, and the path of the `gallery`.
+
+    Raises:
+        UsageError, ValueError: a user's mistake.
+        RunError, OSError: a failure at run time.
+    """
+    from .curation import run_call
+    from .reporting import UsageError
+
+    if output_dir is None:
+        raise UsageError("output_dir is missing: pass a folder for the tables and the page")
+    given_model = nullcontext(None) if model is None else named_model(model, processor)
+    with given_model as model_name:
+        return run_call(dataset, model_name, query, {**options, "output_dir": output_dir})
 
 
 @contextmanager

@@ -1,13 +1,16 @@
 """The commands classify and extract from end to end, and their messages."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from mocov3_cli import main
 from mocov3_hf.inference import FeatureExtractor, ImageClassifier
+from mocov3_hf.inference.feature_files import read_feature_folder
 
 
 def run(command, *arguments):
@@ -36,6 +39,18 @@ def test_extract_features(vit, files, tmp_path):
     assert (features - expected).abs().max() < 0.1  # other batches, in bfloat16 where the CPU has it
 
 
+def test_archives(vit, files, tmp_path):
+    with tarfile.open(tmp_path / "some.tar", "w") as tar:
+        for path in files[:2]:
+            tar.add(path, Path(path).name)
+    run("extract", tmp_path / "some.tar", files[2], "--model", vit, "--device", "cpu", "--output_dir", tmp_path / "f")
+    folder = read_feature_folder(tmp_path / "f")
+    members = [f"{tmp_path}/some.tar/{Path(path).name}" for path in files[:2]]
+    assert folder.index["image"].to_pylist() == [*members, files[2]]
+    expected = FeatureExtractor(vit, device="cpu")(files[:3])
+    torch.testing.assert_close(folder.features, expected)
+
+
 def test_data_set(capsys, vit, files, tmp_path):
     folder = tmp_path / "test" / "some"
     folder.mkdir(parents=True)
@@ -57,7 +72,10 @@ def test_data_set(capsys, vit, files, tmp_path):
             "does not exist; create it first",
         ),
         (["extract", "--model", "{vit}", "{image}", "--output", "{tmp}"], "is a folder: pass a file"),
-        (["extract", "--model", "{vit}", "{image}"], "--output is missing"),
+        (["extract", "--model", "{vit}", "{image}"], "--output_dir is missing"),
+        (["extract", "--model", "{vit}", "{image}", "--output_dir", "{tmp}/.."], "--overwrite_output_dir to replace"),
+        (["extract", "--model", "{vit}", "{image}", "--output_dir", "a", "--output", "b"], "not both"),
+        (["extract", "--model", "{vit}", "a.parquet", "--output_dir", "a"], "is a table: pass it as --dataset_name"),
         (["classify", "{image}"], "--model is missing"),
         (["classify", "--model", "{vit}"], "no images: pass files and folders, or --dataset_name"),
         (["classify", "--model", "{vit}", "{image}", "--dataset_name", "{tmp}"], "not both"),

@@ -34,6 +34,7 @@ from tests.interop.conftest import (
     mmpretrain_classification,
     official,
 )
+from tests.interop.test_onnx_metadata import assert_metadata_suffice
 
 
 @pytest.fixture(scope="module", params=["vit", "resnet"])
@@ -155,6 +156,8 @@ def test_onnx_runs_any_batch(body, folders, images, features, logits, tmp_path):
         (result,) = session.run([exported.outputs], {"pixel_values": batch.numpy()})
         np.testing.assert_allclose(result, expected[: len(batch)].numpy(), rtol=0, atol=1e-5)
     assert session.get_inputs()[0].shape[0] == "batch"
+    if body == "vit":
+        assert_metadata_suffice(session, folders / "cls")
     assert AutoImageProcessor.from_pretrained(tmp_path / "out") is not None
 
 

@@ -260,7 +260,7 @@ def test_without_labels_the_next_command_extracts_features(tmp_path, capsys, mon
     assert [command[1] for command in commands] == ["report", "extract"]
     fresh()
     mocov3_cli.main(commands[1][1:])
-    features = load_file(tmp_path / "runs" / "images" / "features.safetensors")
+    features = load_file(tmp_path / "runs" / "images" / "features" / "features-00000.safetensors")
     assert features["features"].shape[0] == 36
 
 

@@ -379,14 +379,15 @@ def open_table(
     split: str = "train",
     image_column: str | None = None,
     revision: str | None = None,
+    labeled: bool = True,
 ) -> tuple[datasets.Dataset, str | None, Account]:
     """
     A data set with its labels: undecoded, the column of its images if the source knows it, and what was found.
 
-    Arguments and errors are those of `open_source`; here CSV files in a folder are the data set even if their paths
-    are wrong, so that the mistake is reported.
+    Arguments and errors are those of `open_source`; with `labeled`, CSV files in a folder are the data set even if
+    their paths are wrong, so that the mistake is reported.
     """
-    opened = _open(dataset_name, config_name, split, False, revision, None, image_column, labeled=True)
+    opened = _open(dataset_name, config_name, split, False, revision, None, image_column, labeled=labeled)
     return undecoded(opened.dataset), opened.image_column, opened.account
 
 

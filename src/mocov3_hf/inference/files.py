@@ -3,9 +3,9 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,29 +13,14 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..data.sources import open_source
 from ..hints import describe_missing
 from ..options import Command, option, parse
-from ..reporting import UsageError, reporting
-from ..storage import atomic_file
-from .images import ImageInput, find_images
+from ..reporting import UsageError, reporting, warn
+from ..run_folder import BAD_IMAGES
+from ..storage import atomic_file, atomic_folder, check_output_dir, is_occupied
+from .feature_files import FeatureFolder, FeatureWriter, read_feature_folder
+from .inputs import ImageOptions, open_inputs
 from .predictors import FeatureExtractor, ImageClassifier
-
-
-@dataclass(frozen=True)
-class ImageOptions:
-    """Images"""
-
-    images: list[str] = option([], "Files and folders of images.", metavar="IMAGES")
-    dataset_name: str | None = option(
-        None, "Images of a data set instead: Hub id, or folder of parquet files.", metavar="DATASET"
-    )
-    dataset_config_name: str | None = option(None, "Configuration of a data set that has several.")
-    test_split: str = option("test", "Split of the data set.", old=["split"])
-    image_column: str | None = option(None, "Column of images. Found if there is only one.")
-    on_bad_image: Literal["stop", "skip"] = option(
-        "stop", "What to do with images that cannot be decoded.", old=["bad_images"]
-    )
 
 
 @dataclass(frozen=True)
@@ -78,8 +63,18 @@ class ClassifyOptions:
 class ExtractOptions:
     """Output"""
 
-    output: str = option(
-        help="File to write: features (n, D) and, as metadata, the names.", metavar="FILE.safetensors"
+    output_dir: str | None = option(
+        None, "New folder for features.json, index.parquet and safetensors.", metavar="DIR", required=True
+    )
+    overwrite_output_dir: bool = option(False, "Replace --output_dir if it exists.")
+    output_dtype: Literal["float32", "float16"] = option(
+        "float32", "Type of the features in the files; float16 takes half the space."
+    )
+    output: str | None = option(
+        None,
+        "Earlier form, deprecated: one file of all features, with the names as metadata.",
+        metavar="FILE.safetensors",
+        advanced=True,
     )
 
 
@@ -95,40 +90,92 @@ def classify(arguments: list[str]) -> None:
     """The command `mocov3 classify`: one JSON object per image, `{"image": name, "labels": [{"label", "score"}]}`."""
     with reporting():
         which, how, out = parse(CLASSIFY, arguments)
-        names, images = open_inputs(which)
+        images = open_inputs(which)
         path = None if out.output is None else file_to_write(out.output)
         results = build(ImageClassifier, which, how).stream(images, out.top_k, out.function_to_apply)
         with opened(path) as file:
-            for index, (name, labels) in enumerate(tqdm(results, total=len(images), unit=" images", smoothing=0.05)):
-                name = name if names is None else names[index]
+            for name, labels in tqdm(results, total=len(images), unit=" images", smoothing=0.05):
                 print(json_line({"image": name, "labels": labels}), file=file)
 
 
 def extract(arguments: list[str]) -> None:
-    """The command `mocov3 extract`: `features` (n, D) float32, and their names as JSON under `images`."""
+    """The command `mocov3 extract`: a folder of features, see `feature_files.py`."""
     with reporting():
         which, how, out = parse(EXTRACT, arguments)
-        names, images = open_inputs(which)
-        path = file_to_write(out.output)
-        predictor = build(FeatureExtractor, which, how)
-        kept, rows = [], []
-        with tqdm(total=len(images), unit=" images", smoothing=0.05) as bar:
-            first = 0
-            for batch, features in predictor.batches(images):
-                kept += [
-                    image.name if names is None else names[first + place]
-                    for place, image in enumerate(batch)
-                    if image.pixels is not None
-                ]
-                first += len(batch)
-                rows += [features] if features.numel() else []
-                bar.update(len(batch))
-        if not rows:
-            raise UsageError(f"none of the {first} images could be decoded: no features were written")
-        metadata = {"images": json.dumps(kept), "model": how.model, "dtype": str(predictor.dtype)}
-        with atomic_file(path) as aside:
-            save_file({"features": torch.cat(rows)}, aside, metadata=metadata)
-        print(f"{out.output}: {len(kept)} x {rows[0].shape[1]} features")
+        if out.output is not None:
+            extract_to_file(which, how, out)
+            return
+        if out.output_dir is None:
+            raise UsageError("--output_dir is missing: a new folder for features.json, index.parquet and safetensors")
+        folder = extract_to_folder(which, how, out.output_dir, out.output_dtype, out.overwrite_output_dir)
+        bad = folder.info["bad_images"]
+        left_out = f"; {bad} images could not be decoded: {folder.path / BAD_IMAGES}" if bad else ""
+        print(f"{out.output_dir}: {folder.info['rows']} x {folder.info['width']} features{left_out}")
+
+
+def extract_to_folder(
+    which: ImageOptions, how: PredictorOptions, output_dir: str, dtype: str = "float32", overwrite: bool = False
+) -> FeatureFolder:
+    """
+    Write the features of images to a new folder, which appears complete or not at all.
+
+    Args:
+        dtype: `"float32"` or `"float16"`, of the files.
+
+    Raises:
+        ValueError: No images, a bad one that is not skipped, no model, or a folder that exists.
+    """
+    check_output_dir(output_dir)
+    if is_occupied(output_dir, overwrite):
+        raise UsageError(
+            f"--output_dir {output_dir} exists: pass a new folder, or --overwrite_output_dir to replace a folder"
+        )
+    # Absolute paths, so that the images are found again from anywhere.
+    which = replace(which, images=[os.path.abspath(path) for path in which.images])
+    images = open_inputs(which)
+    predictor = build(FeatureExtractor, which, how)
+    with atomic_folder(output_dir, replace=overwrite) as aside, bar_of(images) as bar:
+        writer = FeatureWriter(aside, dtype)
+        for batch, features in predictor.batches(images):
+            writer.add(batch, features, getattr(images, "labels", None))
+            bar.update(len(batch))
+        if not writer.rows:
+            raise UsageError(f"none of the {writer.bad} images could be decoded: no features were written")
+        writer.close(
+            {
+                "model": os.path.abspath(how.model) if os.path.isdir(how.model) else how.model,
+                "weights_hash": predictor.weights_hash,
+                "computed_in": str(predictor.dtype).removeprefix("torch."),
+                "image_processor": json.loads(predictor.preprocessing.processor.to_json_string()),
+                "inputs": asdict(which),
+            }
+        )
+    return read_feature_folder(output_dir)
+
+
+def extract_to_file(which: ImageOptions, how: PredictorOptions, out: ExtractOptions) -> None:
+    """The earlier form: `features` (n, D) float32, and their names as JSON under `images`."""
+    if out.output_dir is not None:
+        raise UsageError("pass --output_dir or --output, not both")
+    images, path = open_inputs(which), file_to_write(str(out.output))
+    warn("--output is deprecated: use --output_dir, which needs no more memory for more images")
+    predictor = build(FeatureExtractor, which, how)
+    kept, rows = [], []
+    with bar_of(images) as bar:
+        for batch, features in predictor.batches(images):
+            kept += [image.name for image in batch if image.pixels is not None]
+            rows += [features] if features.numel() else []
+            bar.update(len(batch))
+    if not rows:
+        raise UsageError(f"none of the {len(images)} images could be decoded: no features were written")
+    metadata = {"images": json.dumps(kept), "model": how.model, "dtype": str(predictor.dtype)}
+    with atomic_file(path) as aside:
+        save_file({"features": torch.cat(rows)}, aside, metadata=metadata)
+    print(f"{out.output}: {len(kept)} x {rows[0].shape[1]} features")
+
+
+def bar_of(images: Sequence) -> tqdm:
+    return tqdm(total=len(images), unit=" images", smoothing=0.05)
 
 
 def json_line(values: dict) -> str:
@@ -139,43 +186,6 @@ def json_line(values: dict) -> str:
     except UnicodeEncodeError:
         return json.dumps(values)
     return text
-
-
-class Rows:
-    """The encoded images of a data set, read as they are needed."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def __len__(self) -> int:
-        return self.source.num_samples
-
-    def __iter__(self) -> Iterator[ImageInput]:
-        return (self.source.read(index) for index in range(len(self)))
-
-
-def open_inputs(options: ImageOptions) -> tuple[list[str] | None, Iterable[ImageInput]]:
-    """Names (None where every image has its own) and images; UsageError where there are none."""
-    if bool(options.images) == bool(options.dataset_name):
-        raise UsageError("no images: pass files and folders, or --dataset_name" if not options.images else
-                         "pass either files and folders of images or --dataset_name, not both")  # fmt: skip
-    if options.dataset_name:
-        source = open_source(
-            options.dataset_name,
-            config_name=options.dataset_config_name,
-            split=options.test_split,
-            image_column=options.image_column,
-        )
-        rows = Rows(source)
-        return [f"{options.test_split}[{index}]" for index in range(len(rows))], rows
-    paths: list[str] = []
-    for path in map(os.path.expanduser, options.images):
-        paths += find_images(path) if os.path.isdir(path) else [path]
-    missing = [path for path in paths if not os.path.exists(path)]
-    if missing and options.on_bad_image == "stop":
-        text = describe_missing(missing[0], "image")
-        raise UsageError(f"{text}{'' if text.endswith('?') else '.'} To skip it, pass --on_bad_image skip")
-    return None, paths
 
 
 def build(predictor: type, which: ImageOptions, how: PredictorOptions):

@@ -2,23 +2,49 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ..data.decode import BadImageError, decoder_message
+from ..data.decode import BadImageError, decoder_message, printable
 from ..data.pixels import RGB8, read_image
 from ..data.scan_index import scan
 from ..model.image_processing_mocov3 import pil_array
 from ..processing import PixelFormat
+from ..requirements import MissingPackageError
 
 
-# A path, encoded bytes, or an image in memory: arrays and tensors may have any number of channels and bit depth.
-ImageInput = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
+@dataclass(frozen=True)
+class NamedImage:
+    """An image of a data set or archive: a name for messages, and what reads its encoded bytes when needed."""
+
+    name: str
+    read: Callable[[], bytes | str | np.ndarray | None]
+
+
+# A path, encoded bytes, a file opened in binary mode, or an image in memory: arrays and tensors may have any number of
+# channels and bit depth.
+ImageInput = (
+    str
+    | os.PathLike
+    | bytes
+    | bytearray
+    | memoryview
+    | BinaryIO
+    | Image.Image
+    | np.ndarray
+    | torch.Tensor
+    | NamedImage
+)
+WHAT_IS_AN_IMAGE = (
+    "a path, encoded bytes, a file opened in binary mode, a PIL image, an array or a uint8 tensor (3, H, W)"
+)
 
 
 @dataclass(frozen=True)
@@ -71,19 +97,80 @@ def decode(image: ImageInput, pixel_format: PixelFormat = RGB8) -> torch.Tensor:
                 " into a list, and undo any normalization"
             )
         return image.cpu() if pixel_format.is_rgb8 else read_image(image.cpu().numpy(), pixel_format)
+    if isinstance(image, NamedImage):
+        return read_image(image.read(), pixel_format)
+    if isinstance(image, (bytearray, memoryview)):
+        image = bytes(image)
     if isinstance(image, (str, os.PathLike, bytes, np.ndarray)):
         return read_image(image, pixel_format)
-    raise ValueError(
-        "an image must be a path, encoded bytes, a PIL image, an array or a uint8 tensor (3, H, W), got"
-        f" {type(image).__name__}"
-    )
+    if is_file(image):
+        return decode(read_file(image), pixel_format)
+    raise ValueError(f"an image must be {WHAT_IS_AN_IMAGE}, got {type(image).__name__}")
 
 
 def name_of(image: ImageInput, index: int) -> str:
     """The path of an image, or its position in the input."""
     if isinstance(image, (str, os.PathLike)):
         return os.fspath(image)
-    return getattr(image, "filename", None) or f"image {index}"
+    if isinstance(image, torch.Tensor):  # whose `name` is another thing
+        return f"image {index}"
+    name = getattr(image, "filename" if isinstance(image, Image.Image) else "name", None)
+    return name if isinstance(name, str) and name else f"image {index}"
+
+
+def is_file(image: object) -> bool:
+    """Whether an object is an open file, `BytesIO` included."""
+    return callable(getattr(image, "read", None)) and not isinstance(image, NamedImage)
+
+
+def read_file(file: BinaryIO) -> bytes:
+    """
+    The rest of an open file.
+
+    Raises:
+        BadImageError: It cannot be read.
+        ValueError: It is opened as text.
+    """
+    try:
+        data = file.read()
+    except UnicodeDecodeError:
+        data = ""
+    # OSError, or ValueError of a closed file.
+    except (OSError, ValueError) as error:
+        raise BadImageError(f"cannot be read: {error}") from error
+    if not isinstance(data, bytes):
+        raise ValueError('the file is opened as text: open it with mode "rb"')
+    return data
+
+
+def detached(image: ImageInput) -> ImageInput:
+    """
+    An image that no longer depends on an open file, which a generator may close once it is asked for the next image.
+
+    Raises:
+        BadImageError: It cannot be read.
+        ValueError: As `read_file`.
+    """
+    if is_file(image):
+        return read_file(image)
+    if isinstance(image, Image.Image):
+        try:
+            image.load()
+        # As in `decode`.
+        except Exception as error:
+            raise BadImageError(f"cannot be decoded: {decoder_message(error)}") from error
+    return image
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """ValueErrors inside the block name an image."""
+    try:
+        yield
+    except MissingPackageError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{printable(name)}: {error}") from error
 
 
 def prepared_images(
@@ -97,27 +184,45 @@ def prepared_images(
     All images, in order, decoded and preprocessed.
 
     Args:
-        images: Read one by one, no further ahead than needed.
+        images: Read one by one, no further ahead than needed. Open files, and PIL images that are not in a list, are
+            read before the next one is asked for.
         prepare: Of `Preprocessing`.
         num_workers: Threads; 0 decodes in the caller's thread. Decoding and resizing release Python's lock.
         ahead: How many images the threads may be ahead of the caller.
         pixel_format: Of the images that `prepare` takes.
+
+    Raises:
+        ValueError: An item that is not an image, by its name or position.
     """
 
-    def prepared(index: int, image: ImageInput) -> PreparedImage:
-        name = name_of(image, index)
-        try:
-            return PreparedImage(name, prepare(decode(image, pixel_format)))
-        except BadImageError as error:
-            return PreparedImage(name, None, error)
+    is_list = isinstance(images, Sequence)
+
+    def prepared(name: str, image: ImageInput | BadImageError) -> PreparedImage:
+        if isinstance(image, BadImageError):
+            return PreparedImage(name, None, image)
+        with naming(name):
+            try:
+                return PreparedImage(name, prepare(decode(image, pixel_format)))
+            except BadImageError as error:
+                return PreparedImage(name, None, error)
+
+    def named() -> Iterator[tuple[str, ImageInput | BadImageError]]:
+        for index, image in enumerate(images):
+            name = name_of(image, index)
+            with naming(name):
+                try:
+                    held = image if is_list and not is_file(image) else detached(image)
+                except BadImageError as error:
+                    held = error
+            yield name, held
 
     if num_workers == 0:
-        yield from (prepared(index, image) for index, image in enumerate(images))
+        yield from (prepared(name, image) for name, image in named())
         return
     pool, waiting = ThreadPoolExecutor(num_workers, thread_name_prefix="decode"), deque()
     try:
-        for index, image in enumerate(images):
-            waiting.append(pool.submit(prepared, index, image))
+        for name, image in named():
+            waiting.append(pool.submit(prepared, name, image))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:

@@ -1,8 +1,9 @@
 """`ImageClassifier` and `FeatureExtractor`: transformers' pipelines in batches, with the same results."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -13,11 +14,11 @@ from transformers.utils import logging
 
 from ..data.decode import printable
 from ..data.workers import cores_of_process
-from ..loading import load_classifier, load_encoder, load_processor, pooled_features, size_options
+from ..loading import load_classifier, load_encoder, load_processor, pooled_features, size_options, weights_hash
 from ..problem_types import REGRESSION, THRESHOLDS
 from ..processing import for_pixels, pixel_format_of
 from .acceleration import BATCH_SIZES, OTHER_BATCH_SIZE, choose_dtype, prepare_for_inference, uses_channels_last
-from .images import ImageInput, PreparedImage, find_images, prepared_images
+from .images import ImageInput, NamedImage, PreparedImage, find_images, is_file, prepared_images
 from .preprocessing import Preprocessing
 
 
@@ -67,11 +68,12 @@ class Predictor:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if num_workers is not None and num_workers < 0:
             raise ValueError(f"num_workers must be at least 0, got {num_workers}")
-        self.device = _device(device)
+        self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.batch_size = batch_size or BATCH_SIZES.get(self.device.type, OTHER_BATCH_SIZE)
         self.num_workers = min(cores_of_process(), MOST_THREADS) if num_workers is None else num_workers
         self.bad_images = bad_images
+        self.name = os.fspath(model)
         self.model = self.load(model)
         if dtype == "auto" and self.model.config.problem_type == REGRESSION:
             self.dtype = torch.float32  # bfloat16 has 8 bits for a value
@@ -97,7 +99,8 @@ class Predictor:
         Batch by batch, in the order of the input.
 
         Args:
-            images: One image, a folder, or any iterable of images, which is read as needed.
+            images: One image, a folder, or any iterable of images, which is read as needed; of an iterator, files and
+                PIL images are read before it is asked for the next one.
 
         Returns:
             Pairs of the images of a batch and the outputs (B', ·) float32 on the CPU for those that could be decoded:
@@ -166,7 +169,8 @@ class ImageClassifier(Predictor):
         that of its class.
 
         Args:
-            images: One image (path, encoded bytes, PIL image, array, tensor), a folder, or an iterable.
+            images: One image (path, encoded bytes, file opened in binary mode, PIL image, array, tensor), a folder, or
+                a list, a generator or another iterable of images.
             top_k, function_to_apply: As in the pipeline.
 
         Returns:
@@ -236,6 +240,11 @@ class FeatureExtractor(Predictor):
     def load(model: str | os.PathLike) -> PreTrainedModel:
         return load_encoder(model, dtype=torch.float32)
 
+    @cached_property
+    def weights_hash(self) -> str:
+        """`loading.weights_hash` of the saved encoder, which is loaded again: the one here is changed for speed."""
+        return weights_hash(self.load(self.name))
+
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return pooled_features(self.model, pixel_values)
 
@@ -256,7 +265,8 @@ class FeatureExtractor(Predictor):
             if rows.numel():
                 features.append(rows)
         if not features:
-            raise ValueError(f"no features: none of the {number} images could be decoded")
+            why = f"none of the {number} images could be decoded" if number else "there are no images"
+            raise ValueError(f"no features: {why}")
         found = torch.cat(features)
         if len(found) == number:
             return found
@@ -281,9 +291,11 @@ def apply(function: str, logits: np.ndarray) -> np.ndarray:
 def is_one_image(images) -> bool:
     """Whether an input is one image, not a folder or an iterable."""
     if isinstance(images, (str, os.PathLike)):
-        return not os.path.isdir(images)
-    is_array = isinstance(images, torch.Tensor | np.ndarray) and images.ndim in (2, 3)
-    return isinstance(images, (bytes, Image.Image)) or is_array
+        return not os.path.isdir(os.path.expanduser(images))
+    if isinstance(images, torch.Tensor | np.ndarray):
+        return images.ndim != 4
+    is_image = isinstance(images, bytes | bytearray | memoryview | Image.Image | NamedImage) or is_file(images)
+    return is_image or isinstance(images, Mapping) or not isinstance(images, Iterable)
 
 
 def as_images(images: str | os.PathLike | Iterable[ImageInput]) -> Iterable[ImageInput]:
@@ -293,7 +305,8 @@ def as_images(images: str | os.PathLike | Iterable[ImageInput]) -> Iterable[Imag
     return find_images(images) if isinstance(images, (str, os.PathLike)) else images
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """A device that is available; None is the accelerator of this machine, or its CPU. ValueError otherwise."""
     if device is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:

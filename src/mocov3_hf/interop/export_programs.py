@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import logging
 import re
 import warnings
@@ -13,10 +14,15 @@ from torch import nn
 from transformers import BaseImageProcessor
 
 from ..model.configuration_mocov3 import to_pair
+from ..model.image_processing_mocov3 import MoCoV3ImageProcessor
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
+from ..reporting import warn
 
 
 # Legend of dimensions: B batch, C H W image.
+
+# Steps of image processors that the metadata describe.
+KNOWN_STEPS = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}
 
 
 def output_name(model: nn.Module) -> str:
@@ -42,6 +48,43 @@ def image_shape(model: nn.Module, processor: BaseImageProcessor) -> tuple[int, i
     crop = processor.crop_size
     size = getattr(backbone, "image_size", None) or (crop["height"], crop["width"])
     return (backbone.num_channels, *to_pair(size))
+
+
+def preprocessing_metadata(model: nn.Module, processor: BaseImageProcessor) -> dict[str, str]:
+    """
+    What a program needs to know to run on images, as JSON by key; docs/interop.md explains the keys.
+
+    A processor that does anything else than these steps has only its class under `image_processor`, with a warning.
+    """
+    settings = json.loads(processor.to_json_string())
+    name, size = settings["image_processor_type"], settings.get("size") or {}
+    is_ours = name == MoCoV3ImageProcessor.__name__
+    scaling = ["scale"] if is_ours or settings.get("do_rescale") else []
+    fitting = [step for step in ("resize", "center_crop") if settings.get(f"do_{step}")]
+    steps = [*scaling, *fitting] if is_ours else [*fitting, *scaling]
+    pixel_range = settings.get("pixel_range") if is_ours else [0, 1 / (settings.get("rescale_factor") or 1)]
+    found = {
+        "image_processor": name,
+        "num_channels": image_shape(model, processor)[0],
+        "image_size": image_shape(model, processor)[1:],
+        "steps": [*steps, *(["normalize"] if settings.get("do_normalize") else [])],
+        "resize": size,
+        "resample": {2: "bilinear", 3: "bicubic"}.get(settings.get("resample")),
+        "center_crop": settings.get("crop_size"),
+        "pixel_range": pixel_range,
+        "nodata": settings.get("nodata"),
+        "image_mean": settings.get("image_mean"),
+        "image_std": settings.get("image_std"),
+    }
+    others = {key for key, value in settings.items() if key.startswith("do_") and value is True} - KNOWN_STEPS
+    is_known = size.keys() in ({"shortest_edge"}, {"height", "width"}) and found["resample"] is not None
+    if others or "crop_pct" in settings or ("resize" in steps and not is_known):
+        warn(f"{name} does more than resize, crop and normalize: the export has no metadata for preprocessing")
+        found = {"image_processor": name}
+    found["output"] = output_name(model)
+    if isinstance(model, MoCoV3ForImageClassification):
+        found["labels"] = [model.config.id2label[number] for number in range(model.config.num_labels)]
+    return {key: json.dumps(value) for key, value in found.items()}
 
 
 def trace(
@@ -81,6 +124,7 @@ def write_onnx(
             trace(model, processor), dynamo=True, input_names=["pixel_values"], output_names=[output], verbose=False
         )
         name_batch(program)
+        program.model.metadata_props.update(preprocessing_metadata(model, processor))
         program.save(path)
     onnx.checker.check_model(path)
     save_settings(model, processor, folder)
@@ -109,7 +153,8 @@ def write_torch_export(
     """`model.pt2`, a program of `torch.export`."""
     path = folder / "model.pt2"
     with quiet():
-        torch.export.save(trace(model, processor), path)
+        metadata = json.dumps(preprocessing_metadata(model, processor))
+        torch.export.save(trace(model, processor), path, extra_files={"metadata.json": metadata})
         loaded = torch.export.load(path).module()
     save_settings(model, processor, folder)
 

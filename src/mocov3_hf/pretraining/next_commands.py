@@ -68,7 +68,5 @@ def next_commands(recipe: Recipe) -> list[str]:
         ]
     elif not data.streaming:
         images = ["--dataset_name", str(data.dataset_name), "--test_split", data.train_split, *about_data]
-        commands.append(
-            ["mocov3", "extract", *common, *images, "--output", str(Path(folder) / "features.safetensors")]
-        )
+        commands.append(["mocov3", "extract", *common, *images, "--output_dir", str(Path(folder) / "features")])
     return [shlex.join(command) for command in commands]
