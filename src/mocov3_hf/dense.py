@@ -134,7 +134,7 @@ def check_decoder(config: PreTrainedConfig | None, backbone: MoCoV3Backbone) -> 
     Raises:
         ValueError: a decoder of transformers that cannot take the output of the backbone.
     """
-    decoder, kind = getattr(config, "model_type", None), backbone.config.backbone_config.model_type
+    decoder, kind = getattr(config, "model_type", None), backbone.mocov3.backbone.config.model_type
     returns_tokens = not backbone.config.reshape_hidden_states
     if decoder in TAKE_TOKENS and not returns_tokens:
         if not backbone.is_plain_vit:
@@ -166,7 +166,9 @@ def check_same_architecture(source: PreTrainedConfig, target: PreTrainedConfig, 
             )
 
 
-def with_more_channels(name: str, weight: torch.Tensor, expected: torch.Tensor, target: PreTrainedModel):
+def with_more_channels(
+    name: str, weight: torch.Tensor, expected: torch.Tensor, target: PreTrainedModel
+) -> torch.Tensor:
     """
     The weights of the first layer for more channels than they were trained with, zero for those added.
 
