@@ -3,6 +3,8 @@ The decoders of transformers, tiny, on every kind of backbone: what works, what 
 docs/dense.md, which `python -m tests.dense.matrix` writes.
 """
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +33,7 @@ from transformers import (
     VitMatteForImageMatting,
 )
 
+from examples.comparison import table as comparison
 from mocov3_hf import MoCoV3Config
 from tests.launch import ROOT
 
@@ -275,7 +278,7 @@ DECODERS = {
 }
 CASES = [(decoder, backbone) for decoder in DECODERS for backbone in BACKBONES]
 PAGE = ROOT / "docs" / "dense.md"
-BEGIN, END = "<!-- what works, by tests/dense/matrix.py -->", "<!-- end of what works -->"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def table() -> str:
@@ -287,11 +290,26 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def with_table(text: str) -> str:
-    """The text of the page with the table of today."""
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.partition(END)[2]}"
+def measured() -> str:
+    """The tables of the two examples, from the `comparison.json` of each."""
+    parts = []
+    for name, heading in (("segmentation", "UperNet"), ("detection", "RT-DETR")):
+        found = json.loads((RESULTS / f"dense_{name}_cpu.json").read_text(encoding="utf-8"))
+        steps = found["results"]["random"]["steps"]
+        given = f"{heading}, {found['train_images']} training images, {steps} steps"
+        parts.append(
+            f"{given} ([{name}](../benchmarks/results/dense_{name}_cpu.json)):\n\n{comparison(found['results'])}"
+        )
+    return "\n\n".join(parts)
+
+
+def with_tables(text: str) -> str:
+    """The text of the page with the tables of today."""
+    for name, content in (("what works", table()), ("measured", measured())):
+        pattern = re.compile(rf"(<!-- {name}[^\n]*-->\n).*(<!-- end of {name} -->)", re.DOTALL)
+        text = pattern.sub(lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}", text)
+    return text
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -5,7 +5,7 @@ import torch
 
 from mocov3_hf import MoCoV3Backbone, MoCoV3Config, MoCoV3ForPreTraining, dense
 from mocov3_hf.loading import quiet_transformers
-from tests.dense.matrix import BACKBONES, CASES, DECODERS, PAGE, SIZE, with_table
+from tests.dense.matrix import BACKBONES, CASES, DECODERS, PAGE, SIZE, with_tables
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,6 @@ def test_decoder_on_backbone(name, kind, encoders, tmp_path, capsys):
             assert expected.shape[-2:] == (height, width)
 
 
-def test_the_page_has_this_table():
+def test_the_page_has_these_tables():
     text = PAGE.read_text(encoding="utf-8")
-    assert text == with_table(text), "run python -m tests.dense.matrix"
+    assert text == with_tables(text), "run python -m tests.dense.matrix"
