@@ -31,6 +31,8 @@ MAY_DIFFER = (
     "hidden_dropout_prob",
     "initializer_range",
     "num_channels",  # checked with the weights
+    "output_attentions",
+    "output_hidden_states",
     "position_embedding",  # a fixed table initializes a learned one
     "problem_type",
 )
@@ -105,12 +107,12 @@ def load_backbone(model: nn.Module, pretrained: str | os.PathLike, **options: An
             state[name] = with_more_channels(name, state[name], expected, target)
             added = f"; zeros for the channels after the first {source.config.num_channels}"
     # Decoders replace batch norms by frozen ones, which count no batches.
-    unused = [name for name in state.keys() - target.state_dict().keys() if not name.endswith("num_batches_tracked")]
-    missing = sorted(target.state_dict().keys() - state.keys())
-    if unused or missing:
+    names = sorted(state.keys() ^ target.state_dict().keys())
+    different = [name for name in names if not name.endswith("num_batches_tracked")]
+    if different:
         raise ValueError(
             f"{os.fspath(pretrained)!r} holds another architecture than the backbone of {type(model).__name__}:"
-            f" {(missing + unused)[0]} is in one of them only"
+            f" {different[0]} is in one of them only"
         )
     target.load_state_dict(state, strict=False)
     if is_first_process():
