@@ -2,8 +2,8 @@
 
     python benchmarks/dense_data.py DIR [--unlabeled 3000 --train 300 --test 500] [--seed 0]
 
-Gray images of 64×64 pixels with one to three handwritten digits of scikit-learn, rotated, of 24 to 36 pixels, among
-strokes on a noisy background. The columns are those of data sets on the Hub: `image` and `mask` (0 for the
+Gray images of 32×32 pixels with a handwritten digit of scikit-learn, rotated and somewhere in the image, on a noisy
+background with up to two strokes. The columns are those of data sets on the Hub: `image` and `mask` (0 for the
 background, then the digits 0 to 9) for segmentation; `objects` with `bbox` (x, y, width, height in pixels) and
 `category` as in CPPE-5 for detection. Digits of the split `test` occur in no other split.
 """
@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 
-SIZE = 64
-SIDES = (24, 36)  # of a digit in pixels, before rotation
+SIZE = 32
+SIDES = (16, 24)  # of a digit in pixels, before rotation
 VISIBLE = 0.3  # smallest value of a pixel, in [0, 1], that belongs to a digit
 FEATURES = datasets.Features(
     {
@@ -33,7 +33,7 @@ FEATURES = datasets.Features(
 
 def make_scene(digits: np.ndarray, labels: np.ndarray, random: np.random.Generator) -> dict:
     """
-    One image with its mask and its boxes.
+    One image with its mask and its box.
 
     Args:
         digits: To draw from, float (n, 8, 8) in [0, 1].
@@ -41,7 +41,7 @@ def make_scene(digits: np.ndarray, labels: np.ndarray, random: np.random.Generat
         random: Where everything is drawn from.
 
     Returns:
-        A row of `FEATURES`. Digits do not overlap.
+        A row of `FEATURES`.
     """
     scene = np.full((SIZE, SIZE), random.uniform(0.0, 0.3))
     strokes = Image.new("L", (SIZE, SIZE))
@@ -49,28 +49,24 @@ def make_scene(digits: np.ndarray, labels: np.ndarray, random: np.random.Generat
         ends = random.integers(0, SIZE, 4).tolist()
         ImageDraw.Draw(strokes).line(ends, fill=int(random.integers(60, 160)), width=2)
     scene = np.maximum(scene, np.asarray(strokes) / 255)
-    mask, boxes, categories = np.zeros((SIZE, SIZE), np.uint8), [], []
-    for _ in range(random.integers(1, 4)):
-        chosen = random.integers(len(digits))
-        side = int(random.integers(*SIDES, endpoint=True))
-        glyph = Image.fromarray((255 * digits[chosen]).astype(np.uint8))
-        glyph = glyph.resize((side, side), Image.Resampling.BICUBIC)
-        glyph = glyph.rotate(random.uniform(-20, 20), Image.Resampling.BICUBIC, expand=True)
-        pixels = np.asarray(glyph) / 255
-        top, left = (int(random.integers(0, SIZE - length + 1)) for length in pixels.shape)
-        place = np.s_[top : top + pixels.shape[0], left : left + pixels.shape[1]]
-        inside = pixels > VISIBLE
-        if mask[place].any():
-            continue
-        scene[place] = np.where(inside, np.maximum(scene[place], pixels * random.uniform(0.75, 1.0)), scene[place])
-        mask[place][inside] = 1 + labels[chosen]
-        rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
-        y, x = int(rows[0]), int(columns[0])
-        boxes.append([left + x, top + y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1])
-        categories.append(int(labels[chosen]))
+    chosen, side = random.integers(len(digits)), int(random.integers(*SIDES, endpoint=True))
+    glyph = Image.fromarray((255 * digits[chosen]).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    pixels = np.asarray(glyph.rotate(random.uniform(-20, 20), Image.Resampling.BICUBIC, expand=True)) / 255
+    top, left = (int(random.integers(0, SIZE - length + 1)) for length in pixels.shape)
+    digit = np.pad(
+        pixels, [(start, SIZE - start - length) for start, length in zip((top, left), pixels.shape, strict=True)]
+    )
+    mask = digit > VISIBLE
+    scene = np.where(mask, np.maximum(scene, digit * random.uniform(0.75, 1.0)), scene)
+    y, x = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    box = [int(x[0]), int(y[0]), int(x[-1] - x[0] + 1), int(y[-1] - y[0] + 1)]
     noisy = scene + random.normal(0, 0.06, scene.shape)
     image = Image.fromarray((255 * noisy.clip(0, 1)).astype(np.uint8)).convert("RGB")
-    return {"image": image, "mask": Image.fromarray(mask), "objects": {"bbox": boxes, "category": categories}}
+    return {
+        "image": image,
+        "mask": Image.fromarray(np.where(mask, 1 + labels[chosen], 0).astype(np.uint8)),
+        "objects": {"bbox": [box], "category": [int(labels[chosen])]},
+    }
 
 
 def make_data(folder: str | Path, counts: dict[str, int], seed: int = 0) -> Path:

@@ -3,7 +3,6 @@ The decoders of transformers, tiny, on every kind of backbone: what works, what 
 docs/dense.md, which `python -m tests.dense.matrix` writes.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,7 +32,6 @@ from transformers import (
     VitMatteForImageMatting,
 )
 
-from examples.comparison import table as comparison
 from mocov3_hf import MoCoV3Config
 from tests.launch import ROOT
 
@@ -278,7 +276,6 @@ DECODERS = {
 }
 CASES = [(decoder, backbone) for decoder in DECODERS for backbone in BACKBONES]
 PAGE = ROOT / "docs" / "dense.md"
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 def table() -> str:
@@ -290,22 +287,9 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def measured() -> str:
-    """The tables of the two examples, from the `comparison.json` of each."""
-    parts = []
-    for name, heading in (("segmentation", "UperNet"), ("detection", "RT-DETR")):
-        found = json.loads((RESULTS / f"dense_{name}_cpu.json").read_text(encoding="utf-8"))
-        steps = found["results"]["random"]["steps"]
-        given = f"{heading}, {found['train_images']} training images, {steps} steps"
-        parts.append(
-            f"{given} ([{name}](../benchmarks/results/dense_{name}_cpu.json)):\n\n{comparison(found['results'])}"
-        )
-    return "\n\n".join(parts)
-
-
 def with_tables(text: str) -> str:
     """The text of the page with the tables of today."""
-    for name, content in (("what works", table()), ("measured", measured())):
+    for name, content in (("what works", table()),):
         pattern = re.compile(rf"(<!-- {name}[^\n]*-->\n).*(<!-- end of {name} -->)", re.DOTALL)
         text = pattern.sub(lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}", text)
     return text

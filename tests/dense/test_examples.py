@@ -101,7 +101,7 @@ def test_boxes_and_their_average_precision(example, arguments, scenes):
     labels = detection.Collator(options, False)(rows)["labels"]
     for row, label in zip(rows, labels, strict=True):
         for (x, y, width, height), found in zip(row["objects"]["bbox"], label["boxes"].tolist(), strict=True):
-            assert found == pytest.approx([(x + width / 2) / 64, (y + height / 2) / 64, width / 64, height / 64])
+            assert found == pytest.approx([(x + width / 2) / 32, (y + height / 2) / 32, width / 32, height / 32])
         assert label["class_labels"].tolist() == row["objects"]["category"]
     # A model that finds every box, and one that finds them too high: 0.7 of 1.3 heights are in both boxes, IoU 0.54.
     logits, boxes = torch.full((len(rows), 5, 10), -9.0), torch.full((len(rows), 5, 4), 0.5)
