@@ -117,7 +117,7 @@ def test_boxes_and_their_average_precision(example, arguments, scenes):
         metric = MeanAveragePrecision()
         metric.update(*read((logits, moved), labels))
         scores.append(float(metric.compute()["map"]))
-    assert scores == [1.0, pytest.approx(0.1)]  # at one of ten thresholds
+    assert scores == [1.0, pytest.approx(0.1, abs=0.01)]  # one of ten thresholds, and boxes of low scores
 
 
 def test_mistakes_are_named_in_one_line(example, arguments, scenes, tmp_path):
