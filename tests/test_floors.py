@@ -42,6 +42,7 @@ FLOORS = {
     "interop": 2,
     "report": 2,
     "trainer": 2,
+    "dense": 2,
 }
 # Whole calls, made of several rooms of floor 2.
 TOP = ("__main__", "__init__", "api", "curation")

@@ -54,6 +54,9 @@ NAMES_AND_DATES = (
     "id2label",
     "label2id",
     "use_cache",  # written by `Trainer` into every configuration
+    "add_fpn",  # these three: of `MoCoV3Backbone` alone
+    "apply_layernorm",
+    "reshape_hidden_states",
 )
 DEFAULT_IMAGE_SIZE = 224
 WHAT_LOADS = "a folder written by save_pretrained, a Hub id, or a name that mocov3 zoo lists"

@@ -182,6 +182,14 @@ def test_image_columns(table):
         find_image_column(both)
 
 
+def test_image_column_of_a_saved_data_set(table, rows, tmp_path):
+    raw = table.cast_column("image", datasets.Image(decode=False))
+    raw.add_column("mask", raw[:]["image"][::-1], feature=datasets.Image()).save_to_disk(str(tmp_path))
+    for name, expected in (("image", rows), ("mask", rows[::-1])):
+        source = open_source(str(tmp_path), image_column=name)
+        assert [source.read(index) for index in range(3)] == [row["bytes"] for row in expected[:3]]
+
+
 def test_columns_without_the_metadata_of_datasets(rows, tmp_path, make_jpeg):
     import pyarrow as pa
     import pyarrow.parquet as pq

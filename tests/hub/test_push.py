@@ -55,6 +55,7 @@ def test_push_brings_weights_settings_code_card_and_record(run_folder, hub, api)
         "metrics.jsonl",
         "model.safetensors",
         "modeling_mocov3.py",
+        "modeling_mocov3_backbone.py",
         "modeling_mocov3_pretraining.py",
         "modeling_mocov3_vit.py",
         "modeling_mocov3_vit_embeddings.py",

@@ -103,7 +103,8 @@ def _open(
         kind = "data set of datasets"
         saved = _load_saved(name, split)
         if saved is not None:
-            return _Opened(saved, Account(name, split, "data set saved by datasets", len(saved), len(saved)))
+            found = Account(name, split, "data set saved by datasets", len(saved), len(saved))
+            return _Opened(saved, found, image_column)
         local = None
         if config_name is None and not _has_configurations(Path(name)):
             local = open_local(name, split, image_column, labeled=labeled)

@@ -13,7 +13,7 @@ CODE_FOLDER = Path(__file__).parent.parent / "model"
 # Complete maps by model type: `save_pretrained` itself names only AutoConfig and the class of the saved model.
 AUTO_MAPS = {
     "mocov3": {
-        "AutoBackbone": "modeling_mocov3.MoCoV3Backbone",
+        "AutoBackbone": "modeling_mocov3_backbone.MoCoV3Backbone",
         "AutoConfig": "configuration_mocov3.MoCoV3Config",
         "AutoModel": "modeling_mocov3.MoCoV3Model",
         "AutoModelForImageClassification": "modeling_mocov3.MoCoV3ForImageClassification",

@@ -2,7 +2,8 @@
 
 from .configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig
 from .image_processing_mocov3 import MoCoV3ImageProcessor
-from .modeling_mocov3 import MoCoV3Backbone, MoCoV3ForImageClassification, MoCoV3Model, MoCoV3PreTrainedModel
+from .modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model, MoCoV3PreTrainedModel
+from .modeling_mocov3_backbone import MoCoV3Backbone
 from .modeling_mocov3_pretraining import MoCoV3ForPreTraining, MoCoV3ForPreTrainingOutput
 from .modeling_mocov3_vit import MoCoV3ViTModel, MoCoV3ViTPreTrainedModel
 

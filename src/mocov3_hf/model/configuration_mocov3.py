@@ -29,6 +29,9 @@ POSITION_EMBEDDINGS = ("sincos2d", "learned")
 MLP_NORMS = ("layer_norm", "batch_norm")
 CONV_STEM_STRIDE = 16  # four convolutions of stride 2
 MAX_LAYERS = 10_000
+FPN_STRIDES = (4, 8, 16, 32)
+# Set together by `MoCoV3Config.from_dict`: which maps `MoCoV3Backbone` returns, and how.
+MAP_OPTIONS = ("add_fpn", "apply_layernorm", "reshape_hidden_states", "out_features", "out_indices")
 # What `MoCoV3Config` reads from its backbone.
 BACKBONE_ATTRIBUTES = ("hidden_size", "image_size", "num_channels", "num_hidden_layers", "patch_size")
 
@@ -189,6 +192,15 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
         Whether to initialize the last normalization of every residual block of a ResNet with zeros.
     initializer_range (`float`, *optional*, defaults to 0.01):
         Standard deviation of the normal distribution that initializes the classification head.
+    add_fpn (`bool`, *optional*, defaults to `False`):
+        Whether `MoCoV3Backbone` makes a feature pyramid of the last map of a ViT: `"stage1"` to `"stage4"` with the
+        strides 4, 8, 16 and 32, as a ResNet has them (the simple pyramid of ViTDet, Li et al. 2022). With a patch
+        size that is not a power of two, the strides are multiples of it near these.
+    apply_layernorm (`bool`, *optional*, defaults to `True`):
+        Whether the feature maps of a ViT pass through its final normalization.
+    reshape_hidden_states (`bool`, *optional*, defaults to `True`):
+        Whether the feature maps of a ViT have the shape `(B, D, h, w)`. Otherwise they are tokens `(B, L, D)`, with
+        the CLS token, as DPT and Depth Anything take them.
 
     Example:
 
@@ -217,6 +229,9 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
     temperature: float | int = 0.2
     zero_init_residual: bool = True
     initializer_range: float | int = 0.01
+    add_fpn: bool = False
+    apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -233,7 +248,13 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(
                     f"{name} belongs to the backbone: pass backbone_config={{'model_type': ..., {name!r}: ...}}"
                 )
+        self.check_feature_maps()
+        kwargs.pop("stage_names", None)  # saved for readers
         self.stage_names = stage_names_of(self.backbone_config)
+        if self.add_fpn:
+            self.stage_names = ["stem", *(f"stage{level}" for level in range(1, len(FPN_STRIDES) + 1))]
+            if out_features is None and out_indices is None:
+                out_features = self.stage_names[1:]
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
         super().__post_init__(**kwargs)
 
@@ -248,10 +269,46 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
         if self.hidden_size is not None and self.hidden_size < 1:
             raise ValueError(f"the backbone must have a hidden_size of at least 1, got {self.hidden_size}")
 
+    def check_feature_maps(self) -> None:
+        """
+        Raises:
+            ValueError: feature maps that the backbone cannot return.
+        """
+        kind = self.backbone_config.model_type
+        if self.add_fpn and not is_plain_vit(self.backbone_config):
+            raise ValueError(
+                f"add_fpn makes a pyramid of the one map of a ViT, and a {kind} backbone has maps of several strides:"
+                " leave it out, and choose maps with out_features"
+            )
+        if not self.reshape_hidden_states and not is_plain_vit(self.backbone_config):
+            raise ValueError(
+                f"reshape_hidden_states=False returns the tokens of a ViT, and a {kind} backbone has maps: use a ViT"
+            )
+        if self.add_fpn and not self.reshape_hidden_states:
+            raise ValueError(
+                "a feature pyramid consists of maps: pass add_fpn or reshape_hidden_states=False, not both"
+            )
+        if self.add_fpn and self.hidden_size % (divisor := 2 ** max(*self.fpn_exponents, 0)) != 0:
+            raise ValueError(f"add_fpn needs a hidden_size that is a multiple of {divisor}, got {self.hidden_size}")
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As that of `PreTrainedConfig`, which would set the options of feature maps one after another."""
+        given = {name: kwargs.pop(name) for name in MAP_OPTIONS if name in kwargs}
+        if given.keys() & {"add_fpn", "out_features", "out_indices"}:
+            config_dict = {**config_dict, "out_features": None, "out_indices": None}
+        return super().from_dict({**config_dict, **given}, **kwargs)
+
+    @property
+    def fpn_exponents(self) -> list[int]:
+        """The factors from the grid of patches to each level of the pyramid, as powers of two: 2, 1, 0, -1 for 16."""
+        patch_size = max(to_pair(self.patch_size))
+        return [round(math.log2(patch_size / stride)) for stride in FPN_STRIDES]
+
     @property
     def num_hidden_layers(self) -> int:
         """Number of hidden states of the backbone, not counting that of the stem."""
-        return len(self.stage_names) - 1
+        return len(stage_names_of(self.backbone_config)) - 1
 
     @property
     def hidden_size(self) -> int | None:
@@ -268,8 +325,9 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def patch_size(self) -> int | list[int] | tuple[int, int] | None:
-        """Patch size of the backbone, or `None` if it has none, as a ResNet."""
-        return getattr(self.backbone_config, "patch_size", None)
+        """Patch size of the backbone, one integer if it is square, or `None` if it has none, as a ResNet."""
+        size = getattr(self.backbone_config, "patch_size", None)
+        return size[0] if isinstance(size, (list, tuple)) and len(set(size)) == 1 else size
 
     @property
     def num_channels(self) -> int | None:
@@ -299,6 +357,12 @@ def build_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrainedC
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"backbone_config: model type {model_type!r} is unknown to transformers.{hint}")
     return CONFIG_MAPPING[model_type](**values)
+
+
+def is_plain_vit(backbone_config: PreTrainedConfig) -> bool:
+    """Whether all hidden states of a backbone are tokens of one width on one grid of patches."""
+    is_one = isinstance(getattr(backbone_config, "hidden_size", None), int) and hasattr(backbone_config, "patch_size")
+    return is_one and not any(getattr(backbone_config, name, None) for name in ("depths", "hidden_sizes"))
 
 
 def stage_names_of(backbone_config: PreTrainedConfig) -> list[str]:

@@ -11,19 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The encoder of MoCo v3 with any vision backbone, as a feature extractor, a backbone and an image classifier."""
+"""The encoder of MoCo v3 with any vision backbone, as a feature extractor and an image classifier."""
 
 import torch
 from torch import nn
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
-from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
+from .configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig
 from .modeling_mocov3_vit import MoCoV3ViTModel, freeze_fixed_parameters, init_torch_default
 
 
@@ -311,90 +310,4 @@ def ignore_own_keys_only(model: PreTrainedModel) -> None:
     model._keys_to_ignore_on_load_unexpected = set(type(model)._keys_to_ignore_on_load_unexpected or ())
 
 
-@auto_docstring(
-    custom_intro="""
-    The encoder of MoCo v3 as a backbone for detection and segmentation: it returns the feature maps of the stages
-    in `config.out_features`.
-    """
-)
-class MoCoV3Backbone(BackboneMixin, MoCoV3PreTrainedModel):
-    _keys_to_ignore_on_load_unexpected = MoCoV3Model._keys_to_ignore_on_load_unexpected
-
-    def __init__(self, config: MoCoV3Config):
-        super().__init__(config)
-        self.mocov3 = MoCoV3Model(config)
-        self.num_features = stage_widths(self.mocov3.backbone, len(self.stage_names))
-        self.post_init()
-
-    @can_return_tuple
-    @filter_output_hidden_states
-    @auto_docstring
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BackboneOutput:
-        r"""
-        Returns `feature_maps`, one of shape `(B, channels, h, w)` for each of `config.out_features`. Those of a ViT
-        pass through its final normalization.
-
-        Example:
-
-        ```python
-        >>> import torch
-        >>> from mocov3_hf import MoCoV3Backbone, MoCoV3Config
-
-        >>> backbone = {"model_type": "resnet", "hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8}
-        >>> config = MoCoV3Config(backbone_config=backbone, out_features=["stage1", "stage2"])
-        >>> model = MoCoV3Backbone(config).eval()
-        >>> outputs = model(torch.randn(2, 3, 32, 32))
-        >>> [list(feature_map.shape) for feature_map in outputs.feature_maps]
-        [[2, 8, 8, 8], [2, 16, 4, 4]]
-        ```
-        """
-        outputs = self.mocov3(pixel_values, output_hidden_states=True, output_attentions=output_attentions, **kwargs)
-        feature_maps = tuple(
-            self.feature_map(hidden_state, pixel_values)
-            for stage, hidden_state in zip(self.stage_names, outputs.hidden_states, strict=True)
-            if stage in self.out_features
-        )
-        return BackboneOutput(
-            feature_maps=feature_maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-    def feature_map(self, hidden_state: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Feature map `(B, channels, h, w)` of a hidden state of that shape or of tokens `(B, L, channels)`."""
-        if hidden_state.dim() == 4:
-            return hidden_state
-        layernorm = getattr(self.mocov3.backbone, "layernorm", None)
-        if layernorm is not None and not hasattr(self.config.backbone_config, "depths"):
-            hidden_state = layernorm(hidden_state)
-        grid = token_grid(hidden_state, pixel_values, self.config.backbone_config)
-        patches = hidden_state[:, hidden_state.shape[1] - grid[0] * grid[1] :]
-        return patches.transpose(1, 2).unflatten(2, grid).contiguous()
-
-
-def token_grid(hidden_state: torch.Tensor, pixel_values: torch.Tensor, config: MoCoV3Config) -> tuple[int, int]:
-    """Grid `(h, w)` of the patch tokens. Hierarchical models halve it in each stage."""
-    height, width = (
-        size // patch for size, patch in zip(pixel_values.shape[-2:], to_pair(config.patch_size), strict=True)
-    )
-    while height * width > hidden_state.shape[1]:
-        height, width = (height + 1) // 2, (width + 1) // 2
-    return height, width
-
-
-def stage_widths(backbone: PreTrainedModel, num_stages: int) -> list[int]:
-    """Number of channels of every hidden state, starting with the stem."""
-    config = backbone.config
-    if (embed_dim := getattr(config, "embed_dim", None)) is not None:  # Swin: hidden states are those after merging
-        widths = [embed_dim * 2**index for index in range(num_stages - 1)]
-        return [*widths, widths[-1]]
-    if (hidden_sizes := getattr(config, "hidden_sizes", None)) is not None:
-        return [getattr(config, "embedding_size", hidden_sizes[0]), *hidden_sizes]
-    return [pooled_width(backbone)] * num_stages
-
-
-__all__ = ["MoCoV3Backbone", "MoCoV3ForImageClassification", "MoCoV3Model", "MoCoV3PreTrainedModel"]
+__all__ = ["MoCoV3ForImageClassification", "MoCoV3Model", "MoCoV3PreTrainedModel"]

@@ -1,0 +1,224 @@
+# Copyright 2026 The mocov3_hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The encoder of MoCo v3 as a backbone for detection and segmentation: feature maps, tokens or a feature pyramid."""
+
+import inspect
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_outputs import BackboneOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_mocov3 import MoCoV3Config, is_plain_vit, to_pair
+from .modeling_mocov3 import MoCoV3Model, MoCoV3PreTrainedModel, pooled_width
+from .modeling_mocov3_vit import init_torch_default
+
+
+# Dimensions: B batch, C H W image, h w grid of patches or positions, L tokens, D width of a ViT.
+
+
+class MoCoV3ChannelLayerNorm(nn.LayerNorm):
+    """Layer normalization over the channels of a map `(B, C, h, w)`. Unlike a batch norm, it fits batches of one."""
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        return super().forward(feature_map.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class MoCoV3PyramidLevel(nn.Sequential):
+    """
+    A level of the simple feature pyramid (ViTDet, Li et al. 2022, §3): `(B, D, h, w)` to `2^exponent` times the grid.
+
+    Up, every doubling is a transposed convolution that halves the width. Down, it is max pooling.
+    """
+
+    def __init__(self, width: int, exponent: int):
+        layers: list[nn.Module] = []
+        for step in range(exponent):
+            if step > 0:
+                layers += [MoCoV3ChannelLayerNorm(width), nn.GELU()]
+            layers.append(nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2))
+            width //= 2
+        if exponent < 0:
+            layers.append(
+                nn.MaxPool2d(2**-exponent, ceil_mode=True)
+            )  # a part of a cell at the edge is one, as in CNNs
+        super().__init__(*layers)
+        self.width = width
+
+
+@auto_docstring(
+    custom_intro="""
+    The encoder of MoCo v3 as a backbone for detection and segmentation: it returns the feature maps of the stages
+    in `config.out_features`, of images of any size. The stages of a ViT are its blocks, or with `config.add_fpn` the
+    levels of a feature pyramid on its last one.
+    """
+)
+class MoCoV3Backbone(BackboneMixin, MoCoV3PreTrainedModel):
+    _keys_to_ignore_on_load_unexpected = MoCoV3Model._keys_to_ignore_on_load_unexpected
+
+    def __init__(self, config: MoCoV3Config):
+        super().__init__(config)
+        self.mocov3 = MoCoV3Model(config)
+        inner = self.mocov3.backbone
+        self.is_plain_vit = is_plain_vit(config.backbone_config)
+        self.can_interpolate = "interpolate_pos_encoding" in inspect.signature(inner.forward).parameters
+        self.has_attentions = any(hasattr(inner.config, name) for name in ("num_attention_heads", "num_heads"))
+        if config.add_fpn:
+            width = pooled_width(inner)
+            levels = dict(zip(self.stage_names[1:], config.fpn_exponents, strict=True))
+            # A level without a reader would have weights without a gradient, an error under DDP.
+            self.fpn = nn.ModuleDict(
+                {name: MoCoV3PyramidLevel(width, levels[name]) for name in self.out_features if name in levels}
+            )
+            self.num_features = [width, *(width // 2 ** max(exponent, 0) for exponent in levels.values())]
+        else:
+            self.num_features = stage_widths(inner, len(self.stage_names))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.ConvTranspose2d):
+            init_torch_default(module)
+        else:
+            super()._init_weights(module)
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BackboneOutput:
+        r"""
+        Returns `feature_maps`, one of shape `(B, channels, h, w)` for each of `config.out_features`. Those of a ViT
+        pass through its final normalization unless `config.apply_layernorm` is `False`. Its position embeddings are
+        interpolated for images of another size than it was trained with, and images that are not a multiple of its
+        patch size are padded with zeros on the right and at the bottom, so that `h` is `H / patch_size`, rounded up.
+        With `config.reshape_hidden_states=False`, the maps of a ViT are tokens `(B, L, D)`, and such images are
+        refused with a `ValueError`, because decoders of tokens round `h` down.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from mocov3_hf import MoCoV3Backbone, MoCoV3Config
+
+        >>> vit = {"model_type": "mocov3_vit", "hidden_size": 48, "num_hidden_layers": 2, "patch_size": 16}
+        >>> model = MoCoV3Backbone(MoCoV3Config(backbone_config=vit, add_fpn=True)).eval()
+        >>> outputs = model(torch.randn(1, 3, 96, 128))
+        >>> [list(feature_map.shape) for feature_map in outputs.feature_maps]
+        [[1, 12, 24, 32], [1, 24, 12, 16], [1, 48, 6, 8], [1, 48, 3, 4]]
+        ```
+        """
+        if self.is_plain_vit:
+            pixel_values = self.pad_to_patches(pixel_values)
+        if self.can_interpolate and tuple(pixel_values.shape[-2:]) != to_pair(self.config.image_size):
+            kwargs.setdefault("interpolate_pos_encoding", True)
+        outputs = self.mocov3(pixel_values, output_hidden_states=True, output_attentions=output_attentions, **kwargs)
+        if self.config.add_fpn:
+            feature_maps = self.pyramid(outputs.hidden_states, pixel_values)
+        else:
+            feature_maps = tuple(
+                self.feature_map(hidden_state, pixel_values)
+                for stage, hidden_state in zip(self.stage_names, outputs.hidden_states, strict=True)
+                if stage in self.out_features
+            )
+        return BackboneOutput(
+            feature_maps=feature_maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def pad_to_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        Images with zeros on the right and at the bottom, which are the mean after normalization, up to whole patches.
+
+        Raises:
+            ValueError: tokens are requested, whose grid is that of whole patches for their readers.
+        """
+        height, width = pixel_values.shape[-2:]
+        rows, columns = to_pair(self.config.backbone_config.patch_size)
+        bottom, right = -height % rows, -width % columns
+        if (bottom, right) == (0, 0):
+            return pixel_values
+        if not self.config.reshape_hidden_states:
+            raise ValueError(
+                f"images of {height}×{width} pixels are not a multiple of the patch size {rows}×{columns}, which"
+                " reshape_hidden_states=False needs: resize or pad them"
+            )
+        return nn.functional.pad(pixel_values, (0, right, 0, bottom))
+
+    def pyramid(self, hidden_states: tuple[torch.Tensor, ...], pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """
+        The maps of `out_features`: levels of the pyramid on the last hidden state, and the stem.
+
+        Raises:
+            ValueError: `out_features` was changed after the model was built.
+        """
+        last = self.feature_map(hidden_states[-1], pixel_values)
+        maps = []
+        for stage in self.out_features:
+            if stage == "stem":
+                maps.append(self.feature_map(hidden_states[0], pixel_values))
+            elif stage in self.fpn:
+                maps.append(self.fpn[stage](last))
+            else:
+                raise ValueError(
+                    f"the pyramid was built without {stage!r}: pass out_features to the configuration of a new model"
+                )
+        return tuple(maps)
+
+    def feature_map(self, hidden_state: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        Feature map `(B, channels, h, w)` of a hidden state of that shape or of tokens `(B, L, channels)`; without
+        `reshape_hidden_states` the tokens themselves.
+        """
+        if hidden_state.dim() == 4:
+            return hidden_state
+        layernorm = getattr(self.mocov3.backbone, "layernorm", None)
+        if layernorm is not None and self.is_plain_vit and self.config.apply_layernorm:
+            hidden_state = layernorm(hidden_state)
+        if not self.config.reshape_hidden_states:
+            return hidden_state
+        grid = token_grid(hidden_state, pixel_values, self.config.backbone_config)
+        patches = hidden_state[:, hidden_state.shape[1] - grid[0] * grid[1] :]
+        return patches.transpose(1, 2).unflatten(2, grid).contiguous()
+
+
+def token_grid(hidden_state: torch.Tensor, pixel_values: torch.Tensor, config: MoCoV3Config) -> tuple[int, int]:
+    """Grid `(h, w)` of the patch tokens. Hierarchical models halve it in each stage."""
+    height, width = (
+        size // patch for size, patch in zip(pixel_values.shape[-2:], to_pair(config.patch_size), strict=True)
+    )
+    while height * width > hidden_state.shape[1]:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return height, width
+
+
+def stage_widths(backbone: PreTrainedModel, num_stages: int) -> list[int]:
+    """Number of channels of every hidden state, starting with the stem."""
+    config = backbone.config
+    if (embed_dim := getattr(config, "embed_dim", None)) is not None:  # Swin: hidden states are those after merging
+        widths = [embed_dim * 2**index for index in range(num_stages - 1)]
+        return [*widths, widths[-1]]
+    if (hidden_sizes := getattr(config, "hidden_sizes", None)) is not None:
+        return [getattr(config, "embedding_size", hidden_sizes[0]), *hidden_sizes]
+    return [pooled_width(backbone)] * num_stages
+
+
+__all__ = ["MoCoV3Backbone"]
