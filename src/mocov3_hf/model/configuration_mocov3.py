@@ -11,8 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Configurations of MoCo v3: its own ViT, and any vision backbone with the projector and the predictor."""
+"""Configurations of MoCo v3: its own ViT, and a vision backbone with the projector and the predictor."""
 
+import copy
 import difflib
 import math
 from collections.abc import Iterable
@@ -28,6 +29,7 @@ STEMS = ("patch", "conv")
 POSITION_EMBEDDINGS = ("sincos2d", "learned")
 MLP_NORMS = ("layer_norm", "batch_norm")
 CONV_STEM_STRIDE = 16  # four convolutions of stride 2
+POOLINGS = ("auto", "cls", "mean")
 MAX_LAYERS = 10_000
 # What `MoCoV3Config` reads from its backbone.
 BACKBONE_ATTRIBUTES = ("hidden_size", "image_size", "num_channels", "num_hidden_layers", "patch_size")
@@ -169,8 +171,8 @@ class MoCoV3ViTConfig(PreTrainedConfig):
 class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
     r"""
     backbone_config (`dict` or `PreTrainedConfig`, *optional*):
-        Configuration of the backbone: `"mocov3_vit"` (the default), `"resnet"`, or any other vision model that
-        `AutoModel` can build and that returns a `pooler_output`. A dictionary must have the key `model_type`.
+        Configuration of the backbone: `"mocov3_vit"` (the default), `"resnet"`, or another vision model of
+        `AutoModel`; `docs/backbones.md` lists those that work. A dictionary must have the key `model_type`.
     projection_dim (`int`, *optional*, defaults to 256):
         Dimension of the embeddings in the contrastive loss.
     head_hidden_size (`int`, *optional*, defaults to 4096):
@@ -189,6 +191,11 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
         Whether to initialize the last normalization of every residual block of a ResNet with zeros.
     initializer_range (`float`, *optional*, defaults to 0.01):
         Standard deviation of the normal distribution that initializes the classification head.
+    pooling (`str`, *optional*, defaults to `"auto"`):
+        How the output of the backbone becomes one vector per image. `"auto"` takes the backbone's own `pooler_output`;
+        of a backbone without any, the CLS token after the final normalization, or else the mean. `"cls"` takes the CLS
+        token, `"mean"` the mean over the tokens of the patches (without CLS token and registers) or over the feature
+        map.
 
     Example:
 
@@ -217,6 +224,7 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
     temperature: float | int = 0.2
     zero_init_residual: bool = True
     initializer_range: float | int = 0.01
+    pooling: str = "auto"
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -241,6 +249,8 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
         """Part of `@strict`-powered validation. Checks that the values are in range."""
         check_at_least(self, 1, ["projection_dim", "head_hidden_size", "num_projector_layers"])
         check_at_least(self, 0, ["num_predictor_layers"])
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {POOLINGS}, got {self.pooling!r}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if not 0 <= self.initializer_range < math.inf:
@@ -255,15 +265,28 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int | None:
-        """Dimension of `pooler_output`, or `None` if only the built backbone knows it (timm)."""
+        """
+        Dimension of `pooler_output`. For some backbones it is known, and saved, once a model was built: before, it is
+        `None` (timm) or the size that the backbone's configuration has.
+        """
+        measured = getattr(self, "_pooled_width", None)
+        if measured is not None:
+            return measured
         hidden_sizes = getattr(self.backbone_config, "hidden_sizes", None)
         if hidden_sizes:
             return hidden_sizes[-1]
         return getattr(self.backbone_config, "hidden_size", getattr(self.backbone_config, "num_features", None))
 
+    def set_pooled_width(self, width: int) -> None:
+        """Set `hidden_size` to that of a built backbone, where the configuration of the backbone has another one."""
+        if self.hidden_size != width:
+            self._pooled_width = width
+
     @property
     def image_size(self) -> int | list[int] | tuple[int, int] | None:
         """Image size of the backbone, or `None` if it has none, as a ResNet."""
+        if self.timm_arguments is not None:
+            return self.timm_arguments.get("img_size")
         return getattr(self.backbone_config, "image_size", None)
 
     @property
@@ -273,13 +296,22 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def num_channels(self) -> int | None:
-        """Number of channels of the images, or `None` if the backbone's configuration does not have it (timm)."""
+        """Number of channels of the images, or `None` if the backbone's configuration does not have it."""
+        if self.timm_arguments is not None:
+            return self.timm_arguments.get("in_chans", 3)
         return getattr(self.backbone_config, "num_channels", None)
+
+    @property
+    def timm_arguments(self) -> dict | None:
+        """Arguments of a timm model, or `None` for other backbones."""
+        if not hasattr(self.backbone_config, "model_args"):
+            return None
+        return self.backbone_config.model_args or {}
 
 
 def build_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
     """
-    Build the configuration of a backbone.
+    Build the configuration of a backbone, without random masking.
 
     Raises:
         ValueError: a dictionary has no `model_type`, or one that is unknown to transformers.
@@ -287,7 +319,7 @@ def build_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrainedC
     if config is None:
         return MoCoV3ViTConfig()
     if isinstance(config, PreTrainedConfig):
-        return config
+        return without_masking(config)
     values = dict(config)
     model_type = values.pop("model_type", None)
     if model_type is None:
@@ -298,7 +330,15 @@ def build_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrainedC
         close = difflib.get_close_matches(model_type, [MoCoV3ViTConfig.model_type, *CONFIG_MAPPING.keys()], n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"backbone_config: model type {model_type!r} is unknown to transformers.{hint}")
-    return CONFIG_MAPPING[model_type](**values)
+    return without_masking(CONFIG_MAPPING[model_type](**values))
+
+
+def without_masking(backbone_config: PreTrainedConfig) -> PreTrainedConfig:
+    """A configuration with which the backbone sees the whole image: ViT-MAE hides a part of the patches at random."""
+    if backbone_config.model_type == "vit_mae" and backbone_config.mask_ratio != 0:
+        backbone_config = copy.deepcopy(backbone_config)
+        backbone_config.mask_ratio = 0.0
+    return backbone_config
 
 
 def stage_names_of(backbone_config: PreTrainedConfig) -> list[str]:
