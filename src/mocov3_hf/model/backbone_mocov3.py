@@ -101,14 +101,23 @@ def check_arguments(backbone_config: PreTrainedConfig) -> None:
     if model_class is PreTrainedModel:
         raise UnsupportedBackboneError(backbone_config, "AutoModel has no model for it")
     if backbone_config.model_type == "timm_backbone":
-        raise UnsupportedBackboneError(backbone_config, "it returns feature maps only", "use timm_wrapper")
+        raise UnsupportedBackboneError(
+            backbone_config, "it has no pooled output, timm_wrapper has the same models", "use timm_wrapper"
+        )
     first, *others = list(inspect.signature(model_class.forward).parameters.values())[1:]
     if first.name != "pixel_values":
         raise UnsupportedBackboneError(backbone_config, f"it takes {first.name}, not images (pixel_values)")
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [p.name for p in others if p.default is p.empty and p.kind in positional]
+    listed = ", ".join(needed)
+    if re.search("input_ids|task", listed):
+        raise UnsupportedBackboneError(backbone_config, f"it needs text ({listed}) besides the images")
+    if re.search("grid|position|shapes", listed):
+        raise UnsupportedBackboneError(
+            backbone_config, f"it takes patches with their positions ({listed}), not images"
+        )
     if needed:
-        raise UnsupportedBackboneError(backbone_config, f"it needs {' and '.join(needed)} besides the images")
+        raise UnsupportedBackboneError(backbone_config, f"it needs {listed} besides the images")
 
 
 def declared_width(config: PreTrainedConfig) -> int | None:
@@ -278,7 +287,11 @@ class Pooling:
             raise self.error("it returns no features of the image")
         pooled = self(outputs)
         if pooled.ndim != 2 or len(pooled) != len(pixel_values):
-            raise self.error("it does not return a vector, tokens or a feature map for each image")
+            own = self.source(outputs) in OWN_POOLED
+            raise self.error(
+                f"its {self.source(outputs) if own else 'output'} is not one vector for each image",
+                "use pooling 'mean'" if own else ADVICE,
+            )
         self.check_tokens(outputs, pixel_values)
         parameters = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
         gradients = torch.autograd.grad(pooled.sum(), list(parameters.values()), allow_unused=True)

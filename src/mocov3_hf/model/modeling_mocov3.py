@@ -176,6 +176,7 @@ class MoCoV3Model(MoCoV3PreTrainedModel):
         # What the backbone itself keeps fixed, such as the position embeddings of ViT-MAE.
         self.fixed_parameters = frozenset(n for n, p in self.backbone.named_parameters() if not p.requires_grad)
         config.set_pooled_width(self.pooling.width)
+        freeze_unused_parameters(self)  # on the meta device, `post_init` does not
         self.post_init()
 
     @property
