@@ -29,7 +29,13 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from mocov3_hf import MoCoV3Backbone, MoCoV3Config, MoCoV3ForPreTraining, MoCoV3Model, MoCoV3ViTConfig
 from mocov3_hf.loading import enable_gradient_checkpointing, quiet_transformers
-from mocov3_hf.model.backbone_mocov3 import UnsupportedBackboneError, backbone_class, input_shape, masking_options
+from mocov3_hf.model.backbone_mocov3 import (
+    ADVICE,
+    UnsupportedBackboneError,
+    backbone_class,
+    input_shape,
+    masking_options,
+)
 from mocov3_hf.pretraining.build import check_images
 from mocov3_hf.reporting import UsageError
 
@@ -116,7 +122,7 @@ def attempts(model_type: str) -> Iterator[dict[str, Any]]:
             yield values
 
 
-def tiny_config(model_type: str) -> tuple[MoCoV3Config, dict[str, Any]]:
+def tiny_config(model_type: str, pooling: str = "auto") -> tuple[MoCoV3Config, dict[str, Any]]:
     """
     The first of `attempts` that works, and its values, for a model type that works at its own size.
 
@@ -124,10 +130,10 @@ def tiny_config(model_type: str) -> tuple[MoCoV3Config, dict[str, Any]]:
         Exception: that of its own size.
     """
     with torch.device("meta"):
-        MoCoV3Model(MoCoV3Config(backbone_config={"model_type": model_type}))
+        MoCoV3Model(MoCoV3Config(backbone_config={"model_type": model_type}, pooling=pooling))
     for values in attempts(model_type):
         try:
-            config = MoCoV3Config(backbone_config=values, head_hidden_size=32, projection_dim=16)
+            config = MoCoV3Config(backbone_config=values, head_hidden_size=32, projection_dim=16, pooling=pooling)
             with torch.device("meta"):
                 MoCoV3Model(config)
         except Exception:  # from any model of transformers, which may not work so small
@@ -136,14 +142,17 @@ def tiny_config(model_type: str) -> tuple[MoCoV3Config, dict[str, Any]]:
     raise AssertionError(f"{model_type} works at its own size only")
 
 
-def examine(model_type: str) -> dict[str, Any]:
-    """What works with a model type. Keys are those of the result file."""
+def examine(model_type: str, pooling: str = "auto") -> dict[str, Any]:
+    """What works with a model type, if need be with pooling `"mean"`. Keys are those of the result file."""
     start = time.perf_counter()
     try:
-        config, values = tiny_config(model_type)
-        result = {"config": values, **try_all(config)}
+        config, values = tiny_config(model_type, pooling)
+        result = {"config": values, "pooling": pooling, **try_all(config)}
     except UnsupportedBackboneError as error:
-        result = {"works": False, "reason": str(error).partition(": ")[2].rpartition("; ")[0]}
+        reason, _, advice = str(error).partition(": ")[2].rpartition("; ")
+        if pooling == "auto" and "pooling 'mean'" in advice:
+            return examine(model_type, "mean")
+        result = {"works": False, "reason": reason if advice == ADVICE else f"{reason}: {advice}"}
     except Exception as error:
         sentence = re.split(r"\. |: ", " ".join(str(error).split()))[0]
         result = {"works": False, "reason": f"it cannot be built: {sentence}"}
@@ -306,7 +315,8 @@ def tables(results: dict[str, Any]) -> str:
 def pooled_in_words(result: dict[str, Any]) -> str:
     """What becomes the pooled output."""
     mean = "mean of the feature map" if result["is_map"] else "mean of the patches"
-    return {"cls": "CLS token", "mean": mean}.get(result["pooled"], f"its `{result['pooled']}`")
+    words = {"cls": "CLS token", "mean": mean}.get(result["pooled"], f"its `{result['pooled']}`")
+    return words if result["pooling"] == "auto" else f"{words}, with `--pooling {result['pooling']}`"
 
 
 def maps_in_words(strides: list[int] | None) -> str:

@@ -78,6 +78,7 @@ def test_the_tables_are_those_of_the_results():
         "run python -m benchmarks.backbones --table"
     )
     assert {*REPRESENTATIVE} <= CONFIGS.keys()
+    assert f"on {len(CONFIGS)} model types of" in (sweep.ROOT / "README.md").read_text(encoding="utf-8")
 
 
 # Width

@@ -101,9 +101,7 @@ def check_arguments(backbone_config: PreTrainedConfig) -> None:
     if model_class is PreTrainedModel:
         raise UnsupportedBackboneError(backbone_config, "AutoModel has no model for it")
     if backbone_config.model_type == "timm_backbone":
-        raise UnsupportedBackboneError(
-            backbone_config, "it has no pooled output, timm_wrapper has the same models", "use timm_wrapper"
-        )
+        raise UnsupportedBackboneError(backbone_config, "it has feature maps only", "use timm_wrapper")
     first, *others = list(inspect.signature(model_class.forward).parameters.values())[1:]
     if first.name != "pixel_values":
         raise UnsupportedBackboneError(backbone_config, f"it takes {first.name}, not images (pixel_values)")
