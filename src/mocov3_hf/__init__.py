@@ -1,5 +1,5 @@
 """
-MoCo v3 self-supervised pre-training for any vision backbone, native to Hugging Face transformers.
+MoCo v3 self-supervised pre-training for the vision backbones of Hugging Face transformers and timm.
 
 Importing the package registers its models and image processor, so that `AutoModel.from_pretrained` and `pipeline` know
 them.

@@ -32,6 +32,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .hints import describe_missing, nearest
+from .model.backbone_mocov3 import Pooling, masking_options
 from .model.configuration_mocov3 import to_pair
 from .processing import adapted, build_image_processor
 from .reporting import UsageError, quiet_hub
@@ -126,6 +127,8 @@ def load_encoder(model: str | os.PathLike, **options: Any) -> PreTrainedModel:
         encoder, info = from_pretrained(AutoModel, name, output_loading_info=True, add_pooling_layer=False, **options)
         missing = sorted(info["missing_keys"])
     refuse_missing(name, encoder, missing)
+    if encoder.config.model_type == "vit_mae":
+        encoder.config.mask_ratio = 0.0  # features of the whole image
     return encoder.eval()
 
 
@@ -340,13 +343,14 @@ def base_encoder(model: nn.Module) -> PreTrainedModel:
 
 def pooled_features(encoder: PreTrainedModel, pixel_values: torch.Tensor, **options: Any) -> torch.Tensor:
     """
-    Features (B, D) float32 of images (B, C, H, W): `pooler_output`, or the first token of models without it.
+    Features (B, D) float32 of images (B, C, H, W): the pooled output of the model, or of a model without any the CLS
+    token or the mean over its patches, as `MoCoV3Config.pooling` describes.
 
     Position embeddings are interpolated if the images have another size than the model was built for. `options` go to
     the forward pass.
 
     Raises:
-        ValueError: The model returns neither a pooled vector nor tokens.
+        ValueError: The model returns no features of the image.
     """
     outputs = encoder(pixel_values=pixel_values, **size_options(encoder, pixel_values), **options)
     return pooled_of(outputs, encoder)
@@ -356,22 +360,21 @@ def pooled_of(outputs: Any, encoder: nn.Module) -> torch.Tensor:
     """The features (B, D) float32 in the outputs of an encoder; ValueError as `pooled_features`."""
     pooled = outputs.get("pooler_output")
     if pooled is None:
-        tokens = outputs.get("last_hidden_state")
-        if tokens is None or tokens.dim() != 3:
-            raise ValueError(
-                f"{type(encoder).__name__} returns neither a pooled vector (pooler_output) nor tokens (B, L, D)"
-            )
-        pooled = tokens[:, 0]
+        pooled = Pooling(encoder)(outputs)
     return pooled.flatten(1).float()
 
 
-def size_options(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> dict[str, bool]:
-    """The forward arguments that let an encoder accept images of another size than it was built for."""
+def size_options(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> dict[str, Any]:
+    """
+    The forward arguments that let an encoder accept images of another size than it was built for, and with which it
+    hides none of their patches.
+    """
     size = image_size_of(encoder.config)
     inner = getattr(encoder, "backbone", encoder)
     can_interpolate = "interpolate_pos_encoding" in inspect.signature(inner.forward).parameters
     is_other = size is not None and size != min(pixel_values.shape[-2:])
-    return {"interpolate_pos_encoding": True} if is_other and can_interpolate else {}
+    options = {"interpolate_pos_encoding": True} if is_other and can_interpolate else {}
+    return options | masking_options(encoder, pixel_values)
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:

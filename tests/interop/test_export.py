@@ -322,3 +322,11 @@ def test_a_folder_without_processor_is_exported_with_the_default_one(folders, bo
     export_model(tmp_path / "bare", tmp_path / "out", body)
     crop = AutoImageProcessor.from_pretrained(tmp_path / "out").crop_size
     assert crop["height"] == {"vit": 32, "resnet": 224}[body]
+
+
+@pytest.mark.parametrize("format", ["vit", "timm"])
+def test_vit_formats_refuse_the_mean_of_patches(format, tmp_path):
+    backbone = MoCoV3ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+    MoCoV3Model(MoCoV3Config(backbone_config=backbone, pooling="mean")).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="pooled by the mean of its patches: pass --format onnx or"):
+        export_model(tmp_path / "model", tmp_path / "out", format)

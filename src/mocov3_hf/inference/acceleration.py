@@ -61,10 +61,12 @@ def prepare_for_inference(model: PreTrainedModel, dtype: torch.dtype, device: to
         done.append("channels_last")
     if backbone_type == MoCoV3ViTConfig.model_type:
         model.set_attn_implementation("sdpa")
-        for layer in model.modules():
-            if hasattr(layer, "pooled_query_only"):
-                layer.pooled_query_only = True
-        done += ["sdpa attention", "last block for the pooled token only"]
+        done.append("sdpa attention")
+        if getattr(model.config, "pooling", "auto") != "mean":
+            for layer in model.modules():
+                if hasattr(layer, "pooled_query_only"):
+                    layer.pooled_query_only = True
+            done.append("last block for the pooled token only")
     return done
 
 

@@ -31,6 +31,11 @@ def require_backbone(config: MoCoV3Config, backbone: str, format: str) -> None:
         raise ConversionError(
             f"--format {format} is for a {backbone} backbone, but this model has a {backbone_of(config)}"
         )
+    if backbone == "vit" and config.pooling == "mean":
+        raise ConversionError(
+            f"--format {format} returns the CLS token, but this model is pooled by the mean of its patches: pass"
+            " --format onnx or --format torch_export"
+        )
     if backbone == "vit" and config.backbone_config.stem == "conv":
         raise ConversionError(
             f"--format {format} has no convolutional stem: pass --format onnx or --format torch_export"

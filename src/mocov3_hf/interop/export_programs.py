@@ -44,10 +44,9 @@ class OneOutput(nn.Module):
 
 def image_shape(model: nn.Module, processor: BaseImageProcessor) -> tuple[int, int, int]:
     """(C, H, W) of the images that a model takes: a ViT's own size; the processor's crop for other backbones."""
-    backbone = model.config.backbone_config
     crop = processor.crop_size
-    size = getattr(backbone, "image_size", None) or (crop["height"], crop["width"])
-    return (backbone.num_channels, *to_pair(size))
+    size = model.config.image_size or (crop["height"], crop["width"])
+    return (model.config.num_channels or 3, *to_pair(size))
 
 
 def preprocessing_metadata(model: nn.Module, processor: BaseImageProcessor) -> dict[str, str]:

@@ -11,8 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Configurations of MoCo v3: its own ViT, and any vision backbone with the projector and the predictor."""
+"""Configurations of MoCo v3: its own ViT, and a vision backbone with the projector and the predictor."""
 
+import copy
 import difflib
 import math
 from collections.abc import Iterable
@@ -28,6 +29,7 @@ STEMS = ("patch", "conv")
 POSITION_EMBEDDINGS = ("sincos2d", "learned")
 MLP_NORMS = ("layer_norm", "batch_norm")
 CONV_STEM_STRIDE = 16  # four convolutions of stride 2
+POOLINGS = ("auto", "cls", "mean")
 MAX_LAYERS = 10_000
 FPN_STRIDES = (4, 8, 16, 32)
 # Set together by `MoCoV3Config.from_dict`: which maps `MoCoV3Backbone` returns, and how.
@@ -172,8 +174,8 @@ class MoCoV3ViTConfig(PreTrainedConfig):
 class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
     r"""
     backbone_config (`dict` or `PreTrainedConfig`, *optional*):
-        Configuration of the backbone: `"mocov3_vit"` (the default), `"resnet"`, or any other vision model that
-        `AutoModel` can build and that returns a `pooler_output`. A dictionary must have the key `model_type`.
+        Configuration of the backbone: `"mocov3_vit"` (the default), `"resnet"`, or another vision model of
+        `AutoModel`; `docs/backbones.md` lists those that work. A dictionary must have the key `model_type`.
     projection_dim (`int`, *optional*, defaults to 256):
         Dimension of the embeddings in the contrastive loss.
     head_hidden_size (`int`, *optional*, defaults to 4096):
@@ -201,6 +203,11 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
     reshape_hidden_states (`bool`, *optional*, defaults to `True`):
         Whether the feature maps of a ViT have the shape `(B, D, h, w)`. Otherwise they are tokens `(B, L, D)`, with
         the CLS token, as DPT and Depth Anything take them.
+    pooling (`str`, *optional*, defaults to `"auto"`):
+        How the output of the backbone becomes one vector per image. `"auto"` takes the backbone's own `pooler_output`;
+        of a backbone without any, the CLS token after the final normalization, or else the mean. `"cls"` takes the CLS
+        token, `"mean"` the mean over the tokens of the patches (without CLS token and registers) or over the feature
+        map.
 
     Example:
 
@@ -232,6 +239,7 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
     add_fpn: bool = False
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
+    pooling: str = "auto"
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -262,6 +270,8 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
         """Part of `@strict`-powered validation. Checks that the values are in range."""
         check_at_least(self, 1, ["projection_dim", "head_hidden_size", "num_projector_layers"])
         check_at_least(self, 0, ["num_predictor_layers"])
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {POOLINGS}, got {self.pooling!r}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if not 0 <= self.initializer_range < math.inf:
@@ -312,15 +322,28 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int | None:
-        """Dimension of `pooler_output`, or `None` if only the built backbone knows it (timm)."""
+        """
+        Dimension of `pooler_output`. For some backbones it is known, and saved, once a model was built: before, it is
+        `None` (timm) or the size that the backbone's configuration has.
+        """
+        measured = getattr(self, "_pooled_width", None)
+        if measured is not None:
+            return measured
         hidden_sizes = getattr(self.backbone_config, "hidden_sizes", None)
         if hidden_sizes:
             return hidden_sizes[-1]
         return getattr(self.backbone_config, "hidden_size", getattr(self.backbone_config, "num_features", None))
 
+    def set_pooled_width(self, width: int) -> None:
+        """Set `hidden_size` to that of a built backbone, where the configuration of the backbone has another one."""
+        if self.hidden_size != width:
+            self._pooled_width = width
+
     @property
     def image_size(self) -> int | list[int] | tuple[int, int] | None:
         """Image size of the backbone, or `None` if it has none, as a ResNet."""
+        if self.timm_arguments is not None:
+            return self.timm_arguments.get("img_size")
         return getattr(self.backbone_config, "image_size", None)
 
     @property
@@ -331,13 +354,22 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def num_channels(self) -> int | None:
-        """Number of channels of the images, or `None` if the backbone's configuration does not have it (timm)."""
+        """Number of channels of the images, or `None` if the backbone's configuration does not have it."""
+        if self.timm_arguments is not None:
+            return self.timm_arguments.get("in_chans", 3)
         return getattr(self.backbone_config, "num_channels", None)
+
+    @property
+    def timm_arguments(self) -> dict | None:
+        """Arguments of a timm model, or `None` for other backbones."""
+        if not hasattr(self.backbone_config, "model_args"):
+            return None
+        return self.backbone_config.model_args or {}
 
 
 def build_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
     """
-    Build the configuration of a backbone.
+    Build the configuration of a backbone, without random masking.
 
     Raises:
         ValueError: a dictionary has no `model_type`, or one that is unknown to transformers.
@@ -345,7 +377,7 @@ def build_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrainedC
     if config is None:
         return MoCoV3ViTConfig()
     if isinstance(config, PreTrainedConfig):
-        return config
+        return without_masking(config)
     values = dict(config)
     model_type = values.pop("model_type", None)
     if model_type is None:
@@ -356,7 +388,15 @@ def build_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrainedC
         close = difflib.get_close_matches(model_type, [MoCoV3ViTConfig.model_type, *CONFIG_MAPPING.keys()], n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"backbone_config: model type {model_type!r} is unknown to transformers.{hint}")
-    return CONFIG_MAPPING[model_type](**values)
+    return without_masking(CONFIG_MAPPING[model_type](**values))
+
+
+def without_masking(backbone_config: PreTrainedConfig) -> PreTrainedConfig:
+    """A configuration with which the backbone sees the whole image: ViT-MAE hides a part of the patches at random."""
+    if backbone_config.model_type == "vit_mae" and backbone_config.mask_ratio != 0:
+        backbone_config = copy.deepcopy(backbone_config)
+        backbone_config.mask_ratio = 0.0
+    return backbone_config
 
 
 def is_plain_vit(backbone_config: PreTrainedConfig) -> bool:

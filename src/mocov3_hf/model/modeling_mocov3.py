@@ -11,58 +11,23 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The encoder of MoCo v3 with any vision backbone, as a feature extractor and an image classifier."""
+"""The encoder of MoCo v3 around a vision backbone, as a feature extractor and an image classifier."""
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig
+from .backbone_mocov3 import Pooling, backbone_class, build_backbone, masking_options
+from .configuration_mocov3 import MoCoV3Config
 from .modeling_mocov3_vit import MoCoV3ViTModel, freeze_fixed_parameters, init_torch_default
 
 
 # Dimensions: B batch, C H W image, h w grid, L tokens, D size of the pooled output.
-
-
-def backbone_class(backbone_config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The model class of a backbone, or `PreTrainedModel` if transformers has none for it."""
-    # By name: remote code can load the file of the configuration twice, and its classes then differ.
-    if backbone_config.model_type == MoCoV3ViTConfig.model_type:
-        return MoCoV3ViTModel
-    found = MODEL_MAPPING.get(type(backbone_config), PreTrainedModel)
-    return found[0] if isinstance(found, (list, tuple)) else found
-
-
-def build_backbone(config: MoCoV3Config) -> PreTrainedModel:
-    """The model of `config.backbone_config` with freshly initialized weights."""
-    if config.backbone_config.model_type == MoCoV3ViTConfig.model_type:
-        return MoCoV3ViTModel(config.backbone_config)
-    return AutoModel.from_config(config.backbone_config)
-
-
-def pooled_width(backbone: PreTrainedModel) -> int:
-    """
-    Size `D` of the pooled output of a built backbone.
-
-    Raises:
-        ValueError: the configuration of the backbone has no such size.
-    """
-    timm_model = getattr(backbone, "timm_model", None)
-    if timm_model is not None:
-        return timm_model.num_features
-    config = backbone.config
-    hidden_sizes = getattr(config, "hidden_sizes", None)
-    width = hidden_sizes[-1] if hidden_sizes else getattr(config, "hidden_size", None)
-    if width is None:
-        raise ValueError(
-            f"the backbone {config.model_type!r} declares neither hidden_size nor hidden_sizes: use another backbone"
-        )
-    return width
 
 
 def zero_init_residual_norms(backbone: PreTrainedModel) -> None:
@@ -73,11 +38,19 @@ def zero_init_residual_norms(backbone: PreTrainedModel) -> None:
                 init.zeros_(block.layer[-1].normalization.weight)
 
 
-def freeze_unused_parameters(backbone: PreTrainedModel) -> None:
-    """Freeze mask tokens. They get no gradient without masks, which is an error under DDP."""
-    for name, parameter in backbone.named_parameters():
+def freeze_unused_parameters(model: nn.Module) -> None:
+    """
+    Freeze mask tokens and what else of a backbone does not contribute to the pooled output, such as a pooler that is
+    not used. These parameters get no gradient, which is an error under DDP.
+    """
+    for name, parameter in model.named_parameters():
         if name.endswith("mask_token"):
             parameter.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, MoCoV3Model):
+            for name, parameter in module.backbone.named_parameters():
+                if name in module.pooling.unused:
+                    parameter.requires_grad_(False)
 
 
 class BackboneFlag:
@@ -132,8 +105,18 @@ class MoCoV3PreTrainedModel(PreTrainedModel):
                 zero_init_residual_norms(module.backbone)
         for module in self.modules():
             if isinstance(module, MoCoV3Model):
-                freeze_unused_parameters(module.backbone)
+                for name, parameter in module.backbone.named_parameters():
+                    if name in module.fixed_parameters:
+                        parameter.requires_grad_(False)
+        freeze_unused_parameters(self)
         freeze_fixed_parameters(self)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
+        backbone = self.base_model.backbone
+        if getattr(backbone, "timm_model", None) is None:
+            super()._set_gradient_checkpointing(enable, *args, **kwargs)
+        else:  # timm has a switch of its own
+            backbone._set_gradient_checkpointing(enable, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.input_embeddings_owner().get_input_embeddings()
@@ -171,7 +154,7 @@ def is_initialized(module: nn.Module) -> bool:
 
 @auto_docstring(
     custom_intro="""
-    The encoder of MoCo v3 without projector and predictor: any vision backbone. Its pooled output is the
+    The encoder of MoCo v3 without projector and predictor: a vision backbone. Its pooled output is the
     representation that MoCo v3 learns.
     """
 )
@@ -187,13 +170,18 @@ class MoCoV3Model(MoCoV3PreTrainedModel):
     def __init__(self, config: MoCoV3Config):
         super().__init__(config)
         self.backbone = build_backbone(config)
-        freeze_unused_parameters(self.backbone)
+        self.pooling = Pooling(self.backbone, config.pooling)
+        self.pooling.measure(self.backbone)
+        # What the backbone itself keeps fixed, such as the position embeddings of ViT-MAE.
+        self.fixed_parameters = frozenset(n for n, p in self.backbone.named_parameters() if not p.requires_grad)
+        config.set_pooled_width(self.pooling.width)
+        freeze_unused_parameters(self)  # on the meta device, `post_init` does not
         self.post_init()
 
     @property
     def pooled_width(self) -> int:
         """Size `D` of the pooled output."""
-        return pooled_width(self.backbone)
+        return self.pooling.width
 
     @can_return_tuple
     @auto_docstring
@@ -230,15 +218,11 @@ class MoCoV3Model(MoCoV3PreTrainedModel):
         if output_attentions:  # convolutional backbones do not have the argument
             kwargs["output_attentions"] = True
         kwargs.pop("return_dict", None)
+        kwargs |= masking_options(self.backbone, pixel_values)
         outputs = self.backbone(pixel_values, output_hidden_states=output_hidden_states, return_dict=True, **kwargs)
-        pooled = outputs.get("pooler_output")
-        if pooled is None:
-            raise ValueError(
-                f"the backbone {self.backbone.config.model_type!r} returns no pooler_output: use a backbone that does"
-            )
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.get("last_hidden_state"),
-            pooler_output=pooled.flatten(1),
+            pooler_output=self.pooling(outputs),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )

@@ -24,8 +24,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
+from .backbone_mocov3 import pooled_width
 from .configuration_mocov3 import MoCoV3Config, is_plain_vit, to_pair
-from .modeling_mocov3 import MoCoV3Model, MoCoV3PreTrainedModel, pooled_width
+from .modeling_mocov3 import MoCoV3Model, MoCoV3PreTrainedModel
 from .modeling_mocov3_vit import init_torch_default
 
 

@@ -95,9 +95,12 @@ def ema_update_(averages: list[torch.Tensor], sources: list[torch.Tensor], ema_d
 
 @contextmanager
 def pooled_query_only(encoder: MoCoV3Model, enabled: bool) -> Iterator[None]:
-    """Let MoCo v3's ViT in `encoder` compute its pooled output only. Other backbones ignore it."""
+    """
+    Let MoCo v3's ViT in `encoder` compute its CLS token only, unless the mean of the patches is the pooled output.
+    Other backbones ignore it.
+    """
     before = getattr(encoder.backbone, "pooled_query_only", False)
-    encoder.backbone.pooled_query_only = enabled
+    encoder.backbone.pooled_query_only = enabled and encoder.config.pooling != "mean"
     try:
         yield
     finally:

@@ -22,6 +22,7 @@ from ..data.workers import default_workers
 from ..hints import nearest
 from ..hub import check_repo_id
 from ..loading import load_config, resolve_model, with_input_channels
+from ..model.backbone_mocov3 import UnsupportedBackboneError
 from ..model.batchnorm_mocov3 import GlobalBatchNorm
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
@@ -114,7 +115,9 @@ def build_config(recipe: Recipe) -> MoCoV3Config:
             " former out"
         )
     channels = recipe.data.num_channels
-    if channels not in (None, 3) or (channels == 3 and "num_channels" in values):
+    if model_type == "timm_wrapper":
+        values["model_args"] = timm_arguments(values, image_size, channels)
+    elif channels not in (None, 3) or (channels == 3 and "num_channels" in values):
         if not hasattr(config_class, "num_channels"):
             raise UsageError(f"a {model_type!r} backbone has no num_channels, and the images have {channels}")
         if values.setdefault("num_channels", channels) != channels:
@@ -126,6 +129,7 @@ def build_config(recipe: Recipe) -> MoCoV3Config:
     try:
         return MoCoV3Config(
             backbone_config=values,
+            pooling=options.pooling,
             projection_dim=options.projection_dim,
             head_hidden_size=options.head_hidden_size,
             num_projector_layers=options.num_projector_layers,
@@ -139,6 +143,31 @@ def build_config(recipe: Recipe) -> MoCoV3Config:
         # huggingface_hub wraps a failed validation: the cause has the message.
         reason = one_line(error.__cause__ or error).removeprefix("backbone_config: ")
         raise UsageError(f"backbone_config is not valid: {reason}") from error
+
+
+def timm_arguments(backbone_config: Mapping[str, Any], image_size: int, num_channels: int | None) -> dict[str, Any]:
+    """
+    `model_args` of a timm model with the size of the views, if its architecture has a fixed one, and the channels.
+
+    Raises:
+        UsageError: an unknown architecture, or other sizes or channels in `model_args`.
+    """
+    import timm
+
+    name, arguments = backbone_config.get("architecture", "resnet50"), backbone_config.get("model_args") or {}
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise UsageError("backbone_config of a timm_wrapper takes text as architecture and a mapping as model_args")
+    if not timm.is_model(name):
+        raise UsageError(f"timm {timm.__version__} has no architecture {name!r}{nearest(name, timm.list_models())}")
+    pretrained = timm.get_pretrained_cfg(name)
+    needed = {"in_chans": num_channels or arguments.get("in_chans", 3)}
+    if pretrained is not None and pretrained.fixed_input_size:
+        needed["img_size"] = image_size
+    defaults = {"in_chans": 3, "img_size": None if pretrained is None else pretrained.input_size[-1]}
+    for key, value in needed.items():
+        if arguments.get(key, value) != value:
+            raise UsageError(f"model_args has {key} {shown(arguments[key])}, and the images {value}: leave it out")
+    return arguments | {key: value for key, value in needed.items() if value != defaults[key]}
 
 
 def check_sizes(backbone_config: Mapping[str, Any]) -> None:
@@ -199,7 +228,7 @@ def check_model(recipe: Recipe) -> None:
     if name is None:
         config = build_config(recipe)
         check_keys(recipe.model.backbone_config, config.backbone_config)
-        check_buildable(config)
+        check_images(check_buildable(config), image_size)
         return
     config = load_config(name)
     if not isinstance(config, MoCoV3Config):
@@ -223,17 +252,37 @@ def check_buildable(config: MoCoV3Config) -> MoCoV3ForPreTraining:
     try:
         with torch.device("meta"):
             model = MoCoV3ForPreTraining(config)
+    except UnsupportedBackboneError as error:
+        raise UsageError(str(error)) from error
     except Exception as error:  # from any model of transformers
         reason = f"unknown name {error}" if isinstance(error, KeyError) else one_line(error)
         raise UsageError(f"no {kind!r} backbone can be built from backbone_config: {reason}") from error
-    if model.mocov3.backbone.main_input_name != "pixel_values":
-        raise UsageError(
-            f"a {kind!r} model takes {model.mocov3.backbone.main_input_name}, not images: pass another model_type"
-        )
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     if num_parameters > MOST_PARAMETERS:
         raise UsageError(f"the model has {num_parameters:,} parameters, more than {MOST_PARAMETERS:,}")
     return model
+
+
+def check_images(model: MoCoV3ForPreTraining, image_size: int) -> None:
+    """
+    Check that a model without data takes images of the size of the views.
+
+    Raises:
+        UsageError: its forward pass fails for them.
+    """
+    if model.mocov3.pooling.reads_values:
+        return
+    kind, channels = model.config.backbone_config.model_type, model.config.num_channels or 3
+    encoder, is_training = model.mocov3, model.mocov3.training
+    try:
+        with torch.device("meta"), torch.no_grad():
+            encoder.eval()(torch.zeros(2, channels, image_size, image_size))
+    except Exception as error:  # from any model of transformers
+        raise UsageError(
+            f"a {kind!r} backbone does not take images of {image_size}×{image_size} pixels: pass another --image_size,"
+            f" or change backbone_config ({one_line(error)})"
+        ) from error
+    encoder.train(is_training)
 
 
 def build_model(recipe: Recipe) -> MoCoV3ForPreTraining:

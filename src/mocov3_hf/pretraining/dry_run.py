@@ -10,7 +10,7 @@ from ..data.account import Account
 from ..data.sources import MapSource, StreamSource
 from ..precision import this_device
 from ..reporting import UsageError
-from .build import build_config, build_source, check_buildable, check_keys, doubtful_choices
+from .build import build_config, build_source, check_buildable, check_images, check_keys, doubtful_choices
 from .estimate import Estimate, describe_exchanges, estimate, exchanges
 from .gradient_cache import check_chunkable
 from .hardware import choose_settings, settle_precision
@@ -71,6 +71,10 @@ def plan_run(recipe: Recipe) -> PlannedRun:
     model = check_buildable(config)
     if recipe.hardware.gradient_cache_chunk_size is not None:
         check_chunkable(model)
+    check_images(model, recipe.views.image_size)
+    if model.mocov3.pooling.reads_values:
+        kind = config.backbone_config.model_type
+        raise UsageError(f"--dry_run cannot estimate a {kind!r} backbone, which needs data to run: leave it out")
     settings = choose_settings(recipe, model, device)
     costs = estimate(
         config,

@@ -152,8 +152,14 @@ class ModelOptions:
     )
     backbone_config: dict = option(
         {"model_type": "mocov3_vit"},
-        "configuration of the backbone: model_type is mocov3_vit, resnet or any vision model of AutoModel; keys are"
-        " merged into the recipe's",
+        "configuration of the backbone: model_type is mocov3_vit, resnet or another vision model of AutoModel"
+        " (docs/backbones.md); keys are merged into the recipe's",
+    )
+    pooling: Literal["auto", "cls", "mean"] = option(
+        "auto",
+        "how the backbone's output becomes one vector per image: its own pooled output, otherwise the CLS token or the"
+        " mean; always the CLS token; or always the mean over the patches or the feature map",
+        advanced=True,
     )
     projection_dim: int = option(
         256, "width of the embeddings that InfoNCE compares", at_least=1, at_most=10**6, advanced=True

@@ -20,7 +20,13 @@ SHAPING_OPTIONS = (
     | {"grayscale_probability": 0.2, "blur_sigma": [0.1, 2.0], "blur_probability_1": 1.0, "blur_probability_2": 0.1}
     | {"solarize_probability_1": 0.0, "solarize_probability_2": 0.2}
     | {"projection_dim": 256, "head_hidden_size": 4096, "num_projector_layers": 3, "num_predictor_layers": 2}
-    | {"predictor_final_norm": True, "head_batch_norm": True, "zero_init_residual": True, "temperature": 0.2}
+    | {
+        "pooling": "auto",
+        "predictor_final_norm": True,
+        "head_batch_norm": True,
+        "zero_init_residual": True,
+        "temperature": 0.2,
+    }
     | {"optimizer": "adamw", "base_learning_rate": 1.5e-4, "learning_rate": None, "weight_decay": 0.1}
     | {"exclude_norms_and_biases": False, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
     | {"lars_momentum": 0.9, "trust_coefficient": 0.001, "max_grad_norm": None}

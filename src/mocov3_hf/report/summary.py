@@ -68,6 +68,7 @@ def facts(folder: RunFolder) -> list[tuple[str, str]]:
         ("Kind", KINDS[folder.kind]),
         ("Architecture", folder.architecture),
         ("Backbone", describe_backbone(folder.backbone) if folder.backbone else None),
+        ("Pooling", folder.config.get("pooling") if folder.config.get("pooling") in ("cls", "mean") else None),
         ("Image size", size and " × ".join(map(str, size if isinstance(size, list | tuple) else (size, size)))),
         ("Parameters", describe_parameters(folder.parameters)),
     ]
