@@ -46,6 +46,7 @@ def test_push_brings_weights_settings_code_card_and_record(run_folder, hub, api)
     assert set(files) == {
         ".gitattributes",
         "README.md",
+        "backbone_mocov3.py",
         "batchnorm_mocov3.py",
         "config.json",
         "configuration_mocov3.py",
