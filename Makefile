@@ -8,7 +8,8 @@ OLDEST := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST)/.installed
 
 # Each test process uses one thread (tests/conftest.py). PYTEST_OPTIONS="-n 0 -x -k NAME" overrides the defaults.
-TEST_PROCESSES ?= 2
+# Three on two cores: tests of runs that are killed or cut off spend much of their time waiting.
+TEST_PROCESSES ?= 3
 PYTEST := -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_OPTIONS)
 
 .PHONY: test test-fast test-oldest lint format build docs conformance quickstart bench cifar10-study clean

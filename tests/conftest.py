@@ -10,7 +10,7 @@ import pytest
 # Before any library is imported: they read these once.
 CACHE = tempfile.TemporaryDirectory(prefix="mocov3_hf_tests_")
 os.environ["HF_HOME"] = CACHE.name
-# Two test processes share two cores; more threads than cores only wait for each other.
+# Test processes share the cores; more threads than cores only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell that runs the tests in the background lets them and their processes ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
