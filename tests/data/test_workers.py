@@ -148,7 +148,8 @@ def test_signals_while_workers_start_are_ignored_too():
     """A worker that has not yet run any code of its own holds them."""
     received = []
     before = signal.signal(signal.SIGTERM, lambda *_: received.append(1))
-    killer = subprocess.Popen([sys.executable, "-S", "-c", KILLER, str(os.getpid())])
+    others = [str(child.pid) for child in psutil.Process().children()]  # such as the process of fork_server.py
+    killer = subprocess.Popen([sys.executable, "-S", "-c", KILLER, str(os.getpid()), *others])
     try:
         for _ in range(5):
             loader = DataLoader(Numbers(4), batch_size=None, num_workers=2)
@@ -165,7 +166,7 @@ import glob, os, signal, sys, time
 while True:
     for file in glob.glob(f"/proc/{sys.argv[1]}/task/*/children"):
         for child in open(file).read().split():
-            if int(child) != os.getpid():
+            if int(child) != os.getpid() and child not in sys.argv[2:]:
                 os.kill(int(child), signal.SIGTERM)
                 os.kill(int(sys.argv[1]), signal.SIGTERM)
     time.sleep(0.002)

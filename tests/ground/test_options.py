@@ -370,5 +370,6 @@ def test_options_that_take_a_path_say_so():
             if (
                 any(word in name for word in ("_dir", "dataset_name", "output", "from_checkpoint"))
                 and "overwrite" not in name
+                and name != "output_dtype"
             ):
                 assert PATH_WORDS & set(re.findall("[A-Z_]+", item.metadata["metavar"])), f"{command.name} --{name}"

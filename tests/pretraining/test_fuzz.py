@@ -129,7 +129,7 @@ def mutated_command_line(draw: random.Random) -> list[str]:
 
 def check(text: object, name: str, arguments: list[str]) -> str:
     """Whether the options are valid up to a model without data: "accepted", or the line that refuses them."""
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         recipe = load_recipe(name, arguments)
         plan = make_plan(recipe, 10_000, 1)
@@ -142,7 +142,7 @@ def check(text: object, name: str, arguments: list[str]) -> str:
         assert len(message) < 1500, text
         return message
     finally:
-        assert time.perf_counter() - started < 5, text
+        assert time.process_time() - started < 5, text
     return "accepted"
 
 
@@ -183,7 +183,7 @@ def test_mutated_command_lines():
         ({"image_size": [32, 64]}, "backbone_config has image_size [32, 64] and the views 32: leave the former out"),
         ({"model_type": "vitt"}, "'vitt'"),
         ({"model_type": ["vit"]}, "model_type in backbone_config takes text, got ['vit']"),
-        ({"model_type": "bert"}, "a 'bert' model takes input_ids, not images"),
+        ({"model_type": "bert"}, "'bert' cannot be the backbone: it takes input_ids, not images"),
     ],
 )
 def test_backbones_that_cannot_be_built(backbone, message):

@@ -18,7 +18,7 @@ from ..data.labeled import find_label_column, open_labeled
 from ..data.pixels import RGB8, check_image, read_image
 from ..data.sources import MapSource, open_dataset
 from ..loading import load_classifier, load_encoder, load_processor, pooled_of
-from ..model.modeling_mocov3 import token_grid
+from ..model.modeling_mocov3_backbone import token_grid
 from ..problem_types import SINGLE_LABEL
 from ..processing import PixelFormat, ProcessorTransform
 from ..run_folder import RunFolder
