@@ -142,8 +142,7 @@ def load_classifier(model: str | os.PathLike, **options: Any) -> PreTrainedModel
         options: Of `from_pretrained`.
 
     Raises:
-        ValueError: As `load_encoder`; an architecture without a classifier; an encoder without a trained head; a
-            checkpoint within the training of a regression.
+        ValueError: As `load_encoder`; a model without a classifier or a trained head; a checkpoint of a regression.
     """
     name = resolve_model(model)
     config = load_config(name, **{key: value for key, value in options.items() if key == "revision"})
@@ -151,8 +150,7 @@ def load_classifier(model: str | os.PathLike, **options: Any) -> PreTrainedModel
         raise ValueError(f"{name!r} is a {config.model_type!r} model, which has no image classifier")
     if getattr(config, STANDARDIZED, False):
         raise ValueError(
-            f"{name!r} is a checkpoint of an unfinished regression, its outputs are not in the units of the targets:"
-            " finish the training with --resume_from_checkpoint auto, and pass its --output_dir"
+            f"{name!r} is a checkpoint within a regression, not in the units of its targets yet: resume the training"
         )
     classifier, info = from_pretrained(
         AutoModelForImageClassification, name, output_loading_info=True, ignore_mismatched_sizes=True, **options

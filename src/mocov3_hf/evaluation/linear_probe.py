@@ -140,10 +140,10 @@ def largest_learning_rate(
     backbone, images: LabeledImages, transform, options: LinearProbeOptions, batch_size: int
 ) -> float:
     """
-    1 / (L + S / (b (1 - m))), one digit, for SGD with momentum m and batches of b images. L is the largest curvature of
-    the mean squared error on some of the training images, S the sum of all curvatures: full-batch descent diverges
-    above 2 (1 + m) / L, single images above 2 (1 - m) / S. The published learning rates are for cross-entropy, whose
-    gradient is bounded.
+    1 / (L + S / (b (1 - m))), one digit, for SGD with momentum m and batches of b images. L is the largest curvature
+    of the mean squared error on some of the training images, S the sum of all curvatures: descent with the whole set
+    diverges above 2 (1 + m) / L, with single images above about 2 (1 - m) / S. The published learning rates are for
+    cross-entropy, whose gradient is bounded.
     """
     rows = np.unique(np.linspace(0, len(images) - 1, _CURVATURE_IMAGES).round().astype(int))
     settings = {**options.of_pass(), "mixed_precision": "no", "progress": False}

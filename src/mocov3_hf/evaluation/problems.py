@@ -60,15 +60,12 @@ def target_metrics(
         metrics = regression_metrics(logits.numpy(), labels, names)
         loss = torch.nn.functional.mse_loss(logits.double(), target)
         rows = np.unique(np.linspace(0, len(labels) - 1, _MOST_POINTS).round().astype(int))
-        sides = np.stack([labels[rows], logits.double().numpy()[rows]])  # (2, n, T)
-        exponents = np.floor(np.log10(np.ptp(sides, axis=(0, 1)).clip(1e-30)))
-        decimals = (_DIGITS - exponents).astype(int).tolist()  # of the spread: dates in seconds have ten digits
+        sides = np.stack([labels[rows], logits.double().numpy()[rows]]).transpose(0, 2, 1)  # (2, T, n)
+        # Digits of the spread of each target: dates in seconds have ten digits before those that differ.
+        places = (_DIGITS - np.log10(np.ptp(sides, axis=(0, 2)).clip(1e-30))).astype(int).tolist()
         true, predicted = (
-            [
-                [round(value, places) for value in column]
-                for column, places in zip(side.T.tolist(), decimals, strict=True)
-            ]
-            for side in sides
+            [[round(value, digits) for value in row] for row, digits in zip(side, places, strict=True)]
+            for side in sides.tolist()
         )
         plots = {"true": true, "predicted": predicted}
         return {**metrics, "loss": loss.item(), "plots": {"scatter": {"names": list(metrics["per_class"]), **plots}}}
