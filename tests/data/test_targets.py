@@ -3,6 +3,7 @@
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mocov3_hf.data.classes import open_labeled_splits
@@ -144,6 +145,8 @@ def test_splits_have_one_numbering():
         splits({"label": [["cow"], ["bee"]]}, {"label": [["fly"], []]})
     with pytest.raises(ValueError, match="the class '1', which split 'train' does not have"):
         splits({"label": [[0, 2], [2]]}, {"label": [[1], [0]]})
+    with pytest.raises(ValueError, match="all images of split 'train' have the same classes"):
+        splits({"label": [["ant"], ["ant"]]}, {"label": [["ant"], []]})
     with pytest.raises(ValueError, match="split 'test' has 3 targets, expected the 2 of split 'train'"):
         splits({"label": [[0.5, 2]]}, {"label": [[0.5, 2, 3]]})
 
@@ -182,6 +185,8 @@ def test_pairs_in_memory():
         ([np.array([1, 0]), np.array([0, 0])], [[1, 0], [0, 0]]),
         ([("b", "a"), ("a",)], [[1, 1], [1, 0]]),
         ([1, 2.5], [[1], [2.5]]),
+        ([np.array(1.0), torch.tensor(2.5)], [[1], [2.5]]),
+        ([torch.tensor(1), torch.tensor(0)], [1, 0]),
         ([np.array([1.5, 2]), np.array([0.5, 1])], [[1.5, 2], [0.5, 1]]),
     ):
         with named([(image, label) for label in labels]) as (name, split):

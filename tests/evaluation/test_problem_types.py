@@ -402,6 +402,7 @@ def test_what_labels_may_mean_is_printed(model_folder, pictures, tmp_path, capsy
     for labels, line in (
         (["ant|bee", "ant"] * 4, "labels: 'ant|bee' is one class: --problem_type multi_label_classification takes it"),
         (["1.5", "2.5", "3e1", "tall"] * 2, "labels: most classes look like numbers, not all"),
+        ([*range(20, 27), 20], "labels: most images have a number of their own: for quantities"),
         (["1", "2"] * 4, None),
     ):
         pairs = list(zip(images, labels, strict=True))

@@ -129,6 +129,8 @@ def _match_targets(
                 f" {train_split!r}: give both the same columns"
             )
         return train, test
+    if not (train.labels != train.labels[:1]).any():
+        raise ValueError(f"all images of split {train_split!r} have the same classes: pass images that differ in them")
     labels, unknown = columns_by_name(test, known := [_name(train, number) for number in range(train.num_classes)])
     for number in np.flatnonzero(labels.any(axis=0) & ~train.labels.any(axis=0)):
         unknown[known[number]] = int(labels[:, number].sum())

@@ -267,14 +267,20 @@ def print_accounts(*splits: LabeledImages) -> None:
         some = f"{', '.join(map(str, names[:3]))}{', ...' if len(names) > 3 else ''}"
         what = "targets" if first.problem_type == REGRESSION else "classes"
         print(f"labels: problem_type={first.problem_type}, {what}={len(names)} ({some})", file=sys.stderr)
-        if first.problem_type == SINGLE_LABEL and first.class_names:
-            if name := several_names(first.class_names):
-                hint = f"{name!r} is one class: --problem_type multi_label_classification takes it for several"
-            elif looks_numeric(first.class_names):
-                hint = "most classes look like numbers, not all: repair the other rows for --problem_type regression"
-            else:
-                return
+        if first.problem_type == SINGLE_LABEL and (hint := _other_meaning(first)):
             print(f"labels: {hint}", file=sys.stderr)
+
+
+def _other_meaning(images: LabeledImages) -> str | None:
+    """What single classes may be instead, by their names and numbers."""
+    names = images.class_names or []
+    if (name := several_names(names)) is not None:
+        return f"{name!r} is one class: --problem_type multi_label_classification takes it for several"
+    if names and looks_numeric(names):
+        return "most classes look like numbers, not all: repair the other rows for --problem_type regression"
+    if all(map(str.isdecimal, names)) and 2 * len(np.unique(images.labels)) > len(images):
+        return "most images have a number of their own: for quantities pass --problem_type regression"
+    return None
 
 
 def describe_splits(options: EvaluationOptions, train: LabeledImages, test: LabeledImages) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def schedule_options(options: FinetuneOptions, learning_rate: float, total_steps
     if options.min_learning_rate > learning_rate:
         raise UsageError(
             f"--min_learning_rate {options.min_learning_rate:g} exceeds the peak learning rate {learning_rate:g} of"
-            " this batch: pass a smaller one"
+            " this batch: pass a smaller one, such as 0"
         )
     return {
         "lr_scheduler_type": "cosine_warmup_with_min_lr",
