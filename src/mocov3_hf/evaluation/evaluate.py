@@ -187,8 +187,8 @@ def _matched_columns(
                 labels = images.labels[:, [own.index(name) for name in names]]
         if unknown or labels.shape[1] != num_labels:
             raise ValueError(
-                f"{what} of the data set and the model differ ({', '.join(map(repr, list(unknown or own)[:3]))}; the"
-                f" model has {', '.join(map(repr, names[:3]))}, ...): pass the data set that the model was trained"
+                f"{what} of the data set and the model differ ({_some(list(unknown or own))}; the"
+                f" model has {_some(names)}): pass the data set that the model was trained"
                 " for, or --match_classes number if both number them alike"
             )
         return images.relabel(labels, names), "by name, in another order", names
@@ -198,6 +198,10 @@ def _matched_columns(
             " was trained for"
         )
     return images, "by name" if names is not None and names == own else "by number", names or own
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join([*map(repr, names[:3]), *(["..."] if len(names) > 3 else [])])
 
 
 def _matched_by_name(images: LabeledImages, names: list[str]) -> tuple[LabeledImages, str, list[str]]:
@@ -212,12 +216,11 @@ def _matched_by_name(images: LabeledImages, names: list[str]) -> tuple[LabeledIm
     numbers = {name: number for number, name in enumerate(names)}
     unknown = [name for name in own if name not in numbers]
     if unknown:
-        some, others = (", ".join(map(repr, listed[:3])) for listed in (unknown, names))
         hint = alike(unknown[0], names)
         raise ValueError(
             f"{len(unknown)} of {len(own)} classes of the data set are not among the {len(names)} of the classifier"
-            f" (such as {some}{hint}; the classifier has {others}, ...): pass the data set that the classifier was"
-            " trained for, or --match_classes number if both number their classes alike"
+            f" (such as {_some(unknown)}{hint}; the classifier has {_some(names)}): pass the data set that the"
+            " classifier was trained for, or --match_classes number if both number their classes alike"
         )
     labels = np.asarray([numbers[name] for name in own], dtype=np.int64)[images.labels]
     how = "by name, in another order" if len(own) == len(names) else f"by name, {len(own)} of {len(names)}"
