@@ -34,6 +34,7 @@ from transformers.utils import logging
 from .hints import describe_missing, nearest
 from .model.backbone_mocov3 import Pooling, masking_options
 from .model.configuration_mocov3 import to_pair
+from .problem_types import STANDARDIZED
 from .processing import adapted, build_image_processor
 from .reporting import UsageError, quiet_hub
 from .run_folder import CONFIG
@@ -141,12 +142,16 @@ def load_classifier(model: str | os.PathLike, **options: Any) -> PreTrainedModel
         options: Of `from_pretrained`.
 
     Raises:
-        ValueError: As `load_encoder`; an architecture without a classifier; an encoder without a trained head.
+        ValueError: As `load_encoder`; a model without a classifier or a trained head; a checkpoint of a regression.
     """
     name = resolve_model(model)
     config = load_config(name, **{key: value for key, value in options.items() if key == "revision"})
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ValueError(f"{name!r} is a {config.model_type!r} model, which has no image classifier")
+    if getattr(config, STANDARDIZED, False):
+        raise ValueError(
+            f"{name!r} is a checkpoint within a regression, not in the units of its targets yet: resume the training"
+        )
     classifier, info = from_pretrained(
         AutoModelForImageClassification, name, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )

@@ -7,3 +7,5 @@ REGRESSION = "regression"
 # What `config.json` of a classifier also holds: the probability from which a multi-label one predicts each class, and
 # the superclass of each class.
 THRESHOLDS, SUPERCLASSES = "label_thresholds", "superclasses"
+# Of a checkpoint within the training of a regression: its outputs are not in the units of the targets yet.
+STANDARDIZED = "standardized_targets"

@@ -3,6 +3,7 @@
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mocov3_hf.data.classes import open_labeled_splits
@@ -102,7 +103,17 @@ def test_one_class_per_image_is_inferred(feature):
         ({"label": [[0], [1]]}, {}, None, SINGLE_LABEL, "must hold classes, integers or text, got List"),
         ({"a": [0, 1], "b": [1, 0]}, {}, ["a", "b"], SINGLE_LABEL, r"2 label columns \(a, b\) are for multi-label"),
         ({"label": [0, 1]}, {"label": NAMES}, None, REGRESSION, r"holds classes \(ant, bee, cow\): regression needs"),
-        ({"label": ["x", "y"]}, {}, None, REGRESSION, "holds text: regression needs numbers"),
+        ({"label": ["1.5", "y"]}, {}, None, REGRESSION, r"holds text \('y' in row 1\): regression needs numbers"),
+        ({"label": [0.5, 1e300]}, {}, None, REGRESSION, r"has values up to 1e\+300, and a model returns float32"),
+        ({"label": ["a", None]}, {}, None, "auto", "or pass --problem_type multi_label_classification"),
+        ({"label": [1, -1]}, {}, None, "auto", "or --problem_type regression"),
+        (
+            {"a": [0, 1], "b": [1, 0]},
+            {},
+            None,
+            "auto",
+            "image, a, b; several of 0 and 1 or of numbers can be",
+        ),
         ({"label": [0, 1]}, {"label": NAMES}, None, MULTI_LABEL, r"holds classes \(ant, bee, cow\), expected lists"),
         ({"label": [0, 7]}, {}, None, MULTI_LABEL, "has 7 in row 1: expected 0 or 1"),
         ({"label": [None, None]}, {"label": Value("string")}, None, MULTI_LABEL, "names no class"),
@@ -125,10 +136,17 @@ def test_splits_have_one_numbering():
     assert (test.class_names, test.labels.tolist()) == (train.class_names, [[0, 1, 1], [0, 0, 0]])
     train, test = splits({"label": [[0, 3], [1, 2]]}, {"label": [[1], [0]]})
     assert test.labels.shape == (2, 4)
+    # Of three classes, numbers of classes; of two, columns of 0 and 1.
+    _, test = splits({"label": [[0, 2], [1]]}, {"label": [[0, 1], [0, 1]]})
+    assert test.labels.tolist() == [[1, 1, 0], [1, 1, 0]]
+    _, test = splits({"label": [[0, 1], [1, 1]]}, {"label": [[0, 1], [0, 1]]})
+    assert test.labels.tolist() == [[0, 1], [0, 1]]
     with pytest.raises(ValueError, match="1 images of the class 'fly', which split 'train' does not have"):
         splits({"label": [["cow"], ["bee"]]}, {"label": [["fly"], []]})
     with pytest.raises(ValueError, match="the class '1', which split 'train' does not have"):
         splits({"label": [[0, 2], [2]]}, {"label": [[1], [0]]})
+    with pytest.raises(ValueError, match="all images of split 'train' have the same classes"):
+        splits({"label": [["ant"], ["ant"]]}, {"label": [["ant"], []]})
     with pytest.raises(ValueError, match="split 'test' has 3 targets, expected the 2 of split 'train'"):
         splits({"label": [[0.5, 2]]}, {"label": [[0.5, 2, 3]]})
 
@@ -167,6 +185,8 @@ def test_pairs_in_memory():
         ([np.array([1, 0]), np.array([0, 0])], [[1, 0], [0, 0]]),
         ([("b", "a"), ("a",)], [[1, 1], [1, 0]]),
         ([1, 2.5], [[1], [2.5]]),
+        ([np.array(1.0), torch.tensor(2.5)], [[1], [2.5]]),
+        ([torch.tensor(1), torch.tensor(0)], [1, 0]),
         ([np.array([1.5, 2]), np.array([0.5, 1])], [[1.5, 2], [0.5, 1]]),
     ):
         with named([(image, label) for label in labels]) as (name, split):

@@ -167,6 +167,7 @@ def split_of(labels, class_names):
     ("labels", "own", "names", "by", "message"),
     [
         ([0], ["a", "x"], ["a", "b"], "name", "1 of 2 classes of the data set are not among the 2 of the classifier"),
+        ([0], ["a", "x"], ["a", "b"], "name", r"\(such as 'x'; the classifier has 'a', 'b'\): pass"),
         ([0], ["a", "b"], ["a", "b", "b"], "name", "the classifier has the class 'b' twice"),
         ([0], ["a", "b"], ["LABEL_0"], "name", "the data set has 2 classes, the classifier 1"),
         ([0], ["a", "b"], ["x", "y", "z"], "number", "the data set has 2 classes, the classifier 3"),

@@ -1,5 +1,6 @@
 """Multi-label classification, regression and imbalanced sets, from labels to a saved model, against scikit-learn."""
 
+import io
 import json
 
 import datasets
@@ -16,7 +17,7 @@ from mocov3_hf.data.labeled import LabeledImages
 from mocov3_hf.evaluation import finetune, linear_probe
 from mocov3_hf.evaluation.classifier import load_with_new_head
 from mocov3_hf.evaluation.linear import fit_linear_regressions
-from mocov3_hf.evaluation.problems import TargetScale
+from mocov3_hf.evaluation.problems import TargetScale, target_metrics
 from mocov3_hf.evaluation.sweep import choose_linear_classifier, choose_linear_regression, sweep_linear_classifiers
 from mocov3_hf.evaluation.training_images import BalancedSampler, TrainingImages
 from mocov3_hf.inference import ImageClassifier
@@ -57,6 +58,18 @@ def measured(pictures):
         ]
         for split, both in pictures.items()
     }
+
+
+class _Decoded:
+    """A source of encoded images in memory."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def read(self, row):
+        buffer = io.BytesIO()
+        self.images[row].save(buffer, "PNG")
+        return buffer.getvalue()
 
 
 def logits_of(folder, images):
@@ -149,6 +162,49 @@ def test_regression(model_folder, measured, tmp_path):
     np.testing.assert_allclose(np.array(scatter["predicted"]).T, predictions, rtol=1e-4)
 
 
+@pytest.mark.parametrize("batch", [4, 60])
+def test_a_linear_probe_of_a_regression_does_not_diverge(batch, model_folder, measured, tmp_path, capsys):
+    options = SHORT | {"train_batch_size": batch, "base_learning_rate": 300.0, "eval_strategy": "no"}
+    run = mocov3_hf.linear_probe(model_folder, measured, output_dir=tmp_path, **options)
+    assert "lowered to" in capsys.readouterr().err
+    assert run.results["linear_r2"] > (0 if batch == 4 else -1)
+
+
+def test_predictions_worse_than_the_mean_are_a_warning(model_folder, measured, tmp_path):
+    options = SHORT | {"max_steps": 1, "optimizer": "sgd", "max_grad_norm": 0.0, "warmup_epochs": 0.0}
+    with pytest.warns(UserWarning, match="R² is -.*: the predictions are worse than the mean"):
+        mocov3_hf.finetune(model_folder, measured, output_dir=tmp_path, learning_rate=2.0, **options)
+    with pytest.warns(UserWarning, match="worse than the mean"):
+        mocov3_hf.evaluate(tmp_path, measured["test"])
+
+
+def test_a_checkpoint_of_a_regression_is_not_a_classifier(model_folder, measured, tmp_path):
+    data = {split: pairs[:24] for split, pairs in measured.items()}
+    options = SHORT | {"num_train_epochs": 1}
+    run = mocov3_hf.finetune(model_folder, data, output_dir=tmp_path / "run", **options)
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    for use in (lambda: mocov3_hf.evaluate(checkpoint, data["test"], output_dir=tmp_path), lambda: load(checkpoint)):
+        with pytest.raises(ValueError, match="checkpoint within a regression, not in the units of its targets"):
+            use()
+    assert not hasattr(run.model.config, "standardized_targets")
+    # As the start of another training it is an encoder like any other.
+    again = mocov3_hf.finetune(checkpoint, data, output_dir=tmp_path / "again", **options)
+    assert mocov3_hf.evaluate(again, data["test"], mixed_precision="no")["r2"] == again.results["finetune_r2"]
+
+
+def load(folder):
+    return ImageClassifier(folder)
+
+
+def test_scatter_plots_keep_the_digits_that_differ():
+    seconds = 1.7e9 + np.linspace(0, 1e4, 7)[:, None]
+    targets = np.concatenate([seconds, np.linspace(-3e-7, 3e-7, 7)[:, None]], axis=1)
+    scatter = target_metrics(torch.tensor(targets).float(), targets, ["date", "weight"], None)["plots"]["scatter"]
+    assert scatter["names"] == ["date", "weight"]
+    for kept, exact in zip(scatter["true"], targets.T, strict=True):
+        np.testing.assert_allclose(kept, exact, atol=1e-4 * np.ptp(exact), rtol=0)
+
+
 @pytest.mark.slow
 def test_regression_resumes_exactly(model_folder, measured, tmp_path):
     data = {split: [(image, values[0]) for image, values in pairs] for split, pairs in measured.items()}
@@ -230,12 +286,23 @@ def test_class_balanced_sampling():
     images = TrainingImages(LabeledImages(None, labels, None), lambda image: image, seed=5)
     sampler = BalancedSampler(images, 3000)
     drawn = list(sampler)
-    assert (len(drawn), len(sampler), set(drawn)) == (3000, 3000, set(range(100)))
-    counts = np.bincount(labels[drawn], minlength=4)
+    rows = np.array(drawn) % 100
+    assert (len(drawn), len(sampler), set(rows)) == (3000, 3000, set(range(100)))
+    counts = np.bincount(labels[rows], minlength=4)
     assert np.abs(counts[[0, 1, 3]] - 1000).max() < 100
     assert list(sampler) == drawn
     images.epoch = 1
     assert list(sampler) != drawn
+
+
+def test_each_repetition_of_an_image_is_augmented_differently(pictures):
+    kept = LabeledImages(_Decoded(pictures["train"][0][:4]), np.array([0, 0, 0, 1]), None)
+    images = TrainingImages(kept, lambda image: torch.rand(2), seed=5)
+    drawn = list(BalancedSampler(images, 40))
+    of_the_rare = [images[index]["pixel_values"].tolist() for index in drawn if index % 4 == 3]
+    assert len(of_the_rare) > 10
+    assert len(set(map(tuple, of_the_rare))) == len(of_the_rare)
+    assert {images[index]["labels"] for index in drawn if index % 4 == 3} == {1}
 
 
 def test_an_imbalanced_set_with_superclasses(model_folder, pictures, tmp_path):
@@ -292,6 +359,63 @@ def test_options_that_do_not_fit(kind, options, message, model_folder, tmp_path,
     with pytest.raises(ValueError, match=message) as raised:
         mocov3_hf.finetune(model_folder, request.getfixturevalue(kind), output_dir=tmp_path, **(SHORT | options))
     assert "\n" not in str(raised.value)
+
+
+def test_evaluation_of_some_classes(model_folder, pictures, tmp_path):
+    """Columns that are left out say nothing; class numbers that do not occur are classes without images."""
+    columns = ("red", "green", "blue")
+
+    def split(name, chosen):
+        images, kinds = pictures[name]
+        labels = {column: kinds[:, number].astype(int).tolist() for number, column in enumerate(columns)}
+        return datasets.Dataset.from_dict({"image": images} | {name: labels[name] for name in chosen})
+
+    data = {name: split(name, columns) for name in ("train", "test")}
+    options = SHORT | {"num_train_epochs": 1, "label_column": list(columns), "eval_strategy": "no"}
+    with pytest.warns(UserWarning, match="threshold"):
+        run = mocov3_hf.linear_probe(model_folder, data, output_dir=tmp_path / "named", **options)
+    test = split("test", ("blue", "red"))
+    with pytest.raises(ValueError, match="lacks 1 of the 3 classes of the model, such as 'green'"):
+        mocov3_hf.evaluate(run, test, label_column=["blue", "red"])
+    images, kinds = pictures["test"]
+    numbers = [np.flatnonzero(row).tolist() for row in kinds]
+    few = [(image, row) for image, row in zip(images, numbers, strict=True) if 2 not in row]
+    found = mocov3_hf.evaluate(run, few, match_classes="number", mixed_precision="no")
+    both = [(image, row) for image, row in few if row == [0, 1]]
+    assert mocov3_hf.evaluate(run, both, match_classes="number", mixed_precision="no")["map"] == pytest.approx(1)
+    probabilities = logits_of(tmp_path / "named", [image for image, _ in few]).sigmoid().numpy()
+    labels = np.array([[number in row for number in range(3)] for _, row in few])
+    assert found["micro_f1"] == pytest.approx(f1_score(labels, probabilities >= 0.5, average="micro"))
+
+
+def test_a_fraction_that_holds_out_nothing_is_refused_before_the_features(model_folder, pictures, tmp_path):
+    one_each = [(image, number) for number, image in enumerate(pictures["train"][0][:12])]
+    data = {"train": one_each, "test": one_each}
+    message = r"--validation_fraction 0.1 holds out 0 of 12 images: .* \(the largest class has 1\)"
+    for options in ({"cached": True}, {"validation_fraction": 0.1, "train_batch_size": 4}):
+        with pytest.raises(ValueError, match=message):
+            mocov3_hf.linear_probe(model_folder, data, output_dir=tmp_path, **options)
+
+
+def test_what_labels_may_mean_is_printed(model_folder, pictures, tmp_path, capsys):
+    images = pictures["train"][0][:8]
+    for labels, line in (
+        (["ant|bee", "ant"] * 4, "labels: 'ant|bee' is one class: --problem_type multi_label_classification takes it"),
+        (["1.5", "2.5", "3e1", "tall"] * 2, "labels: most classes look like numbers, not all"),
+        ([*range(20, 27), 20], "labels: most images have a number of their own: for quantities"),
+        (["1", "2"] * 4, None),
+    ):
+        pairs = list(zip(images, labels, strict=True))
+        mocov3_hf.knn(model_folder, {"train": pairs, "test": pairs}, k=[1], output_dir=tmp_path)
+        lines = [text for text in capsys.readouterr().err.splitlines() if text.startswith("labels: ")]
+        assert len(lines) == (1 if line is None else 2)
+        assert line is None or lines[1].startswith(line)
+
+
+def test_neighbors_of_a_constant_target_are_refused(model_folder, measured, tmp_path):
+    data = {split: [(image, 7.0) for image, _ in pairs] for split, pairs in measured.items()}
+    with pytest.raises(ValueError, match="the target 'label' is 7 in all training images"):
+        mocov3_hf.knn(model_folder, data, output_dir=tmp_path)
 
 
 def test_mistakes_of_commands(model_folder, image_folder, tmp_path, fails):

@@ -132,7 +132,7 @@ def test_a_diverged_setting_is_not_chosen(data):
         ({"num_epochs": 0}, "num_epochs must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"validation_fraction": 1.0}, "validation_fraction must be above 0 and below 1"),
-        ({"validation_fraction": 1e-3}, "holds out 0 of 403 features"),
+        ({"validation_fraction": 1e-3}, "holds out 0 of 403 images"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, "one integer for each of the 403 features"),
     ],
 )

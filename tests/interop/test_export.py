@@ -23,11 +23,11 @@ from transformers.utils import logging
 from mocov3_hf import MoCoV3Config, MoCoV3Model, MoCoV3ViTConfig
 from mocov3_hf.interop import convert_checkpoint, convert_state_dict
 from mocov3_hf.interop import export as export_module
-from mocov3_hf.interop.export import export_model, main
+from mocov3_hf.interop.export import export_model, largest_difference, main
 from mocov3_hf.interop.export_timm import vit_arguments
 from mocov3_hf.processing import build_image_processor
 from mocov3_hf.reporting import RunError
-from tests.factories import randomize
+from tests.factories import randomize, save_classifier
 from tests.interop.conftest import (
     IMAGE_SIZES,
     OVERRIDES,
@@ -191,6 +191,22 @@ def vit_bn(tmp_path_factory):
     images = torch.randn(4, 3, 28, 28, generator=torch.manual_seed(3))
     with torch.no_grad():
         return folder, images, model(images).pooler_output
+
+
+def test_differences_of_a_regression_are_relative_to_each_target(tmp_path):
+    folder = save_classifier(tmp_path, names=["seconds", "meters"], problem_type="regression")
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        model.classifier.weight.mul_(torch.tensor([[1e5], [1e-5]]))
+        model.classifier.bias.copy_(torch.tensor([1e9, 1e-3]))
+
+    def changed(factors):
+        return lambda images: model(images).logits * torch.tensor(factors)
+
+    assert largest_difference(model, changed([1 + 2e-7, 1.0]), (3, 32, 32)) < export_module.MAX_ERROR
+    assert largest_difference(model, changed([1.0, 1.01]), (3, 32, 32)) > export_module.MAX_ERROR
+    model.config.problem_type = None  # of classes, whose logits have no units, absolute as ever
+    assert largest_difference(model, changed([1 + 2e-7, 1.0]), (3, 32, 32)) > 10
 
 
 @pytest.mark.slow

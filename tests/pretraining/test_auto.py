@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import ViTConfig
 
 import mocov3_cli
-from mocov3_hf import api
+from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining, MoCoV3ViTConfig, api
 from mocov3_hf.pretraining import probe
 from mocov3_hf.pretraining.auto import GIB, Facts, MemoryModel, choose
 from mocov3_hf.pretraining.facts import look, memory_model
@@ -293,6 +294,28 @@ def test_dry_run_prints_the_plan_and_makes_no_step(classes, capsys, monkeypatch)
     printed = capsys.readouterr().out
     assert printed.startswith("plan for 30 images of 40 pixels, 3 channels, 2 classes, on cpu")
     assert "warmup steps" in printed
+
+
+def test_the_plan_of_a_model_has_its_architecture(classes, tmp_path, capsys):
+    config = MoCoV3ViTConfig(
+        image_size=32,
+        patch_size=8,
+        hidden_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=5,
+        intermediate_size=80,
+        mlp_norm="batch_norm",
+    )
+    MoCoV3Config(backbone_config=config, head_hidden_size=24, projection_dim=6).save_pretrained(tmp_path / "bn")
+    main([str(classes), "--model", str(tmp_path / "bn"), "--dry_run"])
+    printed = capsys.readouterr().out
+    given = {"backbone_config": config, "head_hidden_size": 24, "projection_dim": 6}
+    parameters = sum(value.numel() for value in MoCoV3ForPreTraining(MoCoV3Config(**given)).parameters())
+    assert f"parameters (whole model) {parameters:,}" in re.sub(" +", " ", printed)
+    assert "mlp_norm: batch_norm" in printed
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    line = error_of(capsys, [str(classes), "--model", str(tmp_path / "vit"), "--dry_run"])
+    assert "is a 'vit' model: pass a MoCo v3 pre-training model" in line
 
 
 def test_out_of_memory_halves_what_is_kept_at_once(classes, monkeypatch):

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModel
 
+from mocov3_hf.options import parse
 from mocov3_hf.report.confusion import labels_for_head, most_confused, worst_classes, worst_table
 from mocov3_hf.report.image_sections import (
     chance_of_agreement,
@@ -19,6 +21,7 @@ from mocov3_hf.report.image_sections import (
     over_image,
 )
 from mocov3_hf.report.images import Viewer, choose_rows, cls_attention, open_samples, patch_maps
+from mocov3_hf.report.write import COMMAND
 from mocov3_hf.run_folder import read_run_folder
 from tests.factories import AWKWARD_NAMES, save_classifier
 
@@ -211,6 +214,22 @@ def test_unlabeled_images(unlabeled, labeled):
         open_samples(str(labeled), label_column="kind")
     with pytest.raises(ValueError, match="at least 2"):
         open_samples(str(labeled), num_images=1)
+
+
+def test_several_label_columns(tmp_path):
+    rows = [f"{number}.png,{number % 2},{number // 2}" for number in range(4)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,ant,bee", *rows]))
+    for number in range(4):
+        Image.new("RGB", (8, 8), (60 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    options = parse(COMMAND, ["folder", "--dataset_name", str(tmp_path), "--label_column", "ant", "bee"])[1]
+    samples = open_samples(options.dataset_name, split="train", label_column=options.label_column)
+    assert (len(samples), samples.labels) == (4, None)
+    assert "multi label classification" in samples.why_unlabeled
+    text = [f"{number}.png,ant|bee" for number in range(4)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label", *text, "4.png,"]))
+    Image.new("RGB", (8, 8)).save(tmp_path / "4.png")
+    samples = open_samples(str(tmp_path), split="train", problem_type="multi_label_classification")
+    assert len(samples) == 5
 
 
 def test_heat_maps_are_brightest_at_the_largest_value():

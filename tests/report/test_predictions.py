@@ -12,6 +12,7 @@ from mocov3_hf.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from mocov3_hf.report import write
 from mocov3_hf.report.measured import Measured, known_results
 from mocov3_hf.report.predictions import predictions_section
+from mocov3_hf.report.summary import facts
 from mocov3_hf.results import append_result
 from mocov3_hf.run_folder import read_run_folder
 from tests.factories import AWKWARD_NAMES, save_classifier
@@ -56,7 +57,9 @@ def test_charts_of_the_newest_result(problem_type, tmp_path):
     section = predictions_section(run, known_results(run), tmp_path)
     assert run.notes == []
     text, charts = section.parts
-    assert "on pets, split test (200 images)" in text.text
+    is_regression = problem_type == REGRESSION
+    assert text.text.startswith(f"{'Test' if is_regression else 'Classification'} on pets, split test (200 images)")
+    assert dict(facts(run))["Kind"] == ("Regression model" if is_regression else "Classifier")
     assert [chart.name for chart in charts.charts] == CHARTS[problem_type]
     assert all((tmp_path / f"{chart.name}.png").is_file() for chart in charts.charts)
     if problem_type == SINGLE_LABEL:

@@ -7,6 +7,7 @@ images would count as wrong answers.
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def open_labeled_splits(
         ValueError: As `open_labeled`; or a class that only the test split has, or a single class.
     """
     names = (image_column, label_column)
-    options = {"revision": revision, "superclass_column": superclass_column}
+    options: dict[str, Any] = {"revision": revision, "superclass_column": superclass_column}
     train = open_labeled(dataset_name, config_name, train_split, *names, problem_type=problem_type, **options)
     if train_split == test_split:
         images = train
@@ -50,7 +51,8 @@ def open_labeled_splits(
             )
         train, test = (images.select(np.flatnonzero(rows)) for rows in (~held_out, held_out))
         return match_splits(train, test, train_split, test_split)
-    test = open_labeled(dataset_name, config_name, test_split, *names, problem_type=train.problem_type, **options)
+    options |= {"problem_type": train.problem_type, "num_classes": train.num_classes}
+    test = open_labeled(dataset_name, config_name, test_split, *names, **options)
     return match_splits(train, test, train_split, test_split)
 
 
@@ -127,6 +129,8 @@ def _match_targets(
                 f" {train_split!r}: give both the same columns"
             )
         return train, test
+    if not (train.labels != train.labels[:1]).any():
+        raise ValueError(f"all images of split {train_split!r} have the same classes: pass images that differ in them")
     labels, unknown = columns_by_name(test, known := [_name(train, number) for number in range(train.num_classes)])
     for number in np.flatnonzero(labels.any(axis=0) & ~train.labels.any(axis=0)):
         unknown[known[number]] = int(labels[:, number].sum())

@@ -144,6 +144,7 @@ def open_labeled(
     revision: str | None = None,
     problem_type: str = SINGLE_LABEL,
     superclass_column: str | None = None,
+    num_classes: int | None = None,
 ) -> LabeledImages:
     """Open a labeled split.
 
@@ -156,6 +157,7 @@ def open_labeled(
         problem_type: "single_label_classification", "multi_label_classification", "regression", or "auto" to infer it
             (`infer_problem_type`).
         superclass_column: Column of the superclass of each class, text or classes; one per class.
+        num_classes: As `read_targets`.
 
     Raises:
         ValueError: The column does not exist; labels are missing, negative, or neither ClassLabel, integers nor text;
@@ -174,7 +176,7 @@ def open_labeled(
     if problem_type == "auto":
         problem_type = infer_problem_type(dataset, columns)
     if problem_type != SINGLE_LABEL:
-        return LabeledImages(source, *read_targets(dataset, columns, problem_type), account)
+        return LabeledImages(source, *read_targets(dataset, columns, problem_type, num_classes), account)
     if len(columns) > 1:
         raise ValueError(
             f"{len(columns)} label columns ({', '.join(columns)}) are for multi-label classification or regression:"
@@ -188,7 +190,7 @@ def open_labeled(
 
 
 def _label_columns(dataset: datasets.Dataset, label_column: str | Sequence[str] | None) -> list[str]:
-    chosen = [label_column] if label_column is None or isinstance(label_column, str) else list(label_column)
+    chosen = [label_column] if label_column is None or isinstance(label_column, str) else label_column
     return [find_label_column(dataset, name) for name in dict.fromkeys(chosen)]
 
 
@@ -226,8 +228,7 @@ def _without_loose_images(dataset: datasets.Dataset, source: MapSource, account:
 
 def _check_class_folders(dataset: datasets.Dataset, account: Account, folder: str, image_column: str) -> None:
     """Raise ValueError for images without labels, and for folders of splits that were taken for classes."""
-    others = [name for name in dataset.features if name != image_column]
-    inside = ""
+    others, inside = [name for name in dataset.features if name != image_column], ""
     if others == ["label"] and "folder" in account.kind:
         names = getattr(dataset.features["label"], "names", ())
         if not names or not all(os.fsencode(name.lower()) in SPLIT_NAMES for name in names):
@@ -256,7 +257,8 @@ def find_label_column(dataset: datasets.Dataset, label_column: str | None = None
     if not found:
         found = [name for name in features if name in _LABEL_NAMES]
     if not found:
-        raise ValueError(f"no label column found: name it with --label_column; columns: {columns}")
+        hint = "; several of 0 and 1 or of numbers can be named" if len(features) > 2 else ""
+        raise ValueError(f"no label column found: name it with --label_column; columns: {columns}{hint}")
     if len(found) > 1:
         raise ValueError(f"several label columns ({', '.join(found)}): choose one with --label_column")
     return found[0]
@@ -268,8 +270,8 @@ def _labels(dataset, column, wanted) -> tuple[np.ndarray, list[str] | None]:
     missing = [row for row, value in enumerate(values) if value is None]
     if missing:
         raise ValueError(
-            f"column {column!r} has {len(missing)} missing labels, the first in row {missing[0]}: fill in or remove "
-            f"these rows"
+            f"column {column!r} has {len(missing)} missing labels, the first in row {missing[0]}: fill in or remove"
+            " these rows, or pass --problem_type multi_label_classification if no class applies"
         )
     dtype = getattr(feature, "dtype", None)
     is_text = isinstance(feature, datasets.Value) and dtype in ("string", "large_string")
@@ -291,8 +293,8 @@ def _labels(dataset, column, wanted) -> tuple[np.ndarray, list[str] | None]:
     labels = np.asarray(values, dtype=np.int64)
     if labels.min() < 0:
         raise ValueError(
-            f"column {column!r} has {(labels < 0).sum()} negative labels, the first in row {(labels < 0).argmax()}: "
-            f"choose a split with public labels"
+            f"column {column!r} has {(labels < 0).sum()} negative labels, the first in row {(labels < 0).argmax()}:"
+            " choose a split with public labels, or --problem_type regression"
         )
     names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     if wanted is not None and names is not None and names != list(wanted):

@@ -158,6 +158,7 @@ def _image_column(images: Sequence[Any], what: str) -> pa.ChunkedArray:
 
 def _label_column(labels: Sequence[Any], what: str, classes: Any) -> tuple[pa.ChunkedArray, Any]:
     """Integers, with the names in `classes` as torchvision has them, text, numbers, or lists of these."""
+    labels = [label.item() if getattr(label, "ndim", None) == 0 else label for label in labels]
     if isinstance(labels[0], list | tuple | np.ndarray | torch.Tensor):
         lists = [label.tolist() if hasattr(label, "tolist") else label for label in labels]
         wrong = next((row for row, label in enumerate(lists) if not isinstance(label, list | tuple)), None)

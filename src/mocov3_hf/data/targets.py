@@ -3,6 +3,7 @@
 Legend: N images, C classes, T targets.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 # Between the names of the classes of an image in a column of text. The first that occurs is used.
 SEPARATORS = ("|", ";", ",", " ")
+# Targets of a regression, so that they and predictions far off fit into float32.
+_LARGEST = 1e30
 
 
 def infer_problem_type(dataset: datasets.Dataset, columns: Sequence[str]) -> str:
@@ -32,7 +35,7 @@ def infer_problem_type(dataset: datasets.Dataset, columns: Sequence[str]) -> str
 
 
 def read_targets(
-    dataset: datasets.Dataset, columns: Sequence[str], problem_type: str
+    dataset: datasets.Dataset, columns: Sequence[str], problem_type: str, num_classes: int | None = None
 ) -> tuple[np.ndarray, list[str] | None]:
     """
     The labels of multi-label classification, (N, C) uint8, 1 for the classes that apply; or of regression, (N, T)
@@ -42,6 +45,7 @@ def read_targets(
         columns: One column of lists of classes (numbers or names), of lists of 0 and 1, of names with one of
             `SEPARATORS` between them, or of numbers; or several columns of 0 and 1 or of numbers.
         problem_type: `MULTI_LABEL` or `REGRESSION`.
+        num_classes: Where lists of class numbers without names may lack the last classes, their number.
 
     Raises:
         ValueError: Missing labels, or labels of another kind, by row.
@@ -67,7 +71,7 @@ def read_targets(
     if _is_text(inner):
         return _named(columns[0], values)
     names = list(inner.names) if isinstance(inner, datasets.ClassLabel) else None
-    return _listed(columns[0], values, names), names
+    return _listed(columns[0], values, names, num_classes), names
 
 
 def _numbers(dataset: datasets.Dataset, columns: Sequence[str]) -> tuple[np.ndarray, list[str] | None]:
@@ -76,8 +80,8 @@ def _numbers(dataset: datasets.Dataset, columns: Sequence[str]) -> tuple[np.ndar
         feature = dataset.features[column]
         if isinstance(feature, datasets.ClassLabel) or not _is_number(getattr(feature, "feature", feature)):
             raise ValueError(
-                f"label column {column!r} holds {_describe(feature)}: regression needs numbers, name a column of them"
-                " with --label_column"
+                f"label column {column!r} holds {_describe(feature)}{_first_word(feature, dataset[column][:])}:"
+                " regression needs numbers in every row, or name another column with --label_column"
             )
         _check_present(column, dataset[column][:])
     if len(columns) > 1:
@@ -93,6 +97,12 @@ def _numbers(dataset: datasets.Dataset, columns: Sequence[str]) -> tuple[np.ndar
         raise ValueError(
             f"column {' '.join(columns)!r} has NaN or infinity in {len(bad)} rows, the first in row {bad[0]}: fill in"
             " or remove these rows"
+        )
+    largest = np.abs(targets).max()
+    if largest > _LARGEST:
+        raise ValueError(
+            f"column {' '.join(columns)!r} has values up to {largest:.3g}, and a model returns float32 (up to"
+            f" {_LARGEST:g} here): choose a larger unit, or the logarithm"
         )
     return targets, names
 
@@ -116,11 +126,14 @@ def _named(column: str, values: list[list[str]]) -> tuple[np.ndarray, list[str]]
     return _listed(column, [[numbers[name] for name in row] for row in values], names), names
 
 
-def _listed(column: str, values: list[list[int]], names: list[str] | None) -> np.ndarray:
+def _listed(
+    column: str, values: list[list[int]], names: list[str] | None, num_classes: int | None = None
+) -> np.ndarray:
     """From lists of the numbers of classes; or, without names, of 0 and 1."""
     repeats = next((row for row, value in enumerate(values) if len(set(value)) < len(value)), None)
     is_zero_one = names is None and all(number in (0, 1) for value in values for number in value)
-    if is_zero_one and (repeats is not None or (len(values[0]) > 1 and len({len(value) for value in values}) == 1)):
+    is_table = len(values[0]) > 1 and len({len(value) for value in values}) == 1
+    if is_zero_one and (repeats is not None or (is_table and num_classes in (None, len(values[0])))):
         _check_lengths(column, values)
         return np.array(values, dtype=np.uint8)
     if repeats is not None:
@@ -138,7 +151,8 @@ def _listed(column: str, values: list[list[int]], names: list[str] | None) -> np
         raise ValueError(f"no row of column {column!r} has a class: choose another with --label_column")
     if (names is not None and largest >= len(names)) or largest >= 1 << 20:
         raise ValueError(f"column {column!r} has the class {largest}, which has no name: number the classes from 0")
-    labels = np.zeros((len(values), int(largest) + 1 if names is None else len(names)), dtype=np.uint8)
+    width = max(int(largest) + 1, num_classes or 0) if names is None else len(names)
+    labels = np.zeros((len(values), width), dtype=np.uint8)
     for row, value in enumerate(values):
         labels[row, np.array(value, dtype=np.int64)] = 1
     return labels
@@ -165,6 +179,33 @@ def _check_lengths(column: str, values: Sequence[Sequence[Any]]) -> None:
             f"column {column!r} has {len(values[wrong])} values in row {wrong}, expected {len(values[0]) or 'some'} as"
             " in the first row: give every row the same number"
         )
+
+
+def _first_word(feature: Any, values: Sequence[Any]) -> str:
+    """Of a column of text, the first value that is not a number, with its row."""
+    for row, value in enumerate(values if _is_text(feature) else []):
+        try:
+            float(value or "")
+        except ValueError:
+            return f" ({value!r} in row {row})"
+    return ""
+
+
+def several_names(names: Sequence[str]) -> str | None:
+    """The first of names of classes that looks like several (`cat|dog`, `cat;dog`), None without one."""
+    return next((name for name in names if any(mark in name for mark in SEPARATORS[:2])), None)
+
+
+def looks_numeric(names: Sequence[str]) -> bool:
+    """Whether most of these names of classes are numbers with a decimal point or exponent."""
+
+    def is_decimal(name: str) -> bool:
+        try:
+            return not name.strip().lstrip("+-").isdecimal() and math.isfinite(float(name))
+        except ValueError:
+            return False
+
+    return 2 * sum(map(is_decimal, names)) > len(names)
 
 
 def _is_float(feature: Any) -> bool:

@@ -20,6 +20,7 @@ from .common import (
     TrainSplitOptions,
     describe_splits,
     evaluation_processes,
+    held_out_rows,
     open_splits,
     record_and_print,
 )
@@ -246,6 +247,7 @@ def _check_tasks(options: CachedLinearOptions, labels: torch.Tensor) -> None:
     checked_grid(options.learning_rates, options.weight_decays)
     if not 0 < options.validation_fraction < 1:
         raise ValueError(f"--validation_fraction must be above 0 and below 1, got {options.validation_fraction}")
+    held_out_rows(labels.numpy(), options.validation_fraction, options.seed)
     if labels.dim() == 2 and (options.few_shot or options.few_shot_fractions):
         raise ValueError(
             "few-shot images are drawn by class, these have several classes or numbers: leave out --few_shot"

@@ -10,7 +10,7 @@ from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForIma
 from ..loading import from_pretrained, load_config, load_encoder, refuse_missing, resolve_model
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model, freeze_unused_parameters
-from ..problem_types import SINGLE_LABEL, SUPERCLASSES, THRESHOLDS
+from ..problem_types import SINGLE_LABEL, STANDARDIZED, SUPERCLASSES, THRESHOLDS
 from .linear import LinearClassifier
 
 
@@ -53,7 +53,7 @@ def load_with_new_head(
         encoder = load_encoder(name)
         classifier = MoCoV3ForImageClassification(MoCoV3Config(backbone_config=encoder.config.to_dict(), **labels))
         classifier.mocov3.backbone.load_state_dict(encoder.state_dict())
-    for name in (THRESHOLDS, SUPERCLASSES):  # of the classes of an earlier head
+    for name in (THRESHOLDS, SUPERCLASSES, STANDARDIZED):  # of the classes of an earlier head
         classifier.config.__dict__.pop(name, None)
     head = head_parameters(classifier)
     generator = torch.Generator().manual_seed(seed)

@@ -9,10 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from accelerate import PartialState
 
 from ..data.classes import open_labeled_splits
-from ..data.labeled import LabeledImages, open_labeled
+from ..data.labeled import LabeledImages, open_labeled, stratified_split
+from ..data.targets import looks_numeric, several_names
 from ..data.workers import cores_shared_with, default_workers
 from ..hints import describe_missing
 from ..loading import MODEL_IN_MEMORY, resolve_model
@@ -219,8 +221,8 @@ def open_splits(options: EvaluationOptions) -> tuple[LabeledImages, LabeledImage
     return usable(options, train, options.train_split), usable(options, test, options.test_split)
 
 
-def open_split(options: EvaluationOptions, split: str, problem_type: str) -> LabeledImages:
-    """One split, without the images that `--on_bad_image skip` leaves out. Raises as `open_labeled`."""
+def open_split(options: EvaluationOptions, split: str, problem_type: str, num_classes: int) -> LabeledImages:
+    """A split for a classifier of these, without what `--on_bad_image skip` leaves out. Raises as `open_labeled`."""
     images = open_labeled(
         options.dataset_name,
         options.dataset_config_name,
@@ -229,9 +231,22 @@ def open_split(options: EvaluationOptions, split: str, problem_type: str) -> Lab
         options.label_column,
         revision=options.dataset_revision,
         problem_type=problem_type,
+        num_classes=num_classes,
     )
     print_accounts(images)
     return usable(options, images, split)
+
+
+def held_out_rows(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """`stratified_split` for validation; UsageError if it holds out nothing or everything."""
+    held_out = stratified_split(labels, fraction, seed)
+    if held_out.all() or not held_out.any():
+        largest = f" (the largest class has {np.bincount(labels).max()})" if labels.ndim == 1 else ""
+        raise UsageError(
+            f"--validation_fraction {fraction:g} holds out {held_out.sum()} of {len(labels)} images: pass another"
+            f" fraction, or a training split with more images of each class{largest}"
+        )
+    return held_out
 
 
 def usable(options: EvaluationOptions, images: LabeledImages, split: str) -> LabeledImages:
@@ -252,6 +267,20 @@ def print_accounts(*splits: LabeledImages) -> None:
         some = f"{', '.join(map(str, names[:3]))}{', ...' if len(names) > 3 else ''}"
         what = "targets" if first.problem_type == REGRESSION else "classes"
         print(f"labels: problem_type={first.problem_type}, {what}={len(names)} ({some})", file=sys.stderr)
+        if first.problem_type == SINGLE_LABEL and (hint := _other_meaning(first)):
+            print(f"labels: {hint}", file=sys.stderr)
+
+
+def _other_meaning(images: LabeledImages) -> str | None:
+    """What single classes may be instead, by their names and numbers."""
+    names = images.class_names or []
+    if (name := several_names(names)) is not None:
+        return f"{name!r} is one class: --problem_type multi_label_classification takes it for several"
+    if names and looks_numeric(names):
+        return "most classes look like numbers, not all: repair the other rows for --problem_type regression"
+    if all(map(str.isdecimal, names)) and 2 * len(np.unique(images.labels)) > len(images):
+        return "most images have a number of their own: for quantities pass --problem_type regression"
+    return None
 
 
 def describe_splits(options: EvaluationOptions, train: LabeledImages, test: LabeledImages) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..data.labeled import LabeledImages
 from ..loading import base_encoder, load_classifier, size_options, weights_hash
 from ..metrics import accuracy_metrics
 from ..options import Command, option, parse
-from ..problem_types import REGRESSION, SINGLE_LABEL, SUPERCLASSES, THRESHOLDS
+from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, SUPERCLASSES, THRESHOLDS
 from ..reporting import UsageError, reporting
 from .common import EvaluationOptions, describe_split, evaluation_processes, open_split, record_and_print
 from .features import rows_of_split
@@ -105,6 +105,16 @@ def warn_of_one_answer(answered_classes: int | None, images: LabeledImages) -> N
         )
 
 
+def warn_of_worse_than_mean(r2: float | None) -> None:
+    """A warning if a regression predicts worse than the mean of the targets; None of other models."""
+    if r2 is not None and r2 < 0:
+        warnings.warn(
+            f"R² is {r2:.3g}: the predictions are worse than the mean of the targets, the training was too short or"
+            " diverged",
+            stacklevel=2,
+        )
+
+
 # Classes of the data set and classes of the classifier
 
 
@@ -177,8 +187,8 @@ def _matched_columns(
                 labels = images.labels[:, [own.index(name) for name in names]]
         if unknown or labels.shape[1] != num_labels:
             raise ValueError(
-                f"{what} of the data set and the model differ ({', '.join(map(repr, list(unknown or own)[:3]))}; the"
-                f" model has {', '.join(map(repr, names[:3]))}, ...): pass the data set that the model was trained"
+                f"{what} of the data set and the model differ ({_some(list(unknown or own))}; the"
+                f" model has {_some(names)}): pass the data set that the model was trained"
                 " for, or --match_classes number if both number them alike"
             )
         return images.relabel(labels, names), "by name, in another order", names
@@ -188,6 +198,10 @@ def _matched_columns(
             " was trained for"
         )
     return images, "by name" if names is not None and names == own else "by number", names or own
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join([*map(repr, names[:3]), *(["..."] if len(names) > 3 else [])])
 
 
 def _matched_by_name(images: LabeledImages, names: list[str]) -> tuple[LabeledImages, str, list[str]]:
@@ -202,12 +216,11 @@ def _matched_by_name(images: LabeledImages, names: list[str]) -> tuple[LabeledIm
     numbers = {name: number for number, name in enumerate(names)}
     unknown = [name for name in own if name not in numbers]
     if unknown:
-        some, others = (", ".join(map(repr, listed[:3])) for listed in (unknown, names))
         hint = alike(unknown[0], names)
         raise ValueError(
             f"{len(unknown)} of {len(own)} classes of the data set are not among the {len(names)} of the classifier"
-            f" (such as {some}{hint}; the classifier has {others}, ...): pass the data set that the classifier was"
-            " trained for, or --match_classes number if both number their classes alike"
+            f" (such as {_some(unknown)}{hint}; the classifier has {_some(names)}): pass the data set that the"
+            " classifier was trained for, or --match_classes number if both number their classes alike"
         )
     labels = np.asarray([numbers[name] for name in own], dtype=np.int64)[images.labels]
     how = "by name, in another order" if len(own) == len(names) else f"by name, {len(own)} of {len(names)}"
@@ -218,7 +231,9 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
     """Load, evaluate, print, record, on all processes of this run. Raises ValueError for a user's mistake."""
     with evaluation_processes(options) as state:
         classifier = load_classifier(options.model).to(state.device)
-        images = open_split(options, options.test_split, _problem_type(options, classifier.config))
+        problem_type = _problem_type(options, classifier.config)
+        images = open_split(options, options.test_split, problem_type, classifier.config.num_labels)
+        _check_columns(options, images, classifier.config)
         dataset = describe_split(options, images)
         images, matched, class_names = match_classes(images, classifier.config, options.match_classes)
         transform = open_transform(options, classifier.config, images)
@@ -235,6 +250,7 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
         plots = metrics.pop("plots")
         if state.is_main_process:
             warn_of_one_answer(metrics.get("answered_classes"), images)
+            warn_of_worse_than_mean(metrics.get("r2"))
             record_and_print(
                 options,
                 "classifier",
@@ -264,6 +280,18 @@ def _problem_type(options: EvaluateOptions, config: PreTrainedConfig) -> str:
     if config.problem_type is None:
         return options.problem_type  # of a model that does not tell
     raise UsageError(f"{options.model!r} is a model of {own}: leave out --problem_type {options.problem_type}")
+
+
+def _check_columns(options: EvaluateOptions, images: LabeledImages, config: PreTrainedConfig) -> None:
+    """UsageError if columns of 0 and 1 lack a class, whose images would count as without it."""
+    chosen, names = options.label_column or [], saved_class_names(config) or []
+    if options.match_classes == "name" and images.problem_type == MULTI_LABEL and len(chosen) > 1:
+        missing = [name for name in names if name not in chosen]
+        if missing and len(missing) < len(names):
+            raise UsageError(
+                f"--label_column lacks {len(missing)} of the {len(names)} classes of the model, such as"
+                f" {missing[0]!r}: name the columns of all its classes"
+            )
 
 
 def main(arguments: list[str]) -> dict[str, Any]:

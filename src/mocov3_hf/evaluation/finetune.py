@@ -61,7 +61,11 @@ class ScheduleOptions:
     layer_decay: float = option(
         1.0, "Factor of the learning rate from a layer to the one before it.", above=0, at_most=1
     )
-    warmup_epochs: float = option(5.0, "Epochs of linear warmup; a tenth of the run if they exceed it.", at_least=0)
+    warmup_epochs: float = option(
+        5.0,
+        "Epochs of linear warmup; a tenth of the run if they exceed it. With --max_steps the same fraction.",
+        at_least=0,
+    )
     warmup_start_factor: float = option(1e-3, "First learning rate, as a fraction of the peak.", at_least=0, below=1)
     min_learning_rate: float = option(1e-5, "Final learning rate of the cosine schedule.", at_least=0)
     max_grad_norm: float = option(5.0, "Norm to clip gradients to. 0 disables clipping.", at_least=0)
@@ -195,7 +199,7 @@ def schedule_options(options: FinetuneOptions, learning_rate: float, total_steps
     if options.min_learning_rate > learning_rate:
         raise UsageError(
             f"--min_learning_rate {options.min_learning_rate:g} exceeds the peak learning rate {learning_rate:g} of"
-            " this batch: pass a smaller one"
+            " this batch: pass a smaller one, such as 0"
         )
     return {
         "lr_scheduler_type": "cosine_warmup_with_min_lr",

@@ -24,6 +24,7 @@ from .common import (
 )
 from .features import Features, labeled_features
 from .pixels import open_transform
+from .problems import TargetScale
 
 
 # Test features for the collapse metrics, spread over the split.
@@ -179,6 +180,7 @@ def run(options: KNNOptions) -> dict[str, float]:
     """Load, evaluate, print, record, on all processes of this run. Raises ValueError for a user's mistake."""
     with evaluation_processes(options) as state:
         train, test = open_splits(options)
+        TargetScale.of(train)  # refuses constant targets
         encoder = load_encoder(options.model).to(state.device)
         transform = open_transform(options, encoder.config, train)
         started = time.perf_counter()

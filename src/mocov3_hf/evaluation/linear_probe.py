@@ -3,21 +3,26 @@ The command `mocov3 linear-probe`: the published linear protocol, a classifier t
 a frozen encoder; with `--cached`, classifiers on features of the images without augmentation.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from ..loading import weights_hash
+from ..data.labeled import LabeledImages
+from ..loading import pooled_features, weights_hash
 from ..options import Command, build, given_values, option
+from ..problem_types import REGRESSION
 from ..recipe_files import RECIPES
-from ..reporting import UsageError, reporting
+from ..reporting import UsageError, is_first_process, reporting
 from ..results import RESULTS
 from . import cached_linear
 from .cached_linear import CachedLinearOptions, CachedOptions
 from .classifier import head_parameters, load_with_new_head
+from .features import rows_of_split
 from .pixels import open_transform
 from .splits import Splits
 from .supervised import Training, build_trainer, common_options, run_training
@@ -25,6 +30,10 @@ from .supervised_options import SupervisedOptions
 from .sweep import INITIAL_STD
 from .trainer import ClassifierTrainer
 from .training_images import TrainingImages, training_transform
+
+
+# Images for the largest learning rate of a regression.
+_CURVATURE_IMAGES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +96,25 @@ def build_linear_trainer(
     """
     The trainer of a linear probe; freezes the backbone of `classifier`.
 
-    SGD on the head alone, with a cosine learning rate from `base_learning_rate · batch / 256` to 0 over all steps.
+    SGD on the head alone, with a cosine learning rate from `base_learning_rate · batch / 256` to 0 over all steps; of
+    a regression at most from `largest_learning_rate`.
 
     Raises:
         ValueError: A batch that cannot be divided among the processes or exceeds the split.
     """
     training = common_options(options, len(splits.train), num_processes)
     backbone = classifier.base_model
+    if splits.problem_type == REGRESSION:
+        batch_size = training["batch_size"] * num_processes
+        largest = largest_learning_rate(backbone, splits.train, transform, options, batch_size)
+        if training["learning_rate"] > largest:
+            if is_first_process():
+                print(
+                    f"learning rate {training['learning_rate']:g} lowered to {largest:g}: with a squared error, a"
+                    " larger one diverges on these features",
+                    file=sys.stderr,
+                )
+            training["learning_rate"] = largest
     backbone.requires_grad_(False)
     optimizer = torch.optim.SGD(
         list(head_parameters(classifier).values()),
@@ -113,6 +134,24 @@ def build_linear_trainer(
         frozen=backbone,
         optimizers=(optimizer, None),
     )
+
+
+def largest_learning_rate(
+    backbone, images: LabeledImages, transform, options: LinearProbeOptions, batch_size: int
+) -> float:
+    """
+    1 / (L + S / (b (1 - m))), one digit, for SGD with momentum m and batches of b images. L is the largest curvature
+    of the mean squared error on some of the training images, S the sum of all curvatures: descent with the whole set
+    diverges above 2 (1 + m) / L, with single images above about 2 (1 - m) / S. The published learning rates are for
+    cross-entropy, whose gradient is bounded.
+    """
+    rows = np.unique(np.linspace(0, len(images) - 1, _CURVATURE_IMAGES).round().astype(int))
+    settings = {**options.of_pass(), "mixed_precision": "no", "progress": False}
+    features = rows_of_split(backbone, pooled_features, images.select(rows), transform, **settings).double()
+    inputs = torch.cat([features, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)  # with the bias
+    curvatures = 2 * torch.linalg.svdvals(inputs) ** 2 / (len(rows) * images.num_classes)
+    of_batches = curvatures.sum() / (batch_size * (1 - options.momentum))
+    return float(f"{1 / (curvatures.max() + of_batches):.0e}")
 
 
 def build_training(options: LinearProbeOptions, splits: Splits, folder: str, num_processes: int) -> Training:

@@ -60,8 +60,14 @@ def target_metrics(
         metrics = regression_metrics(logits.numpy(), labels, names)
         loss = torch.nn.functional.mse_loss(logits.double(), target)
         rows = np.unique(np.linspace(0, len(labels) - 1, _MOST_POINTS).round().astype(int))
-        values = {"true": labels[rows], "predicted": logits.double().numpy()[rows]}
-        plots = {name: [[_rounded(value) for value in row] for row in found.T] for name, found in values.items()}
+        sides = np.stack([labels[rows], logits.double().numpy()[rows]]).transpose(0, 2, 1)  # (2, T, n)
+        # Digits of the spread of each target: dates in seconds have ten digits before those that differ.
+        places = (_DIGITS - np.log10(np.ptp(sides, axis=(0, 2)).clip(1e-30))).astype(int).tolist()
+        true, predicted = (
+            [[round(value, digits) for value in row] for row, digits in zip(side, places, strict=True)]
+            for side in sides.tolist()
+        )
+        plots = {"true": true, "predicted": predicted}
         return {**metrics, "loss": loss.item(), "plots": {"scatter": {"names": list(metrics["per_class"]), **plots}}}
     used = 0.5 if thresholds is None else thresholds
     metrics = multilabel_metrics(probabilities_of(logits), labels, names, used)

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data.labeled import LabeledImages, stratified_split
+from ..data.labeled import LabeledImages
 from ..problem_types import MULTI_LABEL, SINGLE_LABEL
 from ..reporting import UsageError
-from .common import open_splits
+from .common import held_out_rows, open_splits
 from .problems import LOWER_IS_BETTER, METRICS
 from .supervised_options import SupervisedOptions
 
@@ -54,12 +54,7 @@ def open_training_splits(options: SupervisedOptions) -> Splits:
     whole, test = open_splits(options)
     if options.validation_fraction == 0:
         return Splits(whole, test, test, whole)
-    held_out = stratified_split(whole.labels, options.validation_fraction, options.seed)
-    if held_out.all() or not held_out.any():
-        raise UsageError(
-            f"--validation_fraction {options.validation_fraction} holds out {held_out.sum()} of {len(whole)} images:"
-            " pass another, images of a class must be held out and kept"
-        )
+    held_out = held_out_rows(whole.labels, options.validation_fraction, options.seed)
     return Splits(whole.select(np.flatnonzero(~held_out)), whole.select(np.flatnonzero(held_out)), test, whole)
 
 

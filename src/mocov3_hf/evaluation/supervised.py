@@ -27,7 +27,7 @@ from ..results import RESULTS, append_result
 from ..run_folder import CONFIG
 from ..storage import writing
 from .common import describe_splits, evaluation_settings, folder_to_write, plain_options, print_metrics
-from .evaluate import float32_if_regression, warn_of_one_answer
+from .evaluate import float32_if_regression, warn_of_one_answer, warn_of_worse_than_mean
 from .problems import TargetScale, superclasses_of
 from .splits import Splits, check_problem, greater_is_better, metric_of_best, open_training_splits
 from .supervised_options import SupervisedOptions
@@ -289,6 +289,7 @@ def run_training(
             seconds = time.perf_counter() - started
             warn_of_one_answer(metrics.get(f"{task}_answered_classes"), splits.test)
             suffix = "_ema" if trainer.average is not None and options.save_weights == "ema" else ""
+            warn_of_worse_than_mean(metrics.get(f"{task}_r2{suffix}"))
             chosen = trainer.models[suffix]
             for name, value in ((THRESHOLDS, trainer.thresholds.get(suffix)), (SUPERCLASSES, trainer.superclasses)):
                 if value is not None:

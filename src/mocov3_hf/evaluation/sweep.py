@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..data.labeled import stratified_split
 from ..metrics import best_thresholds, multilabel_metrics, regression_metrics
+from .common import held_out_rows
 from .linear import LinearClassifier, check_labeled, fit_linear_regressions
 from .problems import probabilities_of
 
@@ -274,13 +274,7 @@ def choose_linear_regression(
 
 
 def _held_out(labels: torch.Tensor, validation_fraction: float, seed: int) -> torch.Tensor:
-    held_out = torch.from_numpy(stratified_split(labels.cpu().numpy(), validation_fraction, seed))
-    if held_out.all() or not held_out.any():
-        raise ValueError(
-            f"validation_fraction {validation_fraction} holds out {int(held_out.sum())} of {len(labels)} features:"
-            " some of every class must be held out and kept"
-        )
-    return held_out
+    return torch.from_numpy(held_out_rows(labels.cpu().numpy(), validation_fraction, seed))
 
 
 def mean_average_precision(logits: torch.Tensor, labels: torch.Tensor) -> float:

@@ -20,7 +20,7 @@ from ..data.workers import end_workers, ignore_stop_signals
 from ..loading import base_encoder, size_options
 from ..metrics import best_thresholds
 from ..optim.seeding import step_seed
-from ..problem_types import MULTI_LABEL, SINGLE_LABEL
+from ..problem_types import MULTI_LABEL, SINGLE_LABEL, STANDARDIZED
 from ..process_group import StopRequest
 from ..reporting import RunError, is_first_process, one_line
 from ..run_folder import CHECKPOINT_PREFIX, METRICS
@@ -238,12 +238,16 @@ class ClassifierTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
         folder = Path(self.args.output_dir) / f"{CHECKPOINT_PREFIX}{self.state.global_step}"
         try:
+            if self.target_scale is not None:
+                setattr(self.model.config, STANDARDIZED, True)
             with writing(str(folder)):
                 super()._save_checkpoint(*args, **options)
         except RunError:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)  # incomplete
             raise
+        finally:
+            self.model.config.__dict__.pop(STANDARDIZED, None)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

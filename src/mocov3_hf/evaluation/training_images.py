@@ -1,5 +1,6 @@
 """Labeled images for training with `Trainer`: the augmentation is a function of seed, epoch and row."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,8 +55,12 @@ class TrainingImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        """ValueError with the row of an image that cannot be decoded."""
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """
+        The image of a row. `row + k * len(self)` is the same image with another augmentation, for the k-th repetition
+        in an epoch. ValueError with the row of an image that cannot be decoded.
+        """
+        row = index % len(self)
         try:
             image = self.images.decode(row, self.pixel_format)
         except BadImageError as error:
@@ -64,7 +69,7 @@ class TrainingImages(Dataset):
             ) from error
         before = torch.get_rng_state()
         # `torch.manual_seed` would also queue a call for every device, for every image.
-        torch.default_generator.manual_seed((self.seed * _SEED_STRIDE + self.epoch * _EPOCH_STRIDE + row) % 2**63)
+        torch.default_generator.manual_seed((self.seed * _SEED_STRIDE + self.epoch * _EPOCH_STRIDE + index) % 2**63)
         try:
             return {"pixel_values": self.transform(image), "labels": _label(self.images.labels[row])}
         finally:
@@ -89,7 +94,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 class BalancedSampler(Sampler):
     """
     Class-balanced sampling: as many draws as there are images, each of a class at random and of one of its images at
-    random. The draws of an epoch are a function of seed and epoch.
+    random. The draws of an epoch are a function of seed and epoch. Every repetition of an image in an epoch has an
+    augmentation of its own (`TrainingImages.__getitem__`).
 
     Args:
         dataset: Of a single label per image. Its `epoch` is that of the draws.
@@ -111,7 +117,11 @@ class BalancedSampler(Sampler):
         generator = torch.Generator().manual_seed(seed % 2**63)
         classes = torch.randint(len(self.counts), (self.num_draws,), generator=generator)
         places = torch.rand(self.num_draws, generator=generator, dtype=torch.float64) * self.counts[classes]
-        yield from self.rows[self.starts[classes] + places.long()].tolist()
+        rows = self.rows[self.starts[classes] + places.long()].tolist()
+        repetitions: Counter[int] = Counter()
+        for row in rows:
+            yield row + repetitions[row] * len(self.dataset)
+            repetitions[row] += 1
 
 
 def training_transform(

@@ -11,6 +11,7 @@ from ..loading import load_classifier, load_config, load_encoder, load_processor
 from ..model.configuration_mocov3 import MoCoV3Config
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
 from ..options import Command, option, parse
+from ..problem_types import REGRESSION
 from ..reporting import RunError, reporting
 from ..requirements import require_packages
 from ..storage import atomic_folder
@@ -45,7 +46,8 @@ class Exported:
     Attributes:
         format: A key of `WRITERS`.
         outputs: The output that was compared: `"logits"` or `"pooler_output"`.
-        max_error: Largest absolute difference from our model's output.
+        max_error: Largest absolute difference from our model's output; of a regression, whose targets have units,
+            relative to the largest output of each target.
         usage: A line of Python that loads the export.
     """
 
@@ -113,7 +115,7 @@ def load_for_export(model: str | Path, **options: str) -> MoCoV3Model | MoCoV3Fo
 
 @torch.no_grad()
 def largest_difference(model: torch.nn.Module, run: Run, shape: tuple[int, int, int]) -> float:
-    """Largest absolute difference of the outputs on noise (C, H, W), over batches of 1 and 3; nan if not finite."""
+    """`max_error` of `Exported` on noise (C, H, W), over batches of 1 and 3; nan if not finite."""
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for batch_size in (1, 3):
@@ -122,9 +124,12 @@ def largest_difference(model: torch.nn.Module, run: Run, shape: tuple[int, int, 
         actual = run(images)
         if actual.shape != expected.shape:
             raise RunError(f"the export returns shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
-        largest = max(largest, float((actual - expected).abs().max()))
         if not torch.isfinite(actual).all():
             return float("nan")
+        errors = (actual - expected).abs()
+        if output_name(model) == "logits" and model.config.problem_type == REGRESSION:
+            errors = errors / expected.abs().amax(dim=0)
+        largest = max(largest, float(errors.max()))
     return largest
 
 

@@ -21,7 +21,7 @@ from ..data.views import view_settings
 from ..data.workers import default_workers
 from ..hints import nearest
 from ..hub import check_repo_id
-from ..loading import load_config, resolve_model, with_input_channels
+from ..loading import resolve_model, with_input_channels
 from ..model.backbone_mocov3 import UnsupportedBackboneError
 from ..model.batchnorm_mocov3 import GlobalBatchNorm
 from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
@@ -33,7 +33,7 @@ from ..process_group import leave_at_exit
 from ..reporting import UsageError, one_line, warn
 from ..run_folder import BAD_IMAGES
 from .launch import check_launch, check_trackers, ddp_options
-from .pixels import pixel_format
+from .pixels import load_own_config, pixel_format
 from .plan import Plan
 from .recipe import Recipe
 
@@ -230,10 +230,7 @@ def check_model(recipe: Recipe) -> None:
         check_keys(recipe.model.backbone_config, config.backbone_config)
         check_images(check_buildable(config), image_size)
         return
-    config = load_config(name)
-    if not isinstance(config, MoCoV3Config):
-        raise UsageError(f"--model {name} is a {config.model_type!r} model: pass a MoCo v3 pre-training model")
-    backbone = config.backbone_config
+    backbone = load_own_config(name).backbone_config
     if backbone.model_type == MoCoV3ViTConfig.model_type and to_pair(backbone.image_size) != (image_size, image_size):
         raise UsageError(
             f"--model {name} takes images of {backbone.image_size} pixels, the views have {image_size}: pass"

@@ -13,6 +13,7 @@ from ..data.labeled import EvaluationTransform
 from ..data.photometric import PhotometricStage
 from ..data.pixel_statistics import estimate_pixels
 from ..loading import load_config, num_channels_of
+from ..model.configuration_mocov3 import MoCoV3Config
 from ..processing import PixelFormat, ProcessorTransform, build_image_processor, checked_range
 from ..reporting import UsageError
 from .recipe import Recipe, resumed_recipe
@@ -105,6 +106,14 @@ def with_settled_options(recipe: Recipe) -> Recipe:
         if getattr(recipe.data, name) in (None, "auto") and getattr(saved, name) is not None
     }
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **changes))
+
+
+def load_own_config(name: str) -> MoCoV3Config:
+    """The configuration of `--model`; UsageError for a model of another library."""
+    config = load_config(name)
+    if not isinstance(config, MoCoV3Config):
+        raise UsageError(f"--model {name} is a {config.model_type!r} model: pass a MoCo v3 pre-training model")
+    return config
 
 
 def channels_of_model(recipe: Recipe) -> int | None:

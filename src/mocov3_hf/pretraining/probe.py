@@ -18,7 +18,6 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..data.workers import cores_shared_with
-from ..loading import load_config
 from ..model.configuration_mocov3 import MoCoV3ViTConfig, to_pair
 from ..precision import this_device
 from ..reporting import UsageError, is_first_process
@@ -26,7 +25,7 @@ from .auto import GIB, Choice, Facts, MemoryModel, Values, choose
 from .build import build_accelerator, build_loader, build_model, build_optimizer, build_source
 from .facts import look, memory_model
 from .hardware import choose_settings, compile_augmentation, set_up, settle_precision
-from .pixels import build_photometric, settle_pixels
+from .pixels import build_photometric, load_own_config, settle_pixels
 from .plan import batches, make_plan
 from .recipe import PLAN_OPTIONS, Recipe, resolve, resumed_recipe
 from .resume import check_output_is_free
@@ -311,15 +310,21 @@ def agreed(recipe: Recipe, trial: Trial) -> Trial:
 
 
 def with_model(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Backbone and image size of `--model`, where weights to start from are given, and the reason."""
+    """Backbone, heads and image size of `--model`, where weights to start from are given, and the reason."""
     if not given.get("model"):
         return dict(given), {}
-    backbone = load_config(given["model"]).backbone_config
-    own = {"backbone_config": {"model_type": backbone.model_type}}
+    config = load_own_config(given["model"])
+    backbone = config.backbone_config
+    own: dict[str, Any] = {name: getattr(config, name) for name in ("head_hidden_size", "projection_dim")}
+    own["backbone_config"] = {"model_type": backbone.model_type}
     for name in ("hidden_size", "patch_size"):
         if isinstance(getattr(backbone, name, None), int):
             own["backbone_config"][name] = getattr(backbone, name)
-    if backbone.model_type == MoCoV3ViTConfig.model_type:
+    if isinstance(backbone, MoCoV3ViTConfig):
+        for name in ("num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            own["backbone_config"][name] = getattr(backbone, name)
+        if backbone.mlp_norm != "layer_norm":  # which decides whether batches can be cut
+            own["backbone_config"]["mlp_norm"] = backbone.mlp_norm
         own["image_size"] = to_pair(backbone.image_size)[0]
     return {**own, **given}, {name: f"that of {given['model']}" for name in own if name not in given}
 

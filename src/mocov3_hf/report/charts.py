@@ -113,15 +113,15 @@ CLASSIFIER_CHARTS = (
     LineChart(
         "map",
         "Mean average precision",
-        "Mean over the classes (mAP), after every epoch. Healthy: still rising slightly at the end of the schedule.",
+        "Mean average precision (mAP) after every epoch. Healthy: still rising slightly at the end of the schedule.",
         ({"weights": "eval_map", "EMA of the weights": "eval_map_ema"},),
         percent=True,
     ),
     LineChart(
         "r2",
         "R²",
-        "After every epoch: 1 is exact, 0 no better than the mean. Healthy: still rising slightly at the end of the"
-        " schedule.",
+        "R² after every epoch: 1 is exact, 0 no better than the mean of the targets. Healthy: still rising slightly at"
+        " the end of the schedule.",
         ({"weights": "eval_r2", "EMA of the weights": "eval_r2_ema"},),
     ),
     LineChart(

@@ -7,6 +7,7 @@ import copy
 import math
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,8 +79,9 @@ def open_samples(
     config_name: str | None = None,
     split: str = "test",
     image_column: str | None = None,
-    label_column: str | None = None,
+    label_column: str | Sequence[str] | None = None,
     *,
+    problem_type: str = "auto",
     num_images: int = 500,
     seed: int = 0,
     bad_images: str = "stop",
@@ -90,6 +92,7 @@ def open_samples(
     Args:
         dataset_name, config_name, split, image_column: as for `data.labeled.open_labeled`.
         label_column: None to detect it; images without one are unlabeled.
+        problem_type: As for `open_labeled`.
         num_images: size of the sample; a smaller split is taken whole.
         bad_images: "skip" takes other images for those that cannot be decoded, and names them on stderr.
 
@@ -98,18 +101,18 @@ def open_samples(
     """
     dataset = open_dataset(dataset_name, config_name, split)
     description = f"{shown_name(dataset_name)}, split {split}"
-    try:
-        column, why = find_label_column(dataset, label_column), ""
-    except ValueError as error:
-        if label_column is not None:
-            raise
-        column, why = None, f"The images have no labels: {error}."
+    column, why = label_column, ""
+    if column is None:
+        try:
+            column = find_label_column(dataset)
+        except ValueError as error:
+            why = f"The images have no labels: {error}."
     if column is None:
         source = MapSource(dataset, image_column)
         rows = usable_rows(source, choose_rows(len(source), None, len(source), seed), num_images, bad_images)
         samples = Samples(source, rows, None, None, why, description)
     else:
-        images = open_labeled(dataset_name, config_name, split, image_column, column, problem_type="auto")
+        images = open_labeled(dataset_name, config_name, split, image_column, column, problem_type=problem_type)
         is_single = images.problem_type == SINGLE_LABEL
         rows = choose_rows(len(images), images.labels if is_single else None, len(images), seed)
         rows = usable_rows(images.source, rows, num_images, bad_images)

@@ -149,6 +149,9 @@ def describe_protocol(result: dict[str, Any]) -> str:
     """Task, data set, splits and classes of an evaluation."""
     dataset = mapping(result.get("dataset"))
     task = TASKS.get(result.get("task"), ("", str(result.get("task"))))[1]
+    number, problem_type = dataset.get("num_classes"), dataset.get("problem_type")
+    if result.get("task") == "evaluate" and problem_type == REGRESSION:
+        task = "test"
     precision = mapping(result.get("settings")).get("mixed_precision", "no")
     words = f"{task[:1].upper()}{task[1:]}{'' if precision == 'no' else f' in {precision}'}"
     words += f" on {shown_name(dataset.get('name', 'unknown'))}"
@@ -157,7 +160,6 @@ def describe_protocol(result: dict[str, Any]) -> str:
     if result.get("task") in LEARNING_TASKS and dataset.get("train_split"):
         source = "neighbors from" if result["task"] == "knn" else "trained on"
         words += f", {source} {dataset['train_split']}{size_of(dataset.get('train_size'))}"
-    number, problem_type = dataset.get("num_classes"), dataset.get("problem_type")
     if problem_type in (MULTI_LABEL, REGRESSION) and is_value(number):
         words += f"; {'regression, targets' if problem_type == REGRESSION else 'multi-label, classes'}: {number:,}"
     elif is_value(number) and number > 1:

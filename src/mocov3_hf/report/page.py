@@ -11,6 +11,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from .._version import __version__
+from ..problem_types import SINGLE_LABEL
 from ..run_folder import RunFolder
 from .image_sections import image_sections, neighbor_findings
 from .images import Samples, Seen, Viewer
@@ -53,8 +54,9 @@ def render_page(
     elif kept := kept_sections(earlier, command):
         sections += kept
     elif folder.kind != "evaluation":
+        has_confusions = folder.kind == "classifier" and folder.config.get("problem_type") in (None, SINGLE_LABEL)
         shown = "Augmented views, attention maps, patch features, the t-SNE map and nearest neighbors"
-        text = f"{shown}{', and the confusion matrix,' if folder.kind == 'classifier' else ''} need images:"
+        text = f"{shown}{', and the confusion matrix,' if has_confusions else ''} need images:"
         sections.append(Section("images", "Images", [Text(text, command)]))
     return render(
         title=folder.path.resolve().name,

@@ -173,6 +173,8 @@ def draw_scatter(values: Any, plots: Path) -> list[Chart]:
         axes.plot(true, predicted, color=SERIES[0], marker="o", markersize=3, alpha=0.6, linestyle="none")
         limits = (low - margin, high + margin)
         axes.set(xlim=limits, ylim=limits, xlabel="true", ylabel="predicted")
+        axes.locator_params(nbins=5)
+        axes.ticklabel_format(scilimits=(-2, 5))
         correlation = np.corrcoef(true, predicted)[0, 1] if len(true) > 1 and true.std() and predicted.std() else 0.0
         of = f"; the first {MOST_TARGETS} of {len(columns)} targets" if len(columns) > MOST_TARGETS else ""
         charts.append(

@@ -64,8 +64,9 @@ def describe_backbone(backbone: dict[str, Any]) -> str:
 def facts(folder: RunFolder) -> list[tuple[str, str]]:
     """Names and values that identify a model and its run; unknown ones are left out."""
     size = folder.backbone.get("image_size") or folder.recipe.get("image_size")
+    is_regression = folder.kind == "classifier" and folder.config.get("problem_type") == REGRESSION
     found: list[tuple[str, Any]] = [
-        ("Kind", KINDS[folder.kind]),
+        ("Kind", "Regression model" if is_regression else KINDS[folder.kind]),
         ("Architecture", folder.architecture),
         ("Backbone", describe_backbone(folder.backbone) if folder.backbone else None),
         ("Pooling", folder.config.get("pooling") if folder.config.get("pooling") in ("cls", "mean") else None),

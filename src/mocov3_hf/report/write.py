@@ -39,7 +39,7 @@ class ImageOptions:
     dataset_config_name: str | None = option(None, "Configuration of a data set that has several.")
     test_split: str = option("test", "Split of the data set.", old=["split"])
     image_column: str | None = option(None, "Column of images. Found if there is only one.")
-    label_column: str | None = option(None, "Column of labels. Found if there is only one.")
+    label_column: list[str] | None = option(None, "Column of labels, or several. Found if there is only one.")
     display_channels: list[int] | None = option(
         None,
         "One or three channels to show, numbered from 0, such as 3 2 1. Defaults to the first three, or the first.",
@@ -129,6 +129,7 @@ def look(folder: RunFolder, options: ImageOptions) -> tuple | None:
         options.test_split,
         options.image_column,
         options.label_column,
+        problem_type=folder.config.get("problem_type") or "auto",
         num_images=options.num_images,
         seed=options.seed,
         bad_images=options.on_bad_image,
