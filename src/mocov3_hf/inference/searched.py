@@ -52,7 +52,7 @@ class Searched:
     @cached_property
     def inputs(self) -> Sequence[str | NamedImage]:
         """The images of the command that extracted the features; ValueError where they are no longer there."""
-        return open_inputs(ImageOptions(**self.folder.info["inputs"] | {"on_bad_image": "skip"}))
+        return open_inputs(ImageOptions(**self.folder.info["inputs"] | {"on_bad_image": "skip"}), is_reported=False)
 
     def read(self, row: int) -> torch.Tensor:
         """
@@ -136,9 +136,12 @@ def choose_threshold(searched: Searched) -> tuple[float, str]:
         images, why = [], "no image can be read"
         for row in rows:
             try:
-                images.append(searched.read(row))
+                image = searched.read(row)
             except ValueError as error:
                 why = str(error)
+                continue
+            if not any(torch.equal(image, other) for other in images):
+                images.append(image)
         if not images:
             raise ValueError(why)
     except ValueError as error:
@@ -149,13 +152,14 @@ def choose_threshold(searched: Searched) -> tuple[float, str]:
     originals, copies = features[::4], features.view(len(images), 4, -1)[:, 1:]
     of_copies = torch.einsum("nd,ncd->nc", originals, copies).flatten()
     chosen, kinds = of_copies.quantile(1 - FOUND_COPIES), "re-encoded, resized and cropped copies"
-    text = f"{FOUND_COPIES:.0%} of {kinds} of {len(images)} of the images are as similar"
+    number = f"{len(images)} image{'s' if len(images) > 1 else ''}"
+    text = f"{FOUND_COPIES:.0%} of {kinds} of {number} reach it"
     pairs = (originals @ originals.T)[tuple(torch.triu_indices(len(images), len(images), offset=1))]
     if len(pairs) and pairs.quantile(DIFFERENT_PAIRS) > chosen:
         chosen = pairs.quantile(DIFFERENT_PAIRS)
         share = float((of_copies >= chosen).float().mean())
         text = (
-            f"{DIFFERENT_PAIRS:.0%} of the pairs of {len(images)} different images are less similar; the model tells"
-            f" copies from other images badly: {share:.0%} of {kinds} are as similar"
+            f"{DIFFERENT_PAIRS:.0%} of the pairs of {number} stay below it, and only {share:.0%}"
+            f" of {kinds} reach it: the model tells copies from other images badly, or many of the images are copies"
         )
     return np.floor(float(chosen) * 10_000).item() / 10_000, text
