@@ -51,8 +51,8 @@ def check_new_folder(
     check_output_dir(str(output_dir))
     if is_occupied(output_dir, overwrite):
         raise UsageError(
-            f"--output_dir {output_dir} exists and is not an empty folder: pass another one, or --overwrite_output_dir"
-            " to replace a folder"
+            f"--output_dir {output_dir} exists and is not an empty folder: pass another --output_dir, or"
+            " --overwrite_output_dir to replace a folder"
         )
     folder = Path(output_dir).resolve()
     if not (folder.is_dir() and any(folder.iterdir())):

@@ -74,7 +74,7 @@ class Predictor:
             raise ValueError(f"bad_images must be one of {', '.join(BAD_IMAGES)}, got {bad_images!r}")
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
             if value is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+                raise ValueError(f"{name} must be at least {least} and an integer, got {value!r}")
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.batch_size = batch_size or BATCH_SIZES.get(self.device.type, OTHER_BATCH_SIZE)
