@@ -53,7 +53,7 @@ def test_only_bad_images(vit, broken):
     ("image", "message"),
     [
         ("", "image 0 has an empty path"),
-        ("https://host/cat.jpg", "cat.jpg is a URL, which is not read: download the image"),
+        ("https://host/cat.jpg", "cat.jpg is a URL, which is not downloaded: repair it"),
         (b"", r"image 0 is empty \(0 bytes\): repair it, or skip it with .* \(in Python bad_images='skip'\)"),
         (np.zeros((0, 32, 3), np.uint8), r"image 0 has the shape \(0, 32, 3\), which holds no values"),
         (np.zeros((40, 40, 3), np.uint8), r"has the shape \(40, 40, 3\), 4800 values, more than the allowed 4000"),
@@ -77,7 +77,7 @@ def test_more_pixels_than_allowed(vit, files, tmp_path):
 
 def test_a_folder_in_a_list_and_a_folder_of_other_files(vit, files, tmp_path, capsys):
     extract = FeatureExtractor(vit, device="cpu")
-    with pytest.raises(ValueError, match="is a folder: pass it by itself, not in a list"):
+    with pytest.raises(ValueError, match="is a folder inside a list of images"):
         extract([str(tmp_path)])
     (tmp_path / "a.parquet").touch()
     with pytest.raises(ValueError, match="only 1 of the kind: parquet file, pass the folder as --dataset_name"):

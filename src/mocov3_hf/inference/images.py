@@ -143,13 +143,13 @@ def decode(image: ImageInput, pixel_format: PixelFormat = RGB8, max_pixels: int 
 
 
 def check_path(path: str) -> None:
-    """BadImageError for a path that cannot be that of one image, with what to do."""
+    """BadImageError for a path that cannot be that of one image."""
     if not path:
         raise BadImageError("has an empty path")
     if path.startswith(("http://", "https://", "data:")):
-        raise BadImageError("is a URL, which is not read: download the image and pass its path or its bytes")
+        raise BadImageError("is a URL, which is not downloaded")
     if os.path.isdir(path):
-        raise BadImageError("is a folder: pass it by itself, not in a list")
+        raise BadImageError("is a folder inside a list of images")
 
 
 def name_of(image: ImageInput, index: int) -> str:
