@@ -152,6 +152,8 @@ def atomic_folder(path: str | Path, *, replace: bool = False, durable: bool = Tr
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         if handle is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_UN)  # also for processes that were forked meanwhile
             os.close(handle)
 
 
