@@ -13,17 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from .data.decode import BadImageError, printable
+from .data.decode import printable
 from .data.memory import named
-from .data.pixels import check_image
 from .data.references import shown
-from .hints import describe_missing
 from .inference.feature_files import INFO, FeatureFolder, read_feature_folder
 from .inference.files import PredictorOptions, extract_to_folder
-from .inference.images import ImageInput, decode, detached, name_of
+from .inference.images import ImageInput, decode, name_of
 from .inference.inputs import ImageOptions
-from .inference.predictors import as_images, choose_device, is_one_image
-from .inference.searched import Searched, choose_threshold
+from .inference.predictors import choose_device
+from .inference.searched import Searched, checked_queries, choose_threshold, queries_of
 from .metrics.knn import check_features
 from .metrics.search import OUTLIER_Z, choose_backend, duplicate_groups, nearest_others, outlier_scores, search
 from .metrics.search import Neighbors as Found
@@ -237,14 +235,7 @@ def run_call(dataset: Any, model: str | None, query: Any, options: dict[str, Any
             build(OptionalModelOptions, values),
             build(NeighborOptions, values),
         )
-        return run(which, how, chosen, list(_queries(query)))
-
-
-def _queries(query: Any) -> Iterable[ImageInput]:
-    """The items of an argument `query`: images, and paths of files and folders."""
-    if query is None:
-        return []
-    return [query] if isinstance(query, str | os.PathLike) or is_one_image(query) else query
+        return run(which, how, chosen, list(queries_of(query)))
 
 
 def open_features(which: ImageOptions, how: OptionalModelOptions, path: Path, overwrite: bool) -> FeatureFolder:
@@ -256,27 +247,6 @@ def open_features(which: ImageOptions, how: OptionalModelOptions, path: Path, ov
             "no features: pass a folder that mocov3 extract --output_dir wrote, or images and --model to extract them"
         )
     return extract_to_folder(which, how, str(path), overwrite=overwrite)
-
-
-def checked_queries(queries: Iterable[ImageInput], on_bad_image: str) -> list[ImageInput]:
-    """The images and those in the folders; UsageError for one that cannot be used, before anything is computed."""
-    images: list[ImageInput] = []
-    for query in queries:
-        if not isinstance(query, str | os.PathLike):
-            images.append(detached(query))
-            continue
-        if on_bad_image == "stop" and not os.path.exists(os.path.expanduser(query)):
-            raise UsageError(describe_missing(query, "query"))
-        images += as_images(query)
-    for index, image in enumerate(images if on_bad_image == "stop" else ()):
-        data = bytes(image) if isinstance(image, bytearray | memoryview) else image
-        if isinstance(data, str | os.PathLike | bytes):
-            try:
-                check_image(data)
-            except BadImageError as error:
-                name = printable(name_of(image, index))
-                raise UsageError(f"query {name} {error.reason}: pass another image") from error
-    return images
 
 
 def search_queries(

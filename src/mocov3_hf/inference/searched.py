@@ -1,23 +1,27 @@
 """Features that are searched, with their images and their model."""
 
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ..data.decode import BadImageError
+from ..data.decode import BadImageError, printable
+from ..data.pixels import check_image
 from ..data.references import shown
+from ..hints import describe_missing
 from ..model.image_processing_mocov3 import MoCoV3ImageProcessor, scale_pixels
 from ..processing import PixelFormat
 from ..reporting import UsageError
 from .feature_files import FeatureFolder
-from .images import NamedImage, decode, name_of
+from .images import ImageInput, NamedImage, decode, detached, name_of
 from .inputs import ImageOptions, open_inputs
-from .predictors import FeatureExtractor
+from .predictors import FeatureExtractor, as_images, is_one_image
 
 
 # Images that are copied to choose a threshold, and the share of their copies that it finds.
@@ -102,6 +106,34 @@ class Searched:
         size = [max(1, round(side * scale)) for side in pixels.shape[-2:]]
         small = F.interpolate(pixels[None].float(), size, mode="bilinear", antialias=True)[0]
         return small.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def queries_of(query: Any) -> Iterable[ImageInput]:
+    """The items of an argument `query`: images, and paths of files and folders."""
+    if query is None:
+        return []
+    return [query] if isinstance(query, str | os.PathLike) or is_one_image(query) else query
+
+
+def checked_queries(queries: Iterable[ImageInput], on_bad_image: str) -> list[ImageInput]:
+    """The images and those in the folders; UsageError for one that cannot be used, before anything is computed."""
+    images: list[ImageInput] = []
+    for query in queries:
+        if not isinstance(query, str | os.PathLike):
+            images.append(detached(query))
+            continue
+        if on_bad_image == "stop" and not os.path.exists(os.path.expanduser(query)):
+            raise UsageError(describe_missing(query, "query"))
+        images += as_images(query)
+    for index, image in enumerate(images if on_bad_image == "stop" else ()):
+        data = bytes(image) if isinstance(image, bytearray | memoryview) else image
+        if isinstance(data, str | os.PathLike | bytes):
+            try:
+                check_image(data)
+            except BadImageError as error:
+                name = printable(name_of(image, index))
+                raise UsageError(f"query {name} {error.reason}: pass another image") from error
+    return images
 
 
 def altered_copies(image: torch.Tensor) -> list[torch.Tensor]:
