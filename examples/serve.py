@@ -6,8 +6,9 @@ Classes or features of images over HTTP, with FastAPI.
     curl --data-binary @cat.jpg "http://127.0.0.1:8000/classify?top_k=3"
     curl --data-binary @cat.jpg "http://127.0.0.1:8000/features"
 
-The body of a request is one encoded image. Errors are one line of JSON: 413 for an image of more than
-`--max_megabytes`, 415 for bytes that cannot be decoded as an image, 422 for a parameter that is not valid.
+The body of a request is one encoded image. Errors are one line of JSON: 413 for more than `--max_megabytes`, 415 for
+bytes that cannot be decoded as an image or for one of more than `--max_megapixels`, 422 for a parameter that is not
+valid.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from mocov3_hf.inference import FeatureExtractor, ImageClassifier
 from mocov3_hf.loading import load_config
+from mocov3_hf.reporting import reporting
 
 
 def create_app(model: str, max_bytes: int = 10_000_000, **options) -> FastAPI:
@@ -27,10 +29,11 @@ def create_app(model: str, max_bytes: int = 10_000_000, **options) -> FastAPI:
     Args:
         model: Folder, Hub id or published name. Without a classification head, there is no `/classify`.
         max_bytes: Size of the largest body that is accepted.
-        options: Of `FeatureExtractor` and `ImageClassifier`.
+        options: Of `FeatureExtractor` and `ImageClassifier`; `max_pixels` is 25 million by default, because each
+            request at the same time holds a decoded image.
     """
     app = FastAPI(title="mocov3_hf")
-    options = {"batch_size": 1, "num_workers": 0} | options  # a request has one image
+    options = {"batch_size": 1, "num_workers": 0, "max_pixels": 25_000_000} | options  # a request has one image
     extract = FeatureExtractor(model, **options)
     is_classifier = any(name.endswith("ForImageClassification") for name in load_config(model).architectures or [])
     classify = ImageClassifier(model, **options) if is_classifier else None
@@ -74,8 +77,10 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 accepts requests from other machines")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max_megabytes", type=float, default=10)
+    parser.add_argument("--max_megapixels", type=float, default=25)
     options = parser.parse_args()
-    app = create_app(options.model, int(options.max_megabytes * 1e6))
+    with reporting():
+        app = create_app(options.model, int(options.max_megabytes * 1e6), max_pixels=int(options.max_megapixels * 1e6))
     uvicorn.run(app, host=options.host, port=options.port)
 
 

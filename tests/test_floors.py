@@ -18,6 +18,7 @@ GROUND = (
     "process_group",
     "problem_types",
     "storage",
+    "new_folder",
     "yaml_files",
     "option_values",
     "recipe_files",

@@ -68,7 +68,7 @@ def test_planted_copies_are_one_group(found):
     summary = json.loads((found / "summary.json").read_text())
     assert (summary["images"], summary["bad_images"], summary["groups"]) == (30, 1, 1)
     assert 0.9 < summary["threshold"] < 1
-    assert "copies of 30 of the images are as similar" in summary["threshold_chosen"]
+    assert "copies of 29 images reach it" in summary["threshold_chosen"]
 
 
 def test_planted_outliers_are_the_farthest(found):
@@ -153,6 +153,57 @@ def test_from_python_with_features_and_with_data_in_memory(found, model, photos,
     memory = mocov3_hf.neighbors(images, model, tmp_path / "b", **options)
     assert list(memory.duplicates["image"]) == [f"train[{row}]" for row in range(2, 7)]
     assert "cannot be read" not in memory.gallery.read_text(encoding="utf-8")
+
+
+def test_images_of_a_command_are_not_overwritten(model, photos, tmp_path, capsys):
+    (tmp_path / "00.png").write_bytes((photos / "00.png").read_bytes())
+    for mark in ("", "features.json"):
+        if mark:
+            (tmp_path / mark).touch()
+        with pytest.raises(SystemExit, match="2"):
+            main(["extract", str(tmp_path), "--model", model, "--output_dir", str(tmp_path), "--overwrite_output_dir"])
+        assert "--overwrite_output_dir would delete" in capsys.readouterr().err
+        assert (tmp_path / "00.png").exists()
+
+
+def test_queries_of_a_call(found, photos, tmp_path):
+    def ask(name, query, **options):
+        options = {"threshold": 0.9, "gallery": False, "device": "cpu"} | options
+        return mocov3_hf.neighbors(found / "features", output_dir=tmp_path / name, query=query, **options)
+
+    (tmp_path / "asked").mkdir()
+    for name in ("07.png", "03.png"):
+        (tmp_path / "asked" / name).write_bytes((photos / name).read_bytes())
+    folder = ask("a", str(tmp_path / "asked"))
+    assert names(folder.queries["query"].unique()) == ["03.png", "07.png"]
+    assert ask("b", None).summary["queries"] == 0
+    skipped = ask("c", [photos / "broken.jpg"], on_bad_image="skip").summary
+    assert (skipped["queries"], skipped["bad_queries"]) == (0, [str(photos / "broken.jpg")])
+    assert not (tmp_path / "d").exists()
+    for query in (photos / "broken.jpg", [b"text"], photos / "none.jpg"):
+        with pytest.raises(ValueError, match=r"broken.jpg cannot be decoded|query image 0 cannot be|does not exist"):
+            ask("d", query)
+    assert not (tmp_path / "d").exists()
+    (tmp_path / "b" / "gallery.html").write_text("of an earlier search")
+    ask("b", None, overwrite_output_dir=True)
+    assert not (tmp_path / "b" / "gallery.html").exists()
+
+
+def test_copies_do_not_raise_the_threshold(model, photos, tmp_path):
+    for number in range(6):
+        (tmp_path / f"{number}.png").write_bytes((photos / "07.png").read_bytes())
+    Image.open(photos / "07.png").save(tmp_path / "jpeg.jpg", quality=80)
+    options = {"dtype": "float32", "device": "cpu", "gallery": False}
+    alike = mocov3_hf.neighbors(tmp_path, model, tmp_path / "out", **options)
+    assert alike.summary["near_duplicates"] == 7
+
+
+def test_features_with_nan_are_named(tmp_path):
+    writer = FeatureWriter(tmp_path)
+    writer.add([PreparedImage(name, torch.zeros(1)) for name in "ab"], torch.tensor([[1.0, 0.0], [np.nan, 1.0]]))
+    writer.close({"image_processor": {}, "model": "", "weights_hash": "", "inputs": {}})
+    with pytest.raises(ValueError, match=rf"1 of 2 rows of the features in '{tmp_path}' contain NaN"):
+        mocov3_hf.neighbors(tmp_path, output_dir=tmp_path / "out", threshold=0.9)
 
 
 def test_float16_in_shards_with_labels(model, tmp_path, monkeypatch):
@@ -240,6 +291,26 @@ def test_outlier_scores_by_hand():
     torch.testing.assert_close(scores, torch.tensor([0.15, 0.2, 0.1, 0.95]))
     median = scores.median()
     torch.testing.assert_close(z, 0.6745 * (scores - median) / (scores - median).abs().median())
+
+
+def test_outlier_scores_among_copies():
+    similarities = torch.ones(100, 3)
+    similarities[0] += 1e-6  # rounding
+    scores, z = outlier_scores(similarities)
+    assert scores.min() == 0
+    assert z.tolist() == [0] * 100
+    similarities[60:] = 0.9 + 1e-3 * torch.arange(40)[:, None]  # the other images: each at a distance of its own
+    scores, z = outlier_scores(similarities)
+    torch.testing.assert_close(z, scores * (0.7979 / scores.mean()), rtol=1e-3, atol=1e-3)
+    assert z.max() < 3.5
+
+
+def test_exact_copies_reach_the_threshold_1():
+    rows = torch.nn.functional.normalize(torch.randn(200, 2048, generator=torch.Generator().manual_seed(0)), dim=1)
+    features = rows.repeat(2, 1)
+    for backend in ("torch", "sklearn"):
+        groups = duplicate_groups(features, nearest_others(features, 3, backend=backend), 1.0)
+        assert groups.tolist() == [*range(200)] * 2
 
 
 @pytest.mark.parametrize(

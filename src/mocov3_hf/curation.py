@@ -13,24 +13,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from .data.decode import BadImageError, printable
+from .data.decode import printable
 from .data.memory import named
-from .data.pixels import check_image
 from .data.references import shown
-from .hints import describe_missing
 from .inference.feature_files import INFO, FeatureFolder, read_feature_folder
 from .inference.files import PredictorOptions, extract_to_folder
-from .inference.images import ImageInput, decode, detached, name_of
+from .inference.images import ImageInput, decode, name_of
 from .inference.inputs import ImageOptions
-from .inference.predictors import as_images, choose_device
-from .inference.searched import Searched, choose_threshold
+from .inference.predictors import choose_device
+from .inference.searched import Searched, checked_queries, choose_threshold, queries_of
+from .metrics.knn import check_features
 from .metrics.search import OUTLIER_Z, choose_backend, duplicate_groups, nearest_others, outlier_scores, search
 from .metrics.search import Neighbors as Found
+from .new_folder import check_output_dir
 from .options import Command, build, option, parse, values_of_keywords
 from .report.write import NEEDED
 from .reporting import UsageError, reporting
 from .requirements import require_packages
-from .storage import atomic_file, check_output_dir, is_occupied, write_json, write_text
+from .storage import atomic_file, is_occupied, write_json, write_text
 
 
 if TYPE_CHECKING:
@@ -180,11 +180,13 @@ def run(
             f"--output_dir {options.output_dir} exists: pass a new folder, or --overwrite_output_dir to write to it"
         )
     output, device = Path(options.output_dir), choose_device(how.device)
+    queries = [*options.query, *queries]
     backend = choose_backend(options.backend, device)
-    asked = [*checked_queries(options.query, which.on_bad_image), *map(detached, queries)]
+    asked = checked_queries(queries, which.on_bad_image)
     settings = {"device": how.device, "batch_size": how.batch_size, "num_workers": how.dataloader_num_workers}
     folder = open_features(which, how, output / FEATURES, options.overwrite_output_dir)
     searched = Searched(folder, how.model, **settings)
+    check_features(f"the features in {str(folder.path)!r}", searched.features)
     found = nearest_others(searched.features, options.k, backend=backend, device=device)
     nearest, bad_queries = search_queries(searched, asked, options.k, backend, device) if asked else ([], [])
     if bad_queries and which.on_bad_image == "stop":
@@ -212,6 +214,7 @@ def run(
     }
     write_tables(output, searched, found, groups, scores, z, nearest, options.num_outliers)
     write_json(output / SUMMARY, summary)
+    (output / PAGE).unlink(missing_ok=True)  # of an earlier search
     if options.gallery:
         write_page(output, summary, searched, found, groups, scores, nearest, options.num_shown)
     return Neighbors(output, summary)
@@ -232,7 +235,7 @@ def run_call(dataset: Any, model: str | None, query: Any, options: dict[str, Any
             build(OptionalModelOptions, values),
             build(NeighborOptions, values),
         )
-        return run(which, how, chosen, list(as_images(query)))
+        return run(which, how, chosen, list(queries_of(query)))
 
 
 def open_features(which: ImageOptions, how: OptionalModelOptions, path: Path, overwrite: bool) -> FeatureFolder:
@@ -246,35 +249,26 @@ def open_features(which: ImageOptions, how: OptionalModelOptions, path: Path, ov
     return extract_to_folder(which, how, str(path), overwrite=overwrite)
 
 
-def checked_queries(names: list[str], on_bad_image: str) -> list[ImageInput]:
-    """The files and those in the folders; UsageError for one that cannot be used, before anything is computed."""
-    paths = [path for name in names for path in as_images(name)]
-    for path in paths if on_bad_image == "stop" else ():
-        if not os.path.exists(path):
-            raise UsageError(describe_missing(path, "query"))
-        try:
-            check_image(path)
-        except BadImageError as error:
-            raise UsageError(f"query {printable(path)} {error.reason}: pass another image") from error
-    return paths
-
-
 def search_queries(
     searched: Searched, asked: Sequence[ImageInput], k: int, backend: str, device: torch.device
 ) -> tuple[list[Query], list[str]]:
     """The nearest images of each query, other than itself; and the names of queries that could not be decoded."""
     names = [name_of(image, index) for index, image in enumerate(asked)]
-    features = searched.extractor(asked)
-    good = features.isfinite().all(dim=1).nonzero()[:, 0]
+    batches = list(searched.extractor.batches(asked))
+    prepared = [image for batch, _ in batches for image in batch]
+    good = [place for place, image in enumerate(prepared) if image.error is None]
+    bad = [printable(image.name) for image in prepared if image.error is not None]
+    if not good:
+        return [], bad
     number = min(k + 1, len(searched.names))  # one may be the query itself
-    similarities, rows = search(features[good], searched.features, number, backend=backend, device=device)
+    features = torch.cat([rows for _, rows in batches if rows.numel()])
+    similarities, rows = search(features, searched.features, number, backend=backend, device=device)
     found = []
-    for place, near, alike in zip(good.tolist(), rows.tolist(), similarities.tolist(), strict=True):
+    for place, near, alike in zip(good, rows.tolist(), similarities.tolist(), strict=True):
         own = shown(os.path.abspath(names[place])) if isinstance(asked[place], str | os.PathLike) else None
         others = [(row, value) for row, value in zip(near, alike, strict=True) if searched.names[row] != own]
         picture = searched.picture(decode(asked[place], searched.pixel_format))
         found.append(Query(printable(names[place]), picture, *map(list, zip(*others[:k], strict=True))))
-    bad = [printable(name) for place, name in enumerate(names) if place not in set(good.tolist())]
     return found, bad
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
-from .reporting import RunError, UsageError, one_line, warn
+from .reporting import RunError, one_line, warn
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 BLOCK = 1 << 20
@@ -106,30 +111,6 @@ def is_occupied(path: str | Path, replace: bool = False) -> bool:
     return path.exists() and (not path.is_dir() or (any(path.iterdir()) and not replace))
 
 
-def check_output_dir(output_dir: str) -> None:
-    """
-    Check before anything is built that a folder can be created and written; nothing is left behind.
-
-    Raises:
-        UsageError: it cannot, and why.
-    """
-    if not output_dir.strip():
-        raise UsageError("--output_dir is empty: pass a new folder")
-    existing = Path(os.path.abspath(output_dir))
-    try:
-        while not (existing.exists() or existing.is_symlink()):
-            existing = existing.parent
-        if not existing.is_dir():
-            what = "a file" if existing.exists() else "a link to a folder that does not exist"
-            raise UsageError(f"--output_dir {output_dir} cannot be created: {existing} is {what}; pass another folder")
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"--output_dir {output_dir} cannot be written ({error.strerror or error}): pass another folder"
-        ) from error
-
-
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, *, replace: bool = False, durable: bool = True) -> Iterator[Path]:
     """
@@ -149,8 +130,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False, durable: bool = Tr
         what = "a folder with content" if path.is_dir() else "a file"
         raise FileExistsError(f"{path} is {what}: move it away")
     aside = aside_of(path)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    handle = claim(aside)
     try:
         yield aside
         for inner in sorted(aside.rglob("*")):
@@ -171,6 +151,46 @@ def atomic_folder(path: str | Path, *, replace: bool = False, durable: bool = Tr
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if handle is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_UN)  # also for processes that were forked meanwhile
+            os.close(handle)
+
+
+def claim(aside: Path) -> int | None:
+    """
+    Create an empty folder, in place of what a killed process has left.
+
+    Returns:
+        A handle that keeps other processes from the folder until it is closed; None where there are no locks.
+
+    Raises:
+        RunError: Another process is filling it.
+    """
+
+    def lock() -> int | None:
+        if fcntl is None:
+            return None
+        handle = os.open(aside, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            name = aside.name.removeprefix(".").removesuffix(INCOMPLETE)
+            raise RunError(
+                f"{aside.with_name(name)} is being written by another process: wait for it, or pass another folder"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        return handle
+
+    if aside.is_dir():
+        left = lock()
+        shutil.rmtree(aside, ignore_errors=True)
+        if left is not None:
+            os.close(left)
+    aside.mkdir(parents=True)
+    return lock()
 
 
 def delete_folder(path: Path) -> None:
@@ -350,9 +370,7 @@ def process_is_alive(process_id: int) -> bool:
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[None]:
     """Exclusive among the processes of this machine that lock the same folder or file. No file is left behind."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: the rename alone must do
+    if fcntl is None:  # the rename alone must do
         yield
         return
     handle = os.open(path, os.O_RDONLY)

@@ -11,7 +11,8 @@ import pytest
 from safetensors import SafetensorError
 
 from mocov3_hf import storage
-from mocov3_hf.reporting import RunError
+from mocov3_hf.new_folder import check_new_folder
+from mocov3_hf.reporting import RunError, UsageError
 
 
 def test_atomic_file_replaces_in_one_step_or_not_at_all(tmp_path):
@@ -66,6 +67,38 @@ def test_an_empty_folder_may_be_filled_and_a_file_is_not_replaced(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError), storage.atomic_folder(tmp_path / "file", replace=True):
         pass
+
+
+def test_two_writers_of_one_folder_do_not_mix(tmp_path):
+    with storage.atomic_folder(tmp_path / "out") as aside:
+        (aside / "file").write_text("first")
+        second = pytest.raises(RunError, match=rf"{tmp_path}/out is being written by another process: wait for it")
+        with second, storage.atomic_folder(tmp_path / "out"):
+            pass
+    assert (tmp_path / "out" / "file").read_text() == "first"
+    storage.aside_of(tmp_path / "out").mkdir()  # of a killed process
+    with storage.atomic_folder(tmp_path / "out", replace=True) as aside:
+        (aside / "file").write_text("second")
+    assert (tmp_path / "out" / "file").read_text() == "second"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_overwriting_never_deletes_what_is_read_or_was_not_written_by_the_command(tmp_path):
+    check, images = check_new_folder, tmp_path / "images"
+    images.mkdir()
+    check(images, False, "mark")
+    (images / "cat.jpg").touch()
+    with pytest.raises(UsageError, match="exists and is not an empty folder: pass another --output_dir, or"):
+        check(images, False, "mark")
+    with pytest.raises(UsageError, match=r"images was not written by this command \(no mark in it\)"):
+        check(images, True, "mark")
+    (images / "mark").touch()
+    check(images, True, "mark", [tmp_path, "user/model", "https://host/model"])
+    link = tmp_path / "link"
+    link.symlink_to(images)
+    for read in (images, images / "cat.jpg", link, link / "cat.jpg"):
+        with pytest.raises(UsageError, match=f"--overwrite_output_dir would delete {read}, which is read"):
+            check(images, True, "mark", ["user/model", read])
 
 
 def test_leftovers_of_a_killed_process_are_removed(tmp_path):

@@ -1,7 +1,9 @@
 """Bad images and invalid arguments: each error names the thing and the fix."""
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -43,8 +45,70 @@ def test_bad_images_are_skipped(vit, files, broken):
 def test_only_bad_images(vit, broken):
     options = {"device": "cpu", "bad_images": "skip"}
     assert ImageClassifier(vit, **options)([broken]) == [None]
-    with pytest.raises(ValueError, match="none of the 1 images could be decoded"):
+    with pytest.raises(ValueError, match="0 of 1 images could be decoded"):
         FeatureExtractor(vit, **options)([broken])
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("", "image 0 has an empty path"),
+        ("https://host/cat.jpg", "cat.jpg is a URL, which is not downloaded: repair it"),
+        (b"", r"image 0 is empty \(0 bytes\): repair it, or skip it with .* \(in Python bad_images='skip'\)"),
+        (np.zeros((0, 32, 3), np.uint8), r"image 0 has the shape \(0, 32, 3\), which holds no values"),
+        (np.zeros((40, 40, 3), np.uint8), r"has the shape \(40, 40, 3\), 4800 values, more than the allowed 4000"),
+        (None, "image 0: an image must be a path"),
+    ],
+)
+def test_each_mistake_has_its_message(vit, image, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureExtractor(vit, device="cpu", max_pixels=4000)([image])
+
+
+def test_more_pixels_than_allowed(vit, files, tmp_path):
+    Image.new("L", (200, 200)).save(tmp_path / "bomb.png")
+    data = (tmp_path / "bomb.png").read_bytes()
+    extract = FeatureExtractor(vit, device="cpu", max_pixels=39_999)
+    for image in (tmp_path / "bomb.png", data, io.BytesIO(data)):
+        with pytest.raises(ValueError, match="200x200 pixels, more than the allowed 39999"):
+            extract([image])
+    assert len(extract(files[0])) == 1
+
+
+def test_a_folder_in_a_list_and_a_folder_of_other_files(vit, files, tmp_path, capsys):
+    extract = FeatureExtractor(vit, device="cpu")
+    with pytest.raises(ValueError, match="is a folder inside a list of images"):
+        extract([str(tmp_path)])
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(ValueError, match="only 1 of the kind: parquet file, pass the folder as --dataset_name"):
+        extract(tmp_path)
+    (tmp_path / "photo.png").write_bytes(Path(files[0]).read_bytes())
+    for name in ("b.zip", "notes.txt", ".hidden"):
+        (tmp_path / name).touch()
+    (tmp_path / "broken.jpg").symlink_to("nowhere")
+    assert len(extract(tmp_path)) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning"))
+    for text in (
+        "1 broken link, such as broken.jpg",
+        "1 side file (.txt)",
+        "1 archive, pass it by itself, such as b.zip",
+    ):
+        assert text in line
+    assert "hidden" not in line
+
+
+def test_an_array_is_height_width_channels(vit):
+    wide = np.random.default_rng(0).integers(256, size=(3, 50, 3), dtype=np.uint8)
+    extract = FeatureExtractor(vit, device="cpu")
+    assert torch.equal(extract(wide), extract(Image.fromarray(wide)))
+
+
+def test_arguments_of_another_type(vit):
+    for options in ({"batch_size": 2.5}, {"batch_size": "8"}, {"num_workers": -1}):
+        with pytest.raises(ValueError, match=r"must be at least [01] and an integer, got"):
+            FeatureExtractor(vit, device="cpu", **options)
+    with pytest.raises(ValueError, match="got NoneType: save a model with save_pretrained and pass its folder"):
+        FeatureExtractor(None)
 
 
 def test_truncated_image_in_memory(vit, files, tmp_path):

@@ -1,6 +1,7 @@
 """examples/serve.py on the loopback interface."""
 
 import importlib.util
+import io
 import json
 import threading
 import time
@@ -9,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mocov3_hf.inference import FeatureExtractor, ImageClassifier
 
@@ -20,6 +22,13 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "serve.py"
 OPTIONS = {"device": "cpu", "dtype": "float32", "num_workers": 0}
 
 
+def bomb():
+    """A small file with many pixels."""
+    file = io.BytesIO()
+    Image.new("L", (1100, 1000)).save(file, "png")
+    return file.getvalue()
+
+
 @pytest.fixture(scope="module")
 def address(vit):
     import uvicorn
@@ -27,7 +36,7 @@ def address(vit):
     spec = importlib.util.spec_from_file_location("serve", SCRIPT)
     serve = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(serve)
-    app = serve.create_app(vit, max_bytes=20_000, **OPTIONS)
+    app = serve.create_app(vit, max_bytes=20_000, max_pixels=1_000_000, **OPTIONS)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -83,6 +92,7 @@ def test_many_requests_at_a_time(address, vit, files):
         ("classify", b"\xff\xd8\xff no image", 415, "the image cannot be decoded"),
         ("features", b"no image", 415, "the image cannot be decoded"),
         ("classify", b"", 415, "the image is empty"),
+        ("features", bomb(), 415, "the image is 1100x1000 pixels, more than the allowed 1000000"),
         ("features", bytes(30_000), 413, "the image has more than 20,000 bytes"),
     ],
 )

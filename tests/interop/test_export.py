@@ -326,7 +326,11 @@ def test_existing_folder_is_kept_unless_told(folders, body, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(command)
     assert "--overwrite_output_dir to replace a folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--overwrite_output_dir"])
+    assert "was not written by this command (no config.json in it)" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    (tmp_path / "config.json").touch()
     main([*command, "--overwrite"])
     assert "--overwrite is deprecated: use --overwrite_output_dir" in capsys.readouterr().err
     assert not (tmp_path / "mine.txt").exists()

@@ -190,6 +190,11 @@ def test_existing_folder_is_kept_unless_told(official_file, tmp_path, capsys):
     capsys.readouterr()
     assert convert(official_file, "--output_dir", folder, "--overwrite") == 0
     assert capsys.readouterr().err == "warning: --overwrite is deprecated: use --overwrite_output_dir\n"
+    source = folder / official_file.name
+    source.write_bytes(official_file.read_bytes())
+    assert convert(source, "--output_dir", folder, "--overwrite_output_dir") == 2
+    assert f"--overwrite_output_dir would delete {source}, which is read" in capsys.readouterr().err
+    assert source.exists()
     (tmp_path / "file").write_text("mine")
     assert convert(official_file, "--output_dir", tmp_path / "file", "--overwrite_output_dir") == 2
     assert (tmp_path / "file").read_text() == "mine"

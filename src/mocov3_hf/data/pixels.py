@@ -232,8 +232,10 @@ def _deep_values(
 def _check_values(shape: tuple[int, ...], max_pixels: int, num_bytes: int | None = None) -> None:
     """At most `max_pixels` values, and of compressed files not many more than their bytes can hold."""
     values = int(np.prod(shape, dtype=object))
-    if min(shape) < 1 or values > max_pixels:
-        raise BadImageError(f"has the shape {shape}, with more than the allowed {max_pixels} values or none")
+    if min(shape) < 1:
+        raise BadImageError(f"has the shape {shape}, which holds no values")
+    if values > max_pixels:
+        raise BadImageError(f"has the shape {shape}, {values} values, more than the allowed {max_pixels}")
     if num_bytes is not None and values > max(_SMALL, _LARGEST_RATIO * num_bytes):
         raise BadImageError(f"has {num_bytes} bytes, too few for the shape {shape}")
 

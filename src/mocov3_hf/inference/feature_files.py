@@ -26,7 +26,7 @@ from ..data.references import reference_of
 from ..hints import describe_missing
 from ..reporting import RunError, UsageError
 from ..run_folder import BAD_IMAGES
-from ..storage import append_lines, write_json
+from ..storage import append_lines, write_json, writing
 from .images import PreparedImage
 
 
@@ -98,7 +98,8 @@ class FeatureWriter:
         features = torch.cat(self._features)
         name = f"features-{len(self.shards):05d}.safetensors"
         metadata = {"format": "pt", "first_row": str(self.rows - len(features))}
-        save_file({"features": features}, self.folder / name, metadata=metadata)
+        with writing(str(self.folder / name)):
+            save_file({"features": features}, self.folder / name, metadata=metadata)
         self.shards.append({"file": name, "rows": len(features)})
         self._index.write_table(pa.table(self._columns, schema=SCHEMA))
         self._features, self._columns = [], {name: [] for name in SCHEMA.names}

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..hints import describe_missing
+from ..new_folder import check_new_folder
 from ..options import Command, option, parse
 from ..reporting import UsageError, reporting, warn
 from ..run_folder import BAD_IMAGES
-from ..storage import atomic_file, atomic_folder, check_output_dir, is_occupied
-from .feature_files import FeatureFolder, FeatureWriter, read_feature_folder
+from ..storage import atomic_file, atomic_folder
+from .feature_files import INFO, FeatureFolder, FeatureWriter, read_feature_folder
 from .inputs import ImageOptions, open_inputs
 from .predictors import FeatureExtractor, ImageClassifier
 
@@ -125,11 +126,7 @@ def extract_to_folder(
     Raises:
         ValueError: No images, a bad one that is not skipped, no model, or a folder that exists.
     """
-    check_output_dir(output_dir)
-    if is_occupied(output_dir, overwrite):
-        raise UsageError(
-            f"--output_dir {output_dir} exists: pass a new folder, or --overwrite_output_dir to replace a folder"
-        )
+    check_new_folder(output_dir, overwrite, INFO, [*which.images, how.model, *filter(None, [which.dataset_name])])
     # Absolute paths, so that the images are found again from anywhere.
     which = replace(which, images=[os.path.abspath(path) for path in which.images])
     images = open_inputs(which)
@@ -140,7 +137,7 @@ def extract_to_folder(
             writer.add(batch, features, getattr(images, "labels", None))
             bar.update(len(batch))
         if not writer.rows:
-            raise UsageError(f"none of the {writer.bad} images could be decoded: no features were written")
+            raise UsageError(f"0 of {writer.bad} images could be decoded: no features were written")
         writer.close(
             {
                 "model": os.path.abspath(how.model) if os.path.isdir(how.model) else how.model,
@@ -167,7 +164,7 @@ def extract_to_file(which: ImageOptions, how: PredictorOptions, out: ExtractOpti
             rows += [features] if features.numel() else []
             bar.update(len(batch))
     if not rows:
-        raise UsageError(f"none of the {len(images)} images could be decoded: no features were written")
+        raise UsageError(f"0 of {len(images)} images could be decoded: no features were written")
     metadata = {"images": json.dumps(kept), "model": how.model, "dtype": str(predictor.dtype)}
     with atomic_file(path) as aside:
         save_file({"features": torch.cat(rows)}, aside, metadata=metadata)

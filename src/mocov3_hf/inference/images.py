@@ -12,12 +12,20 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..data.account import Tally
 from ..data.decode import BadImageError, decoder_message, printable
+from ..data.decode_limits import MAX_PIXELS
+from ..data.file_kinds import HIDDEN
 from ..data.pixels import RGB8, read_image
 from ..data.scan_index import scan
 from ..model.image_processing_mocov3 import pil_array
 from ..processing import PixelFormat
+from ..reporting import warn
 from ..requirements import MissingPackageError
+
+
+# Reasons why files are skipped in one warning.
+MOST_REASONS = 5
 
 
 @dataclass(frozen=True)
@@ -56,25 +64,46 @@ class PreparedImage:
     error: BadImageError | None = None
 
 
-def find_images(folder: str | os.PathLike) -> list[str]:
+def find_images(folder: str | os.PathLike, is_reported: bool = True) -> list[str]:
     """
     Paths of the images in a folder and its subfolders, sorted: the files that training would use, see `data/scan.py`.
+
+    Args:
+        is_reported: Whether a warning names what is skipped, other than hidden files.
 
     Raises:
         ValueError: There are none.
     """
     found = scan(folder)
+    skipped = found.tally.copy()
+    for kind, fix, names in (
+        ("archive", "pass it by itself", found.archives),
+        ("parquet file", "pass the folder as --dataset_name", found.parquet),
+        ("table", "pass it as --dataset_name", found.tables if not found.images else []),
+    ):
+        skipped.add(f"{kind}, {fix}", names[0] if names else "", len(names))
     if not found.images:
-        skipped = ", ".join(f"{number:,} of the kind: {reason}" for reason, number in found.tally.counts.items())
+        only = ", ".join(f"{number:,} of the kind: {reason}" for reason, number in skipped.counts.items())
         raise ValueError(
-            f"folder {os.fspath(folder)!r} holds no images{f', only {skipped}' if skipped else ''}: expected files"
+            f"folder {os.fspath(folder)!r} holds no images{f', only {only}' if only else ''}: expected files"
             " such as .jpg, .png or .tif"
         )
+    if is_reported:
+        report_skipped(os.fspath(folder), skipped)
     root = os.path.expanduser(os.fspath(folder))
     return [os.path.join(root, os.fsdecode(image)) for image in found.images]
 
 
-def decode(image: ImageInput, pixel_format: PixelFormat = RGB8) -> torch.Tensor:
+def report_skipped(path: str, skipped: Tally) -> None:
+    """One warning about the files of a folder or archive that are skipped, other than hidden ones."""
+    reasons = [f"{number:,} {reason}, such as {skipped.examples[reason]}"
+               for reason, number in skipped.counts.items() if reason != HIDDEN]  # fmt: skip
+    if reasons:
+        more = f"; and {len(reasons) - MOST_REASONS} other reasons" if len(reasons) > MOST_REASONS else ""
+        warn(f"{printable(path)}: skipped {'; '.join(reasons[:MOST_REASONS])}{more}")
+
+
+def decode(image: ImageInput, pixel_format: PixelFormat = RGB8, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """
     An image for an image processor of this format, (C, H, W): uint8 RGB, rotated by its EXIF orientation and converted
     as transformers' pipelines do it, or the values of the file for other formats.
@@ -89,7 +118,7 @@ def decode(image: ImageInput, pixel_format: PixelFormat = RGB8) -> torch.Tensor:
         # PIL reads lazily, and raises OSError, SyntaxError, ValueError, ... on damaged files.
         except Exception as error:
             raise BadImageError(f"cannot be decoded: {decoder_message(error)}") from error
-        return read_image(array, replace(pixel_format, input_data_format="channels_last"))
+        return read_image(array, replace(pixel_format, input_data_format="channels_last"), max_pixels)
     if isinstance(image, torch.Tensor):
         if pixel_format.is_rgb8 and (image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3):
             raise ValueError(
@@ -98,20 +127,35 @@ def decode(image: ImageInput, pixel_format: PixelFormat = RGB8) -> torch.Tensor:
             )
         return image.cpu() if pixel_format.is_rgb8 else read_image(image.cpu().numpy(), pixel_format)
     if isinstance(image, NamedImage):
-        return read_image(image.read(), pixel_format)
+        return read_image(image.read(), pixel_format, max_pixels)
     if isinstance(image, (bytearray, memoryview)):
         image = bytes(image)
+    if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[-1] == pixel_format.num_channels:
+        # (H, W, C), also where the first axis could be the channels as well.
+        pixel_format = replace(pixel_format, input_data_format=pixel_format.input_data_format or "channels_last")
+    if isinstance(image, (str, os.PathLike)):
+        check_path(os.fspath(image))
     if isinstance(image, (str, os.PathLike, bytes, np.ndarray)):
-        return read_image(image, pixel_format)
+        return read_image(image, pixel_format, max_pixels)
     if is_file(image):
-        return decode(read_file(image), pixel_format)
+        return decode(read_file(image), pixel_format, max_pixels)
     raise ValueError(f"an image must be {WHAT_IS_AN_IMAGE}, got {type(image).__name__}")
+
+
+def check_path(path: str) -> None:
+    """BadImageError for a path that cannot be that of one image."""
+    if not path:
+        raise BadImageError("has an empty path")
+    if path.startswith(("http://", "https://", "data:")):
+        raise BadImageError("is a URL, which is not downloaded")
+    if os.path.isdir(path):
+        raise BadImageError("is a folder inside a list of images")
 
 
 def name_of(image: ImageInput, index: int) -> str:
     """The path of an image, or its position in the input."""
     if isinstance(image, (str, os.PathLike)):
-        return os.fspath(image)
+        return os.fspath(image) or f"image {index}"
     if isinstance(image, torch.Tensor):  # whose `name` is another thing
         return f"image {index}"
     name = getattr(image, "filename" if isinstance(image, Image.Image) else "name", None)
@@ -179,6 +223,7 @@ def prepared_images(
     num_workers: int,
     ahead: int,
     pixel_format: PixelFormat = RGB8,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[PreparedImage]:
     """
     All images, in order, decoded and preprocessed.
@@ -190,6 +235,7 @@ def prepared_images(
         num_workers: Threads; 0 decodes in the caller's thread. Decoding and resizing release Python's lock.
         ahead: How many images the threads may be ahead of the caller.
         pixel_format: Of the images that `prepare` takes.
+        max_pixels: Larger images are bad ones.
 
     Raises:
         ValueError: An item that is not an image, by its name or position.
@@ -202,7 +248,7 @@ def prepared_images(
             return PreparedImage(name, None, image)
         with naming(name):
             try:
-                return PreparedImage(name, prepare(decode(image, pixel_format)))
+                return PreparedImage(name, prepare(decode(image, pixel_format, max_pixels)))
             except BadImageError as error:
                 return PreparedImage(name, None, error)
 

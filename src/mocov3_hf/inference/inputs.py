@@ -15,8 +15,8 @@ from ..data.references import read_reference, shown
 from ..data.sources import NO_RANDOM_ACCESS, MapSource, open_table
 from ..hints import describe_missing
 from ..options import option
-from ..reporting import UsageError, warn
-from .images import NamedImage, find_images
+from ..reporting import UsageError
+from .images import NamedImage, find_images, report_skipped
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,12 @@ def labels_of(dataset: datasets.Dataset) -> list[str | None] | None:
     return [None if value is None else names[value] if names else str(value) for value in values]
 
 
-def open_inputs(options: ImageOptions) -> Sequence[str | NamedImage]:
+def open_inputs(options: ImageOptions, is_reported: bool = True) -> Sequence[str | NamedImage]:
     """
     The images, undecoded: paths, or what has a name of its own.
+
+    Args:
+        is_reported: Whether warnings name what is skipped of folders and archives.
 
     Raises:
         UsageError, ValueError: There are none, or what is named does not exist.
@@ -84,13 +87,13 @@ def open_inputs(options: ImageOptions) -> Sequence[str | NamedImage]:
     for path in map(os.path.expanduser, options.images):
         extension = extension_of(os.path.basename(os.fsencode(path)))
         if os.path.isdir(path):
-            found += find_images(path)
+            found += find_images(path, is_reported)
         elif extension in ARCHIVES and os.path.exists(path):
             members = files_of_archive(path, path, options.image_column)
             if not members.references:
                 raise UsageError(f"archive {path!r} holds no images")
-            for reason, number in members.tally.counts.items():
-                warn(f"{path}: skipped {number:,}: {reason}, such as {members.tally.examples[reason]}")
+            if is_reported:
+                report_skipped(path, members.tally)
             found += [NamedImage(shown(member), partial(read_reference, member)) for member in members.references]
         elif extension in PARQUET | TABLES:
             raise UsageError(f"{path!r} is a table: pass it as --dataset_name")

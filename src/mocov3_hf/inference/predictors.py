@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data.decode import printable
+from ..data.decode_limits import MAX_PIXELS
 from ..data.workers import cores_of_process
 from ..loading import load_classifier, load_encoder, load_processor, pooled_features, size_options, weights_hash
 from ..problem_types import REGRESSION, THRESHOLDS
@@ -46,6 +47,7 @@ class Predictor:
         bad_images: "stop" raises at an image that cannot be decoded, "skip" logs it and continues.
         pixel_range: Values of images with more than 8 bits that become 0 and 1, `(low, high)` or a pair per channel;
             None for that of the saved image processor. An 8-bit processor scales 16-bit images by their type.
+        max_pixels: Larger images cannot be decoded: a small file may hold a picture that fills the memory.
 
     Raises:
         ValueError: As `load_classifier`, or an invalid argument.
@@ -61,18 +63,23 @@ class Predictor:
         num_workers: int | None = None,
         bad_images: str = "stop",
         pixel_range: Sequence | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
+        if not isinstance(model, str | os.PathLike):
+            raise ValueError(
+                f"model must be a folder, a Hub id or a published name, got {type(model).__name__}: save a model with"
+                " save_pretrained and pass its folder"
+            )
         if bad_images not in BAD_IMAGES:
             raise ValueError(f"bad_images must be one of {', '.join(BAD_IMAGES)}, got {bad_images!r}")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if num_workers is not None and num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} must be at least {least} and an integer, got {value!r}")
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.batch_size = batch_size or BATCH_SIZES.get(self.device.type, OTHER_BATCH_SIZE)
         self.num_workers = min(cores_of_process(), MOST_THREADS) if num_workers is None else num_workers
-        self.bad_images = bad_images
+        self.bad_images, self.max_pixels = bad_images, max_pixels
         self.name = os.fspath(model)
         self.model = self.load(model)
         if dtype == "auto" and self.model.config.problem_type == REGRESSION:
@@ -115,6 +122,7 @@ class Predictor:
             self.num_workers,
             2 * self.batch_size,
             self.preprocessing.pixel_format,
+            self.max_pixels,
         )
         while batch := list(islice(prepared, self.batch_size)):
             for image in batch:
@@ -135,6 +143,7 @@ class Predictor:
         if self.bad_images == "stop":
             raise ValueError(
                 f"{printable(image.name)} {image.error.reason}: repair it, or skip it with --on_bad_image skip"
+                " (in Python bad_images='skip')"
             ) from image.error
         logger.warning(f"skipped: {printable(image.name)} {image.error.reason}")
 
@@ -265,7 +274,7 @@ class FeatureExtractor(Predictor):
             if rows.numel():
                 features.append(rows)
         if not features:
-            why = f"none of the {number} images could be decoded" if number else "there are no images"
+            why = f"0 of {number} images could be decoded" if number else "there are no images"
             raise ValueError(f"no features: {why}")
         found = torch.cat(features)
         if len(found) == number:

@@ -1,23 +1,27 @@
 """Features that are searched, with their images and their model."""
 
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ..data.decode import BadImageError
+from ..data.decode import BadImageError, printable
+from ..data.pixels import check_image
 from ..data.references import shown
+from ..hints import describe_missing
 from ..model.image_processing_mocov3 import MoCoV3ImageProcessor, scale_pixels
 from ..processing import PixelFormat
 from ..reporting import UsageError
 from .feature_files import FeatureFolder
-from .images import NamedImage, decode, name_of
+from .images import ImageInput, NamedImage, decode, detached, name_of
 from .inputs import ImageOptions, open_inputs
-from .predictors import FeatureExtractor
+from .predictors import FeatureExtractor, as_images, is_one_image
 
 
 # Images that are copied to choose a threshold, and the share of their copies that it finds.
@@ -52,7 +56,7 @@ class Searched:
     @cached_property
     def inputs(self) -> Sequence[str | NamedImage]:
         """The images of the command that extracted the features; ValueError where they are no longer there."""
-        return open_inputs(ImageOptions(**self.folder.info["inputs"] | {"on_bad_image": "skip"}))
+        return open_inputs(ImageOptions(**self.folder.info["inputs"] | {"on_bad_image": "skip"}), is_reported=False)
 
     def read(self, row: int) -> torch.Tensor:
         """
@@ -104,6 +108,34 @@ class Searched:
         return small.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
 
 
+def queries_of(query: Any) -> Iterable[ImageInput]:
+    """The items of an argument `query`: images, and paths of files and folders."""
+    if query is None:
+        return []
+    return [query] if isinstance(query, str | os.PathLike) or is_one_image(query) else query
+
+
+def checked_queries(queries: Iterable[ImageInput], on_bad_image: str) -> list[ImageInput]:
+    """The images and those in the folders; UsageError for one that cannot be used, before anything is computed."""
+    images: list[ImageInput] = []
+    for query in queries:
+        if not isinstance(query, str | os.PathLike):
+            images.append(detached(query))
+            continue
+        if on_bad_image == "stop" and not os.path.exists(os.path.expanduser(query)):
+            raise UsageError(describe_missing(query, "query"))
+        images += as_images(query)
+    for index, image in enumerate(images if on_bad_image == "stop" else ()):
+        data = bytes(image) if isinstance(image, bytearray | memoryview) else image
+        if isinstance(data, str | os.PathLike | bytes):
+            try:
+                check_image(data)
+            except BadImageError as error:
+                name = printable(name_of(image, index))
+                raise UsageError(f"query {name} {error.reason}: pass another image") from error
+    return images
+
+
 def altered_copies(image: torch.Tensor) -> list[torch.Tensor]:
     """An image uint8 (3, H, W) as people copy it: as JPEG again, at three quarters of its size, cropped by 5 %."""
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
@@ -136,9 +168,12 @@ def choose_threshold(searched: Searched) -> tuple[float, str]:
         images, why = [], "no image can be read"
         for row in rows:
             try:
-                images.append(searched.read(row))
+                image = searched.read(row)
             except ValueError as error:
                 why = str(error)
+                continue
+            if not any(torch.equal(image, other) for other in images):
+                images.append(image)
         if not images:
             raise ValueError(why)
     except ValueError as error:
@@ -149,13 +184,14 @@ def choose_threshold(searched: Searched) -> tuple[float, str]:
     originals, copies = features[::4], features.view(len(images), 4, -1)[:, 1:]
     of_copies = torch.einsum("nd,ncd->nc", originals, copies).flatten()
     chosen, kinds = of_copies.quantile(1 - FOUND_COPIES), "re-encoded, resized and cropped copies"
-    text = f"{FOUND_COPIES:.0%} of {kinds} of {len(images)} of the images are as similar"
+    number = f"{len(images)} image{'s' if len(images) > 1 else ''}"
+    text = f"{FOUND_COPIES:.0%} of {kinds} of {number} reach it"
     pairs = (originals @ originals.T)[tuple(torch.triu_indices(len(images), len(images), offset=1))]
     if len(pairs) and pairs.quantile(DIFFERENT_PAIRS) > chosen:
         chosen = pairs.quantile(DIFFERENT_PAIRS)
         share = float((of_copies >= chosen).float().mean())
         text = (
-            f"{DIFFERENT_PAIRS:.0%} of the pairs of {len(images)} different images are less similar; the model tells"
-            f" copies from other images badly: {share:.0%} of {kinds} are as similar"
+            f"{DIFFERENT_PAIRS:.0%} of the pairs of {number} stay below it, and only {share:.0%}"
+            f" of {kinds} reach it: the model tells copies from other images badly, or many of the images are copies"
         )
     return np.floor(float(chosen) * 10_000).item() / 10_000, text

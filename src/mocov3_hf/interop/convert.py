@@ -8,15 +8,17 @@ from typing import Any, Literal
 
 import torch
 from transformers import BaseImageProcessor, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from .._version import __version__
 from ..hub.remote_code import add_code
 from ..loading import progress_bars
+from ..new_folder import check_new_folder
 from ..options import Command, option, parse
 from ..processing import PixelFormat, build_image_processor
-from ..reporting import RunError, UsageError, reporting, warn
+from ..reporting import RunError, reporting, warn
 from ..run_folder import CONVERSION
-from ..storage import atomic_folder, check_output_dir, is_occupied, sha256_of, write_json
+from ..storage import atomic_folder, sha256_of, write_json
 from ..zoo import at_mirror, checked_hash, convert_entry, convert_url, downloads_folder, find_entry, list_zoo, load_zoo
 from .checkpoints import Converted, convert_state_dict, is_finite
 from .files import read_checkpoint, read_labels
@@ -73,7 +75,7 @@ def convert_checkpoint(
         UsageError: The output folder exists.
         RunError: The written folder does not load back as it was written.
     """
-    refuse_existing(output_dir, overwrite)
+    check_new_folder(output_dir, overwrite, CONFIG_NAME, [file])
     checkpoint = read_checkpoint(file, entry)
     digest = sha256_of(file)
     if stage is None and checkpoint.linear:
@@ -108,16 +110,6 @@ def convert_checkpoint(
             add_code(folder)
         write_json(folder / CONVERSION, report)
     return report
-
-
-def refuse_existing(output_dir: str | Path, overwrite: bool) -> None:
-    """UsageError where a new folder cannot be written; asked before any work is done."""
-    check_output_dir(str(output_dir))
-    if is_occupied(output_dir, overwrite):
-        raise UsageError(
-            f"{str(output_dir)!r} exists and is not an empty folder: pass another --output_dir, or"
-            " --overwrite_output_dir to replace a folder"
-        )
 
 
 def set_labels(
@@ -332,7 +324,7 @@ def main(arguments: Iterable[str]) -> None:
 
 def convert_source(source: SourceOptions, output: OutputOptions, content: ContentOptions) -> dict[str, Any]:
     """Convert a file, a URL or a published model and return the report."""
-    refuse_existing(output.output_dir, output.overwrite_output_dir)  # before a download
+    check_new_folder(output.output_dir, output.overwrite_output_dir, CONFIG_NAME)  # before a download
     options = {name: value for name, value in vars(content).items() if value is not None}
     options |= {"overwrite": output.overwrite_output_dir, "with_code": output.with_code}
     if output.labels is not None:

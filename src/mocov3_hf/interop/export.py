@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from transformers.utils import CONFIG_NAME
 
 from ..loading import load_classifier, load_config, load_encoder, load_processor, quiet_transformers
 from ..model.configuration_mocov3 import MoCoV3Config
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
+from ..new_folder import check_new_folder
 from ..options import Command, option, parse
 from ..problem_types import REGRESSION
 from ..reporting import RunError, reporting
 from ..requirements import require_packages
 from ..storage import atomic_folder
-from .convert import refuse_existing
 from .export_native import write_resnet, write_vit
 from .export_programs import image_shape, output_name, write_onnx, write_torch_export
 from .export_timm import write_timm
@@ -81,7 +82,7 @@ def export_model(
     """
     if format not in WRITERS:
         raise ConversionError(f"unknown format {format!r}, expected one of {', '.join(WRITERS)}")
-    refuse_existing(output_dir, overwrite)
+    check_new_folder(output_dir, overwrite, CONFIG_NAME, [model])
     if format == "onnx":  # torch exports with onnxscript
         modules = ("onnx", "onnxruntime", "onnxscript")
         require_packages("--format onnx", "export", {name: name for name in modules})

@@ -19,6 +19,8 @@ BACKENDS = ("auto", "faiss", "sklearn", "torch")
 PAIR_CHUNK = 512
 # Above this modified z-score a value is an outlier (Iglewicz and Hoaglin 1993, "How to Detect and Handle Outliers").
 OUTLIER_Z = 3.5
+# Similarities of equal features in float32 differ from 1 by less, and so do those of two libraries.
+ROUNDING = 2e-6
 Neighbors = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -132,13 +134,14 @@ def duplicate_groups(
     Args:
         features: (N, D).
         neighbors: Of `nearest_others`.
-        threshold: Cosine similarity.
+        threshold: Cosine similarity; one that is lower by `ROUNDING` reaches it.
         device: Where the blocks are computed; None for that of the features.
 
     Returns:
         (N,) int64: the smallest row of the group. A row without near-duplicates is a group of itself.
     """
     similarities, rows = neighbors
+    threshold -= ROUNDING
     is_similar = similarities >= threshold
     groups = np.arange(len(features))
     first, place = is_similar.nonzero(as_tuple=True)
@@ -175,9 +178,12 @@ def outlier_scores(similarities: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
     Returns:
         Mean cosine distance to the k neighbors, (N,) float32, and its modified z-score: the distance from the median
-        in units of the median absolute deviation, times 0.6745. Above `OUTLIER_Z` it is an outlier.
+        in units of the median absolute deviation, times 0.6745. Above `OUTLIER_Z` it is an outlier. Where more than
+        half of the scores are equal, as among copies, the unit is the mean absolute deviation times 0.8453, which is
+        as large for normally distributed scores.
     """
-    scores = 1 - similarities.mean(dim=1)
+    scores = (1 - similarities.mean(dim=1)).clamp(min=0)
     centered = scores - scores.median()
-    deviation = centered.abs().median().clamp(min=torch.finfo(torch.float32).eps)
-    return scores, 0.6745 * centered / deviation
+    median, mean = centered.abs().median(), centered.abs().mean()
+    deviation = median if median > ROUNDING else 0.8453 * mean
+    return scores, 0.6745 * centered / deviation if deviation > ROUNDING else torch.zeros_like(scores)

@@ -16,12 +16,13 @@ from transformers.utils.logging import disable_progress_bar
 from ..data.bad_images import TooManyBadImagesError
 from ..data.workers import LostWorkerError, cores_shared_with
 from ..hub import BackgroundPusher
+from ..new_folder import check_output_dir
 from ..option_values import resume_command
 from ..precision import this_device
 from ..process_group import Stopped, StopRequest, announce_error, has_announced_error, release_unused, wait_for_others
 from ..reporting import RunError, UsageError, is_first_process, output_to_full_disk, reporting
 from ..run_folder import BAD_IMAGES, DATA, RECIPE, CheckpointError, list_checkpoints
-from ..storage import check_output_dir, write_json
+from ..storage import write_json
 from .build import (
     build_accelerator,
     build_loader,

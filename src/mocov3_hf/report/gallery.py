@@ -73,7 +73,9 @@ def render_neighbors(
             f"The images farthest from all others, with the mean cosine distance to their {summary['k']} neighbors."
             " Look for images that do not belong to the data: broken downloads, blank pages, other subjects."
         )
-        strip = ("", [of_row(*row) for row in outliers])
+        number = summary["outliers"]
+        title = f"The first {number:,} are far from all others." if 0 < number < len(outliers) else ""
+        strip = (title, [of_row(*row) for row in outliers])
         sections.append(Section("outliers", "Outliers", [Gallery([strip], caption)]))
     strips = []
     for name, pixels, rows in queries:
@@ -108,8 +110,8 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("images", f"{summary['images']:,}"),
         ("model", shown_name(summary["model"])),
-        ("near-duplicates from similarity", f"{summary['threshold']:g}"),
-        ("threshold", summary["threshold_chosen"]),
+        ("similarity of near-duplicates", f"at least {summary['threshold']:g}"),
+        ("this threshold", summary["threshold_chosen"]),
         ("neighbors per image", f"{summary['k']}"),
         ("search", f"exact, {summary['backend']}"),
     ]
