@@ -60,6 +60,8 @@ NAMES_AND_DATES = (
     "apply_layernorm",
     "reshape_hidden_states",
 )
+# Keys that came later, and the value that is as without them: recorded hashes keep naming the same model.
+LATER_KEYS = {"pooling": "auto", "mlp_norm": "layer_norm"}
 DEFAULT_IMAGE_SIZE = 224
 WHAT_LOADS = "a folder written by save_pretrained, a Hub id, or a name that mocov3 zoo lists"
 
@@ -392,6 +394,9 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
 def weights_hash(model: PreTrainedModel) -> str:
     """32 hex digits that change with any weight, buffer, or setting of the architecture."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in NAMES_AND_DATES}
+    for part in (config, config.get("backbone_config") or {}):
+        for key in [key for key, value in LATER_KEYS.items() if part.get(key) == value]:
+            del part[key]
     digest = hashlib.sha256(type(model).__name__.encode())
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
