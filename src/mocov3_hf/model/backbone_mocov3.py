@@ -17,9 +17,9 @@ import copy
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -35,6 +35,8 @@ from transformers import (
 from .configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
 from .modeling_mocov3_vit import MoCoV3ViTModel
 
+
+T = TypeVar("T")
 
 # Dimensions: B batch, C H W image, h w grid, L tokens, D size of the pooled output.
 
@@ -262,11 +264,22 @@ class Pooling:
 
     def measured(self, backbone: PreTrainedModel) -> tuple[int, frozenset[str], bool]:
         """`width`, `unused` and `reads_values`, see `measure`."""
+        (width, unused), reads_values = self.on_copies(backbone, self.try_out)
+        return width, unused, reads_values
+
+    def on_copies(self, backbone: PreTrainedModel, function: Callable[[PreTrainedModel], T]) -> tuple[T, bool]:
+        """
+        The result of a function of a copy of the backbone without data, or if that fails for want of them, with random
+        weights; and whether it needed them.
+
+        Raises:
+            UnsupportedBackboneError: the function fails.
+        """
         num_parameters = sum(parameter.numel() for parameter in backbone.parameters())
         for device in ("meta", "cpu"):
             try:
                 with own_settings(device):
-                    return *self.try_out(copy_of(backbone)), device == "cpu"
+                    return function(copy_of(backbone)), device == "cpu"
             except UnsupportedBackboneError:
                 raise
             except Exception as error:  # from any model of transformers
