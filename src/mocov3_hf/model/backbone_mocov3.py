@@ -59,6 +59,7 @@ OWN_POOLED = ("pooler_output", "summary")
 DEFAULT_IMAGE_SIZE = 224
 MOST_COPIED = 10**9  # parameters of a backbone that is copied with data
 ADVICE = "docs/backbones.md lists the model types that work"
+INSIDE = "use the backbone inside it"
 
 # What was measured in this process, by configuration and pooling.
 _measured: dict[tuple[str, str], tuple[int, frozenset[str], bool]] = {}
@@ -215,7 +216,7 @@ class Pooling:
         if isinstance(features, (list, tuple)):
             raise self.error("it returns a list of feature maps", "leave features_only out of model_args")
         if own is None and self.is_detector:
-            raise self.error("it is a model for detection or segmentation", "use the backbone inside it")
+            raise self.error("it is a model for detection or segmentation", INSIDE)
         if features is None:
             raise self.error("it returns no features of the image")
         if features.ndim not in (3, 4):
@@ -286,7 +287,7 @@ class Pooling:
                 # Errors for want of data name the device, as torch's for `item()` do.
                 wants_data = device == "meta" and re.search("meta", str(error), re.IGNORECASE) is not None
                 if not wants_data or num_parameters > MOST_COPIED:
-                    raise self.error(self.describe(error)) from error
+                    raise self.error(self.describe(error), INSIDE if self.is_detector else ADVICE) from error
         raise AssertionError
 
     def try_out(self, backbone: PreTrainedModel) -> tuple[int, frozenset[str]]:

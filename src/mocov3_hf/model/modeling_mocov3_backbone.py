@@ -175,6 +175,7 @@ class MoCoV3Backbone(BackboneMixin, MoCoV3PreTrainedModel):
     def pad_to_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
         Images with zeros on the right and at the bottom, which are the mean after normalization, up to whole patches.
+        Those of the backbone's own size stay as they are if its position embeddings fit no other.
 
         Raises:
             ValueError: tokens are requested, whose grid is that of whole patches for their readers.
