@@ -144,3 +144,20 @@ def test_decoder_on_timm(tmp_path):
     whole = UperNetForSemanticSegmentation(decoder)
     dense.load_backbone(whole, tmp_path)
     assert whole.eval()(images()).logits.shape == (2, 3, SIZE, SIZE)
+
+
+@torch.no_grad()
+def test_images_of_the_size_of_fixed_position_embeddings_are_not_padded():
+    backbone = {**CONFIGS["aimv2_vision_model"], "patch_size": 15, "num_hidden_layers": 1}
+    model = MoCoV3Backbone(MoCoV3Config(backbone_config=backbone)).eval()
+    assert model(images()).feature_maps[0].shape[2:] == (4, 4)
+
+
+def test_states_that_are_recorded_twice_count_once():
+    maps = make("mobilevit").maps
+    states = [torch.zeros(1) for _ in range(5)]
+    assert maps.check(states) is states
+    repeated = [state for state in states for _ in range(2)]
+    assert all(a is b for a, b in zip(maps.check(repeated), states, strict=True))
+    with pytest.raises(ValueError, match="returned 3 hidden states, expected 5"):
+        maps.check(states[:3])

@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import (
@@ -35,8 +35,6 @@ from transformers import (
 from .configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
 from .modeling_mocov3_vit import MoCoV3ViTModel
 
-
-T = TypeVar("T")
 
 # Dimensions: B batch, C H W image, h w grid, L tokens, D size of the pooled output.
 
@@ -268,7 +266,7 @@ class Pooling:
         (width, unused), reads_values = self.on_copies(backbone, self.try_out)
         return width, unused, reads_values
 
-    def on_copies(self, backbone: PreTrainedModel, function: Callable[[PreTrainedModel], T]) -> tuple[T, bool]:
+    def on_copies(self, backbone: PreTrainedModel, function: Callable[[PreTrainedModel], Any]) -> tuple[Any, bool]:
         """
         The result of a function of a copy of the backbone without data, or if that fails for want of them, with random
         weights; and whether it needed them.
