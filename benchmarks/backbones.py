@@ -260,12 +260,11 @@ def checkpointing(model: MoCoV3ForPreTraining, views: torch.Tensor) -> bool:
 
 
 def feature_strides(config: MoCoV3Config, pixel_values: torch.Tensor) -> list[int] | str:
-    """Strides of all feature maps of a `MoCoV3Backbone`, or why there are none."""
+    """Strides of all feature maps of a `MoCoV3Backbone`, or why it has none."""
     try:
-        config = copy.deepcopy(config)
-        config.set_output_features_output_indices(out_indices=list(range(len(config.stage_names))), out_features=None)
+        backbone = MoCoV3Backbone(copy.deepcopy(config)).eval()
+        backbone.out_features = [name for name, width in backbone.out_feature_channels.items() if width is not None]
         with torch.no_grad():
-            backbone = MoCoV3Backbone(config).eval()
             maps = backbone(pixel_values).feature_maps
         if any(each.ndim != 4 for each in maps) or [each.shape[1] for each in maps] != list(backbone.channels):
             return f"feature maps {[tuple(each.shape) for each in maps]}, expected {backbone.channels} channels"

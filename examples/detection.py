@@ -34,6 +34,9 @@ class DetectionOptions(Options):
 
     objects_column: str = option("objects", "Column of the boxes and their classes.")
     num_queries: int = option(100, "Boxes per image.", at_least=1)
+    num_denoising: int = option(
+        100, "Queries for noisy boxes in training, which RT-DETR divides by the boxes of an image.", at_least=1
+    )
     decoder_layers: int = option(3, "Layers of the decoder.", at_least=1)
 
 
@@ -128,6 +131,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
             decoder_layers=options.decoder_layers,
             decoder_ffn_dim=4 * width,
             num_queries=options.num_queries,
+            num_denoising=options.num_denoising,
             id2label=dict(enumerate(names)),
             label2id={name: number for number, name in enumerate(names)},
         )

@@ -3,6 +3,7 @@ The decoders of transformers, tiny, on every kind of backbone: what works, what 
 docs/dense.md, which `python -m tests.dense.matrix` writes.
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from transformers import (
     VitMatteForImageMatting,
 )
 
+from examples.comparison import table as comparison
 from mocov3_hf import MoCoV3Config
 from tests.launch import ROOT
 
@@ -276,6 +278,7 @@ DECODERS = {
 }
 CASES = [(decoder, backbone) for decoder in DECODERS for backbone in BACKBONES]
 PAGE = ROOT / "docs" / "dense.md"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def table() -> str:
@@ -287,9 +290,24 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def measured() -> str:
+    """The tables of the two examples, from the `comparison.json` of each."""
+    parts = []
+    for name, decoder in (("segmentation", "UperNet"), ("detection", "RT-DETR")):
+        found = json.loads((RESULTS / f"dense_{name}_cpu.json").read_text(encoding="utf-8"))
+        results = found["results"]
+        steps, seconds = results["random"]["steps"], sum(each["seconds"] for each in results.values())
+        images = f"{found['train_images']} images to train on, {found['test_images']} to test on"
+        parts.append(
+            f"{decoder}, {images}, {steps} steps, {seconds:.0f} seconds for both"
+            f" ([all numbers](../benchmarks/results/dense_{name}_cpu.json)):\n\n{comparison(results)}"
+        )
+    return "\n\n".join(parts)
+
+
 def with_tables(text: str) -> str:
     """The text of the page with the tables of today."""
-    for name, content in (("what works", table()),):
+    for name, content in (("what works", table()), ("measured", measured())):
         pattern = re.compile(rf"(<!-- {name}[^\n]*-->\n).*(<!-- end of {name} -->)", re.DOTALL)
         text = pattern.sub(lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}", text)
     return text

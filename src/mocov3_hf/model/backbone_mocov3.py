@@ -17,7 +17,7 @@ import copy
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,6 +57,7 @@ OWN_POOLED = ("pooler_output", "summary")
 DEFAULT_IMAGE_SIZE = 224
 MOST_COPIED = 10**9  # parameters of a backbone that is copied with data
 ADVICE = "docs/backbones.md lists the model types that work"
+INSIDE = "use the backbone inside it"
 
 # What was measured in this process, by configuration and pooling.
 _measured: dict[tuple[str, str], tuple[int, frozenset[str], bool]] = {}
@@ -213,7 +214,7 @@ class Pooling:
         if isinstance(features, (list, tuple)):
             raise self.error("it returns a list of feature maps", "leave features_only out of model_args")
         if own is None and self.is_detector:
-            raise self.error("it is a model for detection or segmentation", "use the backbone inside it")
+            raise self.error("it is a model for detection or segmentation", INSIDE)
         if features is None:
             raise self.error("it returns no features of the image")
         if features.ndim not in (3, 4):
@@ -262,18 +263,29 @@ class Pooling:
 
     def measured(self, backbone: PreTrainedModel) -> tuple[int, frozenset[str], bool]:
         """`width`, `unused` and `reads_values`, see `measure`."""
+        (width, unused), reads_values = self.on_copies(backbone, self.try_out)
+        return width, unused, reads_values
+
+    def on_copies(self, backbone: PreTrainedModel, function: Callable[[PreTrainedModel], Any]) -> tuple[Any, bool]:
+        """
+        The result of a function of a copy of the backbone without data, or if that fails for want of them, with random
+        weights; and whether it needed them.
+
+        Raises:
+            UnsupportedBackboneError: the function fails.
+        """
         num_parameters = sum(parameter.numel() for parameter in backbone.parameters())
         for device in ("meta", "cpu"):
             try:
                 with own_settings(device):
-                    return *self.try_out(copy_of(backbone)), device == "cpu"
+                    return function(copy_of(backbone)), device == "cpu"
             except UnsupportedBackboneError:
                 raise
             except Exception as error:  # from any model of transformers
                 # Errors for want of data name the device, as torch's for `item()` do.
                 wants_data = device == "meta" and re.search("meta", str(error), re.IGNORECASE) is not None
                 if not wants_data or num_parameters > MOST_COPIED:
-                    raise self.error(self.describe(error)) from error
+                    raise self.error(self.describe(error), INSIDE if self.is_detector else ADVICE) from error
         raise AssertionError
 
     def try_out(self, backbone: PreTrainedModel) -> tuple[int, frozenset[str]]:

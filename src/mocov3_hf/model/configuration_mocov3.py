@@ -32,6 +32,8 @@ CONV_STEM_STRIDE = 16  # four convolutions of stride 2
 POOLINGS = ("auto", "cls", "mean")
 MAX_LAYERS = 10_000
 FPN_STRIDES = (4, 8, 16, 32)
+# Stages of a pyramid: a map for each of these strides, and one before them.
+PYRAMID_NAMES = ("stem", *(f"stage{level}" for level in range(1, len(FPN_STRIDES) + 1)))
 # Set together by `MoCoV3Config.from_dict`: which maps `MoCoV3Backbone` returns, and how.
 MAP_OPTIONS = ("add_fpn", "apply_layernorm", "reshape_hidden_states", "out_features", "out_indices")
 # What `MoCoV3Config` reads from its backbone.
@@ -257,12 +259,14 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
                     f"{name} belongs to the backbone: pass backbone_config={{'model_type': ..., {name!r}: ...}}"
                 )
         self.check_feature_maps()
-        kwargs.pop("stage_names", None)  # saved for readers
+        saved_names = kwargs.pop("stage_names", None)
         self.stage_names = stage_names_of(self.backbone_config)
         if self.add_fpn:
-            self.stage_names = ["stem", *(f"stage{level}" for level in range(1, len(FPN_STRIDES) + 1))]
+            self.stage_names = list(PYRAMID_NAMES)
             if out_features is None and out_indices is None:
                 out_features = self.stage_names[1:]
+        elif not declares_stages(self.backbone_config) and saved_names == list(PYRAMID_NAMES):
+            self.stage_names = saved_names
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
         super().__post_init__(**kwargs)
 
@@ -308,6 +312,14 @@ class MoCoV3Config(BackboneConfigMixin, PreTrainedConfig):
         if given.keys() & {"add_fpn", "out_features", "out_indices"}:
             config_dict = {**config_dict, "out_features": None, "out_indices": None}
         return super().from_dict({**config_dict, **given}, **kwargs)
+
+    def set_output_features_output_indices(self, out_features, out_indices):
+        """As that of `BackboneConfigMixin`. A choice of maps of a backbone whose stages are unknown names a stride."""
+        is_default = out_features == self.stage_names[-1:] and out_indices == [len(self.stage_names) - 1]
+        is_chosen = not (out_features is None and out_indices is None) and not is_default
+        if is_chosen and not declares_stages(self.backbone_config):
+            self.stage_names = list(PYRAMID_NAMES)
+        super().set_output_features_output_indices(out_features, out_indices)
 
     @property
     def fpn_exponents(self) -> list[int]:
@@ -403,6 +415,12 @@ def is_plain_vit(backbone_config: PreTrainedConfig) -> bool:
     """Whether all hidden states of a backbone are tokens of one width on one grid of patches."""
     is_one = isinstance(getattr(backbone_config, "hidden_size", None), int) and hasattr(backbone_config, "patch_size")
     return is_one and not any(getattr(backbone_config, name, None) for name in ("depths", "hidden_sizes"))
+
+
+def declares_stages(backbone_config: PreTrainedConfig) -> bool:
+    """Whether the configuration of a backbone has the number of its stages, or of blocks of a ViT."""
+    names = ("stage_names", "depths") + (("num_hidden_layers",) if hasattr(backbone_config, "patch_size") else ())
+    return any(getattr(backbone_config, name, None) for name in names)
 
 
 def stage_names_of(backbone_config: PreTrainedConfig) -> list[str]:

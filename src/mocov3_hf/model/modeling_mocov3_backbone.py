@@ -14,18 +14,19 @@
 """The encoder of MoCo v3 as a backbone for detection and segmentation: feature maps, tokens or a feature pyramid."""
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
-from .backbone_mocov3 import pooled_width
-from .configuration_mocov3 import MoCoV3Config, is_plain_vit, to_pair
+from .backbone_mocov3 import KNOWN_BACKBONES, pooled_width
+from .configuration_mocov3 import PYRAMID_NAMES, MoCoV3Config, declares_stages, is_plain_vit, to_pair
+from .feature_maps_mocov3 import FeatureMaps, feature_maps_of, last_of
 from .modeling_mocov3 import MoCoV3Model, MoCoV3PreTrainedModel
 from .modeling_mocov3_vit import init_torch_default
 
@@ -87,9 +88,36 @@ class MoCoV3Backbone(BackboneMixin, MoCoV3PreTrainedModel):
                 {name: MoCoV3PyramidLevel(width, levels[name]) for name in self.out_features if name in levels}
             )
             self.num_features = [width, *(width // 2 ** max(exponent, 0) for exponent in levels.values())]
-        else:
-            self.num_features = stage_widths(inner, len(self.stage_names))
+        self.measure()
         self.post_init()
+
+    def measure(self) -> None:
+        """
+        Find which hidden state is the map of which stage, and the channels of all stages, None where there is no map.
+
+        Raises:
+            UnsupportedBackboneError: the hidden states of the backbone are not maps.
+            ValueError: a requested stage has none.
+        """
+        inner = self.mocov3.backbone
+        self.maps: FeatureMaps | None = None
+        if inner.config.model_type in KNOWN_BACKBONES:
+            if inner.config.model_type == "resnet":
+                self.num_features = [inner.config.embedding_size, *inner.config.hidden_sizes]
+            elif not self.config.add_fpn:
+                self.num_features = [inner.config.hidden_size] * len(self.stage_names)
+            return
+        self.maps = feature_maps_of(inner, self.mocov3.pooling)
+        if self.config.add_fpn:
+            return
+        is_declared = declares_stages(inner.config)
+        self.levels = self.maps.named(self.stage_names if is_declared else None)
+        if not is_declared and self.stage_names != list(PYRAMID_NAMES):  # no map was chosen
+            self.out_features = [list(self.levels)[-1]]
+            self.stage_names = self.config.stage_names
+        for stage in self.out_features:
+            self.index_of(stage)
+        self.num_features = [self.levels[name].channels if name in self.levels else None for name in self.stage_names]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.ConvTranspose2d):
@@ -133,13 +161,12 @@ class MoCoV3Backbone(BackboneMixin, MoCoV3PreTrainedModel):
         if self.can_interpolate and tuple(pixel_values.shape[-2:]) != to_pair(self.config.image_size):
             kwargs.setdefault("interpolate_pos_encoding", True)
         outputs = self.mocov3(pixel_values, output_hidden_states=True, output_attentions=output_attentions, **kwargs)
+        hidden_states = outputs.hidden_states if self.maps is None else self.maps.check(outputs.hidden_states)
         if self.config.add_fpn:
-            feature_maps = self.pyramid(outputs.hidden_states, pixel_values)
+            feature_maps = self.pyramid(hidden_states, pixel_values)
         else:
             feature_maps = tuple(
-                self.feature_map(hidden_state, pixel_values)
-                for stage, hidden_state in zip(self.stage_names, outputs.hidden_states, strict=True)
-                if stage in self.out_features
+                self.feature_map(hidden_states, self.index_of(stage), pixel_values) for stage in self.out_features
             )
         return BackboneOutput(
             feature_maps=feature_maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -148,6 +175,7 @@ class MoCoV3Backbone(BackboneMixin, MoCoV3PreTrainedModel):
     def pad_to_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
         Images with zeros on the right and at the bottom, which are the mean after normalization, up to whole patches.
+        Those of the backbone's own size stay as they are if its position embeddings fit no other.
 
         Raises:
             ValueError: tokens are requested, whose grid is that of whole patches for their readers.
@@ -155,7 +183,8 @@ class MoCoV3Backbone(BackboneMixin, MoCoV3PreTrainedModel):
         height, width = pixel_values.shape[-2:]
         rows, columns = to_pair(self.config.backbone_config.patch_size)
         bottom, right = -height % rows, -width % columns
-        if (bottom, right) == (0, 0):
+        is_native = (height, width) == to_pair(self.config.image_size)
+        if (bottom, right) == (0, 0) or (is_native and not self.can_interpolate):
             return pixel_values
         if not self.config.reshape_hidden_states:
             raise ValueError(
@@ -164,18 +193,18 @@ class MoCoV3Backbone(BackboneMixin, MoCoV3PreTrainedModel):
             )
         return nn.functional.pad(pixel_values, (0, right, 0, bottom))
 
-    def pyramid(self, hidden_states: tuple[torch.Tensor, ...], pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def pyramid(self, hidden_states: Sequence[torch.Tensor], pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """
         The maps of `out_features`: levels of the pyramid on the last hidden state, and the stem.
 
         Raises:
             ValueError: `out_features` was changed after the model was built.
         """
-        last = self.feature_map(hidden_states[-1], pixel_values)
+        last = self.feature_map(hidden_states, len(hidden_states) - 1, pixel_values)
         maps = []
         for stage in self.out_features:
             if stage == "stem":
-                maps.append(self.feature_map(hidden_states[0], pixel_values))
+                maps.append(self.feature_map(hidden_states, 0, pixel_values))
             elif stage in self.fpn:
                 maps.append(self.fpn[stage](last))
             else:
@@ -184,21 +213,33 @@ class MoCoV3Backbone(BackboneMixin, MoCoV3PreTrainedModel):
                 )
         return tuple(maps)
 
-    def feature_map(self, hidden_state: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """
-        Feature map `(B, channels, h, w)` of a hidden state of that shape or of tokens `(B, L, channels)`; without
-        `reshape_hidden_states` the tokens themselves.
-        """
-        if hidden_state.dim() == 4:
+    def index_of(self, stage: str) -> int:
+        """Index of the hidden state of a stage; ValueError if it has none."""
+        if self.maps is None:
+            return self.stage_names.index(stage)
+        if stage not in self.levels:
+            kind, maps = self.config.backbone_config.model_type, ", ".join(self.levels)
+            raise ValueError(f"a {kind} backbone has no map {stage!r}: choose out_features among {maps}")
+        return self.levels[stage].index
+
+    def feature_map(
+        self, hidden_states: Sequence[torch.Tensor], index: int, pixel_values: torch.Tensor
+    ) -> torch.Tensor:
+        """Feature map `(B, channels, h, w)` of a hidden state; without `reshape_hidden_states` its tokens."""
+        hidden_state = last_of(hidden_states[index])
+        if hidden_state.dim() == 4 and self.maps is None:
             return hidden_state
+        if self.maps is not None and not (hidden_state.dim() == 3 and self.is_plain_vit):
+            return self.maps.to_map(hidden_state, self.maps.states[index], tuple(pixel_values.shape[-2:]))
         layernorm = getattr(self.mocov3.backbone, "layernorm", None)
-        if layernorm is not None and self.is_plain_vit and self.config.apply_layernorm:
+        if layernorm is not None and self.config.apply_layernorm:
             hidden_state = layernorm(hidden_state)
         if not self.config.reshape_hidden_states:
             return hidden_state
-        grid = token_grid(hidden_state, pixel_values, self.config.backbone_config)
-        patches = hidden_state[:, hidden_state.shape[1] - grid[0] * grid[1] :]
-        return patches.transpose(1, 2).unflatten(2, grid).contiguous()
+        height, width = token_grid(hidden_state, pixel_values, self.config.backbone_config)
+        end = hidden_state.shape[1] - (0 if self.maps is None else self.maps.states[index].suffix)
+        patches = hidden_state[:, end - height * width : end]
+        return patches.transpose(1, 2).unflatten(2, (height, width)).contiguous()
 
 
 def token_grid(hidden_state: torch.Tensor, pixel_values: torch.Tensor, config: MoCoV3Config) -> tuple[int, int]:
@@ -209,17 +250,6 @@ def token_grid(hidden_state: torch.Tensor, pixel_values: torch.Tensor, config: M
     while height * width > hidden_state.shape[1]:
         height, width = (height + 1) // 2, (width + 1) // 2
     return height, width
-
-
-def stage_widths(backbone: PreTrainedModel, num_stages: int) -> list[int]:
-    """Number of channels of every hidden state, starting with the stem."""
-    config = backbone.config
-    if (embed_dim := getattr(config, "embed_dim", None)) is not None:  # Swin: hidden states are those after merging
-        widths = [embed_dim * 2**index for index in range(num_stages - 1)]
-        return [*widths, widths[-1]]
-    if (hidden_sizes := getattr(config, "hidden_sizes", None)) is not None:
-        return [getattr(config, "embedding_size", hidden_sizes[0]), *hidden_sizes]
-    return [pooled_width(backbone)] * num_stages
 
 
 __all__ = ["MoCoV3Backbone"]
