@@ -274,6 +274,19 @@ def test_hash_changes_with_weights_and_architecture(model_folder, tmp_path):
     assert weights_hash(load_encoder(copied)) != reference, "equal weights, other features"
 
 
+def test_hash_is_that_of_before_a_key_was_added(model_folder, monkeypatch):
+    model = load_encoder(model_folder)
+    reference, whole = weights_hash(model), model.config.to_dict()
+    assert (whole["pooling"], whole["backbone_config"]["mlp_norm"]) == ("auto", "layer_norm")
+    later = ("pooling", "mlp_norm", "add_fpn", "apply_layernorm", "reshape_hidden_states")
+    before = {key: value for key, value in whole.items() if key not in later}
+    before["backbone_config"] = {key: value for key, value in whole["backbone_config"].items() if key not in later}
+    monkeypatch.setattr(type(model.config), "to_dict", lambda _: before)
+    assert weights_hash(model) == reference
+    before["pooling"] = "mean"
+    assert weights_hash(model) != reference
+
+
 # Names
 
 
