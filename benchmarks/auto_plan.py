@@ -2,6 +2,7 @@
 
 digits       handwritten digits, 8-bit grayscale, 1,438 images of 32 pixels; the recipe quickstart
 cifar10      5,000 color images of 32 pixels; the recipe cifar10_vit-nano-p8_small-data with 10 epochs
+cifar10_all  all 50,000 of them; the recipe cifar10_vit-nano-p8 with 3 epochs
 radiographs  12-bit grayscale, 16 pixels; the options of benchmarks/channels.py
 bands        5 float channels with NaN, 16 pixels; the options of benchmarks/channels.py
 
@@ -28,7 +29,7 @@ from mocov3_hf.run_folder import list_checkpoints, read_run_folder
 
 
 OUTPUT = Path(__file__).parent / "results" / "auto_plan_cpu.json"
-SETS = ("digits", "cifar10", "radiographs", "bands")
+SETS = ("digits", "cifar10", "cifar10_all", "radiographs", "bands")
 K = 20
 
 
@@ -38,13 +39,15 @@ def hand_tuned(name: str) -> dict[str, Any]:
         return {"recipe": "quickstart"}
     if name == "cifar10":
         return {"recipe": "cifar10_vit-nano-p8_small-data", "num_train_epochs": 10, "warmup_epochs": 1}
+    if name == "cifar10_all":
+        return {"recipe": "cifar10_vit-nano-p8", "num_train_epochs": 3, "warmup_epochs": 0.3}
     channels = {"radiographs": 1, "bands": 5}[name]
     return OPTIONS | CHANGES.get(name, {}) | {"num_channels": channels, "num_train_epochs": 24}
 
 
 def write_images(name: str, folder: Path, cifar10: str) -> str:
     """Path of the data set."""
-    if name == "cifar10":
+    if name in ("cifar10", "cifar10_all"):
         return cifar10
     if not folder.exists():
         {"digits": write_digits, "radiographs": write_radiographs, "bands": write_bands}[name](folder)
