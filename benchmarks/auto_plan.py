@@ -2,7 +2,7 @@
 
 digits       handwritten digits, 8-bit grayscale, 1,438 images of 32 pixels; the recipe quickstart
 cifar10      5,000 color images of 32 pixels; the recipe cifar10_vit-nano-p8_small-data with 10 epochs
-cifar10_all  all 50,000 of them; the recipe cifar10_vit-nano-p8 with 3 epochs
+cifar10_all  all 50,000 of them; the recipe cifar10_vit-nano-p8 with 2 epochs
 radiographs  12-bit grayscale, 16 pixels; the options of benchmarks/channels.py
 bands        5 float channels with NaN, 16 pixels; the options of benchmarks/channels.py
 
@@ -40,7 +40,7 @@ def hand_tuned(name: str) -> dict[str, Any]:
     if name == "cifar10":
         return {"recipe": "cifar10_vit-nano-p8_small-data", "num_train_epochs": 10, "warmup_epochs": 1}
     if name == "cifar10_all":
-        return {"recipe": "cifar10_vit-nano-p8", "num_train_epochs": 3, "warmup_epochs": 0.3}
+        return {"recipe": "cifar10_vit-nano-p8", "num_train_epochs": 2, "warmup_epochs": 0.2}
     channels = {"radiographs": 1, "bands": 5}[name]
     return OPTIONS | CHANGES.get(name, {}) | {"num_channels": channels, "num_train_epochs": 24}
 

@@ -14,8 +14,6 @@ os.environ["HF_HOME"] = CACHE.name
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell that runs the tests in the background lets them and their processes ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 SIGNALS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
 
@@ -30,3 +28,9 @@ def signals_as_at_the_start():
     yield
     for number, handler in SIGNALS.items():
         signal.signal(number, handler)
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: at the end, the test processes then have short ones to share."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
