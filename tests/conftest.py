@@ -31,6 +31,7 @@ def signals_as_at_the_start():
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first: at the end, the test processes then have short ones to share."""
+    """Files with slow tests first, the last file of all before the others: the processes then end with short tests."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    places = {item.path: place for place, item in enumerate(items)}
+    items.sort(key=lambda item: -places[item.path] if item.path in slow else 1)

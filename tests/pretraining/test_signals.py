@@ -167,7 +167,7 @@ def test_a_second_ctrl_c_stops_at_once(fresh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("place", "times"), [("step", 9), ("start", 2), ("save", 1), ("knn", 2)])
+@pytest.mark.parametrize(("place", "times"), [("step", 9), ("start", 2), ("save", 1)])
 def test_a_signal_to_torchrun(tmp_path, slow, options, expected, place, times):
     """torchrun forwards it to the process groups of its children. What it prints itself is its own business."""
     arguments = [*options, "--dataloader_num_workers", "1", "--output_dir", str(tmp_path)]
