@@ -40,7 +40,7 @@ class Options:
     crop_scale: list[float] = option([0.5, 1.0], "Range of areas of random crops for training.", above=0, at_most=1)
     flip_probability: float = option(0.5, "Probability of a horizontal flip.", at_least=0, at_most=1)
     decoder_width: int = option(256, "Width of the decoder.", at_least=32)
-    num_train_epochs: int = option(20, "Passes over the training split.", at_least=1)
+    num_train_epochs: int = option(20, "Epochs of training.", at_least=1)
     max_steps: int = option(-1, "Number of training steps, instead of epochs.")
     train_batch_size: int = option(16, "Images per step.", at_least=1)
     learning_rate: float = option(1e-3, "Peak learning rate of AdamW, with a linear warmup and cosine decay.", above=0)

@@ -162,7 +162,7 @@ def claim(aside: Path) -> int | None:
     Create an empty folder, in place of what a killed process has left.
 
     Returns:
-        A handle that keeps other processes from the folder until it is closed; None where there are no locks.
+        A handle that keeps other processes from the folder until it is closed; None on systems without locks.
 
     Raises:
         RunError: Another process is filling it.

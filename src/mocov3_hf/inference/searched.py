@@ -28,7 +28,7 @@ from .predictors import FeatureExtractor, as_images, is_one_image
 COPIED_IMAGES, FOUND_COPIES = 64, 0.9
 # Share of the pairs of images that are less similar than the threshold, at least: few images are copies of others.
 DIFFERENT_PAIRS = 0.95
-# For images or a model that are no longer there.
+# For images or a model that have been deleted.
 DEFAULT_THRESHOLD = 0.95
 # Longer side of a picture on the page, in pixels.
 PICTURE_SIZE = 160
@@ -55,7 +55,7 @@ class Searched:
 
     @cached_property
     def inputs(self) -> Sequence[str | NamedImage]:
-        """The images of the command that extracted the features; ValueError where they are no longer there."""
+        """The images of the command that extracted the features; ValueError if they have been deleted."""
         return open_inputs(ImageOptions(**self.folder.info["inputs"] | {"on_bad_image": "skip"}), is_reported=False)
 
     def read(self, row: int) -> torch.Tensor:
