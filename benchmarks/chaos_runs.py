@@ -19,7 +19,7 @@ import psutil
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Picture
 
-from mocov3_hf.pretraining import loop
+from mocov3_hf.pretraining import pretrain
 from mocov3_hf.run_folder import is_whole, list_checkpoints, step_of
 from mocov3_hf.storage import read_lines, sha256_of
 
@@ -94,7 +94,7 @@ class Launch:
             sys.argv = ["mocov3", "pretrain", *arguments]
             if before is not None:
                 before()
-            loop.main(arguments)
+            pretrain.main(arguments)
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0

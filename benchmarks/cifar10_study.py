@@ -29,7 +29,7 @@ from mocov3_hf.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from mocov3_hf.evaluation.linear import fit_linear_classifier
 from mocov3_hf.metrics.knn import knn_accuracy
 from mocov3_hf.pretraining.build import build_model
-from mocov3_hf.pretraining.loop import main as pretrain
+from mocov3_hf.pretraining.pretrain import main as pretrain
 from mocov3_hf.pretraining.recipe import load_recipe
 
 from .study_arms import ARMS, LONG_ARMS, Arm, arguments_of

@@ -35,7 +35,7 @@ SECONDS_WITHOUT_WORK = 60
 CPU_SECONDS_OF_WORK = 0.05
 SECONDS_AFTER_SAVE = 10
 MODULES = (
-    "mocov3_hf.pretraining.loop",
+    "mocov3_hf.pretraining.pretrain",
     "mocov3_hf.evaluation.knn",
     "mocov3_hf.evaluation.finetune",
     "accelerate.launchers",

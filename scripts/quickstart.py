@@ -21,7 +21,7 @@ with mocov3_cli.ended_by_signals("SIGINT", "SIGTERM"):
     from mocov3_hf.evaluation.features import labeled_features
     from mocov3_hf.evaluation.linear import fit_linear_classifier
     from mocov3_hf.option_values import resume_command
-    from mocov3_hf.pretraining import build, loop, plan, recipe
+    from mocov3_hf.pretraining import build, plan, pretrain, recipe
     from mocov3_hf.processing import build_image_processor
     from mocov3_hf.report.write import main as report
     from mocov3_hf.reporting import reporting
@@ -39,7 +39,7 @@ def main() -> None:
     command = ["--recipe", "quickstart", "--dataset_name", str(digits), "--output_dir", str(pretrained)]
     chosen = recipe.parse([*command, "--overwrite_output_dir", *overrides])
     before = knn.evaluate_knn(build.build_model(chosen), train, test, k=[10], progress=False)
-    loop.run_recipe(chosen, resume_command(sys.argv[1:]))
+    pretrain.run_recipe(chosen, resume_command(sys.argv[1:]))
     check_finished(pretrained, plan.make_plan(chosen, len(train), 1).total_steps)
     after = knn.run(knn.KNNOptions(model=str(pretrained), dataset_name=str(digits), k=[10]))
 

@@ -24,7 +24,7 @@ IMPORTS = [
     "mocov3_hf.evaluation.finetune",
     "mocov3_hf.evaluation.linear_probe",
     "mocov3_hf.hub",
-    "mocov3_hf.pretraining.loop",
+    "mocov3_hf.pretraining.pretrain",
     "torch.nn.parallel",
 ]
 

@@ -117,7 +117,7 @@ def pretrain(
     ```
     """
     from .data.memory import named
-    from .pretraining.loop import run_recipe
+    from .pretraining.pretrain import run_recipe
     from .pretraining.recipe import recipe_of_call
     from .reporting import UsageError
 
@@ -133,7 +133,7 @@ def pretrain(
 
 def pretrain_command(arguments: Sequence[str]) -> None:
     """The command `mocov3 pretrain`. A finished run that named no recipe also gets its report."""
-    from .pretraining.loop import main
+    from .pretraining.pretrain import main
     from .reporting import is_first_process, reporting
 
     arguments = list(arguments)

@@ -6,7 +6,7 @@ Usage: agreement_worker.py FOLDER ARGUMENTS..., where `FOLDER/RANK` is the outpu
 import os
 import sys
 
-from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.pretrain import main
 
 
 if __name__ == "__main__":

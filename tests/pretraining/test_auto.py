@@ -16,7 +16,7 @@ from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining, MoCoV3ViTConfig, api
 from mocov3_hf.pretraining import probe
 from mocov3_hf.pretraining.auto import GIB, Facts, MemoryModel, choose
 from mocov3_hf.pretraining.facts import look, memory_model
-from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.pretrain import main
 from mocov3_hf.pretraining.recipe import load_recipe, resolve
 from mocov3_hf.reporting import UsageError
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mocov3_hf.pretraining import build
-from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.pretrain import main
 from mocov3_hf.pretraining.recipe import load_recipe
 from mocov3_hf.reporting import UsageError
 

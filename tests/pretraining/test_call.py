@@ -14,7 +14,7 @@ import mocov3_hf
 from mocov3_hf import run_folder
 from mocov3_hf.option_values import resume_command
 from mocov3_hf.pretraining import checkpoint
-from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.pretrain import main
 from mocov3_hf.reporting import RunError, UsageError
 from tests.launch import ROOT, search_path
 from tests.pretraining.test_run import read_metrics, without_times

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from mocov3_hf.loading import adapt_input_weight, with_input_channels
 from mocov3_hf.model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
-from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.pretrain import main
 from mocov3_hf.processing import pixel_format_of
 from tests.factories import pretraining_model
 from tests.pretraining.test_run import read_metrics, without_times

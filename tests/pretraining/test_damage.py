@@ -7,9 +7,9 @@ import pytest
 
 from mocov3_hf import run_folder, storage
 from mocov3_hf.pretraining import monitors, resume
-from mocov3_hf.pretraining.loop import main
 from mocov3_hf.pretraining.monitors import summarize
 from mocov3_hf.pretraining.plan import make_plan
+from mocov3_hf.pretraining.pretrain import main
 from mocov3_hf.pretraining.recipe import load_recipe
 from tests.pretraining.test_resume import assert_same_run
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.pretrain import main
 from tests.pretraining.test_run import read_metrics
 
 

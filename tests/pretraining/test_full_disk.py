@@ -12,8 +12,8 @@ import pytest
 
 from mocov3_hf import run_folder, storage
 from mocov3_hf.data.bad_images import BadImage, BadImageLog
-from mocov3_hf.pretraining import loop
-from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining import loop, pretrain
+from mocov3_hf.pretraining.pretrain import main
 from tests.launch import search_path
 from tests.pretraining.test_resume import Killed, assert_same_run, kill_at
 
@@ -187,7 +187,7 @@ def errors_of(capsys):
     "name", ["metrics.jsonl", "model.safetensors", "data.json", ".run.lock", "events.jsonl", "checkpoint-4"]
 )
 def test_what_is_in_the_way_at_the_start_is_named(tmp_path, arguments, capsys, monkeypatch, name):
-    monkeypatch.setattr(loop, "Run", None)
+    monkeypatch.setattr(pretrain, "Run", None)
     what = "folder in the place of a file"
     if name == "checkpoint-4":
         (tmp_path / name).write_text("")

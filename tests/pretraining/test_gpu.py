@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from mocov3_hf.data.views import draw_view, two_views
 from mocov3_hf.pretraining.hardware import choose_settings, compile_augmentation, set_up
 from mocov3_hf.pretraining.instability import GradientWatch
-from mocov3_hf.pretraining.loop import main
 from mocov3_hf.pretraining.pixels import build_photometric
+from mocov3_hf.pretraining.pretrain import main
 from mocov3_hf.pretraining.recipe import load_recipe
 from mocov3_hf.pretraining.step import train_step
 from tests.pretraining.test_hardware import RESNET, VIT, build_model

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
 from mocov3_hf.pretraining.estimate import estimate
 from mocov3_hf.pretraining.gradient_cache import cached_backward, check_chunkable
-from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.pretrain import main
 from mocov3_hf.pretraining.step import train_step
 from tests.factories import NANO_VIT
 from tests.fork_server import ranks

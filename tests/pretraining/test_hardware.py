@@ -28,7 +28,7 @@ from mocov3_hf.pretraining.hardware import (
     has_tf32,
     set_up,
 )
-from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.pretrain import main
 from mocov3_hf.pretraining.recipe import load_recipe
 from mocov3_hf.pretraining.step import unwrap
 from mocov3_hf.reporting import UsageError

@@ -22,7 +22,7 @@ from mocov3_hf.pretraining.instability import (
     block_of,
     first_and_last_weight,
 )
-from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.pretrain import main
 from mocov3_hf.pretraining.step import train_step
 from tests.fork_server import ranks
 from tests.pretraining.test_gradient_cache import build

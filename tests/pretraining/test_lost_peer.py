@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from mocov3_hf.data.sources import open_source
-from mocov3_hf.pretraining import loop, pixels, resume
+from mocov3_hf.pretraining import loop, pixels, pretrain, resume
 from mocov3_hf.pretraining.recipe import parse
 from tests.fork_server import ranks
 
@@ -38,7 +38,7 @@ def run_into(error, tmp_path, tiny, monkeypatch, step):
         raise error
 
     monkeypatch.setattr(loop.Run, "train", train)
-    loop.main([*tiny, "--output_dir", str(tmp_path / "run"), "--communication_timeout", "7"])
+    pretrain.main([*tiny, "--output_dir", str(tmp_path / "run"), "--communication_timeout", "7"])
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_process_lost_before_the_start(tmp_path, tiny, monkeypatch, capsys, al
 
     monkeypatch.setattr(loop, "build_accelerator", join)
     with pytest.raises(SystemExit) as stop:
-        loop.main([*tiny, "--output_dir", str(tmp_path / "run")])
+        pretrain.main([*tiny, "--output_dir", str(tmp_path / "run")])
     assert stop.value.code == 1
     line = capsys.readouterr().err.strip()
     assert line.startswith("error: before the first step, another process has not responded for 600 s")
@@ -83,7 +83,7 @@ def test_a_process_lost_before_the_start(tmp_path, tiny, monkeypatch, capsys, al
 @pytest.mark.slow
 def test_hosts_without_a_shared_file_system_are_refused(tmp_path, tiny):
     """If one process finds a checkpoint and another does not, they would start from different steps."""
-    loop.main([*tiny, "--output_dir", str(tmp_path / "0")])
+    pretrain.main([*tiny, "--output_dir", str(tmp_path / "0")])
     codes, output = ranks(2, WORKER, str(tmp_path), *tiny, "--resume_from_checkpoint", "auto", check=False)
     assert all(codes)
     assert "sees checkpoint-4 and process 1 on" in output
@@ -92,10 +92,10 @@ def test_hosts_without_a_shared_file_system_are_refused(tmp_path, tiny):
 
 def test_equal_copies_on_all_hosts_are_accepted(tmp_path, tiny, monkeypatch, capsys, fresh):
     arguments = [*tiny, "--output_dir", str(tmp_path / "run")]
-    loop.main(arguments)
+    pretrain.main(arguments)
     fresh()
     monkeypatch.setattr(resume, "gather_object", lambda answers: answers * 2)
-    loop.main([*arguments, "--resume_from_checkpoint", "auto"])
+    pretrain.main([*arguments, "--resume_from_checkpoint", "auto"])
     assert "nothing left to do" in capsys.readouterr().out
 
 
@@ -104,7 +104,7 @@ def test_images_that_one_process_refuses_all_refuse(tmp_path, tiny, monkeypatch,
     refusal = ("the images of this host have 4 channels", {})
     monkeypatch.setattr(pixels, "gather_object", lambda answers: [*answers, refusal])
     with pytest.raises(SystemExit) as stop:
-        loop.main([*tiny, "--output_dir", str(tmp_path / "run")])
+        pretrain.main([*tiny, "--output_dir", str(tmp_path / "run")])
     assert stop.value.code == 2
     assert capsys.readouterr().err.strip() == f"error: {refusal[0]}"
 
@@ -126,6 +126,6 @@ def test_what_one_process_refuses_all_refuse(tmp_path, tiny, monkeypatch, capsys
     refusal = ("the disk of this host holds another run", "no checkpoint", None, "host-1")
     monkeypatch.setattr(resume, "gather_object", lambda answers: [*answers, refusal])
     with pytest.raises(SystemExit) as stop:
-        loop.main([*tiny, "--output_dir", str(tmp_path / "run")])
+        pretrain.main([*tiny, "--output_dir", str(tmp_path / "run")])
     assert stop.value.code == 2
     assert capsys.readouterr().err.strip() == f"error: {refusal[0]}"

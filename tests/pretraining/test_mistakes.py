@@ -8,8 +8,8 @@ import torch
 from mocov3_hf import MoCoV3Config
 from mocov3_hf.precision import this_device
 from mocov3_hf.pretraining import build
-from mocov3_hf.pretraining.loop import main
 from mocov3_hf.pretraining.plan import make_plan
+from mocov3_hf.pretraining.pretrain import main
 from mocov3_hf.pretraining.recipe import load_recipe
 from mocov3_hf.reporting import UsageError
 

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor
 from mocov3_hf import MoCoV3Model
 from mocov3_hf.data.labeled import open_labeled
 from mocov3_hf.metrics.knn import knn_accuracy
-from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.pretrain import main
 from tests.fork_server import ranks
 from tests.launch import ROOT
 

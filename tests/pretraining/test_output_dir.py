@@ -12,7 +12,7 @@ import pytest
 import mocov3_hf
 from mocov3_hf.pretraining import folder_lock, loop
 from mocov3_hf.pretraining.folder_lock import LOCK, FolderLock
-from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.pretrain import main
 from mocov3_hf.reporting import UsageError
 from tests.fork_server import ranks
 from tests.launch import ROOT

@@ -3,7 +3,7 @@
 import pytest
 
 from mocov3_hf.pretraining import loop
-from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.pretrain import main
 from tests.launch import ROOT, python
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from mocov3_hf import run_folder, storage
 from mocov3_hf.pretraining import checkpoint, loop
-from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.pretrain import main
 from tests.fork_server import ranks
 from tests.launch import ROOT
 from tests.pretraining.test_run import read_metrics, without_times

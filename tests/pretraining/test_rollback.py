@@ -8,8 +8,8 @@ from mocov3_hf.model.loss_mocov3 import chance_loss, floor_loss
 from mocov3_hf.optim import warmup_cosine
 from mocov3_hf.pretraining import loop
 from mocov3_hf.pretraining.checkpoint import read_state
-from mocov3_hf.pretraining.loop import main
 from mocov3_hf.pretraining.plan import make_plan
+from mocov3_hf.pretraining.pretrain import main
 from mocov3_hf.pretraining.recipe import load_recipe
 from tests.pretraining.test_instability import plant_spikes, read_events
 from tests.pretraining.test_resume import Killed, assert_same_run, kill_at

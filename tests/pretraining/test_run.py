@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
-from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.pretrain import main
 from mocov3_hf.pretraining.recipe import load_recipe
 from tests.fork_server import ranks
 from tests.launch import ROOT

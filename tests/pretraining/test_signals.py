@@ -23,7 +23,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 # Steps slow enough to hit; what is slowed down is named in the environment.
 SLOW = """
 import os, runpy, sys, time
-from mocov3_hf.pretraining import checkpoint, loop, online_knn
+from mocov3_hf.pretraining import checkpoint, loop, online_knn, pretrain
 def slow(target, name, seconds, mark):
     original = getattr(target, name)
     def wrapper(*args, **kwargs):
@@ -37,7 +37,7 @@ if place == "start": slow(loop, "build_model", 1, place)
 if place == "save": slow(checkpoint, "write_manifest", 1, place)
 if place == "knn": slow(online_knn.OnlineKNN, "features", 1, place)
 sys.argv[0] = "mocov3"
-loop.main(sys.argv[1:])
+pretrain.main(sys.argv[1:])
 """
 
 

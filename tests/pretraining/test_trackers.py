@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from mocov3_hf.pretraining import build, loop
-from mocov3_hf.pretraining.loop import main
+from mocov3_hf.pretraining.pretrain import main
 from mocov3_hf.pretraining.recipe import parse
 from mocov3_hf.pretraining.trackers import Trackers
 from tests.pretraining.test_resume import Killed, kill_at
