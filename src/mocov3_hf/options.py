@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .declarations import Command, option
-from .hints import either, nearest
+from .hints import OTHER_NAMES, either, nearest
 from .option_help import phrase, show_help
 from .option_values import NO, YES, convert, describe_type, is_list, plain_type, shown
 from .recipe_files import find_recipe, recipe_command, recipe_names, without_command
@@ -25,69 +25,6 @@ from .yaml_files import read_yaml
 # Placeholders of options whose value is, or may be, a path on this machine.
 PATH_WORDS = frozenset(("CHECKPOINT", "DATASET", "DIR", "FILE", "FOLDER", "IMAGES", "MODEL", "PATH"))
 Group = TypeVar("Group")
-
-# Names of `Trainer`, of the official code and of other tools, and the options that they may mean here.
-OTHER_NAMES = {
-    "a": ("backbone_config",),
-    "amp": ("mixed_precision",),
-    "arch": ("backbone_config", "model"),
-    "b": ("train_batch_size", "batch_size"),
-    "backbone": ("backbone_config",),
-    "base_lr": ("base_learning_rate",),
-    "batch_size": ("train_batch_size", "per_device_train_batch_size"),
-    "bf16": ("mixed_precision",),
-    "checkpoint": ("model",),
-    "ckpt": ("model",),
-    "compile": ("torch_compile",),
-    "crop_min": ("crop_scale",),
-    "data": ("dataset_name",),
-    "data_dir": ("dataset_name",),
-    "data_path": ("dataset_name",),
-    "dataset": ("dataset_name", "images"),
-    "epochs": ("num_train_epochs",),
-    "evaluation_strategy": ("eval_strategy",),
-    "fp16": ("mixed_precision", "dtype"),
-    "grad_accum": ("gradient_accumulation_steps", "gradient_cache_chunk_size"),
-    "img_size": ("image_size",),
-    "input_size": ("image_size",),
-    "j": ("dataloader_num_workers",),
-    "lr": ("learning_rate", "base_learning_rate"),
-    "m": ("model",),
-    "moco_dim": ("projection_dim",),
-    "moco_m": ("ema_decay",),
-    "moco_m_cos": ("ema_schedule",),
-    "moco_mlp_dim": ("head_hidden_size",),
-    "moco_t": ("temperature",),
-    "model_name_or_path": ("model",),
-    "model_path": ("model",),
-    "name_or_path": ("model",),
-    "num_epochs": ("num_train_epochs",),
-    "o": ("output_dir", "output"),
-    "out": ("output_dir", "output"),
-    "out_dir": ("output_dir",),
-    "output": ("output_dir",),
-    "output_file": ("output",),
-    "output_path": ("output_dir", "output"),
-    "p": ("logging_steps",),
-    "overwrite": ("overwrite_output_dir",),
-    "per_device_eval_batch_size": ("batch_size",),
-    "precision": ("mixed_precision", "dtype"),
-    "pretrained": ("model",),
-    "print_freq": ("logging_steps",),
-    "repo_id": ("hub_model_id",),
-    "resume": ("resume_from_checkpoint",),
-    "split": ("test_split", "train_split"),
-    "steps": ("max_steps",),
-    "stop_grad_conv1": ("backbone_config",),
-    "topk": ("top_k",),
-    "val_split": ("test_split",),
-    "validation_split": ("test_split",),
-    "warmup_ratio": ("warmup_epochs",),
-    "warmup_steps": ("warmup_epochs",),
-    "wd": ("weight_decay",),
-    "weights": ("model",),
-    "workers": ("dataloader_num_workers",),
-}
 
 
 def values_of_recipe(command: Command, path: str | Path, quiet: bool = False) -> dict[str, Any]:
@@ -181,6 +118,7 @@ def values_of_arguments(command: Command, arguments: Iterable[str]) -> dict[str,
         elif plain_type(kind) is bool and extra and loose:
             one_too_many = f"--{written} takes {describe_type(bool)}, got {shown(extra)}"
         given.append((name, values if is_list(kind) else values[0]))
+    loose = loose or _positional_after_list(command, given)
     if loose:
         takes_many = command.positional is not None and is_list(types[command.positional])
         if one_too_many and not takes_many and len(loose) + (command.positional in dict(given)) != 1:
@@ -193,6 +131,52 @@ def values_of_arguments(command: Command, arguments: Iterable[str]) -> dict[str,
             raise UsageError(f"unexpected argument {loose[1]!r}: {command.name} takes one {command.positional}{hint}")
         given.append((command.positional, loose if len(loose) > 1 else loose[0]))
     return _converted(command, given, "command line", "--", False)
+
+
+def _positional_after_list(command: Command, given: list[tuple[str, Any]]) -> list[str]:
+    """
+    The values of a positional that a list option has taken, as in `report --label_column defect RUN`. They are removed
+    from `given`, and one value stays with the option.
+
+    Only of a positional that is given nowhere else. After numbers and fixed choices, it is what is neither. After
+    text, it is the last value, or all at the end that exist as paths if the positional is a list; a command that can
+    do without its positional takes only what exists.
+    """
+    fields, types, name = command.fields(), command.types(), command.positional
+    chosen = dict(given)
+    if name is None or name in chosen:
+        return []
+    is_required = _has_no_default(fields[name])
+    if not is_required and "dataset_name" in chosen:
+        return []
+    if command.recipes is not None and "recipe" in chosen and name in recipe_values(command, chosen["recipe"], True):
+        return []
+    for place, (option_name, values) in reversed(list(enumerate(given))):
+        if not isinstance(values, list):
+            continue
+        kind, number = types[option_name], 0
+        is_text = plain_type(kind) is str
+        for value in values[:0:-1]:
+            if not os.path.exists(expanded(value)) and (is_text or _is_element(value, kind)):
+                break
+            number += 1
+        if is_text:
+            takes_paths = fields[option_name].metadata["metavar"] in PATH_WORDS
+            several = is_list(types[name]) and not takes_paths
+            number = max(number if several else min(number, 1), is_required and len(values) > 1)
+        if number:
+            given[place] = (option_name, values[:-number])
+            return values[-number:]
+    return []
+
+
+def _is_element(value: str, kind: Any) -> bool:
+    """Whether a value may be meant for a list of numbers or choices: it is one, or begins like a number."""
+    try:
+        convert("", [value], kind)
+    except UsageError:
+        return re.match(r"[-+]?[.0-9]", value) is not None
+    return True
 
 
 def values_of_keywords(
@@ -308,12 +292,15 @@ def build(group: type[Group], values: Mapping[str, Any]) -> Group:
     """
     names = {item.name: item for item in dataclasses.fields(group)}  # type: ignore[arg-type]
     for name, item in names.items():
-        is_required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if is_required and name not in values:
+        if _has_no_default(item) and name not in values:
             kind = plain_type(typing.get_type_hints(group)[name])
             choices = f" ({describe_type(kind)})" if typing.get_origin(kind) is typing.Literal else ""
             raise UsageError(f"--{name} is missing: {phrase(item.metadata['help'])}{choices}")
     return group(**{name: value for name, value in values.items() if name in names})
+
+
+def _has_no_default(item: dataclasses.Field) -> bool:
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
 
 
 def parse(command: Command, arguments: Iterable[str]) -> tuple:

@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from mocov3_hf.evaluation import finetune, knn, linear_probe
+from mocov3_hf.hints import OTHER_NAMES
 from mocov3_hf.hub import push
 from mocov3_hf.inference import files
 from mocov3_hf.interop import export
 from mocov3_hf.option_help import help_text
 from mocov3_hf.options import (
-    OTHER_NAMES,
     PATH_WORDS,
     Command,
     option,
