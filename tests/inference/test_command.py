@@ -1,6 +1,7 @@
 """The commands classify and extract from end to end, and their messages."""
 
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -24,6 +25,31 @@ def test_classify(vit, files, tmp_path):
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["image"] for row in rows] == files
     assert [row["labels"] for row in rows] == ImageClassifier(vit, device="cpu")(files, top_k=2)
+
+
+def test_a_failed_command_leaves_the_file_as_it_was(vit, files, tmp_path, capsys):
+    output, broken = tmp_path / "labels.jsonl", tmp_path / "broken.png"
+    output.write_text("earlier")
+    broken.write_bytes(b"")
+    with pytest.raises(SystemExit):
+        run("classify", files[0], broken, "--model", vit, "--device", "cpu", "--batch_size", 1, "--output", output)
+    assert "broken.png" in capsys.readouterr().err
+    assert output.read_text() == "earlier"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.png", "labels.jsonl"]
+
+
+def test_labels_to_what_cannot_be_replaced(vit, files, tmp_path):
+    """A link keeps its name, and a pipe is written to."""
+    link, target, pipe = tmp_path / "link", tmp_path / "target", tmp_path / "pipe"
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    run("classify", files[0], "--model", vit, "--device", "cpu", "--output", link)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    run("classify", files[0], "--model", vit, "--device", "cpu", "--output", pipe)
+    assert os.read(reader, 1 << 16) == target.read_bytes() != b""
+    os.close(reader)
+    assert link.is_symlink()
+    assert pipe.is_fifo()
 
 
 def test_extract_features(vit, files, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..hints import either
 from ..model.image_processing_mocov3 import MoCoV3ImageProcessor
 from ..run_folder import PROCESSOR
+from ..storage import write_text
 
 
 CODE_FOLDER = Path(__file__).parent.parent / "model"
@@ -51,9 +52,9 @@ def add_code(folder: str | Path) -> None:
         if source.name != "__init__.py":
             shutil.copyfile(source, Path(folder) / source.name)
     config["auto_map"] = auto_map
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     processor_path = Path(folder) / PROCESSOR
     processor = json.loads(processor_path.read_text(encoding="utf-8")) if processor_path.is_file() else {}
     if processor.get("image_processor_type") == MoCoV3ImageProcessor.__name__:
         processor["auto_map"] = PROCESSOR_MAP
-        processor_path.write_text(json.dumps(processor, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_text(processor_path, json.dumps(processor, indent=2, sort_keys=True) + "\n")

@@ -3,11 +3,11 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 import torch
 from safetensors.torch import save_file
@@ -209,9 +209,12 @@ def file_to_write(path: str) -> str:
 
 
 @contextmanager
-def opened(path: str | None):
+def opened(path: str | None) -> Iterator[TextIO]:
+    """The standard output, or a file that gets its name, and replaces what has it, once it is complete."""
     if path is None:
         yield sys.stdout
         return
-    with open(path, "w", encoding="utf-8") as file:
+    is_special = os.path.exists(path) and not os.path.isfile(path)  # such as a pipe, which cannot be replaced
+    place = nullcontext(path) if is_special else atomic_file(os.path.realpath(path))
+    with place as aside, open(aside, "w", encoding="utf-8") as file:
         yield file
