@@ -102,6 +102,7 @@ def test_data_set(capsys, vit, files, tmp_path):
         (["extract", "--model", "{vit}", "{image}", "--output_dir", "{tmp}/.."], "--overwrite_output_dir to replace"),
         (["extract", "--model", "{vit}", "{image}", "--output_dir", "a", "--output", "b"], "not both"),
         (["extract", "--model", "{vit}", "a.parquet", "--output_dir", "a"], "is a table: pass it as --dataset_name"),
+        (["extract", "--model", "{vit}", "--dataset_name", "{images}", "--output_dir", "a"], "as --test_split"),
         (["classify", "{image}"], "--model is missing"),
         (["classify", "--model", "{vit}"], "no images: pass files and folders, or --dataset_name"),
         (["classify", "--model", "{vit}", "{image}", "--dataset_name", "{tmp}"], "not both"),
@@ -110,8 +111,9 @@ def test_data_set(capsys, vit, files, tmp_path):
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(capsys, vit, files, tmp_path, arguments, message):
+    names = {"vit": vit, "tmp": tmp_path, "image": files[0], "images": Path(files[0]).parent}
     with pytest.raises(SystemExit) as ended:
-        run(*(argument.format(vit=vit, tmp=tmp_path, image=files[0]) for argument in arguments))
+        run(*(argument.format(**names) for argument in arguments))
     assert ended.value.code == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..problem_types import REGRESSION, SINGLE_LABEL
 from .labeled import LabeledImages, open_labeled, stratified_split
+from .splits import split_option
 
 
 HELD_OUT = 0.2  # of each class, if a single split is there
@@ -29,30 +30,34 @@ def open_labeled_splits(
     revision: str | None = None,
     problem_type: str = SINGLE_LABEL,
     superclass_column: str | None = None,
+    split_options: tuple[str, str] = ("--train_split", "--test_split"),
 ) -> tuple[LabeledImages, LabeledImages]:
     """
     The split to learn from and the split to test on, with the same numbering of classes.
 
-    Of a single split, given twice, a fifth of each class is the test split, always the same images.
+    Of a single split, given twice, a fifth of each class is the test split, always the same images. `split_options`
+    are what messages call the two splits.
 
     Raises:
         ValueError: As `open_labeled`; or a class that only the test split has, or a single class.
     """
     names = (image_column, label_column)
     options: dict[str, Any] = {"revision": revision, "superclass_column": superclass_column}
-    train = open_labeled(dataset_name, config_name, train_split, *names, problem_type=problem_type, **options)
+    with split_option(split_options[0]):
+        train = open_labeled(dataset_name, config_name, train_split, *names, problem_type=problem_type, **options)
     if train_split == test_split:
         images = train
         held_out = stratified_split(images.labels, HELD_OUT, seed=0)
         if not held_out.any():
             raise ValueError(
                 f"split {train_split!r} has too few images of each class to hold out a fifth of them: pass another"
-                " --test_split"
+                f" {split_options[1]}"
             )
         train, test = (images.select(np.flatnonzero(rows)) for rows in (~held_out, held_out))
         return match_splits(train, test, train_split, test_split)
     options |= {"problem_type": train.problem_type, "num_classes": train.num_classes}
-    test = open_labeled(dataset_name, config_name, test_split, *names, **options)
+    with split_option(split_options[1]):
+        test = open_labeled(dataset_name, config_name, test_split, *names, **options)
     return match_splits(train, test, train_split, test_split)
 
 

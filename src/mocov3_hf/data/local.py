@@ -5,7 +5,6 @@ after splits, parquet files with images, images and archives. Other formats are 
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from .image_files import (
 from .references import reference_of, shown
 from .scan import SPLIT_NAMES, Scan, split_of
 from .scan_index import memory_mapped, scan
+from .splits import choose_rows, sliced, split_parts
 from .tables import PATH_NAMES, find_csv_files, is_table, names_images, read_csv_splits
 
 
@@ -173,85 +173,16 @@ def _note_empty_classes(files: ImageFiles, splits: list[str], names: set[str]) -
                 files.notes.append(f"the folder {shown(reference_of(folder))!r} holds no images: it is not a class")
 
 
-def choose_rows(
-    splits: dict[str, np.ndarray], split: str, dataset_name: str, notes: list[str] | None = None
-) -> tuple[np.ndarray, list[str]]:
-    """
-    The rows of a split expression: names joined by "+", each with a slice of `datasets` if wanted, `train[:10%]`.
-
-    Returns:
-        int64 (n,), and the names of the splits.
-
-    Raises:
-        ValueError: A split does not exist or is empty, or a slice is not valid.
-    """
-    chosen, names = [], []
-    for matching, part in split_parts(split, splits, dataset_name, f"; {notes[0]}" if notes else ""):
-        rows = np.concatenate([splits[name] for name in matching])
-        chosen.append(_sliced(rows, part) if part else rows)
-        names += matching
-    rows = np.concatenate(chosen)
-    if len(rows) == 0:
-        raise ValueError(f"split {split!r} of {dataset_name!r} is empty")
-    return rows, names
-
-
-def choose_parts(splits: Mapping[str, datasets.Dataset], split: str, dataset_name: str) -> list[datasets.Dataset]:
-    """The data sets that a split expression names; arguments and errors are those of `choose_rows`."""
-    chosen = []
-    for matching, part in split_parts(split, splits, dataset_name):
-        for dataset in (splits[name] for name in matching):
-            chosen.append(dataset.select(_sliced(np.arange(len(dataset)), part)) if part else dataset)
-    return chosen
-
-
-def split_parts(
-    split: str, known: Iterable[str], dataset_name: str, reason: str = ""
-) -> Iterator[tuple[list[str], str]]:
-    """The names of splits and the slice, such as `[:10%]` or empty, of each part of a split expression."""
-    for part in (part.strip() for part in split.split("+")):
-        base, bracket, rest = part.partition("[")
-        matching = [base] if base in known else split_aliases(base, known)
-        if not matching:
-            raise ValueError(
-                f"split {base!r} does not exist in {dataset_name!r}; it has: {', '.join(known)}. Pass one of them as"
-                f" --train_split or --test_split{reason}"
-            )
-        yield matching, bracket + rest
-
-
-def split_aliases(name: str, known: Iterable[str]) -> list[str]:
-    """The splits that mean the same: `val` for a folder `validation`, `train` for `Training`."""
-    canonical = SPLIT_NAMES.get(os.fsencode(name.lower()))
-    return [other for other in known if canonical and SPLIT_NAMES.get(os.fsencode(other.lower())) == canonical]
-
-
-def _sliced(rows: np.ndarray, spec: str) -> np.ndarray:
-    try:
-        (part,) = datasets.ReadInstruction.from_spec(f"rows{spec}").to_absolute({"rows": len(rows)})
-    except (ValueError, AssertionError) as error:
-        raise ValueError(f"slice {spec!r} of a split is not valid: {' '.join(str(error).split())}") from error
-    return rows[part.from_ or 0 : len(rows) if part.to is None else part.to]
-
-
 # CSV files
 
 
 def _open_csv(dataset_name: str, files: list[Path], split: str, column: str | None) -> LocalTable:
     tables = read_csv_splits(files, column)
     chosen, notes = [], []
-    for part in (part.strip() for part in split.split("+")):
-        base = part.partition("[")[0]
-        matching = [base] if base in tables else split_aliases(base, tables)
-        if not matching:
-            raise ValueError(
-                f"split {part!r} does not exist in {' and '.join(map(str, files))}; it has: {', '.join(tables)}. A "
-                "split is a value in the column 'split' or the name of a file"
-            )
+    reason = "; a split is a value in the column 'split' or the name of a file"
+    for matching, part in split_parts(split, tables, " and ".join(map(str, files)), reason):
         for table, file in (pair for name in matching for pair in tables[name]):
-            if base != part:
-                table = table.select(_sliced(np.arange(len(table)), part[len(base) :]))
-            chosen.append((table, file))
+            chosen.append((table.select(sliced(np.arange(len(table)), part)) if part else table, file))
     column = column or _find_path_column(chosen[0][0].column_names)
     dataset = datasets.concatenate_datasets([_with_absolute_paths(table, column, file) for table, file in chosen])
     total = sum(len(table) for table, _ in {id(t): (t, f) for pairs in tables.values() for t, f in pairs}.values())

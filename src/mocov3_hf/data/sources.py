@@ -4,7 +4,6 @@ Local folders are read by `scan.py`; what comes out is always a data set of `dat
 as bytes or paths. Labels are ignored; for labels see `labeled.py`.
 """
 
-import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,19 +13,18 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from ..hints import describe_missing
-from ..reporting import RunError, quiet_hub
 from ..storage import is_local
 from .account import Account
 from .bad_images import ImageReader
-from .damaged_files import check_saved, damaged_parquet, num_parquet_rows, one_line
+from .builders import load_builder, prepare
+from .damaged_files import check_saved, one_line
 from .decode import printable
-from .local import LocalParquet, LocalTable, choose_parts, open_local, parquet_builder, split_aliases
+from .local import LocalParquet, LocalTable, open_local, parquet_builder
 from .memory import IN_MEMORY, data_in_memory, find_images
 from .references import shown
 from .shards import builder_shards, cell, stream_shards, table_shards, undecoded
+from .splits import MissingSplitError, check_split, choose_parts, names_of_files
 
 
 # Of a path, and of a name in it.
@@ -113,7 +111,7 @@ def _open(
             return _Opened(local.dataset, local.account, column, local.edges)
         if isinstance(local, LocalParquet):
             kind, tally, builder = "parquet files", local.tally, parquet_builder(local)
-            split = _names_of_files(split, list(local.files))
+            split = names_of_files(split, list(local.files))
     builder = builder or load_builder(name, config_name, revision, data_files)
     parts = check_split(builder, split, name)
     skipped, examples = (tally.counts, tally.examples) if tally is not None else ({}, {})
@@ -129,7 +127,7 @@ def _open(
         return _Opened(
             stream, account(None), image_column, builder=builder, parts=tuple(parts), num_skipped=tally and tally.total
         )
-    _prepare(builder, name)
+    prepare(builder, name)
     if not any(builder.info.splits[part.split("[")[0]].num_examples for part in parts):
         raise ValueError(f"split {split!r} of {name!r} is empty")
     dataset = _checked_not_empty(builder.as_dataset(split=split), name, split)
@@ -151,26 +149,6 @@ def _open_memory(split: str, image_column: str | None, labeled: bool) -> _Opened
     return _Opened(_checked_not_empty(dataset, IN_MEMORY, split), account)
 
 
-def _prepare(builder: datasets.DatasetBuilder, name: str) -> None:
-    """Raises ValueError where a file of a data set is damaged."""
-    try:
-        builder.download_and_prepare()
-    # `datasets` wraps most errors in DatasetGenerationError; others are those of Arrow and of damaged metadata.
-    except (DatasetGenerationError, OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            cache = datasets.config.HF_DATASETS_CACHE
-            raise RunError(f"{name!r} cannot be prepared in {str(cache)!r}: {cause.strerror}") from error
-        files = [file for part in (builder.config.data_files or {}).values() for file in part]
-        found = None
-        if builder.name == "parquet":
-            if num_parquet_rows(files) == 0:
-                raise ValueError(f"{name!r} is empty: its parquet files have no rows") from error
-            found = damaged_parquet(files)
-        file, reason = found or (name, one_line(cause))
-        raise ValueError(f"{file!r} cannot be read: {reason}") from error
-
-
 def _has_configurations(path: Path) -> bool:
     """Whether a folder is a copy of a data set of the Hub whose README.md says which files are which split."""
     try:
@@ -184,53 +162,6 @@ def _has_configurations(path: Path) -> bool:
 def _column_of_archive(local: LocalTable, image_column: str | None) -> str | None:
     """Archives have one column of images; `--image_column` has chosen the members."""
     return None if local.account.kind in ("tar file", "zip file", "tar files", "zip files") else image_column
-
-
-def _names_of_files(split: str, known: list[str]) -> str:
-    """A split expression with the names of folders or files: `val` for a folder `validation`."""
-    parts = []
-    for part in (part.strip() for part in split.split("+")):
-        base = part.split("[")[0]
-        matching = [base] if base in known else split_aliases(base, known)
-        parts += [name + part[len(base) :] for name in matching] or [part]
-    return "+".join(parts)
-
-
-def load_builder(dataset_name: str, config_name: str | None = None, revision: str | None = None, data_files=None):
-    """Call `datasets.load_dataset_builder`, and raise its various errors as one-line ValueErrors."""
-    shown = repr(printable(dataset_name))
-    try:
-        with quiet_hub():
-            return datasets.load_dataset_builder(dataset_name, config_name, revision=revision, data_files=data_files)
-    except (DatasetNotFoundError, ConnectionError) as error:
-        raise ValueError(
-            f"{describe_missing(dataset_name)}, and as a data set on the Hub it cannot be opened: check the name, "
-            "your access if it is gated, and the network"
-        ) from error
-    except FileNotFoundError as error:  # EmptyDatasetError, DataFilesNotFoundError
-        raise ValueError(f"no images, parquet files or tars found in {shown}: {_first_line(error)}") from error
-    except ValueError as error:  # unknown configuration, different formats of splits, ...
-        raise ValueError(f"{shown} cannot be opened: {_first_line(error)}") from error
-    except RuntimeError as error:
-        # A data set of the Hub with a loading script, which `datasets` 4 and later do not run, or a failed download.
-        raise ValueError(f"{shown} cannot be opened: {_first_line(error)}") from error
-    except OSError as error:  # HTTP errors of the Hub, a disk that is full, ...
-        raise ValueError(
-            f"{shown} cannot be opened: {_first_line(error)}: check the network, and HF_HUB_OFFLINE"
-        ) from error
-
-
-def check_split(builder, split: str, dataset_name: str) -> list[str]:
-    """The names in a split expression. Raises ValueError with the existing names if one does not exist."""
-    known = list(builder.config.data_files or builder.info.splits or ())
-    parts = [part.strip() for part in split.split("+")]
-    for part in parts:
-        if known and part.split("[")[0] not in known:
-            raise ValueError(
-                f"split {part!r} does not exist in {dataset_name!r}; it has: {', '.join(map(str, known))}. Pass "
-                "one of them as --train_split or --test_split"
-            )
-    return parts
 
 
 def find_image_column(dataset, image_column: str | None = None) -> str:
@@ -449,7 +380,7 @@ def _load_saved(name: str, split: str) -> datasets.Dataset | None:
         chosen = choose_parts(saved, split, name)
         saved = chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
     elif saved.split is not None and str(saved.split) != split:
-        raise ValueError(f"split {split!r} does not exist in {name!r}; it has: {saved.split}")
+        raise MissingSplitError(split, name, [saved.split])
     return _checked_not_empty(saved, name, split)
 
 
@@ -457,7 +388,3 @@ def _checked_not_empty(dataset: datasets.Dataset, name: str, split: str) -> data
     if len(dataset) == 0:
         raise ValueError(f"split {split!r} of {name!r} is empty")
     return dataset
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from ..data.classes import open_labeled_splits
 from ..data.labeled import LabeledImages, open_labeled, stratified_split
+from ..data.splits import split_option
 from ..data.targets import looks_numeric, several_names
 from ..data.workers import cores_shared_with, default_workers
 from ..hints import describe_missing
@@ -221,20 +222,21 @@ def open_splits(options: EvaluationOptions) -> tuple[LabeledImages, LabeledImage
     return usable(options, train, options.train_split), usable(options, test, options.test_split)
 
 
-def open_split(options: EvaluationOptions, split: str, problem_type: str, num_classes: int) -> LabeledImages:
-    """A split for a classifier of these, without what `--on_bad_image skip` leaves out. Raises as `open_labeled`."""
-    images = open_labeled(
-        options.dataset_name,
-        options.dataset_config_name,
-        split,
-        options.image_column,
-        options.label_column,
-        revision=options.dataset_revision,
-        problem_type=problem_type,
-        num_classes=num_classes,
-    )
+def open_test_split(options: EvaluationOptions, problem_type: str, num_classes: int) -> LabeledImages:
+    """The test split for a classifier, without what `--on_bad_image skip` leaves out. Raises as `open_labeled`."""
+    with split_option("--test_split"):
+        images = open_labeled(
+            options.dataset_name,
+            options.dataset_config_name,
+            options.test_split,
+            options.image_column,
+            options.label_column,
+            revision=options.dataset_revision,
+            problem_type=problem_type,
+            num_classes=num_classes,
+        )
     print_accounts(images)
-    return usable(options, images, split)
+    return usable(options, images, options.test_split)
 
 
 def held_out_rows(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

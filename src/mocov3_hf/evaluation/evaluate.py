@@ -18,7 +18,7 @@ from ..metrics import accuracy_metrics
 from ..options import Command, option, parse
 from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, SUPERCLASSES, THRESHOLDS
 from ..reporting import UsageError, reporting
-from .common import EvaluationOptions, describe_split, evaluation_processes, open_split, record_and_print
+from .common import EvaluationOptions, describe_split, evaluation_processes, open_test_split, record_and_print
 from .features import rows_of_split
 from .pixels import open_transform
 from .problems import (
@@ -232,7 +232,7 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
     with evaluation_processes(options) as state:
         classifier = load_classifier(options.model).to(state.device)
         problem_type = _problem_type(options, classifier.config)
-        images = open_split(options, options.test_split, problem_type, classifier.config.num_labels)
+        images = open_test_split(options, problem_type, classifier.config.num_labels)
         _check_columns(options, images, classifier.config)
         dataset = describe_split(options, images)
         images, matched, class_names = match_classes(images, classifier.config, options.match_classes)

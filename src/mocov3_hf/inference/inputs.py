@@ -13,6 +13,7 @@ from ..data.image_files import files_of_archive
 from ..data.labeled import find_label_column
 from ..data.references import read_reference, shown
 from ..data.sources import NO_RANDOM_ACCESS, MapSource, open_table
+from ..data.splits import split_option
 from ..hints import describe_missing
 from ..options import option
 from ..reporting import UsageError
@@ -40,9 +41,10 @@ class Rows(Sequence[NamedImage]):
 
     def __init__(self, options: ImageOptions):
         name, split = str(options.dataset_name), options.test_split
-        dataset, column, account = open_table(
-            name, options.dataset_config_name, split, options.image_column, labeled=False
-        )
+        with split_option("--test_split"):
+            dataset, column, account = open_table(
+                name, options.dataset_config_name, split, options.image_column, labeled=False
+            )
         if not isinstance(dataset, datasets.Dataset):
             raise UsageError(NO_RANDOM_ACCESS)
         self.split, self.source = split, MapSource(dataset, column or options.image_column, account)

@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..data.loader import TwoViewLoader
 from ..data.sources import open_source
+from ..data.splits import split_option
 from ..data.views import view_settings
 from ..data.workers import default_workers
 from ..hints import nearest
@@ -321,13 +322,14 @@ def build_source(recipe: Recipe):
     data = recipe.data
     if data.dataset_name is None:
         raise UsageError("--dataset_name is missing: pass a folder of images or a Hub id")
-    return open_source(
-        data.dataset_name,
-        config_name=data.dataset_config_name,
-        split=data.train_split,
-        image_column=data.image_column,
-        streaming=data.streaming,
-    )
+    with split_option("--train_split"):
+        return open_source(
+            data.dataset_name,
+            config_name=data.dataset_config_name,
+            split=data.train_split,
+            image_column=data.image_column,
+            streaming=data.streaming,
+        )
 
 
 def build_loader(recipe: Recipe, source, plan: Plan, accelerator: Accelerator) -> TwoViewLoader:

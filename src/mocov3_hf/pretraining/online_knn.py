@@ -40,7 +40,12 @@ class OnlineKNN:
         options, data = recipe.monitoring, recipe.data
         name = options.knn_dataset_name or data.dataset_name
         self.train, self.test = open_labeled_splits(
-            name, data.dataset_config_name, options.knn_train_split, options.knn_test_split, data.image_column
+            name,
+            data.dataset_config_name,
+            options.knn_train_split,
+            options.knn_test_split,
+            data.image_column,
+            split_options=("--knn_train_split", "--knn_test_split"),
         )
         self.k, self.accelerator, self.num_workers = options.knn_k, accelerator, num_workers
         if len(self.train) < self.k:

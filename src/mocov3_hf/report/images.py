@@ -18,6 +18,7 @@ from ..data.decode import BadImageError
 from ..data.labeled import find_label_column, open_labeled
 from ..data.pixels import RGB8, check_image, read_image
 from ..data.sources import MapSource, open_dataset
+from ..data.splits import split_option
 from ..loading import load_classifier, load_encoder, load_processor, pooled_of
 from ..model.modeling_mocov3_backbone import token_grid
 from ..problem_types import SINGLE_LABEL
@@ -99,7 +100,8 @@ def open_samples(
     Raises:
         ValueError: as `open_labeled`, if a label column was given or found; fewer than 2 images.
     """
-    dataset = open_dataset(dataset_name, config_name, split)
+    with split_option("--test_split"):
+        dataset = open_dataset(dataset_name, config_name, split)
     description = f"{shown_name(dataset_name)}, split {split}"
     column, why = label_column, ""
     if column is None:
