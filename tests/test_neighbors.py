@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import mocov3_hf
 from mocov3_cli import main
+from mocov3_hf import curation
 from mocov3_hf.inference import FeatureExtractor
 from mocov3_hf.inference.feature_files import FeatureWriter, read_feature_folder
 from mocov3_hf.inference.images import PreparedImage
@@ -196,6 +197,24 @@ def test_copies_do_not_raise_the_threshold(model, photos, tmp_path):
     options = {"dtype": "float32", "device": "cpu", "gallery": False}
     alike = mocov3_hf.neighbors(tmp_path, model, tmp_path / "out", **options)
     assert alike.summary["near_duplicates"] == 7
+
+
+def test_features_of_a_failed_search_are_kept(model, photos, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    images, output = [str(photos / f"0{number}.png") for number in range(3)], tmp_path / "out"
+    rest = ["--output_dir", str(output), "--device", "cpu", "--no_gallery"]
+    with monkeypatch.context() as patch:
+        patch.setattr(curation, "write_tables", full)
+        with pytest.raises(SystemExit):
+            main(["neighbors", *images, "--model", model, *rest])
+    kept, error = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert kept.startswith(f"warning: the features are in {output / 'features'}: pass it in place of the images")
+    assert error == "error: [Errno 28] No space left on device"
+    main(["neighbors", str(output / "features"), *rest, "--overwrite_output_dir"])
+    assert "the features are in" not in capsys.readouterr().err
+    assert json.loads((output / "summary.json").read_text())["images"] == 3
 
 
 def test_features_with_nan_are_named(tmp_path):

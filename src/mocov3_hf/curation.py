@@ -1,8 +1,9 @@
 """The command `mocov3 neighbors`: nearest images, near-duplicates and outliers, as tables and a page with pictures."""
 
+import contextlib
 import csv
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,7 @@ from .metrics.search import Neighbors as Found
 from .new_folder import check_output_dir
 from .options import Command, build, option, parse, values_of_keywords
 from .report.write import NEEDED
-from .reporting import UsageError, reporting
+from .reporting import UsageError, reporting, warn
 from .requirements import require_packages
 from .storage import atomic_file, is_occupied, write_json, write_text
 
@@ -185,39 +186,51 @@ def run(
     asked = checked_queries(queries, which.on_bad_image)
     settings = {"device": how.device, "batch_size": how.batch_size, "num_workers": how.dataloader_num_workers}
     folder = open_features(which, how, output / FEATURES, options.overwrite_output_dir)
-    searched = Searched(folder, how.model, **settings)
-    check_features(f"the features in {str(folder.path)!r}", searched.features)
-    found = nearest_others(searched.features, options.k, backend=backend, device=device)
-    nearest, bad_queries = search_queries(searched, asked, options.k, backend, device) if asked else ([], [])
-    if bad_queries and which.on_bad_image == "stop":
-        raise UsageError(f"query {bad_queries[0]} cannot be decoded: pass another image, or --on_bad_image skip")
-    threshold, reason = options.threshold, "as passed"
-    if threshold is None:
-        threshold, reason = choose_threshold(searched)
-    groups = numbered(duplicate_groups(searched.features, found, threshold, device=device).numpy())
-    info = searched.folder.info
-    scores, z = (values.numpy() for values in outlier_scores(found[0]))
-    summary = {
-        "images": info["rows"],
-        "bad_images": info["bad_images"],
-        "groups": int(groups.max()),
-        "near_duplicates": int((groups > 0).sum()),
-        "outliers": int((z > OUTLIER_Z).sum()),
-        "queries": len(nearest),
-        "bad_queries": bad_queries,
-        "threshold": threshold,
-        "threshold_chosen": reason,
-        "k": found[1].shape[1],
-        "backend": backend,
-        "model": info["model"],
-        "features": str(searched.folder.path),
-    }
-    write_tables(output, searched, found, groups, scores, z, nearest, options.num_outliers)
-    write_json(output / SUMMARY, summary)
-    (output / PAGE).unlink(missing_ok=True)  # of an earlier search
-    if options.gallery:
-        write_page(output, summary, searched, found, groups, scores, nearest, options.num_shown)
-    return Neighbors(output, summary)
+    is_new = folder.path not in map(Path, which.images)
+    with where_features_are(folder.path) if is_new else contextlib.nullcontext():
+        searched = Searched(folder, how.model, **settings)
+        check_features(f"the features in {str(folder.path)!r}", searched.features)
+        found = nearest_others(searched.features, options.k, backend=backend, device=device)
+        nearest, bad_queries = search_queries(searched, asked, options.k, backend, device) if asked else ([], [])
+        if bad_queries and which.on_bad_image == "stop":
+            raise UsageError(f"query {bad_queries[0]} cannot be decoded: pass another image, or --on_bad_image skip")
+        threshold, reason = options.threshold, "as passed"
+        if threshold is None:
+            threshold, reason = choose_threshold(searched)
+        groups = numbered(duplicate_groups(searched.features, found, threshold, device=device).numpy())
+        info = searched.folder.info
+        scores, z = (values.numpy() for values in outlier_scores(found[0]))
+        summary = {
+            "images": info["rows"],
+            "bad_images": info["bad_images"],
+            "groups": int(groups.max()),
+            "near_duplicates": int((groups > 0).sum()),
+            "outliers": int((z > OUTLIER_Z).sum()),
+            "queries": len(nearest),
+            "bad_queries": bad_queries,
+            "threshold": threshold,
+            "threshold_chosen": reason,
+            "k": found[1].shape[1],
+            "backend": backend,
+            "model": info["model"],
+            "features": str(searched.folder.path),
+        }
+        write_tables(output, searched, found, groups, scores, z, nearest, options.num_outliers)
+        write_json(output / SUMMARY, summary)
+        (output / PAGE).unlink(missing_ok=True)  # of an earlier search
+        if options.gallery:
+            write_page(output, summary, searched, found, groups, scores, nearest, options.num_shown)
+        return Neighbors(output, summary)
+
+
+@contextlib.contextmanager
+def where_features_are(path: Path) -> Iterator[None]:
+    """If a search in features that were just extracted fails: how to search again without extracting them."""
+    try:
+        yield
+    except BaseException:
+        warn(f"the features are in {path}: pass it in place of the images, and --overwrite_output_dir or a new folder")
+        raise
 
 
 def run_call(dataset: Any, model: str | None, query: Any, options: dict[str, Any]) -> Neighbors:
