@@ -12,7 +12,13 @@ from safetensors.torch import load_file, save_file
 from mocov3_hf.evaluation.classifier import load_with_new_head
 from mocov3_hf.evaluation.finetune import main
 from mocov3_hf.evaluation.supervised_options import SupervisedOptions
-from mocov3_hf.evaluation.trainer_checkpoints import check_readable, check_settings, load_average, save_average
+from mocov3_hf.evaluation.trainer_checkpoints import (
+    check_readable,
+    check_settings,
+    load_average,
+    save_average,
+    save_settings,
+)
 from mocov3_hf.results import read_results
 from mocov3_hf.run_folder import CheckpointError
 from tests.evaluation.finetuning import ALL, NAMES, SCRIPT, command, same
@@ -55,7 +61,7 @@ def test_interrupted_and_resumed_it_is_bit_identical(model_folder, image_folder,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["scheduler.pt", "trainer_state.json"])
+@pytest.mark.parametrize("name", ["scheduler.pt", "trainer_state.json", "model.safetensors"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     model_folder, image_folder, tmp_path, capsys, fails, name
 ):
@@ -74,6 +80,26 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
         (folder / name).write_bytes(b"")
     line = fails(main, run("--resume_from_checkpoint", "auto"))
     assert f"is damaged: {name} cannot be read (" in line
+
+
+def test_weights_are_compared_with_their_hashes(tmp_path):
+    (tmp_path / "trainer_state.json").write_text("{}")
+    weights = {name: tmp_path / f"{name}.safetensors" for name in ("model", "average")}
+    for file in weights.values():
+        save_file({"weight": torch.arange(64.0)}, file)
+    check_readable(tmp_path)  # of earlier versions
+    save_settings({"seed": 0}, tmp_path)
+    check_readable(tmp_path)
+    check_settings({"seed": 0}, tmp_path)
+    for name, file in weights.items():
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(CheckpointError, match=rf"{name}.safetensors cannot be read \(its content is not what was"):
+            check_readable(tmp_path)
+        file.unlink()
+        with pytest.raises(CheckpointError, match=f"{name}.safetensors is missing"):
+            check_readable(tmp_path)
+        file.write_bytes(content)
 
 
 def test_every_flipped_bit_of_a_file_of_torch_is_noticed(tmp_path):

@@ -24,16 +24,16 @@ from ..problem_types import MULTI_LABEL, SINGLE_LABEL, STANDARDIZED
 from ..process_group import StopRequest
 from ..reporting import RunError, is_first_process, one_line
 from ..run_folder import CHECKPOINT_PREFIX, METRICS
-from ..storage import RecordFile, rewrite_lines, write_json, writing
+from ..storage import RecordFile, rewrite_lines, writing
 from .evaluate import class_logits, evaluate_classifier
 from .features import rows_of_split
 from .problems import TargetScale, probabilities_of
 from .trainer_checkpoints import (
-    SETTINGS,
     check_settings,
     load_average,
     reload_strictly,
     save_average,
+    save_settings,
 )
 from .training_images import BalancedSampler, TrainingImages, collate
 
@@ -252,9 +252,9 @@ class ClassifierTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            write_json(Path(output_dir) / SETTINGS, self.settings)
             if self.average is not None:
                 save_average(self.average, output_dir)
+            save_settings(self.settings, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         compared = {name: value for name, value in self.settings.items() if name not in self.free_settings}

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..loading import from_pretrained
 from ..reporting import warn
 from ..run_folder import TRAINER_STATE, CheckpointError, list_checkpoints
+from ..storage import sha256_of, write_json
 
 
 # `Trainer` loads optimizer states to "cpu:0" in several processes on CPUs, which early versions of torch do not know.
@@ -26,7 +27,7 @@ torch.serialization.register_package(
     100, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
 )
 
-AVERAGE, SETTINGS = "average.safetensors", "settings.json"
+AVERAGE, SETTINGS, HASHES = "average.safetensors", "settings.json", "sha256"
 # The settings that say which images a run is trained on: their number and their fingerprint.
 DATA_SETTINGS = ("num_train_images", "train_fingerprint")
 
@@ -79,6 +80,21 @@ def load_average(average: nn.Module, folder: str | os.PathLike) -> None:
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the EMA of the weights in {str(path)!r} does not match this model: {reason}") from error
+
+
+def save_settings(settings: Mapping[str, Any], folder: str | os.PathLike) -> None:
+    """Write `settings.json`, the options of a run and the hashes of the weights, into the folder of a checkpoint."""
+    hashes = {path.name: sha256_of(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+    write_json(Path(folder) / SETTINGS, {**settings, HASHES: hashes})
+
+
+def saved_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 by file name; empty for earlier versions, and where the options cannot be read."""
+    try:
+        hashes = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))[HASHES]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):  # `check_settings` reports it
+        return {}
+    return hashes if isinstance(hashes, dict) else {}
 
 
 def check_settings(settings: Mapping[str, Any], folder: str | os.PathLike) -> None:
@@ -159,11 +175,16 @@ def newest_checkpoint(folder: str | os.PathLike) -> str | None:
 
 def check_readable(checkpoint: Path) -> None:
     """
-    Check the checksums of the files of `torch.save` and the state of a checkpoint of `Trainer`.
+    Check the hashes of the weights, the checksums of the files of `torch.save` and the state of a checkpoint of
+    `Trainer`.
 
     Raises:
-        CheckpointError: a file that is damaged.
+        CheckpointError: a file that is damaged or missing.
     """
+    hashes = saved_hashes(checkpoint)
+    for name in hashes:
+        if not (checkpoint / name).is_file():
+            raise CheckpointError(f"{checkpoint} is damaged: {name} is missing")
     for path in sorted(checkpoint.iterdir()):
         try:
             if path.suffix in (".pt", ".pth"):
@@ -172,5 +193,7 @@ def check_readable(checkpoint: Path) -> None:
                         raise ValueError(f"the checksum of {damaged} is wrong")
             elif path.name == TRAINER_STATE and not isinstance(json.loads(path.read_bytes()), dict):
                 raise ValueError("it is not an object")
+            elif path.name in hashes and sha256_of(path) != hashes[path.name]:
+                raise ValueError("its content is not what was written")
         except (OSError, ValueError, RecursionError, zipfile.BadZipFile) as error:
             raise CheckpointError(f"{checkpoint} is damaged: {path.name} cannot be read ({error})") from error
