@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 from .hints import describe_missing, nearest
 from .model.backbone_mocov3 import Pooling, masking_options
-from .model.configuration_mocov3 import to_pair
+from .model.configuration_mocov3_vit import to_pair
 from .problem_types import STANDARDIZED
 from .processing import adapted, build_image_processor
 from .reporting import UsageError, quiet_hub

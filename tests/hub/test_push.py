@@ -50,6 +50,7 @@ def test_push_brings_weights_settings_code_card_and_record(run_folder, hub, api)
         "batchnorm_mocov3.py",
         "config.json",
         "configuration_mocov3.py",
+        "configuration_mocov3_vit.py",
         "feature_maps_mocov3.py",
         "heads_mocov3.py",
         "image_processing_mocov3.py",

@@ -8,7 +8,8 @@ import torch
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification, PreTrainedModel
 
 from ..loading import from_pretrained, load_config, load_encoder, refuse_missing, resolve_model
-from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig
+from ..model.configuration_mocov3 import MoCoV3Config
+from ..model.configuration_mocov3_vit import MoCoV3ViTConfig
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model, freeze_unused_parameters
 from ..problem_types import SINGLE_LABEL, STANDARDIZED, SUPERCLASSES, THRESHOLDS
 from .linear import LinearClassifier

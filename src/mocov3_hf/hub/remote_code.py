@@ -21,7 +21,7 @@ AUTO_MAPS = {
         "AutoModelForPreTraining": "modeling_mocov3_pretraining.MoCoV3ForPreTraining",
     },
     "mocov3_vit": {
-        "AutoConfig": "configuration_mocov3.MoCoV3ViTConfig",
+        "AutoConfig": "configuration_mocov3_vit.MoCoV3ViTConfig",
         "AutoModel": "modeling_mocov3_vit.MoCoV3ViTModel",
     },
 }

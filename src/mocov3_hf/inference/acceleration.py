@@ -6,7 +6,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..model.configuration_mocov3 import MoCoV3ViTConfig
+from ..model.configuration_mocov3_vit import MoCoV3ViTConfig
 from ..precision import best_precision
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, ResNetConfig
 
-from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig
+from ..model.configuration_mocov3 import MoCoV3Config
+from ..model.configuration_mocov3_vit import MoCoV3ViTConfig
 from ..model.modeling_mocov3_vit_embeddings import sincos_position_embedding
 from .layouts import DIALECTS, ConversionError, Layout
 

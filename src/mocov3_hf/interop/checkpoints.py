@@ -11,7 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel, ResNetConfig
 
 from ..hints import either
-from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
+from ..model.configuration_mocov3 import MoCoV3Config
+from ..model.configuration_mocov3_vit import MoCoV3ViTConfig, to_pair
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from ..reporting import one_line

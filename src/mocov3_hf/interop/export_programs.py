@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import BaseImageProcessor
 
-from ..model.configuration_mocov3 import to_pair
+from ..model.configuration_mocov3_vit import to_pair
 from ..model.image_processing_mocov3 import MoCoV3ImageProcessor
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
 from ..reporting import warn

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BaseImageProcessor, PreTrainedConfig
 
-from ..model.configuration_mocov3 import to_pair
+from ..model.configuration_mocov3_vit import to_pair
 from ..model.modeling_mocov3 import MoCoV3ForImageClassification, MoCoV3Model
 from ..processing import pixel_format_of
 from ..storage import write_json

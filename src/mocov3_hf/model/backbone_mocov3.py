@@ -32,7 +32,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
+from .configuration_mocov3 import MoCoV3Config
+from .configuration_mocov3_vit import MoCoV3ViTConfig, to_pair
 from .modeling_mocov3_vit import MoCoV3ViTModel
 
 

@@ -22,7 +22,8 @@ import torch
 from transformers import PreTrainedModel
 
 from .backbone_mocov3 import Pooling, input_shape, masking_options
-from .configuration_mocov3 import PYRAMID_NAMES, is_plain_vit, to_pair
+from .configuration_mocov3 import PYRAMID_NAMES, is_plain_vit
+from .configuration_mocov3_vit import to_pair
 
 
 # Dimensions: B batch, C H W image, h w grid of patches or positions, L tokens.

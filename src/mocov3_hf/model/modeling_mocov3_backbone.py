@@ -25,7 +25,8 @@ from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
 from .backbone_mocov3 import KNOWN_BACKBONES, pooled_width
-from .configuration_mocov3 import PYRAMID_NAMES, MoCoV3Config, declares_stages, is_plain_vit, to_pair
+from .configuration_mocov3 import PYRAMID_NAMES, MoCoV3Config, declares_stages, is_plain_vit
+from .configuration_mocov3_vit import to_pair
 from .feature_maps_mocov3 import FeatureMaps, feature_maps_of, last_of
 from .modeling_mocov3 import MoCoV3Model, MoCoV3PreTrainedModel
 from .modeling_mocov3_vit import init_torch_default

@@ -30,7 +30,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .batchnorm_mocov3 import MoCoV3TokenBatchNorm
-from .configuration_mocov3 import MoCoV3ViTConfig
+from .configuration_mocov3_vit import MoCoV3ViTConfig
 from .modeling_mocov3_vit_embeddings import MoCoV3ViTEmbeddings, freeze_fixed_parameters, sincos_position_embedding
 
 

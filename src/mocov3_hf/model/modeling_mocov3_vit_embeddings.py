@@ -18,7 +18,7 @@ import itertools
 import torch
 from torch import nn
 
-from .configuration_mocov3 import MoCoV3ViTConfig, to_pair
+from .configuration_mocov3_vit import MoCoV3ViTConfig, to_pair
 
 
 # Dimensions: B batch, C H W image, h w grid of patches, L = 1 + h·w tokens with the CLS token first, D hidden size.

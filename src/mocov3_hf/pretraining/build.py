@@ -25,7 +25,8 @@ from ..hub import check_repo_id
 from ..loading import resolve_model, with_input_channels
 from ..model.backbone_mocov3 import UnsupportedBackboneError
 from ..model.batchnorm_mocov3 import GlobalBatchNorm
-from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, to_pair
+from ..model.configuration_mocov3 import MoCoV3Config
+from ..model.configuration_mocov3_vit import MoCoV3ViTConfig, to_pair
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from ..optim import LARS, parameter_groups
 from ..option_values import shown

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..data.workers import cores_shared_with
-from ..model.configuration_mocov3 import MoCoV3ViTConfig, to_pair
+from ..model.configuration_mocov3_vit import MoCoV3ViTConfig, to_pair
 from ..precision import this_device
 from ..reporting import UsageError, is_first_process
 from .auto import GIB, Choice, Facts, MemoryModel, Values, choose

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 from huggingface_hub.errors import StrictDataclassError
 from transformers import ResNetConfig
 
-from ..model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig, build_backbone_config
+from ..model.configuration_mocov3 import MoCoV3Config, build_backbone_config
+from ..model.configuration_mocov3_vit import MoCoV3ViTConfig
 from ..recipe_files import RECIPES
 from ..run_folder import RunFolder, read_recipe
 from ..zoo import VIT_SIZES, ZooEntry, load_zoo
