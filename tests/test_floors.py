@@ -29,6 +29,7 @@ GROUND = (
     "run_folder",
     "processing",
     "zoo",
+    "weights",
     "loading",
     "hub",
 )

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .loading import NAMES_AND_DATES, load_config, load_encoder
+from .loading import load_config, load_encoder
 from .model import MoCoV3Backbone, MoCoV3Config, MoCoV3Model
 from .model.configuration_mocov3 import MAP_OPTIONS
 from .reporting import UsageError, is_first_process
 from .run_folder import read_run_folder
+from .weights import NAMES_AND_DATES
 
 
 # What decoders of transformers take, by their `model_type`. All others take maps of any strides.

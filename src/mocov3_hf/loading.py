@@ -6,9 +6,7 @@ Without a saved image processor, the default of MoCo v3's evaluation at the mode
 """
 
 import copy
-import hashlib
 import inspect
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -46,22 +44,6 @@ logger = logging.get_logger(__name__)
 
 # Legend of dimensions: B batch, C H W image, D width of the pooled features, L tokens.
 
-# Keys of a configuration that change no output.
-NAMES_AND_DATES = (
-    "_name_or_path",
-    "transformers_version",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "id2label",
-    "label2id",
-    "use_cache",  # written by `Trainer` into every configuration
-    "add_fpn",  # these three: of `MoCoV3Backbone` alone
-    "apply_layernorm",
-    "reshape_hidden_states",
-)
-# Keys that came later, and the value that is as without them: recorded hashes keep naming the same model.
-LATER_KEYS = {"pooling": "auto", "mlp_norm": "layer_norm"}
 DEFAULT_IMAGE_SIZE = 224
 WHAT_LOADS = "a folder written by save_pretrained, a Hub id, or a name that mocov3 zoo lists"
 
@@ -389,17 +371,3 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     # Renamed in transformers 5.24.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def weights_hash(model: PreTrainedModel) -> str:
-    """32 hex digits that change with any weight, buffer, or setting of the architecture."""
-    config = {key: value for key, value in model.config.to_dict().items() if key not in NAMES_AND_DATES}
-    for part in (config, config.get("backbone_config") or {}):
-        for key in [key for key, value in LATER_KEYS.items() if part.get(key) == value]:
-            del part[key]
-    digest = hashlib.sha256(type(model).__name__.encode())
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
-    return digest.hexdigest()[:32]

@@ -8,7 +8,7 @@ from torch.nn import functional
 from transformers import AutoBackbone, AutoConfig
 
 from mocov3_hf import MoCoV3Backbone, MoCoV3Config, MoCoV3ForPreTraining, MoCoV3Model
-from mocov3_hf.loading import weights_hash
+from mocov3_hf.weights import weights_hash
 from tests.dense.matrix import RESNET, VIT
 from tests.factories import randomize
 

@@ -33,10 +33,10 @@ from mocov3_hf.loading import (
     num_channels_of,
     pooled_features,
     resolve_model,
-    weights_hash,
 )
 from mocov3_hf.processing import ProcessorTransform, build_image_processor
 from mocov3_hf.reporting import UsageError
+from mocov3_hf.weights import weights_hash
 from tests.factories import VIT, pretraining_model, save_classifier
 
 

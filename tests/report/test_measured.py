@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from mocov3_hf.loading import load_encoder, weights_hash
+from mocov3_hf.loading import load_encoder
 from mocov3_hf.report.measured import results_section
 from mocov3_hf.results import append_result
 from mocov3_hf.run_folder import read_run_folder
+from mocov3_hf.weights import weights_hash
 from tests.factories import save_run
 from tests.report.test_report import Page, check, refused, report
 

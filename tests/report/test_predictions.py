@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mocov3_hf.evaluation.problems import confidence_metrics, target_metrics
-from mocov3_hf.loading import load_classifier, weights_hash
+from mocov3_hf.loading import load_classifier
 from mocov3_hf.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from mocov3_hf.report import write
 from mocov3_hf.report.measured import Measured, known_results
@@ -15,6 +15,7 @@ from mocov3_hf.report.predictions import predictions_section
 from mocov3_hf.report.summary import facts
 from mocov3_hf.results import append_result
 from mocov3_hf.run_folder import read_run_folder
+from mocov3_hf.weights import weights_hash
 from tests.factories import AWKWARD_NAMES, save_classifier
 from tests.report.browser import Browser, find_chromium
 from tests.report.test_browser import CUT

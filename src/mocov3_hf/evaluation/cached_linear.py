@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import broadcast_object_list
 
-from ..loading import load_encoder, weights_hash
+from ..loading import load_encoder
 from ..options import option
 from ..problem_types import MULTI_LABEL, REGRESSION
+from ..weights import weights_hash
 from .common import (
     EvaluationOptions,
     TrainSplitOptions,

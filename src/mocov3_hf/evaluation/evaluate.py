@@ -13,11 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..data.classes import alike, columns_by_name
 from ..data.labeled import LabeledImages
-from ..loading import base_encoder, load_classifier, size_options, weights_hash
+from ..loading import base_encoder, load_classifier, size_options
 from ..metrics import accuracy_metrics
 from ..options import Command, option, parse
 from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, SUPERCLASSES, THRESHOLDS
 from ..reporting import UsageError, reporting
+from ..weights import weights_hash
 from .common import EvaluationOptions, describe_split, evaluation_processes, open_test_split, record_and_print
 from .features import rows_of_split
 from .pixels import open_transform

@@ -17,10 +17,11 @@ from ..data.decode import BadImageError
 from ..data.labeled import LabeledImages
 from ..data.pixels import RGB8
 from ..data.workers import LostWorkerError, iterate
-from ..loading import base_encoder, load_processor, pooled_features, size_options, weights_hash
+from ..loading import base_encoder, load_processor, pooled_features, size_options
 from ..process_group import process_state
 from ..processing import ProcessorTransform
 from ..reporting import RunError
+from ..weights import weights_hash
 from .feature_cache import cache_path, data_fingerprint, read_cache, write_cache
 
 

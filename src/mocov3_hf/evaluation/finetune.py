@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from ..loading import enable_gradient_checkpointing, weights_hash, with_input_channels
+from ..loading import enable_gradient_checkpointing, with_input_channels
 from ..model.batchnorm_mocov3 import use_global_statistics
 from ..optim.param_groups import is_decayed
 from ..options import Command, option, parse
 from ..recipe_files import RECIPES
 from ..reporting import UsageError, is_first_process, reporting
+from ..weights import weights_hash
 from .augmentation import RandAugmentOptions, batch_mixing
 from .classifier import load_with_new_head, unfrozen, with_fresh_backbone
 from .pixels import channels_of_images, open_transform

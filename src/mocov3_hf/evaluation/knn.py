@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from ..data.labeled import LabeledImages
-from ..loading import base_encoder, load_encoder, weights_hash
+from ..loading import base_encoder, load_encoder
 from ..metrics import collapse_summary, knn_average, knn_predict, multilabel_metrics, regression_metrics
 from ..options import Command, option, parse
 from ..reporting import reporting
+from ..weights import weights_hash
 from .common import (
     EvaluationOptions,
     TrainSplitOptions,

@@ -13,12 +13,13 @@ import torch
 from transformers import TrainerCallback
 
 from ..data.labeled import LabeledImages
-from ..loading import pooled_features, weights_hash
+from ..loading import pooled_features
 from ..options import Command, build, given_values, option
 from ..problem_types import REGRESSION
 from ..recipe_files import RECIPES
 from ..reporting import UsageError, is_first_process, reporting
 from ..results import RESULTS
+from ..weights import weights_hash
 from . import cached_linear
 from .cached_linear import CachedLinearOptions, CachedOptions
 from .classifier import head_parameters, load_with_new_head

@@ -16,7 +16,7 @@ from ..data.fingerprint import labeled_fingerprint
 from ..data.workers import cores_shared_with
 from ..hints import describe_missing
 from ..hub.push import check_repo_id, push_folder
-from ..loading import resolve_model, weights_hash
+from ..loading import resolve_model
 from ..option_values import resume_command
 from ..problem_types import SINGLE_LABEL, SUPERCLASSES, THRESHOLDS
 from ..process_group import Stopped, StopRequest, joined_processes, process_state
@@ -26,6 +26,7 @@ from ..requirements import check_tracker
 from ..results import RESULTS, append_result
 from ..run_folder import CONFIG
 from ..storage import writing
+from ..weights import weights_hash
 from .common import describe_splits, evaluation_settings, folder_to_write, plain_options, print_metrics
 from .evaluate import float32_if_regression, warn_of_one_answer, warn_of_worse_than_mean
 from .problems import TargetScale, superclasses_of

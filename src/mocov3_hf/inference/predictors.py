@@ -15,9 +15,10 @@ from transformers.utils import logging
 from ..data.decode import printable
 from ..data.decode_limits import MAX_PIXELS
 from ..data.workers import cores_of_process
-from ..loading import load_classifier, load_encoder, load_processor, pooled_features, size_options, weights_hash
+from ..loading import load_classifier, load_encoder, load_processor, pooled_features, size_options
 from ..problem_types import REGRESSION, THRESHOLDS
 from ..processing import for_pixels, pixel_format_of
+from ..weights import weights_hash
 from .acceleration import BATCH_SIZES, OTHER_BATCH_SIZE, choose_dtype, prepare_for_inference, uses_channels_last
 from .images import ImageInput, NamedImage, PreparedImage, find_images, is_file, prepared_images
 from .preprocessing import Preprocessing
@@ -251,7 +252,7 @@ class FeatureExtractor(Predictor):
 
     @cached_property
     def weights_hash(self) -> str:
-        """`loading.weights_hash` of the saved encoder, which is loaded again: the one here is changed for speed."""
+        """`weights.weights_hash` of the saved encoder, which is loaded again: the one here is changed for speed."""
         return weights_hash(self.load(self.name))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

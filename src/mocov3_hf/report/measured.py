@@ -5,10 +5,11 @@ import re
 from functools import partial
 from typing import Any, NamedTuple
 
-from ..loading import load_classifier, load_encoder, weights_hash
+from ..loading import load_classifier, load_encoder
 from ..problem_types import MULTI_LABEL, REGRESSION
 from ..results import RESULTS, TASKS, is_share, read_results
 from ..run_folder import CONFIG, RunFolder
+from ..weights import weights_hash
 from ..zoo import load_zoo
 from .parts import Section, Table, Text, attempt, mapping, percent, quoted, shorten, shown_name
 from .published import Reference, find_references, reference_for
