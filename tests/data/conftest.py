@@ -71,3 +71,18 @@ def jpeg_folder(tmp_path):
         return folder
 
     return make
+
+
+@pytest.fixture
+def put(tmp_path, make_jpeg):
+    """A function (names) -> folder with these images; each has a content of its own."""
+    number = iter(range(10_000))
+
+    def make(*names, folder="data"):
+        for name in names:
+            path = tmp_path / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(make_jpeg(next(number), width=16, height=12))
+        return tmp_path / folder
+
+    return make

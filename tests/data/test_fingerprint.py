@@ -11,7 +11,7 @@ from mocov3_hf.data import fingerprint as module
 from mocov3_hf.data.fingerprint import fingerprint, labeled_fingerprint
 from mocov3_hf.data.labeled import LabeledImages, open_labeled
 from mocov3_hf.data.sources import open_source
-from tests.data.test_folders import tar_of, zip_of
+from tests.data.test_archives import tar_of, zip_of
 
 
 def of(name, **options) -> str:

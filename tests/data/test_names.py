@@ -12,6 +12,9 @@ from mocov3_hf.data.sources import open_source
 from mocov3_hf.data.splits import MissingSplitError, split_option
 
 
+BOTH = pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     """An empty current folder, without the network."""
@@ -78,3 +81,53 @@ def test_the_message_about_a_split_names_the_option(jpeg_folder, tmp_path):
             open_labeled_splits(name, None, *splits)
     with pytest.raises(MissingSplitError, match=r"as --knn_test_split$"):
         open_labeled_splits(name, None, "train", "dev", split_options=("--knn_train_split", "--knn_test_split"))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    {
+        "": "the name of the data set is empty",
+        " ": "the name of the data set is empty",
+        "/dev/zero": "'/dev/zero' is a device, pipe or socket",
+        "x" * 5000: "with 5000 characters is too long",
+        "/data/" + "x" * 300: "with 306 characters is too long",
+    }.items(),
+)
+def test_names_that_are_none(name, reason, streaming, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=reason) as caught:
+        open_source(name, streaming=streaming)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("Dataset scripts are no longer supported, but found x.py"), "scripts are no longer supported"),
+        (ConnectionError("no route"), "and as a data set on the Hub it cannot be opened"),
+        (OSError("503 Server Error\nmore"), "503 Server Error: check the network"),
+    ],
+)
+def test_the_hub_fails(monkeypatch, error, reason):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=reason) as caught:
+            open_source("somebody/something", streaming=streaming)
+        assert "\n" not in str(caught.value)
+
+
+@BOTH
+def test_a_local_loading_script_is_not_run(tmp_path, streaming):
+    folder = tmp_path / "scripted"
+    folder.mkdir()
+    (folder / "scripted.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    with pytest.raises(ValueError, match=r"side file \(\.py\), such as"):
+        open_source(str(folder), streaming=streaming)
+    with pytest.raises(ValueError, match="is a file: pass the folder"):
+        open_source(str(folder / "scripted.py"), streaming=streaming)
+    assert not (tmp_path / "executed").exists()

@@ -1,7 +1,9 @@
 """A small labeled image folder and a small model on disk."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mocov3_hf.processing import build_image_processor
 from tests.factories import pretraining_model, write_images
@@ -51,3 +53,36 @@ def model_folder(tmp_path_factory):
     pretraining_model().save_pretrained(folder)
     build_image_processor(32).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """Images by split, and which of three colors are in them; each color is brighter by 110."""
+    draw = np.random.default_rng(0)
+    splits = {}
+    for split, count in (("train", 60), ("test", 30)):
+        kinds = draw.random((count, 3)) < [0.5, 0.4, 0.25]
+        pixels = draw.normal(60, 30, (count, 32, 32, 3)) + 110 * kinds[:, None, None]
+        splits[split] = [Image.fromarray(image) for image in pixels.clip(0, 255).astype(np.uint8)], kinds
+    return splits
+
+
+@pytest.fixture(scope="session")
+def tagged(pictures):
+    names = np.array(["red", "green", "blue"])
+    return {
+        split: [(image, names[kind].tolist()) for image, kind in zip(*both, strict=True)]
+        for split, both in pictures.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def measured(pictures):
+    """Two targets of very different units."""
+    return {
+        split: [
+            (image, [2000 + 10 * float(np.asarray(image)[..., 0].mean()), float(np.asarray(image).mean()) / 1e4])
+            for image in both[0]
+        ]
+        for split, both in pictures.items()
+    }

@@ -7,17 +7,16 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sklearn.linear_model import Ridge
 from sklearn.metrics import average_precision_score, f1_score, mean_absolute_error, r2_score
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback, pipeline
 
 import mocov3_hf
 from mocov3_hf.data.labeled import LabeledImages
-from mocov3_hf.evaluation import finetune, linear_probe
+from mocov3_hf.evaluation import finetune
 from mocov3_hf.evaluation.classifier import load_with_new_head
 from mocov3_hf.evaluation.linear import fit_linear_regressions
-from mocov3_hf.evaluation.problems import TargetScale, target_metrics
+from mocov3_hf.evaluation.problems import target_metrics
 from mocov3_hf.evaluation.sweep import choose_linear_classifier, choose_linear_regression, sweep_linear_classifiers
 from mocov3_hf.evaluation.training_images import BalancedSampler, TrainingImages
 from mocov3_hf.inference import ImageClassifier
@@ -25,39 +24,6 @@ from mocov3_hf.results import read_results
 
 
 SHORT = {"num_train_epochs": 3, "train_batch_size": 12, "augment": False, "mixed_precision": "no"}
-
-
-@pytest.fixture(scope="module")
-def pictures():
-    """Images by split, and which of three colors are in them; each color is brighter by 110."""
-    draw = np.random.default_rng(0)
-    splits = {}
-    for split, count in (("train", 60), ("test", 30)):
-        kinds = draw.random((count, 3)) < [0.5, 0.4, 0.25]
-        pixels = draw.normal(60, 30, (count, 32, 32, 3)) + 110 * kinds[:, None, None]
-        splits[split] = [Image.fromarray(image) for image in pixels.clip(0, 255).astype(np.uint8)], kinds
-    return splits
-
-
-@pytest.fixture(scope="module")
-def tagged(pictures):
-    names = np.array(["red", "green", "blue"])
-    return {
-        split: [(image, names[kind].tolist()) for image, kind in zip(*both, strict=True)]
-        for split, both in pictures.items()
-    }
-
-
-@pytest.fixture(scope="module")
-def measured(pictures):
-    """Two targets of very different units."""
-    return {
-        split: [
-            (image, [2000 + 10 * float(np.asarray(image)[..., 0].mean()), float(np.asarray(image).mean()) / 1e4])
-            for image in both[0]
-        ]
-        for split, both in pictures.items()
-    }
 
 
 class _Decoded:
@@ -345,23 +311,6 @@ def test_warmup_fits_into_one_epoch(model_folder, image_folder, tmp_path, capsys
     assert read_results(tmp_path)[0]["settings"]["warmup_epochs"] == 0.1
 
 
-@pytest.mark.parametrize(
-    ("kind", "options", "message"),
-    [
-        ("tagged", {"mixup_alpha": 0.8}, "--mixup_alpha is for one class per image, not multi_label_classification"),
-        ("measured", {"label_smoothing_factor": 0.1}, "--label_smoothing_factor is for one class per image"),
-        ("tagged", {"class_balanced_sampling": True}, "--class_balanced_sampling is for one class per image"),
-        ("tagged", {"metric_for_best_model": "top5"}, "takes one of map, micro_f1, macro_f1, loss, got 'top5'"),
-        ("tagged", {"problem_type": "single_label_classification"}, "must hold classes, integers or text, got List"),
-        ("tagged", {"problem_type": "regression"}, "regression needs numbers"),
-    ],
-)
-def test_options_that_do_not_fit(kind, options, message, model_folder, tmp_path, request):
-    with pytest.raises(ValueError, match=message) as raised:
-        mocov3_hf.finetune(model_folder, request.getfixturevalue(kind), output_dir=tmp_path, **(SHORT | options))
-    assert "\n" not in str(raised.value)
-
-
 def test_evaluation_of_some_classes(model_folder, pictures, tmp_path):
     """Columns that are left out say nothing; class numbers that do not occur are classes without images."""
     columns = ("red", "green", "blue")
@@ -387,51 +336,3 @@ def test_evaluation_of_some_classes(model_folder, pictures, tmp_path):
     probabilities = logits_of(tmp_path / "named", [image for image, _ in few]).sigmoid().numpy()
     labels = np.array([[number in row for number in range(3)] for _, row in few])
     assert found["micro_f1"] == pytest.approx(f1_score(labels, probabilities >= 0.5, average="micro"))
-
-
-def test_a_fraction_that_holds_out_nothing_is_refused_before_the_features(model_folder, pictures, tmp_path):
-    one_each = [(image, number) for number, image in enumerate(pictures["train"][0][:12])]
-    data = {"train": one_each, "test": one_each}
-    message = r"--validation_fraction 0.1 holds out 0 of 12 images: .* \(the largest class has 1\)"
-    for options in ({"cached": True}, {"validation_fraction": 0.1, "train_batch_size": 4}):
-        with pytest.raises(ValueError, match=message):
-            mocov3_hf.linear_probe(model_folder, data, output_dir=tmp_path, **options)
-
-
-def test_what_labels_may_mean_is_printed(model_folder, pictures, tmp_path, capsys):
-    images = pictures["train"][0][:8]
-    for labels, line in (
-        (["ant|bee", "ant"] * 4, "labels: 'ant|bee' is one class: --problem_type multi_label_classification takes it"),
-        (["1.5", "2.5", "3e1", "tall"] * 2, "labels: most classes look like numbers, not all"),
-        ([*range(20, 27), 20], "labels: most images have a number of their own: for quantities"),
-        (["1", "2"] * 4, None),
-    ):
-        pairs = list(zip(images, labels, strict=True))
-        mocov3_hf.knn(model_folder, {"train": pairs, "test": pairs}, k=[1], output_dir=tmp_path)
-        lines = [text for text in capsys.readouterr().err.splitlines() if text.startswith("labels: ")]
-        assert len(lines) == (1 if line is None else 2)
-        assert line is None or lines[1].startswith(line)
-
-
-def test_neighbors_of_a_constant_target_are_refused(model_folder, measured, tmp_path):
-    data = {split: [(image, 7.0) for image, _ in pairs] for split, pairs in measured.items()}
-    with pytest.raises(ValueError, match="the target 'label' is 7 in all training images"):
-        mocov3_hf.knn(model_folder, data, output_dir=tmp_path)
-
-
-def test_mistakes_of_commands(model_folder, image_folder, tmp_path, fails):
-    arguments = ("--model", model_folder, "--dataset_name", image_folder, "--output_dir", tmp_path)
-    line = fails(finetune.main, [*arguments, "--problem_type", "regression"])
-    assert "holds classes (ant, bee, cow): regression needs numbers" in line
-    line = fails(linear_probe.main, [*arguments, "--cached", "--class_balanced_sampling"])
-    assert "--class_balanced_sampling works only without --cached" in line
-
-
-def test_mistakes_of_cached_features(model_folder, tagged, measured, tmp_path):
-    options = {"cached": True, "output_dir": tmp_path}
-    with pytest.raises(ValueError, match="few-shot images are drawn by class"):
-        mocov3_hf.linear_probe(model_folder, tagged, few_shot=[1], **options)
-    with pytest.raises(ValueError, match="regression is solved exactly"):
-        mocov3_hf.linear_probe(model_folder, measured, learning_rates=[1.0], **options)
-    with pytest.raises(ValueError, match="the target '1' is 7 in all training images: leave it out"):
-        TargetScale.of(LabeledImages(None, np.array([[1.0, 7], [2, 7]]), None))
