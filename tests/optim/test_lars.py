@@ -9,8 +9,8 @@ import torch
 from mocov3_hf.optim import LARS
 
 
-def lars_in_scalars(weights, gradient_of, steps, lr, momentum, weight_decay, trust, adapted):
-    """The update of the official code, for lists of numbers."""
+def lars_in_scalars(weights, gradient_of, steps, lr, momentum, weight_decay, trust, adapted, trust_clip=False):
+    """The update of the official code, for lists of numbers; `trust_clip` as in LARC."""
     buffer = [0.0] * len(weights)
     for _ in range(steps):
         update = list(gradient_of(weights))
@@ -18,17 +18,27 @@ def lars_in_scalars(weights, gradient_of, steps, lr, momentum, weight_decay, tru
             update = [g + weight_decay * w for g, w in zip(update, weights, strict=True)]
             weight_norm, update_norm = math.hypot(*weights), math.hypot(*update)
             scale = trust * weight_norm / update_norm if weight_norm > 0 and update_norm > 0 else 1.0
-            update = [scale * u for u in update]
+            update = [(min(scale / lr, 1) if trust_clip else scale) * u for u in update]
         buffer = [momentum * b + u for b, u in zip(buffer, update, strict=True)]
         weights = [w - lr * b for w, b in zip(weights, buffer, strict=True)]
     return weights
 
 
-@pytest.mark.parametrize(("shape", "adapted"), [((2, 3), True), ((6,), False), ((3, 1, 2), True)])
-def test_follows_the_scalar_derivation(shape, adapted):
+@pytest.mark.parametrize(
+    ("shape", "adapted", "clipped"),
+    [
+        ((2, 3), True, {}),
+        ((6,), False, {}),
+        ((3, 1, 2), True, {}),
+        ((2, 3), True, {"lr": 0.7, "trust_clip": True}),  # the ratio over the learning rate is below 1
+        ((2, 3), True, {"lr": 0.001, "trust_clip": True}),  # it is above
+        ((6,), False, {"lr": 0.001, "trust_clip": True}),
+    ],
+)
+def test_follows_the_scalar_derivation(shape, adapted, clipped):
     start = torch.linspace(-1, 2, 6, dtype=torch.float64)
     target = torch.tensor([3.0, 0.5, -1.0, 0.2, 0.9, -2.0], dtype=torch.float64)
-    settings = {"lr": 0.7, "momentum": 0.9, "weight_decay": 0.01}
+    settings = {"lr": 0.7, "momentum": 0.9, "weight_decay": 0.01, **clipped}
     parameter = torch.nn.Parameter(start.reshape(shape).clone())
     optimizer = LARS([parameter], **settings, trust_coefficient=0.02)
     for _ in range(5):
@@ -90,6 +100,17 @@ def test_state_survives_a_round_trip():
     train(straight, optimizer, 3)
     train(resumed, again, 3)
     assert torch.equal(straight, resumed)
+
+
+def test_a_state_that_does_not_name_trust_clip_is_continued_without_it():
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    state = LARS([parameter], lr=0.1).state_dict()
+    del state["param_groups"][0]["trust_clip"]
+    optimizer = LARS([parameter], lr=0.1)
+    optimizer.load_state_dict(state)
+    parameter.grad = torch.ones(2, 2)
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full((2, 2), 1 - 0.1 * 0.001))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """LARS (You et al. 2017), in the form that MoCo v3 uses for ResNets."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -17,6 +18,9 @@ class LARS(Optimizer):
         μ = momentum · μ + d
         p = p - lr · μ
 
+    With `trust_clip`, as in LARC, the factor is `min(trust_coefficient · ‖p‖ / ‖d‖ / lr, 1)`: no tensor moves farther
+    than with SGD, and one with large gradients moves as with `lr = 1`.
+
     Tensors of at most one dimension (biases, norms) have neither weight decay nor scaling. The tensors of a group are
     updated together (multi-tensor).
 
@@ -29,6 +33,7 @@ class LARS(Optimizer):
         momentum: Factor of the momentum buffer, in [0, 1).
         weight_decay: L2 penalty on tensors of two or more dimensions.
         trust_coefficient: Learning rate of a layer relative to its norm.
+        trust_clip: Divide the trust ratio by the learning rate and clip it at 1.
 
     Raises:
         ValueError: A hyperparameter is out of range.
@@ -41,6 +46,7 @@ class LARS(Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
+        trust_clip: bool = False,
     ):
         if lr < 0.0:
             raise ValueError(f"lr must not be negative, got {lr}")
@@ -55,8 +61,14 @@ class LARS(Optimizer):
             "momentum": momentum,
             "weight_decay": weight_decay,
             "trust_coefficient": trust_coefficient,
+            "trust_clip": trust_clip,
         }
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # states of version 0.1 do not name it
+            group.setdefault("trust_clip", False)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
@@ -106,6 +118,8 @@ def adapted_updates(parameters: list[torch.Tensor], group: dict) -> list[torch.T
     parameter_norms = torch.stack(torch._foreach_norm(parameters))
     update_norms = torch.stack(torch._foreach_norm(updates))
     ratios = group["trust_coefficient"] * parameter_norms / update_norms
+    if group["trust_clip"]:
+        ratios = (ratios / group["lr"]).clamp(max=1.0)
     ratios = torch.where((parameter_norms > 0) & (update_norms > 0), ratios, 1.0)
     torch._foreach_mul_(updates, list(ratios.unbind()))
     return updates

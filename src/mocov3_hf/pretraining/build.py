@@ -301,7 +301,11 @@ def build_optimizer(recipe: Recipe, model: nn.Module, plan: Plan) -> torch.optim
     groups = parameter_groups(model, options.weight_decay, options.exclude_norms_and_biases)
     if options.optimizer == "lars":
         return LARS(
-            groups, plan.learning_rate, momentum=options.lars_momentum, trust_coefficient=options.trust_coefficient
+            groups,
+            plan.learning_rate,
+            momentum=options.lars_momentum,
+            trust_coefficient=options.trust_coefficient,
+            trust_clip=options.trust_clip,
         )
     return torch.optim.AdamW(
         groups,

@@ -219,6 +219,9 @@ class OptimizationOptions:
     adam_epsilon: float = option(1e-8, "epsilon of adamw", at_least=0, advanced=True)
     lars_momentum: float = option(0.9, "SGD momentum of lars", at_least=0, below=1, advanced=True)
     trust_coefficient: float = option(0.001, "trust coefficient of lars", at_least=0, advanced=True)
+    trust_clip: bool = option(
+        False, "divide the trust ratio of lars by the learning rate and clip it at 1 (LARC)", advanced=True
+    )
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ SHAPING_OPTIONS = (
     }
     | {"optimizer": "adamw", "base_learning_rate": 1.5e-4, "learning_rate": None, "weight_decay": 0.1}
     | {"exclude_norms_and_biases": False, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
-    | {"lars_momentum": 0.9, "trust_coefficient": 0.001, "max_grad_norm": None}
+    | {"lars_momentum": 0.9, "trust_coefficient": 0.001, "trust_clip": False, "max_grad_norm": None}
     | {"train_batch_size": 4096, "per_device_train_batch_size": None}
     | {"num_train_epochs": 300, "warmup_epochs": 40, "max_steps": None, "ema_decay": 0.99, "ema_schedule": "cosine"}
 )
