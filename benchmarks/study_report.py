@@ -16,15 +16,16 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from scipy.stats import t as student_t
 
-from .study_arms import ABLATION_BASELINE, ARMS, FAILURE, RESNET_14, Arm
+from .study_arms import ABLATION_BASELINE, ARMS, FAILURE, LONGER_BASELINE, RESNET_14, Arm
 
 
 ROOT = Path(__file__).parent.parent
 CURVES = [*(arm for arm in ARMS if arm.group == "curves"), RESNET_14]
 METRICS = ("knn_top1", "linear_top1")  # the last one decides whether signs agree
-# Differences below this number of standard errors are noise.
-SIGNIFICANT = 2.0
+# Differences within their interval of this confidence are noise.
+CONFIDENCE = 0.95
 # The table of a monitored run shows every nth measurement.
 SHOWN_EVERY = 4
 WATCHED_METRICS = ("loss_normalized", "first_layer_grad_max", "projection_effective_rank")
@@ -59,56 +60,59 @@ def paired_differences(changed: list[dict], baseline: list[dict], metric: str) -
     return [100 * (run["points"][-1][metric] - original[run["seed"]]) for run in changed if run["seed"] in original]
 
 
-def pooled_deviation(samples: Iterable[list[float]]) -> float:
-    """Pooled standard deviation of samples with different means and the same variance."""
+def interval(samples: Iterable[list[float]]) -> float:
+    """
+    Half the width of the confidence interval of a single value: divide by the root of the number of values for that of
+    a mean. From the pooled variance of samples with different means (Student's t).
+    """
     samples = [sample for sample in samples if len(sample) > 1]
     freedom = sum(len(sample) - 1 for sample in samples)
     if freedom == 0:
         return math.nan
-    return math.sqrt(sum((len(sample) - 1) * statistics.variance(sample) for sample in samples) / freedom)
+    variance = sum((len(sample) - 1) * statistics.variance(sample) for sample in samples) / freedom
+    return student_t.ppf((1 + CONFIDENCE) / 2, freedom) * math.sqrt(variance)
 
 
-def verdict(here: float, error: float, there: float) -> str:
+def verdict(here: float, half_width: float, there: float) -> str:
     """Whether a difference here has the same sign as in the paper."""
-    if math.isnan(error):
+    if math.isnan(half_width):
         return "one seed"
-    if abs(here) < SIGNIFICANT * error:
+    if abs(here) < half_width:
         return "within noise"
     return "yes" if (here > 0) == (there > 0) else "no"
 
 
 def ablation_table(runs: dict[str, list[dict]], arms: list[Arm]) -> str:
-    """Every arm compared with the baseline and with the paper; signs are compared on linear accuracy."""
-    arms = [arm for arm in arms if arm.name in runs]
-    changed = [arm for arm in arms if arm.name != ABLATION_BASELINE]
+    """Every arm compared with the first and with the paper; signs are compared on linear accuracy."""
+    baseline, *changed = [arm for arm in arms if arm.name in runs]
     differences = {
-        metric: {arm.name: paired_differences(runs[arm.name], runs[ABLATION_BASELINE], metric) for arm in changed}
+        metric: {arm.name: paired_differences(runs[arm.name], runs[baseline.name], metric) for arm in changed}
         for metric in METRICS
     }
-    deviations = {metric: pooled_deviation(differences[metric].values()) for metric in METRICS}
+    intervals = {metric: interval(differences[metric].values()) for metric in METRICS}
     lines = [
         "| setting | seeds | kNN % | vs. baseline | linear % | vs. baseline | paper, ImageNet % |"
         " vs. paper's baseline | same sign |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for arm in arms:
+    for arm in (baseline, *changed):
         row = f"| {arm.name} | {len(runs[arm.name])} |"
         for metric in METRICS:
             row += f" {spread(final(runs[arm.name], metric))} |"
-            if arm.name == ABLATION_BASELINE:
+            if arm is baseline:
                 row += " |"
                 continue
             sample = differences[metric][arm.name]
-            here, error = statistics.fmean(sample), deviations[metric] / math.sqrt(len(sample))
-            row += f" {here:+.1f} ± {error:.1f} |"
-        if arm.name == ABLATION_BASELINE:
+            here, half_width = statistics.fmean(sample), intervals[metric] / math.sqrt(len(sample))
+            row += f" {here:+.1f} ± {half_width:.1f} |"
+        if arm is baseline:
             lines.append(f"{row} | | |")
         elif arm.paper is None:
             lines.append(f"{row} not in the paper | | |")
         else:
             original, place = arm.paper[1:]
             there = arm.paper[0] - original
-            lines.append(f"{row} {arm.paper[0]} ({place}) | {there:+.1f} | {verdict(here, error, there)} |")
+            lines.append(f"{row} {arm.paper[0]} ({place}) | {there:+.1f} | {verdict(here, half_width, there)} |")
     return "\n".join(lines)
 
 
@@ -238,6 +242,11 @@ def sections(runs: dict[str, list[dict]]) -> dict[str, str]:
         "ablations": ablation_table(runs, groups["ablations"]),
         "tuning": plain_table(runs, groups["tuning"]),
     }
+    if LONGER_BASELINE in runs:
+        made["longer"] = ablation_table(runs, groups["longer"])
+        made["longer curves"] = curve_table(runs, groups["longer"])
+    if any(arm.name in runs for arm in groups["lars"]):
+        made["lars"] = curve_table(runs, groups["lars"])
     if FAILURE in runs:
         made["failure"] = failure_table(watched(runs))
     return made
@@ -257,6 +266,8 @@ def main() -> None:
     options.document.write_text(text)
     plots = options.document.parent / options.document.stem
     plot_curves(runs, CURVES, plots / "curves.svg")
+    if LONGER_BASELINE in runs:
+        plot_curves(runs, [arm for arm in ARMS if arm.group == "longer"], plots / "longer.svg")
     if FAILURE in runs:
         plot_failure(watched(runs), plots / "failure.svg")
 
