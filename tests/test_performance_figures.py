@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 
@@ -146,3 +147,34 @@ def test_quick_runs_and_other_files_are_ignored(tmp_path):
     (tmp_path / "small-quick.json").write_text(json.dumps({**results, "quick": True}))
     (tmp_path / "step_cpu.json").write_text(json.dumps({"points": []}))
     assert load_results(tmp_path) == {"small": results}
+
+
+COMPATIBLE = {  # rows of docs/interop.md: those of the results, in the order of the numbers
+    "PEFT LoRA": ["PEFT LoRA"],
+    '`device_map="auto"`': ['device_map="auto"'],
+    "`torch.compile(fullgraph=True)`": ["torch.compile(fullgraph=True)"],
+    "`dtype=torch.bfloat16`, `torch.float16`": ["torch.bfloat16", "torch.float16"],
+    "torchao `Int8WeightOnlyConfig`": ["Int8WeightOnlyConfig"],
+    "torchao `Int8DynamicActivationInt8WeightConfig`": ["Int8DynamicActivationInt8WeightConfig"],
+    "bitsandbytes 8-bit": ["bitsandbytes 8-bit"],
+    "bitsandbytes 4-bit": ["bitsandbytes 4-bit"],
+}
+
+
+@pytest.mark.parametrize("what", COMPATIBLE)
+def test_numbers_of_other_libraries_in_the_conversion_page(what):
+    results = json.loads((RESULTS / "compatibility_cpu.json").read_text(encoding="utf-8"))
+    assert not results["quick"]
+    rows = [results["rows"][name] for name in COMPATIBLE[what]]
+    lines = (ROOT / "docs/interop.md").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if line.startswith(f"| {what} |"))
+    cosines = re.findall(r"(?:cos|and) (0\.\d+)", line)
+    differences = re.findall(r"maximum difference (\de-\d+)", line)
+    for text, row in zip(cosines, rows, strict=bool(cosines)):
+        assert text == f"{row['cosine']:.{len(text) - 2}f}"
+    for text, row in zip(differences, rows, strict=bool(differences)):
+        assert text == f"{row['largest_difference']:.0e}".replace("e-0", "e-")
+    if "identical outputs" in line:
+        assert rows[0]["largest_difference"] == 0
+    else:
+        assert cosines or differences
