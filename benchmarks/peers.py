@@ -100,6 +100,7 @@ class Peer:
     def __exit__(self, *_) -> None:
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
     def ask(self, task: str) -> dict:
         try:
