@@ -23,6 +23,7 @@ FILES = (
     "evaluation/test_evaluation_gpu.py",
     "model/test_gpu.py",
     "pretraining/test_gpu.py",
+    "pretraining/test_step_candidates.py",
 )
 # Packages that are imported already cannot be rewritten, which is a warning.
 ARGUMENTS = words("-m gpu -q -n 0 -p no:cacheprovider -W ignore::pytest.PytestAssertRewriteWarning")

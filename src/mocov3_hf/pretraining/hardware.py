@@ -7,9 +7,11 @@ sums; benchmarks/step.py measures them. Each is worth at least 5 % of a step som
 import ctypes
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import torch
+from accelerate.utils import compile_regions_deepspeed as compile_regions  # in place, unlike `compile_regions`
 from torch import nn
 
 from ..data.photometric import PhotometricStage
@@ -18,6 +20,7 @@ from ..model.configuration_mocov3 import MoCoV3ViTConfig
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from ..precision import resolve_precision
 from ..reporting import UsageError, one_line
+from .candidates import CUDNN_ATTENTION, change_momentum_forward, copy_features, register_attention
 from .recipe import Recipe, resumed_recipe
 
 
@@ -37,6 +40,13 @@ class HardwareSettings:
     deterministic: bool
     torch_compile: bool
     gradient_checkpointing: bool
+    # Candidates (candidates.py): off in every run, until a GPU has measured them.
+    cuda_graphs: bool = False  # compiled encoders replay their kernels
+    max_autotune: bool = False  # compiled encoders: matrix products with fused epilogues, chosen by timing
+    compile_regions: bool = False  # each block on its own instead of a whole encoder: a faster start
+    momentum_low_precision: bool = False  # copies of the momentum encoder's weights in the dtype of autocast
+    momentum_inference_mode: bool = False
+    prefetch_views: bool = False  # copy to the device and augmentation one batch ahead
 
     def describe(self) -> str:
         """One line: `sdpa attention, channels_last`, or `nothing`."""
@@ -135,6 +145,8 @@ def set_up_model(model: MoCoV3ForPreTraining, settings: HardwareSettings) -> Non
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)
     if settings.attn_implementation is not None:
+        if settings.attn_implementation == CUDNN_ATTENTION:
+            register_attention()
         try:
             model.set_attn_implementation(settings.attn_implementation)
         except (ValueError, ImportError) as error:
@@ -143,7 +155,11 @@ def set_up_model(model: MoCoV3ForPreTraining, settings: HardwareSettings) -> Non
         enable_gradient_checkpointing(model.mocov3)  # the momentum encoder keeps no activations
     if settings.torch_compile:
         for encoder in (model.mocov3, model.momentum_encoder.encoder):
-            compile_in_place(encoder)
+            compile_in_place(encoder, settings)
+        if settings.cuda_graphs:
+            copy_features(model)
+    if settings.momentum_low_precision or settings.momentum_inference_mode:
+        change_momentum_forward(model, settings.momentum_low_precision, settings.momentum_inference_mode)
 
 
 def choose_algorithms(deterministic: bool, strictly: bool) -> None:
@@ -179,14 +195,26 @@ def compile_augmentation(stage: PhotometricStage, settings: HardwareSettings, de
         compile_in_place(stage)
 
 
-def compile_in_place(module: nn.Module) -> None:
+def compile_in_place(module: nn.Module, settings: HardwareSettings | None = None) -> None:
     """
     Compile a module without renaming its weights.
 
     For the encoders and the augmentation: heads and loss are little work and communicate. Random numbers are those of
     the uncompiled step, so that the second pass of the gradient cache repeats the first. With deterministic algorithms
     kernels are not chosen by timing.
+
+    Args:
+        module: An encoder or the augmentation.
+        settings: Of an encoder: how it is compiled.
     """
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    options = {"fallback_random": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
+    compiled: Callable[..., None] = nn.Module.compile
+    if settings is not None:
+        if settings.cuda_graphs:
+            options["triton.cudagraphs"] = True
+        if settings.max_autotune:
+            options |= {"max_autotune": True, "coordinate_descent_tuning": True}
+        if settings.compile_regions:
+            compiled = compile_regions
     # A run has one input size; kernels for any size are slower.
-    module.compile(dynamic=False, options={"fallback_random": True, "deterministic": deterministic})
+    compiled(module, dynamic=False, options=options)

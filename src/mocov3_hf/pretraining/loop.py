@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from .build import (
     num_workers,
 )
 from .callbacks import Callbacks
+from .candidates import one_batch_ahead
 from .checkpoint import RunState, is_published, load_checkpoint, publish, read_state, save_checkpoint
 from .data_change import describe_change, identify, plan_to_resume
 from .folder_lock import FolderLock
@@ -117,6 +119,7 @@ class Run:
             self.knn = OnlineKNN(recipe, self.accelerator, num_workers(recipe, self.accelerator))
         self.photometric = build_photometric(recipe, self.accelerator.device)
         compile_augmentation(self.photometric, settings, self.accelerator.device)
+        self.views_of = partial(one_batch_ahead, device=self.accelerator.device) if settings.prefetch_views else map
         self.callbacks = Callbacks(callbacks, recipe, self.plan, self.accelerator.is_main_process)
         self.pusher = None
         if recipe.hub.push_to_hub and self.accelerator.is_main_process:
@@ -173,8 +176,8 @@ class Run:
     def train_until_stopped(self, stop: StopRequest, log: TrainingLog) -> bool:
         """Step after step: until the end, a rollback, or a signal. Returns whether it was a signal."""
         recipe, seed = self.recipe, self.recipe.run.seed
-        for batch in timed(batches(self.loader, self.plan, self.step, self.skipped_batches), log):
-            views = self.augment(batch)
+        loaded = timed(batches(self.loader, self.plan, self.step, self.skipped_batches), log)
+        for views in self.views_of(self.augment, loaded):
             learning_rate = learning_rate_at(self.step, self.plan)
             learning_rate *= recipe.monitoring.rollback_learning_rate_factor**self.num_rollbacks
             ema_decay = ema_decay_at(self.step, recipe, self.plan)
