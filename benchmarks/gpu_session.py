@@ -1,16 +1,19 @@
 """What to measure when a GPU can be had for a quarter of an hour: tests, the step, real images, and learning.
 
-    python -m benchmarks.gpu_session [A] [B] [--output_dir benchmarks/results/gpu]
+    python -m benchmarks.gpu_session [A] [B] [C] [--output_dir benchmarks/results/gpu]
     python -m benchmarks.gpu_session --rehearse          # the same code on a CPU, with tiny models
 
-Call A takes at most 5 minutes, call B at most 7, and each is useful alone. Every part is a process with a time limit
-of its own and writes OUTPUT_DIR/PART.json, so a session that was cut off goes on with the first part without a result.
-A part that fails or runs out of time leaves PART.failed.json, and what it had measured until then; the others still
-run. At the end, the goals are compared with what was measured (OUTPUT_DIR/goals.json). The exit code is 1 if a part
-failed.
+Call A takes at most 5 minutes, calls B and C at most 7 each, and each is useful alone. A has the tests, the step of
+every backbone, and the candidates for a faster ViT-S (candidates.py), except those that compile for long; B has
+learning and real images; C has the other candidates, the largest batch and JPEG decoding. Every part is a process
+with a time limit of its own and writes OUTPUT_DIR/PART.json, so a session that was cut off goes on with the first part
+without a result. A part that fails or runs out of time leaves PART.failed.json, and what it had measured until then;
+the others still run, and so do the other variants of a step of which one fails. At the end, the goals are compared
+with what was measured (OUTPUT_DIR/goals.json). The exit code is 1 if a part failed.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -24,15 +27,39 @@ from typing import Any
 from .bench import RESULTS, Part, make_photos, run_part, words
 
 
-CALLS = {"A": 300, "B": 420}  # seconds
+CALLS = {"A": 300, "B": 420, "C": 420}  # seconds
 SLOW_REHEARSAL = 10  # times the limits, on busy CPUs
-STEPS = "--variants plain ours compiled --rounds 3 --steps 10"
-# (goal, part, where the value is, what it must reach, whether at least or at most)
-GOALS: tuple[tuple[str, str, Callable[[Any], float], float, bool], ...] = (
-    ("ViT-B, MFU", "step_vit_base", lambda found: best(found, "mfu"), 0.45, True),
-    ("ViT-S, times the plain step", "step_vit_small", lambda found: best(found, "speedup"), 4.0, True),
-    ("real images, slower than ready ones", "data", lambda found: stall(found), 0.05, False),
-    ("CIFAR-10, linear accuracy", "learning", lambda found: found["linear_top1"], 0.9, True),
+STEPS = ("plain", "ours", "compiled")
+# Candidates (candidates.py). Deterministic algorithms exclude kernels chosen by timing, and cuDNN's attention.
+FREE = "compiled,deterministic=false"
+CUDNN, TUNED = "attn_implementation=sdpa_cudnn", "max_autotune=true"
+SINGLE = (
+    "cuda_graphs=true",
+    "momentum_low_precision=true",
+    "momentum_inference_mode=true",
+    "compile_regions=true",
+)
+TOGETHER = ",".join((FREE, *SINGLE[:3]))  # regions only make the start faster
+WITH_CUDNN = f"{TOGETHER},{CUDNN}"
+CANDIDATES = ("compiled", *(f"compiled,{candidate}" for candidate in SINGLE), FREE)
+# (goal, parts, where the value is, what it must reach, whether at least or at most)
+GOALS: tuple[tuple[str, tuple[str, ...], Callable[[Any], float], float, bool], ...] = (
+    (
+        "ViT-B, MFU",
+        ("step_vit_base", "candidates_vit_base", "tuned_vit_base", "largest"),
+        lambda found: best(found, "mfu"),
+        0.45,
+        True,
+    ),
+    (
+        "ViT-S, times the plain step",
+        ("step_vit_small", "candidates_vit_small", "tuned_vit_small"),
+        lambda found: best(found, "speedup"),
+        4.0,
+        True,
+    ),
+    ("real images, slower than ready ones", ("data",), lambda found: stall(found), 0.05, False),
+    ("CIFAR-10, linear accuracy", ("learning",), lambda found: found["linear_top1"], 0.9, True),
 )
 
 
@@ -47,28 +74,44 @@ class Limited:
 
 def plan(images: str, is_rehearsal: bool, data: str | None) -> list[Limited]:
     """The parts in order, with the limits of `CALLS` as their sum at most."""
-    steps, decode = words(STEPS), words("--count 2000")
-    if is_rehearsal:
-        steps, decode = words("--try_on_cpu --variants plain ours --batch 4 --rounds 1 --steps 1"), words("--count 16")
+    size = "--rounds 1 --steps 1 --try_on_cpu" if is_rehearsal else "--rounds 2 --steps 10"
     learning = ("--dataset_name", data) if data else ()
+
+    def step(call: str, name: str, backbones: str, variants: tuple[str, ...], limit: int, more: str = "") -> Limited:
+        if is_rehearsal and "--batch" not in more:
+            more += " --batch 4"
+        # What is left is for the last one, and for the other rounds.
+        seconds = limit * (SLOW_REHEARSAL if is_rehearsal else 1) - 25
+        arguments = (
+            "--backbones",
+            *words(backbones),
+            "--variants",
+            *variants,
+            *words(f"{size} --seconds {seconds} {more}"),
+        )
+        return Limited(call, Part(name, "step_gpu", arguments, limit - 10), limit)
+
     return [
-        Limited("A", Part("tests", "gpu_tests", (), 60, as_module=True), 75),
-        Limited("A", Part("step_vit_small", "step_gpu", ("--backbones", "vit_small", *steps), 55), 65),
-        Limited("A", Part("step_vit_base", "step_gpu", ("--backbones", "vit_base", *steps), 55), 65),
-        Limited("A", Part("step_resnet50", "step_gpu", ("--backbones", "resnet50", *steps), 35), 45),
-        Limited("A", Part("decode", "gpu_decode", ("--images", images, *decode), 20, as_module=True), 30),
+        Limited("A", Part("tests", "gpu_tests", (), 60, as_module=True), 70),
+        step("A", "step_vit_small", "vit_small", STEPS, 55),
+        step("A", "step_vit_base", "vit_base", STEPS, 55),
+        step("A", "step_resnet50", "resnet50", STEPS, 45),
+        step("A", "candidates_vit_small", "vit_small", ("plain", *CANDIDATES, f"{FREE},{CUDNN}", WITH_CUDNN), 75),
         Limited("B", Part("learning", "gpu_learning", learning, 330, as_module=True), 345),
+        step("B", "data", "vit_small", ("ours,prefetch_views=true",), 75, f"--data {images}"),
+        step("C", "candidates_vit_base", "vit_base", (*CANDIDATES, f"{FREE},{CUDNN}"), 70),
+        step("C", "candidates_resnet50", "resnet50", (*CANDIDATES, TOGETHER), 55),
+        step("C", "tuned_vit_small", "vit_small", ("plain", FREE, f"{FREE},{TUNED}", f"{WITH_CUDNN},{TUNED}"), 55),
+        step("C", "tuned_vit_base", "vit_base", (FREE, WITH_CUDNN, f"{FREE},{TUNED}", f"{WITH_CUDNN},{TUNED}"), 60),
+        step("C", "tuned_resnet50", "resnet50", (FREE, f"{FREE},{TUNED}", f"{TOGETHER},{TUNED}"), 50),
+        step("C", "largest", "vit_base vit_small resnet50", STEPS[1:], 80, "--batch largest"),
+        Limited("C", Part("tests_slow", "gpu_tests", ("--slow",), 25, as_module=True), 30),
         Limited(
-            "B", Part("data", "step_gpu", ("--backbones", "vit_small", "--data", images, *last_of(steps)), 60), 70
+            "C",
+            Part("decode", "gpu_decode", ("--images", images, "--count", "16" if is_rehearsal else "2000"), 15, True),
+            20,
         ),
     ]
-
-
-def last_of(steps: tuple[str, ...]) -> tuple[str, ...]:
-    """The same steps, of one variant: that of a normal run."""
-    start = steps.index("--variants")
-    end = next(index for index in range(start + 1, len(steps)) if steps[index].startswith("--"))
-    return (*steps[: start + 1], "ours", *steps[end:])
 
 
 def best(found: Mapping[str, Any], name: str) -> float:
@@ -84,14 +127,15 @@ def stall(found: Mapping[str, Any]) -> float:
 
 
 def compare(folder: Path) -> list[dict[str, Any]]:
-    """Goals beside what was measured; None where a part has no result."""
+    """Goals beside the best that was measured; None where no part has a result."""
     rows = []
-    for goal, part, value_of, wanted, at_least in GOALS:
-        path = folder / f"{part}.json"
-        try:
-            value = value_of(json.loads(path.read_text())["result"]) if path.exists() else None
-        except (KeyError, ValueError, TypeError):  # a CPU has no MFU
-            value = None
+    for goal, parts, value_of, wanted, at_least in GOALS:
+        values = []
+        for path in (folder / f"{part}{failed}.json" for part in parts for failed in ("", ".failed")):
+            # A part has not run; or nothing of it could be measured, as a CPU has no MFU.
+            with contextlib.suppress(FileNotFoundError, KeyError, ValueError, TypeError):
+                values.append(value_of(json.loads(path.read_text())["result"]))
+        value = (max if at_least else min)(values, default=None)
         reached = None if value is None else value >= wanted if at_least else value <= wanted
         rows.append({"goal": goal, "wanted": wanted, "measured": value, "reached": reached})
     return rows
@@ -131,14 +175,14 @@ def run(folder: Path, options: argparse.Namespace) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("calls", nargs="*", metavar="CALL", help="A, B; default: both")
+    parser.add_argument("calls", nargs="*", metavar="CALL", help="A, B, C; default: all")
     parser.add_argument("--rehearse", action="store_true", help="tiny models on a CPU")
     parser.add_argument("--only", nargs="+", metavar="PART", help="parts to measure; default: all")
     parser.add_argument("--dataset_name", help="CIFAR-10 as a folder; default: uoft-cs/cifar10 of the Hub")
     parser.add_argument("--output_dir", type=Path, help="default: benchmarks/results/gpu; to rehearse a temporary one")
     options = parser.parse_args()
     if unknown := set(options.calls) - CALLS.keys():
-        parser.error(f"calls are {' and '.join(CALLS)}, got {', '.join(sorted(unknown))}")
+        parser.error(f"calls are {', '.join(CALLS)}, got {', '.join(sorted(unknown))}")
     folder = options.output_dir or RESULTS / "gpu"
     if options.rehearse:
         os.environ |= {"MOCOV3_REHEARSAL": "1", "CUDA_VISIBLE_DEVICES": ""}

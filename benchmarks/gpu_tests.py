@@ -1,8 +1,9 @@
 """The tests that need a GPU, with their outcomes as JSON.
 
-    python -m benchmarks.gpu_tests --output FILE.json
+    python -m benchmarks.gpu_tests [--slow] --output FILE.json
 
-Exits with 1 if one fails. Without a GPU all are skipped, each with its reason.
+Exits with 1 if one fails. Without a GPU all are skipped, each with its reason. --slow runs those that compile for
+long.
 """
 
 import argparse
@@ -26,7 +27,7 @@ FILES = (
     "pretraining/test_step_candidates.py",
 )
 # Packages that are imported already cannot be rewritten, which is a warning.
-ARGUMENTS = words("-m gpu -q -n 0 -p no:cacheprovider -W ignore::pytest.PytestAssertRewriteWarning")
+ARGUMENTS = words("-q -n 0 -p no:cacheprovider -W ignore::pytest.PytestAssertRewriteWarning")
 
 
 class Outcomes:
@@ -44,11 +45,13 @@ class Outcomes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--slow", action="store_true", help="the tests marked `slow` instead of the others")
     parser.add_argument("--output", help="file to which the JSON is written as well")
     options = parser.parse_args()
     outcomes = Outcomes()
     files = [str(TESTS / name) for name in FILES]
-    code = pytest.main([*ARGUMENTS, *files], plugins=[outcomes])
+    marks = "gpu and slow" if options.slow else "gpu and not slow"
+    code = pytest.main(["-m", marks, *ARGUMENTS, *files], plugins=[outcomes])
     counts = Counter(test["outcome"] for test in outcomes.found.values())
     finish({"counts": counts, "tests": outcomes.found}, options.output)
     sys.exit(int(code))

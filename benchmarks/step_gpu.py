@@ -7,7 +7,7 @@ All variants of a backbone run in one process, with the same initial weights and
 first losses are printed for comparison. The variants alternate round by round, together with a matrix product or
 convolution (limits.py); the device is synchronized around every measurement. A variant is `plain`, `ours` (the
 settings of a normal run) or `compiled` (with --torch_compile), followed by changed fields of `HardwareSettings`,
-separated by commas.
+separated by commas. A variant that fails is noted under `failed`, and the others go on.
 
 Two utilizations are reported for each variant. MFU, as usual in the field: the model's operations as published (two
 views; forward and backward through the encoder, forward through the momentum encoder), divided by the peak rate of the
@@ -15,24 +15,27 @@ data sheet. Fraction of the limit: the operations that are really computed, divi
 operation in the same run.
 
 --data also trains on photographs through the loader and the augmentation, alternating with views that are already in
-GPU memory. --profile profiles the last variant. The last line is JSON with every measurement.
+GPU memory and, with prefetch_views=true, with views that are not made one batch ahead. --profile profiles the last
+variant. The last line is JSON with every measurement.
 """
 
 import argparse
 import copy
 import json
+import math
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from itertools import repeat
-from pathlib import Path
 
 import torch
-from limits import cpu_name, step_flop_per_image
+from gpu_data import DEVICE, images_per_second, wait, with_data
+from gpu_profile import where_time_goes
+from limits import REHEARSAL, cpu_name, step_flop_per_image
 from plain_step import PlainStep
 from step import (
     EMA_DECAY,
@@ -46,35 +49,22 @@ from step import (
     ratio,
     write,
 )
-from torch.profiler import ProfilerActivity, profile
 
 from mocov3_hf import MoCoV3Config, MoCoV3ForPreTraining
-from mocov3_hf.pretraining.build import build_loader, build_source
-from mocov3_hf.pretraining.estimate import multiply_adds
-from mocov3_hf.pretraining.hardware import HardwareSettings, choose_algorithms, compile_augmentation
-from mocov3_hf.pretraining.pixels import build_photometric
-from mocov3_hf.pretraining.plan import make_plan
+from mocov3_hf.pretraining.estimate import estimate, multiply_adds
+from mocov3_hf.pretraining.hardware import (
+    HardwareSettings,
+    choose_algorithms,
+    choose_settings,
+)
 from mocov3_hf.pretraining.recipe import load_recipe
+from mocov3_hf.reporting import one_line
 
 
-# The script also runs without a GPU, for testing only.
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRECISION = "bf16"
 BATCHES = {"vit_small": 256, "vit_base": 256, "resnet50": 256}
 # Dense bf16 tensor-core peak in TFLOP/s, from the vendors' data sheets.
 PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "4090": 165.2}
-# Kind of a kernel, by the first of these words that its name contains.
-KINDS = {
-    "attention": ("flash", "fmha", "attention", "sdpa", "dot_do_o", "convert_dq"),
-    "convolutions": ("conv", "cudnn", "implicit", "wgrad", "dgrad", "fprop", "nhwc"),
-    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
-    "fused by the compiler": ("triton",),
-    "optimizer and EMA": ("multi_tensor", "foreach", "fusedadam", "adam"),
-    "copies": ("memcpy", "memset", "copy"),
-    "batch norm": ("batch_norm", "bn_"),
-    "layer norm": ("layer_norm", "layernorm"),
-    "elementwise": ("elementwise", "reduce", "softmax", "cat"),
-}
 
 
 class Variant:
@@ -124,11 +114,6 @@ def parse_change(text: str) -> tuple[str, object]:
     return name, {"true": True, "false": False}.get(value, value)
 
 
-def wait() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
 class PeakMemory:
     """`with PeakMemory() as memory`: afterwards `memory.gib` is the peak allocation beyond that at entry."""
 
@@ -142,71 +127,122 @@ class PeakMemory:
         self.gib = (torch.cuda.max_memory_allocated() - self.before) / 2**30 if DEVICE == "cuda" else 0.0
 
 
-def images_per_second(step: Callable, views: Iterator, steps: int, batch: int) -> float:
-    wait()
-    start = time.perf_counter()
-    for _ in range(steps):
-        step(next(views))
-    wait()
-    return steps * batch / (time.perf_counter() - start)
+class Measurement:
+    """The variants of one backbone, measured in turn. What fails is noted, and the others go on."""
 
+    def __init__(self, backbone: str, batch: int):
+        self.backbone, self.batch, self.views = backbone, batch, random_views(batch, DEVICE)
+        self.limit, self.limit_rates = limit_of(backbone, PRECISION, DEVICE), []
+        self.model = fresh_model(RECIPES[backbone])
+        self.flops = model_flops(self.model.config)
+        self.variants: dict[str, Variant] = {}
+        self.memory: dict[str, float] = {}
+        self.rates: dict[str, list[float]] = {}
+        self.failed: dict[str, str] = {}
 
-def measure(backbone: str, options: argparse.Namespace) -> dict:
-    """Measure all variants of one backbone."""
-    batch = options.batch or BATCHES[backbone]
-    views = random_views(batch, DEVICE)
-    limit = limit_of(backbone, PRECISION, DEVICE)
-    model = fresh_model(RECIPES[backbone])
-    variants, rates, memory = [], {}, {}
-    for name in options.variants:
-        with PeakMemory() as used:
-            variants.append(Variant(name, backbone, model, views))
-        memory[name] = used.gib
-        rates[name] = []
-        first = variants[-1]
-        print(f"{backbone} {name}: first loss {first.first_loss:.4f} after {first.first_seconds:.0f} s", flush=True)
-    rates["limit"] = []
-    for index in range(options.rounds):
-        for variant in variants if index % 2 == 0 else variants[::-1]:
-            rates[variant.name].append(variant.rate(options.steps))
-            rates["limit"].append(limit_rate(limit))
-        show = ", ".join(f"{name} {values[-1]:.0f}" for name, values in rates.items() if name != "limit")
-        print(f"{backbone}: round {index + 1}/{options.rounds}, images/s: {show}", flush=True)
-    limit_rates = rates.pop("limit")
-    flops = model_flops(model.config)
-    point = {
-        "backbone": backbone,
-        "mixed_precision": PRECISION,
-        "batch": batch,
-        **flops,
-        "limit": {"operation": type(limit).__name__, "tflops": limit_rates},
-        "variants": {},
-    }
-    peak = peak_tflops()
-    for variant in variants:
-        rate = statistics.median(rates[variant.name])
-        computed = flops["flop_per_image"]["ours" if is_shortened(variant) else "plain"]
-        point["variants"][variant.name] = {
-            "images_per_second": rates[variant.name],
+    def add(self, name: str) -> None:
+        try:
+            with PeakMemory() as used:
+                variant = Variant(name, self.backbone, self.model, self.views)
+                for _ in range(2 if DEVICE == "cuda" else 0):  # CUDA graphs are recorded after the first step
+                    variant()
+        except Exception as error:
+            self.note_failure(name, error)
+            return
+        self.variants[name], self.memory[name], self.rates[name] = variant, used.gib, []
+        seconds = variant.first_seconds
+        print(f"{self.backbone} {name}: first loss {variant.first_loss:.4f} after {seconds:.0f} s", flush=True)
+
+    def turn(self, name: str, steps: int) -> None:
+        if name in self.failed:
+            return
+        try:
+            self.rates[name].append(self.variants[name].rate(steps))
+            self.limit_rates.append(limit_rate(self.limit))
+        except Exception as error:
+            self.note_failure(name, error)
+
+    def note_failure(self, name: str, error: Exception) -> None:
+        self.failed[name] = f"{type(error).__name__}: {one_line(error)}"[:500]
+        print(f"{self.backbone} {name} failed: {self.failed[name]}", file=sys.stderr, flush=True)
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+
+    def point(self) -> dict:
+        """What has been measured so far."""
+        measured = {name: self.numbers(variant) for name, variant in self.variants.items() if self.rates[name]}
+        return {
+            "backbone": self.backbone,
+            "mixed_precision": PRECISION,
+            "batch": self.batch,
+            **self.flops,
+            "limit": {"operation": type(self.limit).__name__, "tflops": self.limit_rates},
+            "variants": measured if self.limit_rates else {},
+            "failed": self.failed,
+        }
+
+    def numbers(self, variant: Variant) -> dict:
+        rates, plain, peak = self.rates[variant.name], self.rates.get("plain"), peak_tflops()
+        rate = statistics.median(rates)
+        computed = self.flops["flop_per_image"]["ours" if is_shortened(variant) else "plain"]
+        numbers = {
+            "images_per_second": rates,
             "median": rate,
-            "mfu": rate * flops["published_flop_per_image"] / (peak * 1e12) if peak else None,
-            "of_limit": rate * computed / 1e12 / statistics.median(limit_rates),
-            "peak_memory_gib": memory[variant.name],
+            "mfu": rate * self.flops["published_flop_per_image"] / (peak * 1e12) if peak else None,
+            "of_limit": rate * computed / 1e12 / statistics.median(self.limit_rates or [math.nan]),
+            "peak_memory_gib": self.memory[variant.name],
             "first_loss": variant.first_loss,
             "first_step_seconds": variant.first_seconds,
             "acceleration": variant.choice.describe() if variant.choice is not None else None,
         }
-        if "plain" in rates and variant.name != "plain":
-            inverse = {name: [1 / value for value in rates[name]] for name in ("plain", variant.name)}
-            point["variants"][variant.name]["speedup"] = ratio(inverse, "plain", variant.name)
-    last = variants[-1]
-    del variants
+        if plain and variant.name != "plain":
+            rounds = min(len(rates), len(plain))  # until one of them failed
+            seconds = {"plain": [1 / r for r in plain[:rounds]], "ours": [1 / r for r in rates[:rounds]]}
+            numbers["speedup"] = ratio(seconds, "plain", "ours")
+        return numbers
+
+
+def measure(backbone: str, options: argparse.Namespace, end: float, record: Callable[[dict], None]) -> dict:
+    """Measure the variants of one backbone that can be set up before `end`; `record` gets the results so far."""
+    batch = largest_batch(backbone) if options.batch == "largest" else int(options.batch or BATCHES[backbone])
+    measurement = Measurement(backbone, batch)
+    for name in options.variants:
+        if time.perf_counter() > end:
+            measurement.failed[name] = f"not tried: {options.seconds:g} s were over"
+            continue
+        measurement.add(name)
+        measurement.turn(name, options.steps)
+        record(measurement.point())
+    variants, rates = measurement.variants, measurement.rates
+    for index in range(1, options.rounds):
+        for name in list(variants)[::-1] if index % 2 else list(variants):
+            measurement.turn(name, options.steps)
+        show = ", ".join(f"{name} {values[-1]:.0f}" for name, values in rates.items() if values)
+        print(f"{backbone}: round {index + 1}/{options.rounds}, images/s: {show}", flush=True)
+        record(measurement.point())
+    point = measurement.point()
+    last = variants.get(options.variants[-1])
+    variants.clear()
+    if last is None or last.name in point["failed"]:
+        return point
     last.choose_algorithms()
     if options.profile:
-        point["profile"] = {"variant": last.name, **where_time_goes(last)}
+        point["profile"] = {"variant": last.name, **where_time_goes(last.name, last, DEVICE)}
     if options.data is not None and isinstance(last.take, OurStep):
         point["data"] = {"variant": last.name, **with_data(last, backbone, batch, options)}
     return point
+
+
+def largest_batch(backbone: str) -> int:
+    """The multiple of 64 images of which a step, as estimated for what autograd saves, takes 85 % of the memory."""
+    if DEVICE == "cpu":
+        return 8
+    recipe = load_recipe(RECIPES[backbone])
+    model = fresh_model(RECIPES[backbone])
+    settings = choose_settings(recipe, model, torch.device(DEVICE))
+    found = estimate(model.config, SIZE, 64, recipe.optimization.optimizer, PRECISION, settings=settings)
+    free = 0.85 * torch.cuda.get_device_properties(0).total_memory - found.weight_bytes
+    return max(1, int(free / (found.memory_bytes - found.weight_bytes))) * 64
 
 
 def is_shortened(variant: Variant) -> bool:
@@ -246,103 +282,12 @@ def model_flops(config: MoCoV3Config) -> dict:
     }
 
 
-def where_time_goes(step: Variant, steps: int = 3) -> dict:
-    """Profile: share of the time in which the device is busy, shares by kind of kernel, and the longest kernels."""
-    for _ in range(2):
-        step()
-    wait()
-    activity = ProfilerActivity.CUDA if DEVICE == "cuda" else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiler:
-        start = time.perf_counter()
-        for _ in range(steps):
-            step()
-        wait()
-        wall = time.perf_counter() - start
-    kernels = {
-        event.key: getattr(event, f"self_{'device' if DEVICE == 'cuda' else 'cpu'}_time_total") / 1e6
-        for event in profiler.key_averages()
-    }
-    busy = sum(kernels.values())
-    kinds: dict[str, float] = {}
-    for name, seconds in kernels.items():
-        kind = kind_of(name)
-        kinds[kind] = kinds.get(kind, 0.0) + seconds
-    longest = sorted(kernels.items(), key=lambda item: -item[1])[:25]
-    result = {
-        "seconds_per_step": wall / steps,
-        "busy": busy / wall,
-        "shares_of_busy": {kind: seconds / busy for kind, seconds in sorted(kinds.items(), key=lambda item: -item[1])},
-        "longest_ms_per_step": {name[:120]: 1e3 * seconds / steps for name, seconds in longest},
-    }
-    print(f"profile of {step.name}: busy {result['busy']:.2f}, " + str(result["shares_of_busy"]), flush=True)
-    return result
-
-
-def kind_of(kernel: str) -> str:
-    name = kernel.lower()
-    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
-
-
-def with_data(step: Variant, backbone: str, batch: int, options: argparse.Namespace) -> dict:
-    """Images per second on photographs from disk and on views in memory, and of loader and augmentation alone."""
-    loader = real_batches(step, backbone, batch, options.data)
-    augment = augmentation(step, backbone)
-    crops = next(loader)
-    augment(crops)  # compiles on the first call
-    alone = images_per_second(lambda _: augment(crops), repeat(None), options.steps, batch)
-    views = map(augment, loader)
-    for _ in range(2 * (os.cpu_count() or 1) + 3):  # consume what the loader has prefetched
-        step(next(views))
-    rates: dict[str, list[float]] = {"data": [], "ready": []}
-    for _ in range(options.rounds):
-        rates["ready"].append(step.rate(options.steps))
-        while_waiting = 2 * (os.cpu_count() or 1)
-        for _ in range(while_waiting):
-            step(next(views))
-        rates["data"].append(images_per_second(step, views, 2 * options.steps, batch))
-    loaded = images_per_second(lambda _: None, loader, 4 * (os.cpu_count() or 1), batch)
-    slower = 1 - statistics.median(rates["data"]) / statistics.median(rates["ready"])
-    result = {
-        "images_per_second": rates,
-        "slower_than_ready": slower,
-        "augmentation_alone": alone,
-        "loader_alone": loaded,
-        "workers": os.cpu_count(),
-    }
-    print(f"{backbone} with photographs: {result}", flush=True)
-    return result
-
-
-def real_batches(step: Variant, backbone: str, batch: int, data: str) -> Iterator[dict]:
-    """Crops of the images in a folder, epoch after epoch, from the loader that a run uses."""
-    options = ["--dataset_name", data, "--per_device_train_batch_size", str(batch), "--output_dir", "runs"]
-    recipe = load_recipe(RECIPES[backbone], options)
-    source = build_source(recipe)
-    loader = build_loader(recipe, source, make_plan(recipe, source.num_samples, 1), step.take.accelerator)
-    epoch = 0
-    while True:
-        yield from loader.epoch(epoch, 0)
-        epoch += 1
-
-
-def augmentation(step: Variant, backbone: str) -> Callable[[dict], tuple[torch.Tensor, torch.Tensor]]:
-    """The augmentation that turns a batch of the loader into views, as in a run."""
-    device = step.take.accelerator.device
-    stage = build_photometric(load_recipe(RECIPES[backbone]), device)
-    compile_augmentation(stage, step.choice, device)
-
-    def augment(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels, parameters = (batch[name].to(device, non_blocking=True) for name in ("pixels", "parameters"))
-        return stage(pixels[0], parameters[0]), stage(pixels[1], parameters[1])
-
-    return augment
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--variants", nargs="+", default=["plain", "ours", "compiled"])
-    parser.add_argument("--batch", type=int, help="images per step; default 256")
+    parser.add_argument("--batch", help="images per step, or `largest` for what fits; default 256")
+    parser.add_argument("--seconds", type=float, help="after which no further variant is tried")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="steps per measurement")
     parser.add_argument("--data", help="folder of images to train on")
@@ -350,25 +295,39 @@ def main() -> None:
     parser.add_argument("--try_on_cpu", action="store_true", help="run without a GPU, to test the script")
     parser.add_argument("--output", help="file to which the JSON is written as well")
     options = parser.parse_args()
+    for name in options.variants:
+        list(map(parse_change, name.split(",")[1:]))  # refuses a wrong one before the first is measured
+    end = math.inf if options.seconds is None else time.perf_counter() + options.seconds
     if DEVICE == "cpu" and not options.try_on_cpu:
         parser.error("no CUDA device found: pass --try_on_cpu to test the script without one")
     torch._dynamo.config.recompile_limit = 64  # many models share the same code
+    if REHEARSAL:
+        torch.compiler.set_stance("force_eager")  # what is to be compiled runs without
     result = {
         "device": device_name(),
         "cpu": f"{os.cpu_count()} cores of {cpu_name()}",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "points": [],
     }
+    done: list[dict] = []
+
+    def record(point: dict) -> None:
+        result["points"] = [*done, point]
+        if options.output:
+            write(result, options.output)
+
     for backbone in options.backbones:
-        result["points"].append(measure(backbone, options))
+        done.append(measure(backbone, options, end, record))
         torch._dynamo.reset()
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
-        show(result["points"][-1])
+        show(done[-1])
+        result["points"] = done
         if options.output:
-            Path(options.output).parent.mkdir(parents=True, exist_ok=True)
             write(result, options.output)
     print(json.dumps(result))
+    if not all(point["variants"] for point in result["points"]):
+        sys.exit("error: no variant could be measured")
 
 
 def show(point: dict) -> None:

@@ -41,7 +41,7 @@ UNCOMPILED = {
     "momentum_low_precision": {"momentum_low_precision": True},
     "momentum_inference_mode": {"momentum_inference_mode": True},
 }
-TOGETHER = COMPILED["cuda_graphs"] | COMPILED["max_autotune"] | {name: True for name in list(UNCOMPILED)[1:]}
+TOGETHER = COMPILED["cuda_graphs"] | COMPILED["max_autotune"] | dict.fromkeys(list(UNCOMPILED)[1:], True)
 
 
 # torch looks at the gradients of all inputs of a compiled block.
@@ -118,7 +118,7 @@ def test_the_step_is_the_plain_one(compile_with, backbone, name):
 @pytest.mark.parametrize("mixed_precision", ["bf16", "no"])
 def test_the_gradient_cache_with_the_candidates_of_the_momentum_encoder(mixed_precision):
     arguments = {"mixed_precision": mixed_precision, "chunk_size": 4}
-    changes = {name: True for name in list(UNCOMPILED)[1:]}
+    changes = dict.fromkeys(list(UNCOMPILED)[1:], True)
     assert_equal(steps(VIT, changes, **arguments), plain_steps("vit", **arguments))
 
 
@@ -260,7 +260,7 @@ def test_one_batch_is_made_ahead():
 def test_runs_with_prefetched_views_are_the_same_and_resume(tmp_path, tiny, fresh, monkeypatch):
     """With the candidates of the momentum encoder, whose checkpoints hold its own weights."""
     run = [*tiny, "--mixed_precision", "bf16", "--save_steps", "2"]
-    changes = {name: True for name in ("prefetch_views", *list(UNCOMPILED)[1:])}
+    changes = dict.fromkeys(("prefetch_views", *list(UNCOMPILED)[1:]), True)
     main([*run, "--output_dir", str(tmp_path / "plain")])
     monkeypatch.setattr(loop, "choose_settings", lambda *arguments: replace(choose_settings(*arguments), **changes))
     fresh()
