@@ -1,16 +1,21 @@
 """gpu_session.py: its plan, its goals, and a rehearsal of every part on a CPU."""
 
+import importlib
 import json
+import math
 import sys
 from dataclasses import fields
 from itertools import takewhile
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import gpu_session
 from benchmarks.bench import FOLDER
 from benchmarks.gpu_session import CALLS, compare, plan
 from mocov3_hf.pretraining.hardware import HardwareSettings
+from mocov3_hf.reporting import UsageError
 from tests.fork_server import Forked
 
 
@@ -71,24 +76,57 @@ def test_every_candidate_is_measured_alone_and_with_the_others():
     assert alone["cuda_graphs"] == {"candidates_vit_small", "candidates_vit_base", "candidates_resnet50"}
 
 
-@pytest.mark.slow
-def test_a_variant_that_fails_does_not_lose_the_others(tmp_path):
-    """Nor do those for which no time is left."""
-    output = tmp_path / "steps.json"
-    words = "--backbones vit_small --try_on_cpu --batch 4 --rounds 2 --steps 1 --variants plain"
-    for more, measured, exit_code in (
-        ("ours,attn_implementation=wrong compiled", ["plain", "compiled"], 0),
-        ("--seconds 0", [], 1),
-    ):
-        arguments = [*words.split(), *more.split(), "--output", str(output)]
-        step = Forked([str(FOLDER / "step_gpu.py"), *arguments], MOCOV3_REHEARSAL="1", CUDA_VISIBLE_DEVICES="")
-        text, _ = step.communicate()
-        assert step.returncode == exit_code, text
-        (point,) = json.loads(output.read_text())["points"]
-        assert list(point["variants"]) == measured
-        assert all(len(variant["images_per_second"]) == 2 for variant in point["variants"].values())
-        (reason,) = point["failed"].values()
-        assert reason.startswith("not tried: " if exit_code else "UsageError: --attn_implementation wrong")
+@pytest.fixture
+def step_gpu(monkeypatch):
+    """The script, without models and without measuring limits."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("step_gpu")
+    for name in ("fresh_model", "limit_of", "random_views"):
+        monkeypatch.setattr(module, name, lambda *_: SimpleNamespace(config=None, __len__=lambda: 4))
+    flops = {"flop_per_image": {"plain": 1.0, "ours": 1.0}, "published_flop_per_image": 1.0}
+    monkeypatch.setattr(module, "model_flops", lambda _: flops)
+    monkeypatch.setattr(module, "limit_rate", lambda _: 1.0)
+    yield module
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
+            del sys.modules[name]
+
+
+def test_a_variant_that_fails_does_not_lose_the_others(step_gpu, monkeypatch):
+    """Nor does one that fails later, whose rounds until then are kept, nor those for which no time is left."""
+
+    class Variant:
+        def __init__(self, name, *_):
+            if name == "wrong":
+                raise UsageError("no such\nattention")
+            self.name, self.turns, self.choice = name, 0, None
+            self.first_loss = self.first_seconds = 1.0
+
+        def rate(self, _):
+            self.turns += 1
+            if self.name == "tired" and self.turns == 2:
+                raise torch.OutOfMemoryError("out of memory")
+            return 100.0 if self.name == "plain" else 200.0
+
+        def choose_algorithms(self):
+            pass
+
+    monkeypatch.setattr(step_gpu, "Variant", Variant)
+    names = ["plain", "wrong", "tired", "compiled"]
+    options = SimpleNamespace(batch=4, variants=names, rounds=3, steps=1, seconds=60, profile=False, data=None)
+    recorded = []
+    point = step_gpu.measure("vit_small", options, math.inf, recorded.append)
+    assert {name: len(found["images_per_second"]) for name, found in point["variants"].items()} == {
+        "plain": 3,
+        "tired": 1,
+        "compiled": 3,
+    }
+    assert point["failed"] == {"wrong": "UsageError: no such attention", "tired": "OutOfMemoryError: out of memory"}
+    assert [found["speedup"]["median"] for found in list(point["variants"].values())[1:]] == [2.0, 2.0]
+    assert [list(each["variants"]) for each in recorded[:3]] == [["plain"], ["plain"], ["plain", "tired"]]
+    late = step_gpu.measure("vit_small", options, 0.0, recorded.append)
+    assert (late["variants"], late["failed"]["compiled"]) == ({}, "not tried: 60 s were over")
 
 
 @pytest.mark.slow
@@ -107,7 +145,7 @@ def test_rehearsal(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu_session, "run_part", run_part)
     monkeypatch.setenv("MOCOV3_REHEARSAL", "0")
-    same_code = ("step_vit_base", "step_resnet50", "tests_slow", "largest")
+    same_code = ("step_vit_small", "step_vit_base", "step_resnet50", "tuned_vit_small", "tests_slow", "largest")
     for name in (
         *same_code,
         *(f"{kind}_{backbone}" for kind in ("candidates", "tuned") for backbone in ("vit_base", "resnet50")),
@@ -119,12 +157,10 @@ def test_rehearsal(tmp_path, monkeypatch):
     failed = {path.name: json.loads(path.read_text())["run"]["last_lines"] for path in tmp_path.glob("*.failed.json")}
     assert (stop.value.code, failed) == (0, {})
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert (tmp_path / "step_vit_base.json").read_text() == "{}"
-    steps = [name for name in found if name.endswith("vit_small")]
-    assert len(steps) == 3
-    for name in steps:
-        (point,) = found[name]["result"]["points"]
-        assert (point["failed"], len(point["variants"])) == ({}, len(variants_of_parts()[name]))
+    assert (tmp_path / "step_vit_base.json").read_text() == "{}"  # resumed
+    (point,) = found["candidates_vit_small"]["result"]["points"]
+    assert point["failed"] == {}
+    assert list(point["variants"]) == variants_of_parts()["candidates_vit_small"]
     assert len(found["data"]["result"]["points"][0]["data"]["images_per_second"]) == 3
     assert found["tests"]["result"]["counts"] == {"skipped": len(found["tests"]["result"]["tests"])}
     assert found["decode"]["result"]["pixel_difference"] == {"mean": 0, "largest": 0}

@@ -1,7 +1,8 @@
 """What makes a step fast: chosen for the device, the precision and the backbone.
 
 The step itself (step.py) does not depend on it. Every choice but TF32 computes the plain step up to the order of
-sums; benchmarks/step.py measures them. Each is worth at least 5 % of a step somewhere (docs/LOG.md).
+sums; benchmarks/step.py measures them. Each is worth at least 5 % of a step somewhere (docs/LOG.md), except for the
+candidates, which are off.
 """
 
 import ctypes
