@@ -21,8 +21,8 @@ from mocov3_hf.pretraining import candidates, loop
 from mocov3_hf.pretraining.candidates import CUDNN_ATTENTION, one_batch_ahead
 from mocov3_hf.pretraining.gradient_cache import cached_backward
 from mocov3_hf.pretraining.hardware import choose_settings, set_up
-from mocov3_hf.pretraining.loop import main
 from mocov3_hf.pretraining.pixels import build_photometric
+from mocov3_hf.pretraining.pretrain import main
 from mocov3_hf.pretraining.recipe import load_recipe
 from mocov3_hf.pretraining.step import train_step
 from tests.pretraining.test_hardware import PLAIN, RESNET, VIT, build_model
