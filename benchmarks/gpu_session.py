@@ -1,13 +1,13 @@
 """What to measure when a GPU can be had for a quarter of an hour: tests, the step, real images, and learning.
 
-    python -m benchmarks.gpu_session [A] [B] [C] [--output_dir benchmarks/results/gpu]
+    python -m benchmarks.gpu_session [A] [B] [C] [D] [--output_dir benchmarks/results/gpu]
     python -m benchmarks.gpu_session --rehearse          # the same code on a CPU, with tiny models
 
-Call A takes at most 5 minutes, calls B and C at most 7 each, and each is useful alone. A has the tests, the step of
-every backbone, and the candidates for a faster ViT-S (candidates.py), except those that compile for long; B has
-learning and real images; C has the other candidates, the largest batch and JPEG decoding. Every part is a process
-with a time limit of its own and writes OUTPUT_DIR/PART.json, so a session that was cut off goes on with the first part
-without a result. A part that fails or runs out of time leaves PART.failed.json, and what it had measured until then;
+Call A takes at most 5 minutes, calls B and C at most 7 each, D 3, and each is useful alone. A has the tests, the step
+of every backbone, and the candidates for a faster ViT-S (candidates.py), except those that compile for long; B has
+learning and real images; C has the other candidates, the largest batch and JPEG decoding; D has learning by a second
+recipe. Every part is a process with a time limit of its own and writes OUTPUT_DIR/PART.json, so a session that was cut
+off goes on with the first part without a result. A part that fails or runs out of time leaves PART.failed.json, and what it had measured until then;
 the others still run, and so do the other variants of a step of which one fails. At the end, the goals are compared
 with what was measured (OUTPUT_DIR/goals.json). The exit code is 1 if a part failed.
 """
@@ -27,7 +27,8 @@ from typing import Any
 from .bench import RESULTS, Part, make_photos, run_part, words
 
 
-CALLS = {"A": 300, "B": 420, "C": 420}  # seconds
+CALLS = {"A": 300, "B": 420, "C": 420, "D": 180}  # seconds
+CLIPPED = Path(__file__).parent / "recipes" / "cifar10_resnet14_clipped.yaml"
 SLOW_REHEARSAL = 10  # times the limits, on busy CPUs
 STEPS = ("plain", "ours", "compiled")
 # Candidates (candidates.py). Deterministic algorithms exclude kernels chosen by timing, and cuDNN's attention.
@@ -75,7 +76,10 @@ class Limited:
 def plan(images: str, is_rehearsal: bool, data: str | None) -> list[Limited]:
     """The parts in order, with the limits of `CALLS` as their sum at most."""
     size = "--rounds 1 --steps 1 --try_on_cpu" if is_rehearsal else "--rounds 2 --steps 10"
-    learning = ("--dataset_name", data) if data else ()
+
+    def learn(name: str, *arguments: str, seconds: int) -> Part:
+        named = ("--dataset_name", data) if data else ()
+        return Part(name, "gpu_learning", (*named, *arguments), seconds, as_module=True)
 
     def step(call: str, name: str, backbones: str, variants: tuple[str, ...], limit: int, more: str = "") -> Limited:
         if is_rehearsal and "--batch" not in more:
@@ -97,7 +101,7 @@ def plan(images: str, is_rehearsal: bool, data: str | None) -> list[Limited]:
         step("A", "step_vit_base", "vit_base", STEPS, 55),
         step("A", "step_resnet50", "resnet50", STEPS, 45),
         step("A", "candidates_vit_small", "vit_small", ("plain", *CANDIDATES, f"{FREE},{CUDNN}", WITH_CUDNN), 75),
-        Limited("B", Part("learning", "gpu_learning", learning, 330, as_module=True), 345),
+        Limited("B", learn("learning", seconds=330), 345),
         step("B", "data", "vit_small", ("ours,prefetch_views=true",), 75, f"--data {images}"),
         step("C", "candidates_vit_base", "vit_base", (*CANDIDATES, f"{FREE},{CUDNN}"), 70),
         step("C", "candidates_resnet50", "resnet50", (*CANDIDATES, TOGETHER), 55),
@@ -111,6 +115,7 @@ def plan(images: str, is_rehearsal: bool, data: str | None) -> list[Limited]:
             Part("decode", "gpu_decode", ("--images", images, "--count", "16" if is_rehearsal else "2000"), 15, True),
             20,
         ),
+        Limited("D", learn("learning_clipped", "--recipe", str(CLIPPED), "--time_budget", "2m", seconds=160), 180),
     ]
 
 
@@ -175,7 +180,7 @@ def run(folder: Path, options: argparse.Namespace) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("calls", nargs="*", metavar="CALL", help="A, B, C; default: all")
+    parser.add_argument("calls", nargs="*", metavar="CALL", help="A, B, C, D; default: all")
     parser.add_argument("--rehearse", action="store_true", help="tiny models on a CPU")
     parser.add_argument("--only", nargs="+", metavar="PART", help="parts to measure; default: all")
     parser.add_argument("--dataset_name", help="CIFAR-10 as a folder; default: uoft-cs/cifar10 of the Hub")

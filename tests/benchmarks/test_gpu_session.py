@@ -13,8 +13,9 @@ import torch
 
 from benchmarks import gpu_session
 from benchmarks.bench import FOLDER
-from benchmarks.gpu_session import CALLS, compare, plan
+from benchmarks.gpu_session import CALLS, CLIPPED, compare, plan
 from mocov3_hf.pretraining.hardware import HardwareSettings
+from mocov3_hf.pretraining.recipe import load_recipe
 from mocov3_hf.reporting import UsageError
 from tests.fork_server import Forked
 
@@ -36,6 +37,13 @@ def variants_of_parts():
 def test_calls_end_in_time():
     for call, seconds in CALLS.items():
         assert sum(item.limit for item in plan("photos", False, None) if item.call == call) <= seconds
+
+
+def test_the_second_recipe_differs_in_what_it_names():
+    ours, other = load_recipe("cifar10_resnet14").to_dict(), load_recipe(str(CLIPPED)).to_dict()
+    changed = {name for name in ours if ours[name] != other[name]}
+    steps = {"base_learning_rate", "trust_coefficient", "trust_clip", "train_batch_size"}
+    assert changed == steps | {"crop_scale", "head_hidden_size"}
 
 
 def test_goals(tmp_path):
@@ -145,7 +153,7 @@ def test_rehearsal(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu_session, "run_part", run_part)
     monkeypatch.setenv("MOCOV3_REHEARSAL", "0")
-    same_code = ("step_vit_small", "step_vit_base", "step_resnet50", "tuned_vit_small", "tests_slow", "largest")
+    same_code = ("step_vit_small", "step_vit_base", "step_resnet50", "tuned_vit_small", "tests_slow", "largest", "learning_clipped")
     for name in (
         *same_code,
         *(f"{kind}_{backbone}" for kind in ("candidates", "tuned") for backbone in ("vit_base", "resnet50")),
