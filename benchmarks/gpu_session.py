@@ -7,9 +7,9 @@ Call A takes at most 5 minutes, calls B and C at most 7 each, D 3, and each is u
 of every backbone, and the candidates for a faster ViT-S (candidates.py), except those that compile for long; B has
 learning and real images; C has the other candidates, the largest batch and JPEG decoding; D has learning by a second
 recipe. Every part is a process with a time limit of its own and writes OUTPUT_DIR/PART.json, so a session that was cut
-off goes on with the first part without a result. A part that fails or runs out of time leaves PART.failed.json, and what it had measured until then;
-the others still run, and so do the other variants of a step of which one fails. At the end, the goals are compared
-with what was measured (OUTPUT_DIR/goals.json). The exit code is 1 if a part failed.
+off goes on with the first part without a result. A part that fails or runs out of time leaves PART.failed.json, and
+what it had measured until then; the others still run, and so do the other variants of a step of which one fails. At
+the end, the goals are compared with what was measured (OUTPUT_DIR/goals.json). The exit code is 1 if a part failed.
 """
 
 import argparse

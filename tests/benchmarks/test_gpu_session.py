@@ -153,7 +153,10 @@ def test_rehearsal(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu_session, "run_part", run_part)
     monkeypatch.setenv("MOCOV3_REHEARSAL", "0")
-    same_code = ("step_vit_small", "step_vit_base", "step_resnet50", "tuned_vit_small", "tests_slow", "largest", "learning_clipped")
+    same_code = (
+        *("step_vit_small", "step_vit_base", "step_resnet50", "tuned_vit_small", "tests_slow", "largest"),
+        "learning_clipped",
+    )
     for name in (
         *same_code,
         *(f"{kind}_{backbone}" for kind in ("candidates", "tuned") for backbone in ("vit_base", "resnet50")),
