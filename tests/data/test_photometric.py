@@ -7,8 +7,9 @@ import pytest
 import torch
 import torchvision.transforms.functional as reference
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from torch.nn import functional as F
 
-from mocov3_hf.data import photometric
+from mocov3_hf.data import photometric, photometric_cpu, photometric_operations
 from mocov3_hf.data.photometric import IMAGENET_MEAN, IMAGENET_STD, PhotometricStage
 from mocov3_hf.data.views import JITTER_ORDERS, NO_SOLARIZE, PARAMETER_NAMES, draw_view, two_views
 
@@ -63,14 +64,28 @@ def test_hue_agrees_with_torchvision(pictures, shift):
     image = to_float(pictures)
     image[0, :, :8] = 0.5  # no chroma
     image[1, :, :8] = torch.tensor([1.0, 0.0, 1.0])[:, None, None]
-    ours = photometric.adjust_hue(image, shift)
-    assert torch.allclose(ours, reference.adjust_hue(image, shift), atol=5e-6)
+    expected = reference.adjust_hue(image, shift)
+    assert torch.allclose(photometric.adjust_hue(image, shift), expected, atol=5e-6)
+    assert torch.allclose(photometric_cpu.turn_hues(image.clone(), list(range(6)), [shift] * 6), expected, atol=5e-6)
     # PIL quantizes hue to steps of 1/256 turn, 6 levels of a pure color, twice.
     ours = levels(photometric.adjust_hue(to_float(pictures), shift))
     for picture, found in zip(pictures, ours, strict=True):
         expected = np.asarray(reference.adjust_hue(Image.fromarray(picture), shift)).astype(float)
         assert np.abs(expected - found).max() <= 14
         assert np.abs(expected - found).mean() <= 3
+
+
+def test_every_shift_of_hue_on_every_color():
+    """All sixths of the circle and their borders, in one batch in which neighbors are shifted in other ways."""
+    levels = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
+    colors = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 5, 25)
+    shifts = [step / 120 for step in range(-60, 61)]
+    image = colors.expand(len(shifts), -1, -1, -1)
+    expected = photometric.adjust_hue(image, torch.tensor(shifts, dtype=torch.float64).view(-1, 1, 1, 1))
+    rows = [row for row, shift in enumerate(shifts) if shift != 0]
+    found = photometric_cpu.turn_hues(image.clone(), rows, [shifts[row] for row in rows])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert torch.equal(found[60], colors[0])
 
 
 def test_grayscale_agrees_with_pil(pictures):
@@ -85,17 +100,38 @@ def test_solarize_is_pils(pictures, threshold):
     expected = np.stack([np.asarray(ImageOps.solarize(Image.fromarray(picture), threshold)) for picture in pictures])
     assert np.abs(expected - found).max() < 1e-3
     assert torch.equal(photometric.solarize(to_float(pictures), NO_SOLARIZE), to_float(pictures))
+    in_place = photometric_cpu.solarize_in_place(to_float(pictures), threshold)
+    assert torch.allclose(in_place, photometric.solarize(to_float(pictures), threshold), atol=2e-7)
 
 
+def blurred_on_cpu(image: torch.Tensor, sigma: torch.Tensor, max_sigma: float) -> torch.Tensor:
+    return photometric_cpu.Blur(sigma, max_sigma, image.shape[-1])(image.clone())
+
+
+@pytest.mark.parametrize("blur", [photometric.gaussian_blur, blurred_on_cpu])
 @pytest.mark.parametrize("size", [SIZE, 20, 5])
 @pytest.mark.parametrize("sigma", [0.1, 0.37, 0.7, 1.0, 1.6, 2.0])
-def test_blur_agrees_with_pil_up_to_the_edges(pictures, sigma, size):
+def test_blur_agrees_with_pil_up_to_the_edges(pictures, sigma, size, blur):
     pictures = pictures[:, :size, :size]
-    ours = levels(photometric.gaussian_blur(to_float(pictures), torch.full((6,), sigma), 2.0))
+    ours = levels(blur(to_float(pictures).contiguous(), torch.full((6,), sigma), 2.0))
     for picture, found in zip(pictures, ours, strict=True):
         expected = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(sigma))).astype(float)
         assert np.abs(expected - found).max() <= 3  # PIL rounds after each of six passes
         assert np.abs(expected - found).mean() <= 1
+
+
+@pytest.mark.parametrize("max_sigma", [0.5, 2.0, 9.0])
+@pytest.mark.parametrize("size", [5, 64, 65, 97])
+def test_blur_on_cpus_is_box_after_box(size, max_sigma):
+    """Small and large images, kernels wider than the image, and samples with fewer taps than the widest."""
+    generator = torch.Generator().manual_seed(size)
+    image = torch.rand(3, 2, size, size, generator=generator)
+    sigma = max_sigma * torch.tensor([1.0, 0.6, 0.2])
+    expected, weights = image.double(), photometric_operations.box_weights(sigma, max_sigma).double()
+    for dim in (-1, -2):
+        expected = photometric_operations._box_passes(expected, weights, dim)
+    found = blurred_on_cpu(image, sigma, max_sigma).double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_blur_has_the_variance_it_should_and_zero_is_none():
@@ -218,9 +254,9 @@ def one_sample(pixels: torch.Tensor, row: list[float], mean: torch.Tensor, std: 
             image = getattr(photometric, f"adjust_{name}")(image, values[name])
     if values["grayscale"]:
         image = photometric.grayscale(image).expand_as(image)
-    weights = photometric._box_weights(torch.tensor([values["blur_sigma"]]), 2.0).double()
+    weights = photometric_operations.box_weights(torch.tensor([values["blur_sigma"]]), 2.0).double()
     for dim in (-1, -2):
-        image = photometric._box_passes(image, weights, dim)
+        image = photometric_operations._box_passes(image, weights, dim)
     image = photometric.solarize(image, values["solarize_threshold"])
     image = image.flip(-1) if values["flip"] else image
     image = image.flip(-2) if values["vertical_flip"] else image
@@ -235,7 +271,7 @@ def one_sample(pixels: torch.Tensor, row: list[float], mean: torch.Tensor, std: 
 @pytest.mark.parametrize(("dtype", "size", "chunk"), [("uint8", 32, 2**18), ("uint8", 9, 5000), ("uint16", 70, 20000)])
 def test_the_stage_of_cpus_is_that_of_each_sample_alone(monkeypatch, channels, dtype, size, chunk):
     """Also where chunks do not divide the batch, and for sizes with and without the blur by matrix products."""
-    monkeypatch.setattr(photometric, "_CHUNK", chunk)
+    monkeypatch.setattr(photometric_cpu, "_CHUNK", chunk)
     generator = torch.Generator().manual_seed(size)
     largest = 256 if dtype == "uint8" else 65536
     pixels = torch.randint(0, largest, (23, channels, size, size), generator=generator).to(getattr(torch, dtype))
@@ -274,22 +310,22 @@ def test_the_batched_stage_is_one_graph_without_data_dependent_shapes(pictures):
 
 @pytest.mark.parametrize("dim", [-1, -2])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_gpus_shift_and_add_what_cpus_convolve(dim, memory_format):
+def test_shift_and_add_is_a_convolution(dim, memory_format):
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(4, 3, 20, 24, generator=generator, dtype=torch.float64).to(memory_format=memory_format)
     kernel = torch.rand(4, 7, generator=generator, dtype=torch.float64)
-    added = photometric._shift_and_add(image, kernel, dim)
-    torch.testing.assert_close(added, photometric._convolve(image, kernel, dim), rtol=1e-12, atol=1e-14)
-    assert added.shape[dim] == image.shape[dim] - 6
+    added = photometric_operations._shift_and_add(image, kernel, dim)
+    taps = kernel[:, None, :, None] if dim == -2 else kernel[:, None, None, :]
+    expected = [F.conv2d(sample[:, None], tap[None])[:, 0] for sample, tap in zip(image, taps, strict=True)]
+    torch.testing.assert_close(added, torch.stack(expected), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.slow
-def test_the_stage_that_gpus_compile(pictures, monkeypatch):
+def test_the_stage_that_gpus_compile(pictures):
     values = draw_view(two_views()[0], 0, 0, torch.arange(6), 0).parameters
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2)
     stage = PhotometricStage()
     expected = stage(pixels, values)
-    monkeypatch.setattr(photometric, "_convolve", photometric._shift_and_add)
     compiled = torch.compile(stage, fullgraph=True, dynamic=False, backend="aot_eager")
     apart = (compiled(pixels, values) - expected).abs()
     assert apart.max() < 0.02

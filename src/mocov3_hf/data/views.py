@@ -38,7 +38,7 @@ PARAMETER_NAMES = (
 )
 NUM_PARAMETERS = len(PARAMETER_NAMES)
 NO_SOLARIZE = 256.0
-# Operations: 0 brightness, 1 contrast, 2 saturation, 3 hue.
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 JITTER_ORDERS = tuple(itertools.permutations(range(4)))
 
 _CROP_TRIES = 10
