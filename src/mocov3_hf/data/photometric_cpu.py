@@ -194,6 +194,7 @@ class Blur:
         if not self.is_small:
             box = torch.cat([weights[:, 1:].flip(1), weights], dim=1)
             self.kernels = convolved(box, box, box)
+            self.zeros = ((self.kernels == 0).sum(1) // 2).tolist()  # at either end
         self.used = 0
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
@@ -203,20 +204,22 @@ class Blur:
             matrices = self.matrices[first : self.used, None]
             return matrices @ image @ matrices.mT
         for row, sample in enumerate(image, start=first):
-            self._blur(sample, self.kernels[row], self.matrices[row])
+            kernel = self.kernels[row, self.zeros[row] : self.kernels.shape[1] - self.zeros[row]]
+            self._blur(sample, kernel, self.matrices[row].view(2, self.edge, 2 * self.edge))
         return image
 
-    def _blur(self, image: torch.Tensor, kernel: torch.Tensor, matrix: torch.Tensor) -> None:
+    def _blur(self, image: torch.Tensor, kernel: torch.Tensor, ends: torch.Tensor) -> None:
         """Blur (C, S, S). Each direction is a depthwise convolution of rows, in which a column is a channel."""
         channels, size, _ = image.shape
-        edge = self.edge
-        zeros = (len(kernel) - int(torch.count_nonzero(kernel))) // 2  # at either end
-        taps = kernel[zeros : len(kernel) - zeros].expand(size, 1, 1, -1).contiguous()
+        plane, edge = size * size, self.edge
+        padding = len(kernel) // 2
+        kernel = kernel.expand(size, 1, 1, -1).contiguous()
+        columns = image.as_strided((channels, size, 1, size), (plane, 1, plane, size))
+        strips = image.as_strided((channels, 2, 2 * edge, size), (plane, plane - 2 * edge * size, size, 1))
         for _ in range(2):
-            columns = image.as_strided((channels, size, 1, size), (size * size, 1, size * size, size))
-            blurred = F.conv2d(columns, taps, padding=(0, taps.shape[-1] // 2), groups=size)[:, :, 0].mT
-            torch.matmul(matrix[:edge], image[:, : 2 * edge], out=blurred[:, :edge])
-            torch.matmul(matrix[edge:], image[:, -2 * edge :], out=blurred[:, -edge:])
+            blurred = F.conv2d(columns, kernel, padding=(0, padding), groups=size)[:, :, 0].mT.contiguous()
+            # The first and the last rows, which the convolution pads with zeros.
+            blurred.as_strided((channels, 2, edge, size), (plane, plane - edge * size, size, 1)).copy_(ends @ strips)
             image.copy_(blurred.mT)
 
 
