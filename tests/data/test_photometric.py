@@ -122,16 +122,17 @@ def test_blur_agrees_with_pil_up_to_the_edges(pictures, sigma, size, blur):
 
 @pytest.mark.parametrize("max_sigma", [0.5, 2.0, 9.0])
 @pytest.mark.parametrize("size", [5, 64, 65, 97])
-def test_blur_on_cpus_is_box_after_box(size, max_sigma):
-    """Small and large images, kernels wider than the image, and samples with fewer taps than the widest."""
+def test_blur_on_cpus_is_box_after_box(size, max_sigma, monkeypatch):
+    """With and without oneDNN: small and large images, kernels wider than the image, samples with fewer taps."""
     generator = torch.Generator().manual_seed(size)
     image = torch.rand(3, 2, size, size, generator=generator)
     sigma = max_sigma * torch.tensor([1.0, 0.6, 0.2])
     expected, weights = image.double(), photometric_operations.box_weights(sigma, max_sigma).double()
     for dim in (-1, -2):
         expected = photometric_operations._box_passes(expected, weights, dim)
-    found = blurred_on_cpu(image, sigma, max_sigma).double()
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(blurred_on_cpu(image, sigma, max_sigma).double(), expected, rtol=0, atol=1e-6)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    torch.testing.assert_close(blurred_on_cpu(image, sigma, max_sigma).double(), expected, rtol=0, atol=1e-6)
 
 
 def test_blur_has_the_variance_it_should_and_zero_is_none():
