@@ -245,7 +245,7 @@ def loaders(directory: str, paths: list[str], workers: int, rounds: int, with_re
 
 def device_stage(device: torch.device, batch: int, rounds: int, compiled: bool) -> dict:
     """Table 3: the photometric stage on both views, and a ViT-S step, in milliseconds per image."""
-    from mocov3_hf.model.configuration_mocov3 import MoCoV3Config, MoCoV3ViTConfig
+    from mocov3_hf.model import MoCoV3Config, MoCoV3ViTConfig
     from mocov3_hf.model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 
     def milliseconds(function, repeats: int) -> float:

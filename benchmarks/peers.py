@@ -30,7 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from .bench import revision
@@ -98,9 +98,14 @@ class Peer:
         return self
 
     def __exit__(self, *_) -> None:
-        self.process.stdin.close()
+        self.close()
         self.process.wait()
         self.process.stdout.close()
+
+    def close(self) -> None:
+        """Let the process end. What was written to one that has ended cannot be flushed."""
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
 
     def ask(self, task: str) -> dict:
         try:
@@ -176,7 +181,7 @@ def measure(found: dict[str, str], isa: str, bf16: bool, folder: str, options: a
             seconds[task] = alternate(some, task, rounds, failed)
             when[task] = {**start, "revision": revision()}
         for peer in peers:
-            peer.process.stdin.close()  # all end at the same time
+            peer.close()  # all end at the same time
     run = {"isa": ISA[isa], "variables": INSTRUCTIONS[isa], "when": when, "peers": about}
     return {**run, "failed": failed, "seconds_per_image": seconds}
 

@@ -215,6 +215,10 @@ def test_features_of_a_failed_search_are_kept(model, photos, tmp_path, capsys, m
     main(["neighbors", str(output / "features"), *rest, "--overwrite_output_dir"])
     assert "the features are in" not in capsys.readouterr().err
     assert json.loads((output / "summary.json").read_text())["images"] == 3
+    monkeypatch.setattr(curation, "check_features", full)  # as for those of a model that has diverged
+    with pytest.raises(SystemExit):
+        main(["neighbors", *images, "--model", model, *rest, "--overwrite_output_dir"])
+    assert "the features are in" not in capsys.readouterr().err
 
 
 def test_features_with_nan_are_named(tmp_path):

@@ -186,10 +186,10 @@ def run(
     asked = checked_queries(queries, which.on_bad_image)
     settings = {"device": how.device, "batch_size": how.batch_size, "num_workers": how.dataloader_num_workers}
     folder = open_features(which, how, output / FEATURES, options.overwrite_output_dir)
+    searched = Searched(folder, how.model, **settings)
+    check_features(f"the features in {str(folder.path)!r}", searched.features)
     is_new = folder.path not in map(Path, which.images)
     with where_features_are(folder.path) if is_new else contextlib.nullcontext():
-        searched = Searched(folder, how.model, **settings)
-        check_features(f"the features in {str(folder.path)!r}", searched.features)
         found = nearest_others(searched.features, options.k, backend=backend, device=device)
         nearest, bad_queries = search_queries(searched, asked, options.k, backend, device) if asked else ([], [])
         if bad_queries and which.on_bad_image == "stop":

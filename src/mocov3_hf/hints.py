@@ -82,6 +82,11 @@ def nearest(name: str, known: Iterable[str], prefix: str = "", cutoff: float = 0
     return f"; did you mean {prefix + close[0]!r}?" if close else ""
 
 
+def joined(text: str, more: str) -> str:
+    """`text` and a further clause: after a question, a sentence of its own."""
+    return f"{text} {more[0].upper()}{more[1:]}" if text.endswith("?") else f"{text}, and {more}"
+
+
 def describe_missing(name: str | os.PathLike, what: str = "folder", fix: str = "") -> str:
     """
     What to say about a path that does not exist: the nearest name that does, or how to fix it.

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .hints import describe_missing, nearest
+from .hints import describe_missing, joined, nearest
 from .model.backbone_mocov3 import Pooling, masking_options
 from .model.configuration_mocov3_vit import to_pair
 from .problem_types import STANDARDIZED
@@ -227,9 +227,8 @@ def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
         except Exception as error:
             if os.path.isdir(name):
                 raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
-            raise ValueError(
-                f"{describe_missing(name)}, and as a Hub id it cannot be loaded: {first_line(error)}"
-            ) from error
+            on_hub = f"as a Hub id it cannot be loaded: {first_line(error)}"
+            raise ValueError(joined(describe_missing(name), on_hub)) from error
 
 
 def refuse_missing(name: str, model: PreTrainedModel, missing: list[str]) -> None:

@@ -151,9 +151,9 @@ def _positional_after_list(command: Command, given: list[tuple[str, Any]]) -> li
         return []
     if command.recipes is not None and "recipe" in chosen and name in recipe_values(command, chosen["recipe"], True):
         return []
-    for place, (option_name, values) in reversed(list(enumerate(given))):
-        if not isinstance(values, list):
-            continue
+    lists = [(place, *pair) for place, pair in enumerate(given) if isinstance(pair[1], list)]
+    # The last one first, and those of text after the others: any value may be meant for them.
+    for place, option_name, values in sorted(lists, key=lambda item: (plain_type(types[item[1]]) is str, -item[0])):
         kind, number = types[option_name], 0
         is_text = plain_type(kind) is str
         for value in values[:0:-1]:

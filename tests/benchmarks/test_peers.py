@@ -152,6 +152,16 @@ def test_libraries_alternate_and_one_that_fails_is_left_out():
     assert [name for name, task in asked if task == "forget"] == ["ours", "timm", "lightly"]
 
 
+def test_a_library_whose_process_ends_does_not_end_the_others(tmp_path, monkeypatch):
+    (tmp_path / "peer_process.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(peers, "FOLDER", tmp_path)
+    with peers.Peer("timm", sys.executable, [], {}) as peer:
+        peer.process.wait()
+        assert [peer.ask(task) for task in ("views", "forget")] == [
+            {"error": "the process ended with exit code 3"}
+        ] * 2
+
+
 def test_a_library_that_is_not_installed_is_not_found(tmp_path):
     """An interpreter without packages: ours and the plain implementation need none of its own."""
     bare = tmp_path / "python"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mocov3_hf.hints import describe_missing, either
+from mocov3_hf.hints import describe_missing, either, joined
 from mocov3_hf.hub.run_card import names_a_path
 from mocov3_hf.storage import is_local
 
@@ -82,3 +82,8 @@ def test_choices_in_words(names, words):
 def test_a_card_shows_values_that_are_no_paths():
     assert not any(map(names_a_path, ["train+validation", "cosine", "name/data", 3, None, "two words"]))
     assert all(map(names_a_path, ["runs", "runs/nosuch", "/data/x", "~/x", "../x", "a/b/c"]))
+
+
+def test_a_clause_after_a_question_is_a_sentence():
+    assert joined("it does not exist", "as an id it fails") == "it does not exist, and as an id it fails"
+    assert joined("did you mean 'x'?", "as an id it fails") == "did you mean 'x'? As an id it fails"

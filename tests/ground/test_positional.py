@@ -36,6 +36,7 @@ def paths(tmp_path, monkeypatch):
         # Numbers and choices: what is neither.
         (KNN, "--k 10 20 name/of-hub", {"k": [10, 20], "model": "name/of-hub"}),
         (KNN, "--label_column x y --k 5 run", {"label_column": ["x", "y"], "k": [5], "model": "run"}),
+        (KNN, "--k 5 run --label_column x y", {"k": [5], "label_column": ["x", "y"], "model": "run"}),
         (LINEAR_PROBE, "--features pooled last4 run", {"features": ["pooled", "last4"], "model": "run"}),
         (REPORT, "--display_channels 3 2 1 a b", {"display_channels": [3, 2, 1], "model": ["a", "b"]}),
         (CLASSIFY, "--pixel_range 0 4095 a.jpg b.jpg", {"pixel_range": [0, 4095], "images": ["a.jpg", "b.jpg"]}),

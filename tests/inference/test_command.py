@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from mocov3_cli import main
 from mocov3_hf.inference import FeatureExtractor, ImageClassifier
 from mocov3_hf.inference.feature_files import read_feature_folder
+from mocov3_hf.inference.files import opened
 
 
 def run(command, *arguments):
@@ -50,6 +52,19 @@ def test_labels_to_what_cannot_be_replaced(vit, files, tmp_path):
     os.close(reader)
     assert link.is_symlink()
     assert pipe.is_fifo()
+
+
+def test_the_file_of_the_standard_output_is_not_replaced(tmp_path):
+    """As `--output /dev/stdout >> log`."""
+    log, before = tmp_path / "log", os.dup(1)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+    try:
+        with opened(str(log)) as file:
+            assert file is sys.stdout
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
 
 
 def test_extract_features(vit, files, tmp_path):
@@ -95,7 +110,7 @@ def test_data_set(capsys, vit, files, tmp_path):
         (["classify", "--model", "{tmp}/no", "{image}"], "no' does not exist: pass a folder"),
         (
             ["extract", "--model", "{vit}", "{image}", "--output", "{tmp}/no/f.safetensors"],
-            "does not exist; create it first",
+            "does not exist: create it first",
         ),
         (["extract", "--model", "{vit}", "{image}", "--output", "{tmp}"], "is a folder: pass a file"),
         (["extract", "--model", "{vit}", "{image}"], "--output_dir is missing"),

@@ -7,7 +7,7 @@ import datasets
 import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from ..hints import describe_missing
+from ..hints import describe_missing, joined
 from ..reporting import RunError, quiet_hub, warn
 from ..storage import is_local
 from .damaged_files import damaged_parquet, num_parquet_rows, one_line
@@ -27,10 +27,9 @@ def load_builder(dataset_name: str, config_name: str | None = None, revision: st
                 dataset_name, config_name, revision=revision, data_files=data_files
             )
     except (DatasetNotFoundError, ConnectionError) as error:
-        raise ValueError(
-            f"{describe_missing(dataset_name)}, and as a data set on the Hub it cannot be opened: check the name, "
-            "your access if it is gated, and the network"
-        ) from error
+        fix = "check the name, your access if it is gated, and the network"
+        on_hub = f"as a data set on the Hub it cannot be opened: {fix}"
+        raise ValueError(joined(describe_missing(dataset_name), on_hub)) from error
     except FileNotFoundError as error:  # EmptyDatasetError, DataFilesNotFoundError
         raise ValueError(f"no images, parquet files or tars found in {shown}: {first_line(error)}") from error
     except ValueError as error:  # unknown configuration, different formats of splits, ...

@@ -322,7 +322,7 @@ def _checkpoint_of(options: SupervisedOptions, folder: str) -> str | None:
     if checkpoint == "auto":
         checkpoint = newest_checkpoint(folder)
     if checkpoint is not None and not os.path.isdir(checkpoint):
-        raise UsageError(f"{describe_missing(checkpoint, 'checkpoint')}: pass a folder checkpoint-N, or auto")
+        raise UsageError(describe_missing(checkpoint, "checkpoint", "pass a folder checkpoint-N, or auto"))
     if checkpoint is not None:
         check_readable(Path(checkpoint))
     return checkpoint

@@ -202,7 +202,7 @@ def file_to_write(path: str) -> str:
     path = os.path.expanduser(path)
     parent = Path(path).parent
     if not parent.is_dir():
-        raise UsageError(f"--output {path}: {describe_missing(parent)}; create it first")
+        raise UsageError(f"--output {path}: {describe_missing(parent, fix='create it first')}")
     if Path(path).is_dir():
         raise UsageError(f"--output {path} is a folder: pass a file")
     return path
@@ -211,7 +211,8 @@ def file_to_write(path: str) -> str:
 @contextmanager
 def opened(path: str | None) -> Iterator[TextIO]:
     """The standard output, or a file that gets its name, and replaces what has it, once it is complete."""
-    if path is None:
+    # Also as /dev/stdout: a file to which the standard output goes must stay what it is.
+    if path is None or (os.path.isfile(path) and os.path.samestat(os.stat(path), os.fstat(1))):
         yield sys.stdout
         return
     is_special = os.path.exists(path) and not os.path.isfile(path)  # such as a pipe, which cannot be replaced

@@ -300,13 +300,8 @@ def build_optimizer(recipe: Recipe, model: nn.Module, plan: Plan) -> torch.optim
     options = recipe.optimization
     groups = parameter_groups(model, options.weight_decay, options.exclude_norms_and_biases)
     if options.optimizer == "lars":
-        return LARS(
-            groups,
-            plan.learning_rate,
-            momentum=options.lars_momentum,
-            trust_coefficient=options.trust_coefficient,
-            trust_clip=options.trust_clip,
-        )
+        trust: dict[str, Any] = {"trust_coefficient": options.trust_coefficient, "trust_clip": options.trust_clip}
+        return LARS(groups, plan.learning_rate, momentum=options.lars_momentum, **trust)
     return torch.optim.AdamW(
         groups,
         plan.learning_rate,

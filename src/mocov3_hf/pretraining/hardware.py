@@ -17,7 +17,7 @@ from torch import nn
 
 from ..data.photometric import PhotometricStage
 from ..loading import enable_gradient_checkpointing
-from ..model.configuration_mocov3 import MoCoV3ViTConfig
+from ..model.configuration_mocov3_vit import MoCoV3ViTConfig
 from ..model.modeling_mocov3_pretraining import MoCoV3ForPreTraining
 from ..precision import resolve_precision
 from ..reporting import UsageError, one_line
