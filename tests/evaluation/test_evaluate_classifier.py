@@ -212,7 +212,7 @@ def test_damaged_classifiers_are_refused(classifier_folder, image_folder, tmp_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--test_split", "val"], "split 'val' does not exist .* it has: train, test"),
+        (["--test_split", "val"], "split 'val' does not exist .* it has: train, test. .* as --test_split$"),
         (["--model", "/nowhere"], "model folder '/nowhere' does not exist"),
         (["--model", "someone/model"], "does not exist; for a model on the Hub pass --output_dir for results.json"),
         (["--batch_size", "many"], "--batch_size takes one integer, got 'many'"),

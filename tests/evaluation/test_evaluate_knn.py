@@ -134,7 +134,7 @@ def test_k_beyond_the_training_split_is_skipped_with_a_warning(model_folder, ima
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--test_split", "val"], "split 'val' does not exist .* it has: train, test"),
+        (["--test_split", "val"], "split 'val' does not exist .* it has: train, test. .* as --test_split$"),
         (["--label_column", "kind"], "label column 'kind' does not exist; columns: image, label"),
         (["--image_column", "photo"], "image column 'photo' does not exist; columns: image, label"),
         (["--dataset_name", "/nowhere"], "'/nowhere' does not exist"),

@@ -2,11 +2,14 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mocov3_hf.optim import LARS
+from mocov3_hf.pretraining.build import build_optimizer
+from mocov3_hf.pretraining.recipe import load_recipe
 
 
 def lars_in_scalars(weights, gradient_of, steps, lr, momentum, weight_decay, trust, adapted, trust_clip=False):
@@ -100,6 +103,14 @@ def test_state_survives_a_round_trip():
     train(straight, optimizer, 3)
     train(resumed, again, 3)
     assert torch.equal(straight, resumed)
+
+
+def test_the_options_of_a_run_reach_the_optimizer():
+    options = {"lars_momentum": 0.8, "trust_coefficient": 0.02, "trust_clip": True}
+    given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    recipe = load_recipe("quickstart", ["--optimizer", "lars", *given])
+    (group, *_) = build_optimizer(recipe, torch.nn.Linear(2, 2), SimpleNamespace(learning_rate=0.5)).param_groups
+    assert [group[name] for name in ("lr", "momentum", "trust_coefficient", "trust_clip")] == [0.5, 0.8, 0.02, True]
 
 
 def test_a_state_that_does_not_name_trust_clip_is_continued_without_it():

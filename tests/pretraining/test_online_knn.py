@@ -76,7 +76,7 @@ def test_two_processes_and_resuming_give_the_same_curve(tmp_path, arguments, fre
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--knn_test_split", "validation"], "validation"),
+        (["--knn_test_split", "validation"], ". Pass one of them as --knn_test_split"),
         (["--knn_k", "17"], "--knn_k 17 is more than the 16 images"),
         (["--knn_steps", "0"], "knn_steps must be at least 1"),
     ],
