@@ -84,7 +84,7 @@ def verdict(here: float, half_width: float, there: float) -> str:
 
 def ablation_table(runs: dict[str, list[dict]], arms: list[Arm]) -> str:
     """Every arm compared with the first and with the paper; signs are compared on linear accuracy."""
-    baseline, *changed = [arm for arm in arms if arm.name in runs]
+    baseline, changed = arms[0], [arm for arm in arms[1:] if arm.name in runs]
     differences = {
         metric: {arm.name: paired_differences(runs[arm.name], runs[baseline.name], metric) for arm in changed}
         for metric in METRICS

@@ -125,6 +125,8 @@ def test_ablation_table():
     assert "| +2.0 ± 0.4 |" in rows["EMA decay 0"]
     assert rows["EMA decay 0"].endswith("| -2.2 | no |")
     assert set(rows) == {ABLATION_BASELINE, "no predictor", "EMA decay 0.9", "EMA decay 0"}
+    with pytest.raises(KeyError, match=ABLATION_BASELINE):  # no other arm takes its place
+        ablation_table({name: RUNS[name] for name in ("no predictor", "EMA decay 0.9")}, ABLATIONS)
 
 
 @pytest.mark.slow
