@@ -15,6 +15,7 @@ from benchmarks.study_report import (
     sections,
     verdict,
 )
+from mocov3_hf.pretraining.auto import Facts, MemoryModel, choose
 from mocov3_hf.pretraining.plan import make_plan
 from mocov3_hf.pretraining.recipe import load_recipe
 
@@ -81,6 +82,18 @@ def test_an_arm_changes_the_setting_that_it_is_named_after():
         assert len(options) == 1, name
     assert recipes["position learned"]["backbone_config"]["position_embedding"] == "learned"
     assert recipes["patch projection trained"]["backbone_config"]["freeze_patch_projection"] is False
+
+
+def test_one_of_the_longer_arms_is_the_automatic_plan():
+    facts = Facts(50_000, side=32, num_cores=2, precision_reason="")
+    memory = MemoryModel(fixed=2**27, per_image=2**16, per_image_in_backbone=2**20)
+    arguments = arguments_of(next(arm for arm in ARMS if arm.name == "EMA decay 0.9, 4 epochs"))
+    recipe = load_recipe(arguments[1], arguments[2:]).to_dict()
+    planned = {choice.option: choice.value for choice in choose(facts, {"num_train_epochs": 4}, lambda _: memory)}
+    monitored = {option for option in planned if option.startswith("knn_")}
+    assert {option: recipe[option] for option in planned.keys() - monitored} == {
+        option: value for option, value in planned.items() if option not in monitored
+    }
 
 
 def test_without():
