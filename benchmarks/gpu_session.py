@@ -59,7 +59,7 @@ GOALS: tuple[tuple[str, tuple[str, ...], Callable[[Any], float], float, bool], .
         4.0,
         True,
     ),
-    ("real images, slower than ready ones", ("data",), lambda found: stall(found), 0.05, False),
+    ("real images, prefetched, slower than ready ones", ("data",), lambda found: stall(found), 0.05, False),
     ("CIFAR-10, linear accuracy", ("learning",), lambda found: found["linear_top1"], 0.9, True),
 )
 

@@ -7,6 +7,7 @@ long.
 """
 
 import argparse
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -31,16 +32,25 @@ ARGUMENTS = words("-q -n 0 -p no:cacheprovider -W ignore::pytest.PytestAssertRew
 
 
 class Outcomes:
-    """Plugin of pytest: outcome, seconds and, unless it passed, the last line of every test."""
+    """
+    Plugin of pytest: outcome, seconds and, unless it passed, the last line of every test.
 
-    def __init__(self):
-        self.found: dict[str, dict] = {}
+    Written to the file, if there is one, after every test: the tests may be ended by a time limit.
+    """
+
+    def __init__(self, file: str | None):
+        self.file, self.found = file, {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return
         why = str(report.longrepr).strip().splitlines()[-1:] if not report.passed else []
         self.found[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 2), "why": why}
+        if self.file is not None:
+            Path(self.file).write_text(json.dumps(self.result()) + "\n")
+
+    def result(self) -> dict:
+        return {"counts": Counter(test["outcome"] for test in self.found.values()), "tests": self.found}
 
 
 def main() -> None:
@@ -48,12 +58,11 @@ def main() -> None:
     parser.add_argument("--slow", action="store_true", help="the tests marked `slow` instead of the others")
     parser.add_argument("--output", help="file to which the JSON is written as well")
     options = parser.parse_args()
-    outcomes = Outcomes()
+    outcomes = Outcomes(options.output)
     files = [str(TESTS / name) for name in FILES]
     marks = "gpu and slow" if options.slow else "gpu and not slow"
     code = pytest.main(["-m", marks, *ARGUMENTS, *files], plugins=[outcomes])
-    counts = Counter(test["outcome"] for test in outcomes.found.values())
-    finish({"counts": counts, "tests": outcomes.found}, options.output)
+    finish(outcomes.result(), options.output)
     sys.exit(int(code))
 
 

@@ -14,6 +14,7 @@ import torch
 from benchmarks import gpu_session
 from benchmarks.bench import FOLDER
 from benchmarks.gpu_session import CALLS, CLIPPED, compare, plan
+from benchmarks.gpu_tests import Outcomes
 from mocov3_hf.pretraining.hardware import HardwareSettings
 from mocov3_hf.pretraining.recipe import load_recipe
 from mocov3_hf.reporting import UsageError
@@ -177,3 +178,19 @@ def test_rehearsal(tmp_path, monkeypatch):
     assert found["decode"]["result"]["pixel_difference"] == {"mean": 0, "largest": 0}
     assert found["learning"]["result"]["linear_top1"] > 0.3
     assert [row["measured"] is None for row in found["goals"]] == [True, False, False, False]
+
+
+def test_outcomes_are_kept_as_they_come(tmp_path):
+    """The tests may be ended by their time limit."""
+    outcomes = Outcomes(str(tmp_path / "tests.json"))
+    outcomes.pytest_runtest_logreport(pytest.TestReport("one", ("", 0, ""), {}, "passed", None, "setup"))
+    assert not (tmp_path / "tests.json").exists()
+    outcomes.pytest_runtest_logreport(pytest.TestReport("one", ("", 0, ""), {}, "passed", None, "call", duration=0.25))
+    outcomes.pytest_runtest_logreport(pytest.TestReport("two", ("", 0, ""), {}, "failed", "line\nwrong", "call"))
+    assert json.loads((tmp_path / "tests.json").read_text()) == {
+        "counts": {"passed": 1, "failed": 1},
+        "tests": {
+            "one": {"outcome": "passed", "seconds": 0.25, "why": []},
+            "two": {"outcome": "failed", "seconds": 0, "why": ["wrong"]},
+        },
+    }
