@@ -2,8 +2,6 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -20,6 +18,7 @@ from mocov3_hf.loading import load_encoder
 from mocov3_hf.metrics import knn_accuracy
 from mocov3_hf.results import read_results
 from tests.factories import pretraining_model
+from tests.fork_server import Forked
 
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "knn.py"
@@ -205,9 +204,8 @@ def test_table_shows_accuracies_in_percent():
 
 @pytest.mark.slow
 def test_script_ends_with_one_line(image_folder, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *command(tmp_path, image_folder)], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: folder ")
-    assert "Traceback" not in done.stderr
+    process = Forked([str(SCRIPT), *map(str, command(tmp_path, image_folder))])
+    output, _ = process.communicate()
+    assert process.returncode == 2
+    assert output.strip().splitlines()[-1].startswith("error: folder ")
+    assert "Traceback" not in output

@@ -4,8 +4,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from mocov3_hf.interop import convert_checkpoint, convert_state_dict
 from mocov3_hf.interop.convert import main, verify_folder
 from mocov3_hf.interop.files import read_labels
 from mocov3_hf.reporting import RunError
+from tests.fork_server import Forked
 from tests.interop.conftest import encoder_of, mmpretrain_classification, mmpretrain_pretraining, official
 
 
@@ -169,11 +168,11 @@ def test_bad_files_are_refused_in_one_line_and_leave_nothing(tmp_path, capsys, m
 @pytest.mark.slow
 def test_script_shows_no_traceback(tmp_path):
     (tmp_path / "text.pth").write_text("hello")
-    command = [sys.executable, SCRIPT, tmp_path / "text.pth", "--output_dir", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {tmp_path}/text.pth is not a checkpoint: it begins with b'hello'")
-    assert done.stderr.count("\n") == 1
+    process = Forked([str(SCRIPT), str(tmp_path / "text.pth"), "--output_dir", str(tmp_path / "out")])
+    output, _ = process.communicate()
+    assert process.returncode == 2
+    assert output.startswith(f"error: {tmp_path}/text.pth is not a checkpoint: it begins with b'hello'")
+    assert output.count("\n") == 1
 
 
 def test_existing_folder_is_kept_unless_told(official_file, tmp_path, capsys):
