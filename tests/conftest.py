@@ -5,6 +5,7 @@ import signal
 import tempfile
 
 import pytest
+import torch
 
 
 # Before any library is imported: they read these once.
@@ -28,6 +29,15 @@ def signals_as_at_the_start():
     yield
     for number, handler in SIGNALS.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def first_backward():
+    """
+    Before any fake tensor, with which torch counts a device that is not there: a first backward pass after one starts
+    a thread for it, and then no copy of this process can run backward (chaos_runs.py makes some).
+    """
+    torch.zeros(1, requires_grad=True).sum().backward()
 
 
 def pytest_collection_modifyitems(items):
