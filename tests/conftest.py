@@ -5,7 +5,6 @@ import signal
 import tempfile
 
 import pytest
-import torch
 
 
 # Before any library is imported: they read these once.
@@ -37,6 +36,8 @@ def first_backward():
     Before any fake tensor, with which torch counts a device that is not there: a first backward pass after one starts
     a thread for it, and then no copy of this process can run backward (chaos_runs.py makes some).
     """
+    import torch
+
     torch.zeros(1, requires_grad=True).sum().backward()
 
 
